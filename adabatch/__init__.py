@@ -1,0 +1,1 @@
+"""adabatch: training that chooses its own batch size."""

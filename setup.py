@@ -1,0 +1,35 @@
+"""Packaging: kernels/ lies at the top level and is installed as adabatch.kernels."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+EXAMPLES = ["scikit-learn", "matplotlib", "tqdm"]
+TEST = [*EXAMPLES, "pytest", "pytest-timeout", "hypothesis", "ruff"]
+
+setup(
+    name="adabatch",
+    version="0.1.0",
+    description="Training that chooses its own batch size: exact per-sample gradient variance for PyTorch, and a controller driven by it.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["adabatch", "adabatch.*"]), "adabatch.kernels"],
+    package_dir={"adabatch.kernels": "kernels"},
+    package_data={"adabatch": ["py.typed"]},
+    install_requires=["torch>=2.6", "numpy", "scipy"],
+    extras_require={
+        "examples": EXAMPLES,
+        "triton": ["triton>=3.7.1; platform_system == 'Linux'"],
+        "test": TEST,
+        "bench": ["opacus", "backpack-for-pytorch"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
