@@ -1,0 +1,286 @@
+"""GradSampleHooks: attaches taps to a model's layers and collects what they report.
+
+Legend: N samples in a backward pass, S of them measured, K probe rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from adabatch.estimators.moments import GradientMoments
+from adabatch.estimators.pooling import LOSS_REDUCTIONS, BackwardPass, pool_passes
+from adabatch.grad_sample.attach import plan_layers
+from adabatch.grad_sample.grad_norms import grad_sq_norms
+from adabatch.grad_sample.passes import add_uses, batch_size_of, check_all_seen
+from adabatch.grad_sample.probe import INITIAL_CAPACITY, Probe
+from adabatch.grad_sample.probe_rows import ProbeRows
+from adabatch.grad_sample.rows import RowSampler
+from adabatch.grad_sample.taps import ListeningTap, Stash, TapSite
+
+NOTHING_MEASURED = (
+    "no measured backward pass since the last collect(). Possible causes: backward() was not called; the hooks are paused or removed; gradients were taken "
+    "with torch.autograd.grad or backward(inputs=...), which leave nothing to harvest (call loss.backward()); or the model was compiled and run before the "
+    "hooks were attached (attach first, or call torch._dynamo.reset())."
+)
+
+
+class GradSampleHooks:
+    """Per-sample gradient moments of a model, measured while its backward pass runs.
+
+    Every layer with trainable parameters gets a forward hook that puts an identity node, the tap, behind it. After loss.backward() the taps have
+    summed ‖g_i‖² over all layers; no second pass is run, no per-sample gradient is kept, and nothing is stored on the model.
+
+    Args:
+        model: the model; may be wrapped by torch.compile or DistributedDataParallel. Attach before the first compiled run.
+        loss_reduction: 'mean' (the loss is the mean over the batch) or 'sum'.
+        samples: how many samples of each batch to measure, random rows drawn anew for each step; None measures all.
+        seed: of the generator that draws the rows.
+        accumulate: backward passes per optimizer step in the caller's own gradient accumulation. With loss_reduction='mean' each pass's loss
+            is its mean divided by `accumulate`.
+        ignore: names of modules that are left out, with all below them; their parameters count neither in the norms nor in ‖g‖².
+        param_groups: lists of parameters whose moments are wanted apart (`GradientMoments.by_group`), as in an optimizer's param_groups.
+        capacity: the largest batch to expect. Grows on demand in eager mode; under torch.compile it must be given.
+        per_parameter: also give the norms of each parameter (`by_parameter`).
+        second_moment: also give Σ_i g_i², elementwise, of each parameter (`second_moment`).
+
+    Raises:
+        ValueError: on attaching, listing all layers that cannot be measured exactly, with the cure.
+        RuntimeError: from loss.backward(), when the pass cannot be measured exactly (layers that saw another number of rows, higher-order gradients).
+
+    Shapes and units: `sq_norms` [S], float32 (float64 if any parameter is), of per-sample gradients of the per-sample loss: the loss reduction is undone.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> hooks = GradSampleHooks(model)
+        >>> model(torch.randn(8, 3)).square().mean().backward()
+        >>> moments = hooks.collect()
+        >>> moments.batch_size, tuple(moments.sq_norms.shape)
+        (8, (8,))
+        >>> hooks.remove()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss_reduction: str = "mean",
+        samples: int | None = None,
+        seed: int = 0,
+        accumulate: int = 1,
+        ignore: Collection[str] = (),
+        param_groups: Sequence[Sequence[Tensor]] | None = None,
+        capacity: int = INITIAL_CAPACITY,
+        per_parameter: bool = False,
+        second_moment: bool = False,
+    ):
+        _check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
+        plan = plan_layers(model, ignore, only=param_groups and {id(parameter) for group in param_groups for parameter in group})
+        self.loss_reduction, self.accumulate, self.enabled = loss_reduction, accumulate, True
+        self.parameters = plan.parameters
+        self._row_sampler = RowSampler(samples, seed, capacity)
+        self._probe_rows = ProbeRows(plan.parameters, param_groups, per_parameter)
+        self._second_moment, self._capacity = second_moment, capacity
+        self._stash = Stash()
+        self.sites = [TapSite.of(layer, index, self._probe_rows.row_of, plan.shared, self._stash) for index, layer in enumerate(plan.layers)]
+        self._probes: dict[torch.device, Probe] = {}
+        for device in {parameter.device for parameter in plan.parameters.values()}:
+            self._probe(device)
+        self._harvested_task = self._recomputing_task = -1
+        self.reset()
+        self._handles: list[Any] = [site.layer.register_forward_hook(self._hook(site), prepend=True, with_kwargs=True) for site in self.sites]
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples of each batch are measured; None for all. May be set between steps."""
+        return self._row_sampler.samples
+
+    # -- forward: place the taps
+
+    def _hook(self, site: TapSite) -> Callable[..., Tensor | None]:
+        def tap(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if not self.enabled or not torch.is_grad_enabled():
+                return None
+            if torch.compiler.is_compiling():
+                if site.deferred:
+                    raise RuntimeError(f"{site.name} shares a parameter with another use, which a compiled graph cannot measure: run the model without torch.compile")
+            elif torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+                return None
+            else:
+                self._count_call(site)
+            return self._tap(site, args[0] if args else next(iter(kwargs.values())), output)
+
+        return tap
+
+    def _count_call(self, site: TapSite) -> None:
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            site.calls += 1
+        else:  # activation checkpointing runs the layer again, inside backward
+            self._recomputing_task = task
+
+    def _tap(self, site: TapSite, inputs: Tensor, output: Tensor) -> Tensor:
+        n_samples, device = output.shape[0], output.device
+        probe = self._probe(device)
+        if not torch.compiler.is_compiling():
+            probe.grow(n_samples)
+        rows = self._row_sampler.rows(n_samples, device)
+        length = n_samples if rows is None else rows.shape[0]
+        activations = inputs.detach()
+        if rows is not None and not site.sampler.full_batch(site.layer):
+            activations = activations.index_select(0, rows)
+        extras = [probe.row(row, length) for row in site.probe_rows]
+        if self._second_moment:
+            extras += [probe.second_moment(name, self.parameters[name].shape) for name in site.parameters.values()]
+        return ListeningTap.apply(output, activations, rows, probe.report(site.index), site, *extras)
+
+    def _probe(self, device: torch.device) -> Probe:
+        if device not in self._probes:
+            wide = any(parameter.dtype == torch.float64 for parameter in self.parameters.values())
+            probe = Probe(len(self._probe_rows), len(self.sites), self._capacity, torch.float64 if wide else torch.float32, device)
+            self._row_sampler.reserve(self._capacity, device)
+            hooks = weakref.ref(self)
+            probe.reports.register_post_accumulate_grad_hook(lambda leaf: _queue_harvest(hooks))
+            self._probes[device] = probe
+        return self._probes[device]
+
+    # -- backward: harvest
+
+    def _harvest(self) -> None:
+        """Runs in the engine's last callback of a backward pass: every layer has reported, and the gradients are complete, also under DDP."""
+        norms, reports, moments = self._drain_probes()
+        batch_size = batch_size_of(reports, self.sites)
+        repeated = add_uses(norms, moments, self._stash.drain(self._harvested_task), self._probe_rows.row_of, self._second_moment)
+        for site in self.sites:
+            site.deferred |= not repeated.isdisjoint(site.parameters.values())
+            site.calls = 0
+        if not self._n_passes:
+            check_all_seen(reports, self.sites, self.parameters)
+        self._n_passes += 1
+        rows = self._row_sampler.rows(batch_size, next(iter(self._probes)))
+        self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments)][-self.accumulate :]
+        if self._n_passes >= self.accumulate:
+            self._grad_sq_norms = grad_sq_norms(self._probe_rows.groups)
+
+    def _drain_probes(self) -> tuple[list[Tensor | None], Tensor, dict[str, Tensor]]:
+        home = next(iter(self._probes))
+        norms: list[Tensor | None] = [None] * len(self._probe_rows)
+        reports = torch.zeros(len(self.sites), 2)
+        moments: dict[str, Tensor] = {}
+        for probe in self._probes.values():
+            rows, seen, second = probe.drain()
+            if seen is None:
+                continue
+            length = int(seen.shape[0] and _rows_measured(seen, self.samples))
+            reports = reports + seen.cpu()
+            moments.update(second)
+            for index, row in enumerate(rows):
+                if row is not None:
+                    value = row[:length].to(home)
+                    norms[index] = value if norms[index] is None else norms[index] + value
+        return norms, reports, moments
+
+    # -- what the user calls
+
+    def collect(self, *, loss_scale: float = 1.0) -> GradientMoments:
+        """Moments of the step: of all backward passes since the last collect().
+
+        Args:
+            loss_scale: the factor on the loss, e.g. scaler.get_scale() under a GradScaler.
+
+        Raises:
+            RuntimeError: no measured backward pass, or another number of them than `accumulate`.
+        """
+        if not self._n_passes:
+            raise RuntimeError(NOTHING_MEASURED)
+        if self._n_passes != self.accumulate:
+            seen = self._n_passes
+            self.reset()
+            raise RuntimeError(
+                f"saw {seen} backward passes since the last collect(), but accumulate={self.accumulate}: pass accumulate=k for k backward passes per step, "
+                "and pause the hooks (hooks.paused()) around backward passes that do not belong to it"
+            )
+        rows = self._probe_rows
+        moments = pool_passes(
+            self._passes,
+            self._grad_sq_norms,
+            loss_reduction=self.loss_reduction,
+            loss_scale=loss_scale,
+            group_of_row=rows.group_of_row,
+            row_names=rows.names,
+        )
+        self.reset()
+        return moments
+
+    def reset(self) -> None:
+        """Forget what was measured since the last collect(), e.g. after a backward pass that failed half way, and draw new rows."""
+        self._passes: list[BackwardPass] = []
+        self._n_passes = 0
+        self._grad_sq_norms = torch.zeros(len(self._probe_rows))
+        self._row_sampler.redraw()
+        for probe in self._probes.values():
+            probe.drain()
+        for site in self.sites:
+            site.calls = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is measured inside: forward passes add no node to the graph."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def remove(self) -> None:
+        """Take all hooks off the model. Nothing else was ever put on it."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._probes.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the row draws, so that a resumed run measures the same rows."""
+        return {"version": 1, "rows": self._row_sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state_dict()."""
+        if state.get("version") != 1:
+            raise ValueError(f"unknown version of the hooks' state: {state.get('version')!r}; this release reads version 1")
+        self._row_sampler.load_state_dict(state["rows"])
+
+
+def _queue_harvest(reference: weakref.ref[GradSampleHooks]) -> None:
+    """Called when the reports' gradient is complete. The parameters' gradients may not be: DDP's own last callback is queued before the second of ours."""
+    hooks = reference()
+    task = torch._C._current_graph_task_id()
+    if hooks is None or task == hooks._harvested_task:
+        return
+    recomputing, hooks._recomputing_task = hooks._recomputing_task, -1
+    if recomputing not in (-1, task):
+        hooks.reset()
+        raise RuntimeError("reentrant activation checkpointing runs backward passes inside a backward pass, which cannot be measured: use checkpoint(..., use_reentrant=False)")
+    hooks._harvested_task = task
+    engine = Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(hooks._harvest))
+
+
+def _rows_measured(reports: Tensor, samples: int | None) -> int:
+    """The length of the probe rows in use: the batch size that the layers report, or the number of samples asked for."""
+    used = reports[reports[:, 0] > 0]
+    n_samples = round(float((used[:, 1] / used[:, 0]).max())) if len(used) else 0
+    return n_samples if samples is None else min(samples, n_samples)
+
+
+def _check_arguments(loss_reduction: str, **counts: int | None) -> None:
+    if loss_reduction not in LOSS_REDUCTIONS:
+        raise ValueError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, got {loss_reduction!r}")
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a positive integer{' or None' if name == 'samples' else ''}, got {value!r}")

@@ -1,0 +1,66 @@
+"""What the taps reported in one backward pass: shared uses are squared, and the whole is checked to be complete."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from adabatch.grad_sample.taps import TapSite, Use
+from adabatch.grad_sample.uses import merge_uses
+
+
+def add_uses(norms: list[Tensor | None], moments: dict[str, Tensor], uses: Iterable[Use], row_of: dict[str, int], second_moment: bool) -> set[str]:
+    """Square the stashed uses, parameter by parameter, into the rows; names of the parameters that had several uses."""
+    grouped: dict[str, list] = {}
+    for use in uses:
+        grouped.setdefault(use.parameter, []).append(use.factor)
+    for name, factors in grouped.items():
+        merged = merge_uses(factors)
+        row, value = row_of[name], merged.sq_norms()
+        norms[row] = value if norms[row] is None else norms[row] + value.to(norms[row])
+        if second_moment:
+            moments[name] = merged.second_moment()
+    return {name for name, factors in grouped.items() if len(factors) > 1}
+
+
+def batch_size_of(reports: Tensor, sites: Sequence[TapSite]) -> int:
+    """The number of samples, from the layers' reports [n_layers, 2] of (uses, rows).
+
+    Raises:
+        RuntimeError: a layer was used twice where that cannot be undone, or layers saw different numbers of rows; all are listed.
+    """
+    problems = []
+    rows: dict[str, int] = {}
+    for site, (uses, total) in zip(sites, reports.tolist(), strict=True):
+        if uses > 1 and not (site.deferred or site.calls > 1):
+            problems.append(f"{site.name} was called {int(uses)} times inside a compiled graph: run the model without torch.compile, or compile its parts")
+        if uses:
+            rows[site.name] = round(total / uses)
+    size = Counter(rows.values()).most_common(1)[0][0]
+    odd = {name: n for name, n in rows.items() if n != size}
+    if odd:
+        listed = ", ".join(f"{name} ({n})" for name, n in odd.items())
+        problems.append(f"the first dimension of these layers' outputs is not the batch of {size}: {listed}. Settle the layouts with adabatch.check(...)")
+    if problems:
+        raise RuntimeError("per-sample gradients of this backward pass are not exact:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return size
+
+
+def check_all_seen(reports: Tensor, sites: Sequence[TapSite], parameters: dict[str, Tensor]) -> None:
+    """Raise when a parameter has a non-zero gradient although none of its layers reported; a skipped branch has no gradient and is fine.
+
+    Raises:
+        RuntimeError: listing the parameters whose gradient the taps never saw.
+    """
+    used = reports[:, 0].tolist()
+    seen = {name for site, uses in zip(sites, used, strict=True) if uses for name in site.parameters.values()}
+    missing = [name for name, parameter in parameters.items() if name not in seen and parameter.grad is not None and bool(torch.count_nonzero(parameter.grad))]
+    if missing:
+        raise RuntimeError(
+            f"these parameters have a gradient that no tap saw: {', '.join(missing)}. Either they are used without calling their layer (F.linear(x, layer.weight)), "
+            "or their gradient is left from an earlier step (call optimizer.zero_grad()), or the model was compiled and run before the hooks were attached "
+            "(attach first, or call torch._dynamo.reset()). To leave a layer out, pass ignore=[...]."
+        )

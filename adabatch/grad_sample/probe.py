@@ -1,0 +1,84 @@
+"""The probe: leaf tensors that take no part in the model, but whose gradients are what the taps report.
+
+Every leaf is persistent (one made inside a forward hook breaks torch.compile's fullgraph) and as long as the largest batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+INITIAL_CAPACITY = 1024
+
+
+class Probe:
+    """Zero leaves that require grad, on one device.
+
+    Args:
+        n_rows: probe rows (one, or one per parameter group or parameter).
+        n_layers: measured layers.
+        capacity: the largest number of samples of a batch to be measured.
+        dtype: float32, or float64 if any measured parameter is.
+
+    After a backward pass, row k's gradient is Σ over the layers that report to it of ‖contribution of sample i‖², and `reports` [n_layers, 2] has
+    (uses, sum of the rows seen) per layer.
+    """
+
+    def __init__(self, n_rows: int, n_layers: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self.n_rows = n_rows
+        self.reports = self._leaf(n_layers, 2)
+        self.second_moments: dict[str, Tensor] = {}
+        self.capacity = 0
+        self.grow(capacity)
+
+    def _leaf(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device, requires_grad=True)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for batches of `capacity` samples. Only between a step's backward pass and the next forward pass."""
+        if capacity <= self.capacity:
+            return
+        self.capacity = max(INITIAL_CAPACITY, 1 << math.ceil(math.log2(capacity)))
+        self.rows = [self._leaf(self.capacity) for _ in range(self.n_rows)]
+        self._slices: dict[tuple[int, int], Tensor] = {}
+        self._layers: dict[int, Tensor] = {}
+
+    def row(self, index: int, length: int) -> Tensor:
+        """The first `length` entries of a row, as an input of a tap. Slices are reused in eager mode, so that layers share one node."""
+        if torch.compiler.is_compiling():
+            return self.rows[index][:length]
+        key = (index, length)
+        if key not in self._slices:
+            if len(self._slices) >= 64 * self.n_rows:
+                self._slices.clear()
+            with torch.enable_grad():
+                self._slices[key] = self.rows[index][:length]
+        return self._slices[key]
+
+    def report(self, layer: int) -> Tensor:
+        """The layer's line of the reports, as an input of its tap."""
+        if torch.compiler.is_compiling():
+            return self.reports[layer]
+        if layer not in self._layers:
+            with torch.enable_grad():
+                self._layers[layer] = self.reports[layer]
+        return self._layers[layer]
+
+    def second_moment(self, name: str, shape: torch.Size) -> Tensor:
+        """A leaf of a parameter's shape without memory of its own (stride 0) whose gradient is the parameter's second moment."""
+        if name not in self.second_moments:
+            leaf = torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
+            self.second_moments[name] = leaf.requires_grad_()
+        return self.second_moments[name]
+
+    def drain(self) -> tuple[list[Tensor | None], Tensor | None, dict[str, Tensor]]:
+        """Hand over the gradients of one backward pass (row norms, reports, second moments) and clear them."""
+        rows = [leaf.grad for leaf in self.rows]
+        moments = {name: leaf.grad for name, leaf in self.second_moments.items() if leaf.grad is not None}
+        reports = self.reports.grad
+        for leaf in (*self.rows, self.reports, *self.second_moments.values()):
+            leaf.grad = None
+        return rows, reports, moments

@@ -1,0 +1,70 @@
+"""Which rows of a batch are measured: random, seeded, drawn anew for each step, without a draw inside a compiled graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class RowSampler:
+    """Chooses S of N rows as those with the S smallest of N random keys.
+
+    The keys are drawn outside the model's graph, the choice is pure tensor work inside it: any batch size can follow without recompiling,
+    and all layers agree.
+
+    Args:
+        samples: S, or None for all rows.
+        seed: of the generator of the keys.
+        capacity: the largest N.
+
+    Example:
+        >>> sampler = RowSampler(samples=2, seed=0, capacity=8)
+        >>> rows = sampler.rows(5, torch.device("cpu"))
+        >>> len(rows), sampler.rows(2, torch.device("cpu"))
+        (2, None)
+    """
+
+    def __init__(self, samples: int | None, seed: int, capacity: int):
+        self.samples = samples
+        self._generator = torch.Generator().manual_seed(seed)
+        self._capacity = capacity
+        self._keys: dict[torch.device, Tensor] = {}
+        self.redraw()
+
+    def rows(self, n_samples: int, device: torch.device) -> Tensor | None:
+        """The measured rows [S] of a batch of `n_samples`, or None for all of them."""
+        if self.samples is None or n_samples <= self.samples:
+            return None
+        if not torch.compiler.is_compiling():
+            self.reserve(n_samples, device)
+        return self._keys[device][:n_samples].argsort()[: self.samples]
+
+    def reserve(self, capacity: int, device: torch.device) -> None:
+        """Make sure that keys for `capacity` rows lie on the device."""
+        if self.samples is None:
+            return
+        if capacity > self._capacity:
+            self._capacity = capacity
+            self.redraw()
+        if device not in self._keys:
+            self._keys[device] = self._host_keys.to(device)
+
+    def redraw(self) -> None:
+        """Draw new keys, for the next step."""
+        if self.samples is None:
+            return
+        self._host_keys = torch.rand(self._capacity, generator=self._generator)
+        self._keys = {device: self._host_keys.to(device) for device in self._keys}
+
+    def state_dict(self) -> dict:
+        """The generator's state and the present keys."""
+        keys = {} if self.samples is None else {"keys": self._host_keys}
+        return {"generator": self._generator.get_state(), **keys}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue the sequence of draws where the saved one stood."""
+        self._generator.set_state(state["generator"])
+        if self.samples is not None and "keys" in state:
+            self._host_keys = state["keys"]
+            self._capacity = len(self._host_keys)
+            self._keys = {device: self._host_keys.to(device) for device in self._keys}
