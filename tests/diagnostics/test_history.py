@@ -1,0 +1,174 @@
+"""The history as a sequence: what each record holds, counts, columns, memory bound, state."""
+
+import io
+import math
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from adabatch.diagnostics import Diagnostics, Record
+from tests.diagnostics.synthetic import fill, steps
+from tests.diagnostics.test_averages import by_definition
+
+MEASURED_FIELDS = ["variance_trace", "grad_sq_norm", "true_grad_sq_norm", "noise_scale", "snr"]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", ["loss", "variance_trace", "grad_sq_norm", "true_grad_sq_norm"])
+def test_averages_are_weighted_by_samples(name, every):
+    rows = steps(every=every)
+    history = fill(Diagnostics(smoothing=0.9), rows)
+    for count, record in enumerate(history, start=1):
+        used = [row for row in rows[:count] if math.isfinite(row[name])]
+        if len(used) < 2:
+            continue
+        average, error = by_definition([row[name] for row in used], [row["batch_size"] for row in used], 0.9)
+        assert getattr(record, f"{name}_ema") == pytest.approx(average, rel=1e-10)
+        if name == "variance_trace":
+            assert record.variance_trace_std_error == pytest.approx(error, rel=1e-8)
+
+
+def test_ratios_and_speed():
+    rows = steps()
+    for row, record in zip(rows, fill(Diagnostics(), rows), strict=True):
+        assert record.samples_per_second == row["batch_size"] / row["seconds"]
+        if not row["measured"]:
+            continue
+        trace, signal = row["variance_trace"], row["true_grad_sq_norm"]
+        assert record.noise_scale == (trace / signal if signal > 0 else math.inf)
+        assert record.snr == pytest.approx(row["batch_size"] * max(signal, 0) / trace)
+        if record.true_grad_sq_norm_ema > 0:
+            assert record.noise_scale_ema == record.variance_trace_ema / record.true_grad_sq_norm_ema
+            assert record.snr_ema == pytest.approx(row["batch_size"] * record.true_grad_sq_norm_ema / record.variance_trace_ema)
+
+
+def test_steps_that_measure_nothing():
+    rows = steps(every=4)
+    history = fill(Diagnostics(), rows)
+    for before, record in pairwise(history):
+        if not record.measured:
+            assert all(math.isnan(getattr(record, name)) for name in MEASURED_FIELDS)
+            for name in ("variance_trace_ema", "variance_trace_std_error", "noise_scale_ema"):
+                assert getattr(record, name) == pytest.approx(getattr(before, name), nan_ok=True)
+    assert math.isnan(history[0].variance_trace_ema)
+
+
+def test_moments_of_a_dropped_measurement_are_not_kept():
+    history = Diagnostics()
+    fixed = {"batch_size": 16, "next_batch_size": 16, "lr": 0.1, "grad_sq_norm": 1.0, "true_grad_sq_norm": 0.5, "measured": True}
+    history.append(step=1, samples_seen=16, loss=2.0, variance_trace=4.0, **fixed)
+    history.append(step=2, samples_seen=32, loss=math.nan, variance_trace=1e30, dropped="non-finite loss", **fixed)
+    last = history.latest
+    assert (last.measured, last.dropped, last.variance_trace_ema, last.loss_ema) == (False, "non-finite loss", 4.0, 2.0)
+    assert math.isnan(last.variance_trace)
+    assert (history.n_measured, history.n_dropped) == (1, 1)
+
+
+def test_given_std_error_is_recorded_and_held():
+    history = Diagnostics()
+    fixed = {"batch_size": 16, "next_batch_size": 16, "lr": 0.1}
+    history.append(step=1, samples_seen=16, variance_trace=4.0, variance_trace_std_error=0.7, measured=True, **fixed)
+    history.append(step=2, samples_seen=32, **fixed)
+    assert history.column("variance_trace_std_error").tolist() == [0.7, 0.7]
+
+
+def test_numbers_are_plain():
+    history = Diagnostics()
+    history.append(
+        step=np.int64(1), samples_seen=torch.tensor(16), batch_size=np.int32(16), next_batch_size=16, lr=torch.tensor(0.5), loss=torch.tensor(2.0),
+        variance_trace=np.float32(4.0), grad_sq_norm=np.float64(1.0), true_grad_sq_norm=torch.tensor(0.5), seconds=np.float64(1.0), measured=np.bool_(True),
+    )  # fmt: skip
+    record = history.latest
+    assert {type(getattr(record, name)) for name in Record.__slots__} == {int, float, bool, str}
+
+
+def test_sequence():
+    rows = steps(20)
+    history = fill(Diagnostics(), rows)
+    assert len(history) == 20
+    assert [record.step for record in history] == list(range(1, 21))
+    assert history[-1] == history.latest
+    for cut in (slice(2, 9, 3), slice(None, None, -1), slice(-3, None), slice(30, 40)):
+        assert [record.step for record in history[cut]] == list(range(1, 21))[cut]
+    with pytest.raises(IndexError):
+        history[20]
+
+
+def test_counts_and_repr():
+    history = fill(Diagnostics(), steps(20))
+    assert history.dropped == Counter({"non-finite loss": 2, "batch of one": 1})
+    assert (history.n_steps, history.n_measured, history.n_dropped) == (20, 17, 3)
+    assert repr(history) == "Diagnostics(20 steps, 17 measured, 3 dropped)"
+    history.dropped["batch of one"] = 99
+    assert history.n_dropped == 3
+
+
+def test_columns():
+    rows = steps(20)
+    history = fill(Diagnostics(), rows)
+    for name, kind in {"batch_size": "i", "loss": "f", "measured": "b", "dropped": "U"}.items():
+        column = history.column(name)
+        assert column.dtype.kind == kind
+        assert column.tolist() == [row[name] for row in rows]
+    with pytest.raises(ValueError, match="no field 'size'; it has step, samples_seen"):
+        history.column("size")
+
+
+def test_empty_history():
+    history = Diagnostics()
+    assert len(history) == 0
+    assert list(history) == history[:] == []
+    assert history.column("loss").shape == (0,)
+    with pytest.raises(LookupError, match="no record yet"):
+        _ = history.latest
+
+
+def test_max_records_bounds_memory_not_counts():
+    history = fill(Diagnostics(max_records=5), steps(20))
+    assert [record.step for record in history] == [16, 17, 18, 19, 20]
+    assert (history.n_steps, history.n_dropped) == (20, 3)
+    assert history.latest == fill(Diagnostics(), steps(20)).latest
+    with pytest.raises(ValueError, match="max_records is 0"):
+        Diagnostics(max_records=0)
+
+
+def test_state_goes_on_bit_for_bit():
+    rows = steps(40)
+    whole, first = fill(Diagnostics(), rows), fill(Diagnostics(), rows[:20])
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    assert buffer.tell() < 5000
+    buffer.seek(0)
+    resumed = Diagnostics()
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    assert len(resumed) == 0
+    fill(resumed, rows[20:])
+    assert repr(resumed[:]) == repr(whole[20:])
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_state_of_an_empty_history():
+    history = fill(Diagnostics(), steps(5))
+    history.load_state_dict(Diagnostics().state_dict())
+    assert (len(history), history.n_steps) == (0, 0)
+
+
+def test_loading_an_earlier_state_rolls_back():
+    rows = steps(20)
+    history = fill(Diagnostics(), rows[:10])
+    state = history.state_dict()
+    fill(history, rows[10:])
+    history.load_state_dict(state)
+    assert history.latest.step == 10
+    assert repr(fill(history, rows[10:])[:]) == repr(fill(Diagnostics(), rows)[:])
+
+
+def test_unknown_state():
+    history = Diagnostics()
+    with pytest.raises(ValueError, match="version 2, but this adabatch reads version 1"):
+        history.load_state_dict({**history.state_dict(), "version": 2})
+    with pytest.raises(ValueError, match="lacks the averages"):
+        history.load_state_dict({**history.state_dict(), "averages": {}})
