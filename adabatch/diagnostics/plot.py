@@ -81,10 +81,12 @@ def _batch_size(panel: Axes, samples: np.ndarray, history: Diagnostics) -> None:
     panel.set_ylabel("batch size\n(samples)")
     if sizes.size:
         panel.step(samples, sizes, where="pre", color=_COLOURS["size"], linewidth=1.6, label="used")
-        panel.plot(samples, wish, color=_COLOURS["wish"], linewidth=0.6, label="wish for the next")
+        # Between measuring steps there is no wish: single points with gaps around them would draw nothing.
+        made = np.isfinite(wish)
+        panel.plot(samples[made], wish[made], color=_COLOURS["wish"], linewidth=0.6, label="wish for the next")
         low, high = sizes.min(), sizes.max()
         # A wish far outside the bounds must not flatten the sizes that were used.
-        shown = np.clip(wish[np.isfinite(wish)], low / 4, high * 4)
+        shown = np.clip(wish[made], low / 4, high * 4)
         _log_axis(panel, [low, high, *shown], base=2)
         _legend(panel)
 

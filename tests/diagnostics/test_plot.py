@@ -65,7 +65,8 @@ def test_lines_show_the_columns():
         return panel.lines[index].get_ydata()
 
     np.testing.assert_array_equal(line(size, 0), history.column("batch_size"))
-    np.testing.assert_array_equal(line(size, 1), history.column("proposed_batch_size"))
+    wish = history.column("proposed_batch_size")
+    np.testing.assert_array_equal(size.lines[1].get_xydata(), np.stack([samples, wish], 1)[np.isfinite(wish)])
     np.testing.assert_array_equal(line(lr, 0), history.column("lr"))
     np.testing.assert_array_equal(line(loss, 1), history.column("loss_ema"))
     np.testing.assert_array_equal(line(trace, 1), history.column("variance_trace_ema"))
