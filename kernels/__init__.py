@@ -1,1 +1,76 @@
-"""Gradient-moment kernels."""
+"""Gradient-moment kernels: per-sample squared norms, second moments and inner products, straight from a layer's activations and output gradients.
+
+Legend: N samples, T positions, I in, O out, C channels, D embedding width, V rows of an embedding, K kernel, P numel.
+
+`adabatch.kernels.<op>` picks the backend; `adabatch.kernels.reference.<op>` is the definition in plain torch, with the same name and signature.
+ADABATCH_KERNELS=reference, read at import, forces the definition everywhere. Kernels import nothing of adabatch but each other, and see no layers.
+
+Example:
+    >>> outer_sq_norms(torch.ones(2, 1, 4), torch.ones(2, 1, 1))
+    tensor([4., 4.])
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from adabatch.kernels import reference
+
+__all__ = [
+    "conv_dot",
+    "conv_grad_sample",
+    "conv_second_moment",
+    "conv_sq_norms",
+    "dense_dot",
+    "dense_second_moment",
+    "dense_sq_norms",
+    "embedding_dot",
+    "embedding_second_moment",
+    "embedding_sq_norms",
+    "outer_dot",
+    "outer_second_moment",
+    "outer_sq_norms",
+    "reference",
+]
+
+# Device type -> the modules asked for an operation, first come first served; what none of them has is the reference's.
+BACKENDS: dict[str, tuple[ModuleType, ...]] = {}
+FORCED = os.environ.get("ADABATCH_KERNELS", "")
+if FORCED not in ("", "reference"):
+    raise ValueError(f"ADABATCH_KERNELS is {FORCED!r}; allowed are 'reference' and nothing. Unset it, or set it to 'reference', before importing adabatch.")
+
+
+def _dispatched(definition: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The operation as users call it: the first backend for the first tensor's device that has it, else its definition."""
+    name = definition.__name__
+
+    @functools.wraps(definition)
+    def operation(*args, **kwargs):
+        if not FORCED:
+            first = args[0] if args else next(iter(kwargs.values()))
+            for backend in BACKENDS.get(first.device.type, ()):
+                if hasattr(backend, name):
+                    return getattr(backend, name)(*args, **kwargs)
+        return definition(*args, **kwargs)
+
+    return operation
+
+
+outer_sq_norms = _dispatched(reference.outer_sq_norms)
+outer_second_moment = _dispatched(reference.outer_second_moment)
+outer_dot = _dispatched(reference.outer_dot)
+embedding_sq_norms = _dispatched(reference.embedding_sq_norms)
+embedding_second_moment = _dispatched(reference.embedding_second_moment)
+embedding_dot = _dispatched(reference.embedding_dot)
+dense_sq_norms = _dispatched(reference.dense_sq_norms)
+dense_second_moment = _dispatched(reference.dense_second_moment)
+dense_dot = _dispatched(reference.dense_dot)
+conv_sq_norms = _dispatched(reference.conv_sq_norms)
+conv_second_moment = _dispatched(reference.conv_second_moment)
+conv_dot = _dispatched(reference.conv_dot)
+conv_grad_sample = _dispatched(reference.conv_grad_sample)

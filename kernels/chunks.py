@@ -1,0 +1,46 @@
+"""How the reference kernels walk over samples: accumulation type and cache-sized chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Two cores with 2 MiB of second-level cache between them: products of 1 to 4 MiB a chunk ran fastest, smaller ones paid for their calls.
+CHUNK_BYTES = 4 * 2**20
+
+__all__ = ["CHUNK_BYTES", "accumulation_dtype", "sample_chunks"]
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type sums are kept in: float32, or float64 if any of the tensors is float64.
+
+    Example:
+        >>> accumulation_dtype(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1))
+        torch.float32
+        >>> accumulation_dtype(torch.zeros(1, dtype=torch.float64), torch.zeros(1))
+        torch.float64
+    """
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def sample_chunks(numel_per_sample: int, dtype: torch.dtype, *tensors: Tensor, longest: int | None = None) -> list[tuple[Tensor, ...]]:
+    """Views of the tensors along dimension 0, in runs of samples whose intermediate result fits CHUNK_BYTES.
+
+    Under torch.compile there is one chunk: a loop over a number of samples that changes would be unrolled, and compiled anew for each number.
+
+    Args:
+        numel_per_sample: elements of the intermediate result that one sample makes.
+        dtype: type of the intermediate result.
+        tensors: [N, ...] each.
+        longest: the most samples in a chunk.
+
+    Example:
+        >>> [len(rows) for rows, in sample_chunks(2**19, torch.float32, torch.zeros(5))]
+        [2, 2, 1]
+    """
+    if torch.compiler.is_compiling():
+        return [tensors]
+    length = max(1, CHUNK_BYTES // max(1, numel_per_sample * dtype.itemsize))
+    if longest is not None:
+        length = min(length, longest)
+    return list(zip(*(tensor.split(length) for tensor in tensors), strict=True))
