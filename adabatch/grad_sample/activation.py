@@ -26,7 +26,7 @@ def prelu_grad_sample(layer: nn.PReLU, activations: Tensor, backprops: Tensor) -
     if not layer.weight.requires_grad:
         return {}
     dtype = accumulation_dtype(activations, backprops)
-    products = backprops * activations.clamp(max=0)
+    products = backprops.to(dtype) * activations.to(dtype).clamp(max=0)
     if layer.num_parameters == 1:
         return {"weight": Dense(products.reshape(products.shape[0], products[:1].numel()).sum(1, keepdim=True, dtype=dtype))}
     return {"weight": Dense(products.sum(tuple(range(2, products.dim())), dtype=dtype) if products.dim() > 2 else products)}

@@ -79,10 +79,11 @@ def test_bfloat16_backprops_with_float32_activations(case):
         close(factor.dense(), expected[name], 1e-5)
 
 
+@pytest.mark.parametrize("backprops_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case.inputs().is_floating_point()], ids=lambda case: case.id)
-def test_bfloat16_activations_with_float32_backprops(case):
+def test_bfloat16_activations(case, backprops_dtype):
     layer, inputs, weights = make(case, torch.float32)
-    inputs = inputs.bfloat16()
+    inputs, weights = inputs.bfloat16(), weights.to(backprops_dtype)
     expected = expected_grads(layer, inputs.float(), weights)
     for name, factor in find_grad_sampler(layer).rule(layer, inputs, weights).items():
         assert factor.sq_norms().dtype == torch.float32
