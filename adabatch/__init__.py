@@ -1,6 +1,23 @@
 """adabatch: training that chooses its own batch size."""
 
+from adabatch.controllers import CABS
+from adabatch.data import AdaptiveDataLoader, ResizableBatchSampler
+from adabatch.diagnostics import Diagnostics
 from adabatch.estimators import GradientMoments
 from adabatch.grad_sample import GradSampleHooks, register_grad_sampler
+from adabatch.scheduler import BatchSizeScheduler
+from adabatch.wrap import wrap
 
-__all__ = ["GradSampleHooks", "GradientMoments", "register_grad_sampler"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "CABS",
+    "AdaptiveDataLoader",
+    "BatchSizeScheduler",
+    "Diagnostics",
+    "GradSampleHooks",
+    "GradientMoments",
+    "ResizableBatchSampler",
+    "register_grad_sampler",
+    "wrap",
+]

@@ -14,10 +14,10 @@ from typing import Any, overload
 import numpy as np
 
 from adabatch.diagnostics import jsonl
-from adabatch.diagnostics.averages import MovingAverage
 from adabatch.diagnostics.plot import plot as plot_history
 from adabatch.diagnostics.record import FIELDS, INDEX, Record, noise_scale, snr
 from adabatch.diagnostics.summary import summary
+from adabatch.estimators.averages import MovingAverage
 
 _STATE_VERSION = 1
 _AVERAGED = ("loss", "variance_trace", "grad_sq_norm", "true_grad_sq_norm")

@@ -16,7 +16,7 @@ class Record:
 
     Every statistic is of per-sample gradients of the per-sample loss, whatever the reduction of the loss that was differentiated:
     T̂ has the divisor m − 1, ‖g‖² is of the batch mean. Fields that end in `_ema` are moving averages weighted by samples
-    (`adabatch.diagnostics.averages`), made for display: no controller reads them.
+    (`adabatch.estimators.averages`), made for display: no controller reads them.
 
     On a step that measures nothing, or whose measurement was dropped, `variance_trace`, `grad_sq_norm`, `true_grad_sq_norm`, `noise_scale`
     and `snr` are NaN; the averages and their standard error keep the value they had, NaN before the first measurement.

@@ -23,6 +23,7 @@ from adabatch.grad_sample.probe import INITIAL_CAPACITY, Probe
 from adabatch.grad_sample.probe_rows import ProbeRows
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.taps import ListeningTap, Stash, TapSite
+from adabatch.state import check_version
 
 NOTHING_MEASURED = (
     "no measured backward pass since the last collect(). Possible causes: backward() was not called; the hooks are paused or removed; gradients were taken "
@@ -109,7 +110,7 @@ class GradSampleHooks:
                 return None
             if torch.compiler.is_compiling():
                 if site.deferred:
-                    raise RuntimeError(f"{site.name} shares a parameter with another use, which a compiled graph cannot measure: run the model without torch.compile")
+                    raise RuntimeError(f"{site.name} shares a parameter with another use, which a compiled graph cannot measure: do not compile the model")
             elif torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
                 return None
             else:
@@ -251,8 +252,7 @@ class GradSampleHooks:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict()."""
-        if state.get("version") != 1:
-            raise ValueError(f"unknown version of the hooks' state: {state.get('version')!r}; this release reads version 1")
+        check_version(state, 1, "GradSampleHooks")
         self._row_sampler.load_state_dict(state["rows"])
 
 
@@ -265,7 +265,7 @@ def _queue_harvest(reference: weakref.ref[GradSampleHooks]) -> None:
     recomputing, hooks._recomputing_task = hooks._recomputing_task, -1
     if recomputing not in (-1, task):
         hooks.reset()
-        raise RuntimeError("reentrant activation checkpointing runs backward passes inside a backward pass, which cannot be measured: use checkpoint(..., use_reentrant=False)")
+        raise RuntimeError("reentrant activation checkpointing cannot be measured, its backward passes run inside another: use checkpoint(..., use_reentrant=False)")
     hooks._harvested_task = task
     engine = Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(hooks._harvest))

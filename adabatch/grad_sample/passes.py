@@ -60,7 +60,7 @@ def check_all_seen(reports: Tensor, sites: Sequence[TapSite], parameters: dict[s
     missing = [name for name, parameter in parameters.items() if name not in seen and parameter.grad is not None and bool(torch.count_nonzero(parameter.grad))]
     if missing:
         raise RuntimeError(
-            f"these parameters have a gradient that no tap saw: {', '.join(missing)}. Either they are used without calling their layer (F.linear(x, layer.weight)), "
-            "or their gradient is left from an earlier step (call optimizer.zero_grad()), or the model was compiled and run before the hooks were attached "
+            f"these parameters have a gradient that no tap saw: {', '.join(missing)}. Either they are used without calling their layer "
+            "(F.linear(x, layer.weight)), or their gradient is left from an earlier step (call optimizer.zero_grad()), or the model was compiled and run before the hooks were attached "
             "(attach first, or call torch._dynamo.reset()). To leave a layer out, pass ignore=[...]."
         )

@@ -11,7 +11,7 @@ import torch
 
 from adabatch.diagnostics import Diagnostics, Record
 from tests.diagnostics.synthetic import fill, steps
-from tests.diagnostics.test_averages import by_definition
+from tests.estimators.test_averages import by_definition
 
 MEASURED_FIELDS = ["variance_trace", "grad_sq_norm", "true_grad_sq_norm", "noise_scale", "snr"]
 

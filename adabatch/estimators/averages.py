@@ -1,4 +1,4 @@
-"""The moving average that the history displays.
+"""The moving average of controllers and of the history.
 
 Legend: x_i the i-th value, w_i the samples behind it, k_i = μ^(n−i) its decay after n values, μ the smoothing.
 """

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from adabatch.diagnostics.averages import MovingAverage
+from adabatch.estimators.averages import MovingAverage
 
 
 def by_definition(values, weights, smoothing):

@@ -1,0 +1,171 @@
+"""AdaptiveDataLoader: a data loader whose batch size may be set while it runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+
+from adabatch.data.sampler import ResizableBatchSampler
+
+KEPT = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
+
+class AdaptiveDataLoader:
+    """torch's DataLoader around a ResizableBatchSampler: `loader.batch_size = n` holds from the next batch drawn.
+
+    Without workers the next batch drawn is the next batch; with workers torch has up to num_workers · prefetch_factor batches drawn ahead.
+
+    Args:
+        dataset: map-style.
+        batch_size: of the first batch.
+        shuffle: a new order each epoch, a permutation keyed by (seed, epoch).
+        sampler: the caller's own order, taken as it is; excludes shuffle.
+        seed: of the shuffle.
+        drop_last: leave out a last batch shorter than asked for.
+        kwargs: of torch.utils.data.DataLoader: num_workers, collate_fn, pin_memory, generator, worker_init_fn, ...
+
+    Attributes:
+        recent: (size asked for, size delivered) of the last batches delivered, newest last.
+        n_batches: batches delivered so far, over all epochs.
+
+    Raises:
+        ValueError: an iterable-style data set, or a loader without a sampler.
+
+    Example:
+        >>> loader = AdaptiveDataLoader(torch.arange(10), batch_size=4)
+        >>> for batch in loader:
+        ...     print(batch.tolist())
+        ...     loader.batch_size = 5
+        [0, 1, 2, 3]
+        [4, 5, 6, 7, 8]
+        [9]
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        *,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
+        **kwargs: Any,
+    ):
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f"the data set is iterable-style ({type(dataset).__name__}): its order cannot be cut into batches by index. Use a map-style data set.")
+        if sampler is not None and shuffle:
+            raise ValueError("a sampler decides the order: pass either sampler= or shuffle=True")
+        source = dataset if sampler is None else sampler
+        self.batch_sampler = ResizableBatchSampler(source, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        self.dataset, self._kwargs = dataset, kwargs
+        self._asked: deque[tuple[int, int]] = deque()
+        self.recent: deque[tuple[int, int]] = deque(maxlen=4096)
+        self.n_batches = 0
+        self._loader = DataLoader(dataset, batch_sampler=_Recorded(self.batch_sampler, self._asked), **kwargs)
+
+    @classmethod
+    def from_loader(cls, loader: DataLoader) -> AdaptiveDataLoader:
+        """Take over a plain DataLoader: data set, order, collate_fn, workers, pinning, generator.
+
+        A shuffling loader gets the keyed order, seeded from its generator (or from torch's); any other sampler is taken as it is.
+
+        Raises:
+            ValueError: an iterable-style data set, batching switched off, or a batch sampler of the caller's own.
+            TypeError: not a DataLoader.
+        """
+        if not isinstance(loader, DataLoader):
+            raise TypeError(f"loader must be a torch.utils.data.DataLoader or an adabatch.AdaptiveDataLoader, got {type(loader).__name__}")
+        kwargs = {name: getattr(loader, name) for name in KEPT if hasattr(loader, name)}
+        if not loader.pin_memory_device:
+            kwargs.pop("pin_memory_device")
+        batch_sampler = loader.batch_sampler
+        if isinstance(loader.dataset, IterableDataset):
+            raise ValueError(f"the loader's data set is iterable-style ({type(loader.dataset).__name__}): wrap needs a map-style data set, with __getitem__ and __len__")
+        if batch_sampler is None:
+            raise ValueError("the loader has no batch sampler (batch_size=None): there is no batch size to set. Build it with a batch_size.")
+        if not isinstance(batch_sampler, ResizableBatchSampler) and loader.batch_size is None:
+            raise ValueError(
+                f"the loader has a batch sampler of its own ({type(batch_sampler).__name__}), whose batch size cannot be set. "
+                "Build the loader with batch_size= and sampler=, or give it a ResizableBatchSampler."
+            )
+        size, drop_last = batch_sampler.batch_size, batch_sampler.drop_last
+        if _is_plain_shuffle(loader.sampler):
+            seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item())
+            return cls(loader.dataset, size, True, seed=seed, drop_last=drop_last, **kwargs)
+        adopted = cls(loader.dataset, size, sampler=loader.sampler, drop_last=drop_last, **kwargs)
+        if isinstance(batch_sampler, ResizableBatchSampler):
+            adopted._adopt(batch_sampler)
+        return adopted
+
+    def _adopt(self, batch_sampler: ResizableBatchSampler) -> None:
+        self.batch_sampler = batch_sampler
+        self._loader = DataLoader(self.dataset, batch_sampler=_Recorded(batch_sampler, self._asked), **self._kwargs)
+
+    @property
+    def batch_size(self) -> int:
+        """Size of the batches drawn from now on."""
+        return self.batch_sampler.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.batch_sampler.batch_size = size
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether a last batch shorter than asked for is left out."""
+        return self.batch_sampler.drop_last
+
+    @drop_last.setter
+    def drop_last(self, drop: bool) -> None:
+        self.batch_sampler.drop_last = drop
+
+    def __iter__(self) -> Iterator[Any]:
+        self._asked.clear()
+        for batch in self._loader:
+            self.recent.append(self._asked.popleft())
+            self.n_batches += 1
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and with it the order, of the next iteration."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class _Recorded:
+    """Hands batches of indices through and notes (size asked for, size drawn) of each, in the order they will be delivered."""
+
+    def __init__(self, batch_sampler: ResizableBatchSampler, asked: deque[tuple[int, int]]):
+        self.batch_sampler, self._asked = batch_sampler, asked
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batch_sampler:
+            self._asked.append((self.batch_sampler.batch_size, len(batch)))
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+
+def _is_plain_shuffle(sampler: Any) -> bool:
+    whole = isinstance(getattr(sampler, "data_source", None), Sized)
+    return type(sampler) is RandomSampler and whole and not sampler.replacement and sampler.num_samples == len(sampler.data_source)

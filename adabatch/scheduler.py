@@ -1,0 +1,306 @@
+"""BatchSizeScheduler: the only writer of the batch size and, for the length of a step, of the learning rate."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adabatch.controllers import CABS
+from adabatch.coupling import EffectiveLr, StepFactor, effective_lr_for
+from adabatch.diagnostics import Diagnostics
+from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.moments import GradientMoments
+from adabatch.sizing import SizeRule
+from adabatch.state import check_version
+
+SHORT_BATCH = ("scale", "keep", "drop")
+SPILL = (None, "lr")
+logger = logging.getLogger(__name__)
+
+
+class BatchSizeScheduler:
+    """Sets the batch size of the next step from the gradient moments of this one.
+
+    Call step(loss) once per optimizer step, before or after optimizer.step() and zero_grad(). The controller is handed the raw moments, the raw loss and the BASE
+    effective lr: the one in param_groups, read at every step, so that any torch lr scheduler couples at once; with SGD's momentum lr·(1 − dampening)/(1 −
+    momentum); with several groups Σ lr_k T_k / Σ T_k, T_k the group's variance trace. Its wish is rounded half to even, then clipped to the bounds.
+
+    NaN or infinite loss or moments, and a batch of one (it has no variance): the measurement is dropped and counted in the diagnostics, the size holds.
+
+    Args:
+        optimizer: its step hooks carry the lr factors. A controller that needs an effective lr accepts SGD, or any optimizer with effective_lr=.
+        loader: what takes the batch size: an AdaptiveDataLoader or a ResizableBatchSampler. A sampler under a DataLoader with workers runs ahead of the
+            training loop; use AdaptiveDataLoader (adabatch.wrap does) for the short-batch rule to meet the right batch.
+        hooks: a GradSampleHooks, or anything with collect() -> GradientMoments and a settable `enabled`.
+        controller: propose(moments, loss=, lr=) -> wished batch size; default CABS().
+        min_batch_size, max_batch_size: bounds of the step's size, in samples.
+        multiple_of: sizes are multiples of this.
+        every: measure at every so many steps; the others add no node to the graph and keep the size.
+        dwell, hysteresis: steps between changes, and relative change up to which the size is kept; off by default.
+        spill: 'lr' lowers the lr by max/wish while the wish exceeds max_batch_size, which keeps the noise level asked for; None does nothing.
+        short_batch: a batch shorter than asked for (the last of an epoch) steps with lr × its size / the size asked for ('scale'), as it is ('keep'), or is
+            never drawn ('drop').
+        effective_lr: a callable of a param group for optimizers other than SGD.
+        diagnostics: a history to append to; default a new one.
+
+    Raises:
+        ValueError: bounds out of order, an unknown option, or an optimizer whose effective lr is not known.
+
+    Example:
+        >>> import torch, adabatch
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loader = adabatch.AdaptiveDataLoader(torch.utils.data.TensorDataset(torch.randn(64, 4)), batch_size=16)
+        >>> scheduler = BatchSizeScheduler(optimizer, loader, adabatch.GradSampleHooks(model), min_batch_size=8, max_batch_size=32)
+        >>> for (inputs,) in loader:
+        ...     optimizer.zero_grad()
+        ...     loss = model(inputs).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     scheduler.step(loss)
+        >>> scheduler.get_last_batch_size() in range(8, 33)
+        True
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        loader: Any,
+        hooks: Any,
+        controller: Any = None,
+        *,
+        min_batch_size: int = 16,
+        max_batch_size: int = 2048,
+        multiple_of: int = 1,
+        every: int = 1,
+        dwell: int = 0,
+        hysteresis: float = 0.0,
+        spill: str | None = None,
+        short_batch: str = "scale",
+        effective_lr: EffectiveLr | None = None,
+        diagnostics: Diagnostics | None = None,
+    ):
+        self.controller = CABS() if controller is None else controller
+        self.accumulate = getattr(hooks, "accumulate", 1)
+        self.size_rule = SizeRule(min_batch_size, max_batch_size, math.lcm(multiple_of, self.accumulate), dwell, hysteresis)
+        _check_options(loader, every=every, spill=spill, short_batch=short_batch)
+        self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
+        self.every, self.spill, self.short_batch = every, spill, short_batch
+        self._effective_lr = self._choose_effective_lr(effective_lr)
+        self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
+        self.step_count = self.samples_seen = 0
+        self._steps_since_change = self.size_rule.dwell
+        self._trace = MovingAverage()
+        self._spill = _PendingFactor()
+        self._clock: float | None = None
+        self._batch_size = self.size_rule.size_for(loader.batch_size * self.accumulate)
+        self._write_batch_size(self._batch_size)
+        self._lr = StepFactor(optimizer, self._lr_factor)
+        hooks.enabled = True
+        if short_batch == "drop":
+            loader.drop_last = True
+
+    # -- torch's surface
+
+    def step(self, loss: Tensor | float) -> None:
+        """Take the loss of this step, measure, and set the size of the batches drawn from now on.
+
+        Args:
+            loss: the step's loss as it was differentiated over the samples of the step: a scalar tensor or a number, the mean over the samples for
+                loss_reduction='mean' (not divided by `accumulate`), their sum for 'sum'.
+
+        Raises:
+            RuntimeError: a measuring step without a backward pass since the last one, or layers that saw another number of rows than the loader delivered.
+        """
+        value = _scalar(loss)
+        moments = self.hooks.collect() if self.hooks.enabled else None
+        samples = self._samples_of_step(moments)
+        if moments is not None and getattr(self.hooks, "loss_reduction", "mean") == "sum":
+            value /= max(1, samples)
+        dropped = "" if moments is None else _reason_to_drop(moments, value)
+        lr = self._base_lr(moments if not dropped else None)
+        used, wish = self._batch_size, math.nan
+        if moments is not None and not dropped:
+            self._trace.update(moments.variance_trace, moments.n_measured)
+            wish = float(self.controller.propose(moments, loss=value, lr=lr))
+            dropped = "the controller's wish is NaN" if math.isnan(wish) else ""
+        if math.isfinite(wish) or math.isinf(wish):
+            self._move(wish)
+        else:
+            self._steps_since_change += 1
+        self.samples_seen += samples
+        self._record(samples or used, wish, lr, value, moments, dropped)
+        self.step_count += 1
+        self.hooks.enabled = self.step_count % self.every == 0
+
+    def get_last_batch_size(self) -> int:
+        """The size of a step's batch from the next one drawn, in samples (all accumulated passes together)."""
+        return self._batch_size
+
+    def get_last_lr(self) -> list[float]:
+        """The lr of each param group as the last optimizer step used it, spill and short-batch factors included."""
+        return list(self._lr.last_lrs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and tensors: counters, the size, and the states of controller, hooks and diagnostics. The loader's position is the loader's own."""
+        return {
+            "version": 1,
+            "step_count": self.step_count,
+            "samples_seen": self.samples_seen,
+            "batch_size": self._batch_size,
+            "steps_since_change": self._steps_since_change,
+            "spill": self._spill.latest,
+            "trace": self._trace.state_dict(),
+            "enabled": self.hooks.enabled,
+            "controller": self.controller.state_dict(),
+            "hooks": self.hooks.state_dict(),
+            "diagnostics": self.diagnostics.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state_dict(): sets the loader's batch size too.
+
+        Raises:
+            ValueError: unknown version, here or in a part.
+        """
+        check_version(state, 1, "BatchSizeScheduler")
+        self.controller.load_state_dict(state["controller"])
+        self.hooks.load_state_dict(state["hooks"])
+        self.diagnostics.load_state_dict(state["diagnostics"])
+        self._trace.load_state_dict(state["trace"])
+        self.step_count, self.samples_seen = state["step_count"], state["samples_seen"]
+        self._steps_since_change = state["steps_since_change"]
+        self._spill = _PendingFactor(state["spill"])
+        self.hooks.enabled = state["enabled"]
+        self._clock = None
+        self._write_batch_size(state["batch_size"])
+
+    def remove(self) -> None:
+        """Take all hooks off the optimizer and the model."""
+        self._lr.remove()
+        self.hooks.remove()
+
+    # -- parts of a step
+
+    def _choose_effective_lr(self, given: EffectiveLr | None) -> EffectiveLr:
+        if given is None and not getattr(self.controller, "needs_effective_lr", False):
+            return lambda group: float(group["lr"])
+        chosen = effective_lr_for(self.optimizer, given)
+        if given is None and any(group.get("momentum") for group in self.optimizer.param_groups):
+            logger.info("SGD with momentum: the controller is handed the effective lr, lr*(1 - dampening)/(1 - momentum)")
+        return chosen
+
+    def _base_lr(self, moments: GradientMoments | None) -> float:
+        lrs = [self._effective_lr(group) for group in self.optimizer.param_groups]
+        weights = [0.0] * len(lrs)
+        for group, part in (moments.by_group if moments is not None else {}).items():
+            weights[group] = max(0.0, part.variance_trace)
+        if not sum(weights):
+            return lrs[0] if len(lrs) == 1 else sum(lrs) / len(lrs)
+        return sum(lr * weight for lr, weight in zip(lrs, weights, strict=True)) / sum(weights)
+
+    def _samples_of_step(self, moments: GradientMoments | None) -> int:
+        delivered = sum(actual for _, actual in self._recent())
+        if moments is None:
+            return delivered or self._batch_size
+        if delivered and delivered != moments.batch_size and not getattr(self.loader, "runs_ahead", False):
+            raise RuntimeError(
+                f"the layers saw {moments.batch_size} rows in this step, but the loader delivered {delivered} samples. If the model puts another dimension first "
+                "(time first, or samples and positions flattened together), settle its layout with adabatch.check(...); if one step uses several batches, "
+                "pass accumulate="
+            )
+        return moments.batch_size
+
+    def _recent(self) -> list[tuple[int, int]]:
+        """(size asked for, size delivered) of the batches of the present step."""
+        return list(self.loader.recent)[-self.accumulate :]
+
+    def _lr_factor(self) -> float:
+        factor = self._spill.for_batch(self.loader.n_batches)
+        recent = self._recent()
+        if self.short_batch == "scale" and recent:
+            factor *= sum(actual for _, actual in recent) / sum(asked for asked, _ in recent)
+        return factor
+
+    def _move(self, wish: float) -> None:
+        size = self.size_rule.next_size(wish, self._batch_size, self._steps_since_change)
+        self._steps_since_change = 0 if size != self._batch_size else self._steps_since_change + 1
+        if self.spill == "lr":
+            self._spill.set(self.size_rule.spill(wish), after_batch=self.loader.n_batches)
+        self._write_batch_size(size)
+
+    def _write_batch_size(self, size: int) -> None:
+        self._batch_size = size
+        self.loader.batch_size = size // self.accumulate
+
+    def _record(self, samples: int, wish: float, lr: float, loss: float, moments: GradientMoments | None, dropped: str) -> None:
+        now, before = time.perf_counter(), self._clock
+        self._clock = now
+        fields = {}
+        if moments is not None and not dropped:
+            fields = {name: getattr(moments, name) for name in ("variance_trace", "grad_sq_norm", "true_grad_sq_norm")}
+            fields["variance_trace_std_error"] = self._trace.std_error()
+        self.diagnostics.append(
+            step=self.step_count,
+            samples_seen=self.samples_seen,
+            batch_size=samples,
+            proposed_batch_size=wish,
+            next_batch_size=self._batch_size,
+            lr=lr,
+            loss=loss,
+            seconds=math.nan if before is None else now - before,
+            measured=moments is not None,
+            dropped=dropped,
+            **fields,
+        )
+
+
+class _PendingFactor:
+    """A factor that holds for batches delivered after the one it was decided at, whichever of optimizer.step() and scheduler.step() comes first."""
+
+    def __init__(self, latest: float = 1.0):
+        self._before, self.latest, self._after_batch = latest, latest, -1
+
+    def set(self, factor: float, after_batch: int) -> None:
+        self._before, self.latest, self._after_batch = self.for_batch(after_batch), factor, after_batch
+
+    def for_batch(self, n_batches: int) -> float:
+        return self.latest if n_batches > self._after_batch else self._before
+
+
+def _reason_to_drop(moments: GradientMoments, loss: float) -> str:
+    if moments.batch_size < 2:
+        return "batch of one" if moments.batch_size else "empty batch"
+    if not math.isfinite(loss):
+        return "non-finite loss"
+    return "" if moments.is_finite else "non-finite gradient"
+
+
+def _scalar(loss: Tensor | float) -> float:
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"step() takes the scalar loss of the step, got a tensor of shape {tuple(loss.shape)}: reduce it first, e.g. losses.mean()")
+    try:
+        return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+    except TypeError as error:
+        raise TypeError(f"step() takes the loss of the step as a scalar tensor or a number, got {loss!r}") from error
+
+
+def _check_options(loader: Any, *, every: int, spill: str | None, short_batch: str) -> None:
+    problems = []
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        problems.append(f"every must be a positive integer, got {every!r}")
+    if spill not in SPILL:
+        problems.append(f"spill must be one of {SPILL}, got {spill!r}")
+    if short_batch not in SHORT_BATCH:
+        problems.append(f"short_batch must be one of {SHORT_BATCH}, got {short_batch!r}")
+    if not all(hasattr(loader, name) for name in ("batch_size", "recent", "n_batches")):
+        problems.append(f"loader must be an AdaptiveDataLoader or a ResizableBatchSampler, got {type(loader).__name__}: pass a plain DataLoader to adabatch.wrap")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+

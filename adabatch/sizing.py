@@ -1,0 +1,73 @@
+"""From a wished batch size to one that can be used: rounding, bounds, multiples, dwell and hysteresis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """What batch sizes are allowed, and how readily the size moves.
+
+    Args:
+        minimum, maximum: bounds in samples, both included.
+        multiple_of: sizes are multiples of this.
+        dwell: steps that must pass after a change before the next one; 0 for none.
+        hysteresis: relative change up to which the present size is kept; 0 for none.
+
+    Raises:
+        ValueError: bounds that are no positive integers, out of order, or hold no multiple; a negative dwell or hysteresis.
+
+    Example:
+        >>> rule = SizeRule(16, 2048)
+        >>> rule.size_for(2.5), rule.size_for(100.5), rule.size_for(float("inf"))
+        (16, 100, 2048)
+    """
+
+    minimum: int
+    maximum: int
+    multiple_of: int = 1
+    dwell: int = 0
+    hysteresis: float = 0.0
+
+    def __post_init__(self):
+        for name in ("minimum", "maximum", "multiple_of"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                label = {"minimum": "min_batch_size", "maximum": "max_batch_size"}.get(name, name)
+                raise ValueError(f"{label} must be a positive integer, got {value!r}")
+        if self.minimum > self.maximum:
+            raise ValueError(f"min_batch_size ({self.minimum}) must not exceed max_batch_size ({self.maximum})")
+        if self.lowest > self.highest:
+            raise ValueError(f"no multiple of {self.multiple_of} lies between min_batch_size {self.minimum} and max_batch_size {self.maximum}")
+        if self.dwell < 0 or not 0 <= self.hysteresis < math.inf:
+            raise ValueError(f"dwell and hysteresis must be >= 0, got {self.dwell!r} and {self.hysteresis!r}")
+
+    @property
+    def lowest(self) -> int:
+        """The smallest allowed size."""
+        return -(-self.minimum // self.multiple_of) * self.multiple_of
+
+    @property
+    def highest(self) -> int:
+        """The largest allowed size."""
+        return self.maximum // self.multiple_of * self.multiple_of
+
+    def size_for(self, wish: float) -> int:
+        """Round half to even to a multiple, then clip. An infinite wish is clipped too; NaN is a ValueError."""
+        if math.isnan(wish):
+            raise ValueError("the wished batch size is NaN")
+        if math.isinf(wish):
+            return self.highest if wish > 0 else self.lowest
+        return min(max(round(wish / self.multiple_of) * self.multiple_of, self.lowest), self.highest)
+
+    def next_size(self, wish: float, present: int, steps_since_change: int) -> int:
+        """The size to use after this step: size_for(wish), unless dwell or hysteresis keeps the present one."""
+        size = self.size_for(wish)
+        kept = steps_since_change < self.dwell or abs(size - present) <= self.hysteresis * present
+        return present if kept else size
+
+    def spill(self, wish: float) -> float:
+        """Factor on the lr that keeps the noise level of a wish that cannot be met: highest/wish where the wish exceeds it, else 1."""
+        return self.highest / wish if self.highest < wish < math.inf else 1.0

@@ -1,0 +1,101 @@
+"""wrap: wires hooks, loader and scheduler in one call. Nothing imports this module but the package itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from adabatch.coupling import EffectiveLr
+from adabatch.data.loader import AdaptiveDataLoader
+from adabatch.grad_sample import GradSampleHooks
+from adabatch.scheduler import BatchSizeScheduler
+
+
+def wrap(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader | AdaptiveDataLoader,
+    *,
+    controller: Any = None,
+    min_batch_size: int = 16,
+    max_batch_size: int = 2048,
+    loss_reduction: str = "mean",
+    samples: int | None = None,
+    accumulate: int = 1,
+    ignore: Collection[str] = (),
+    seed: int = 0,
+    effective_lr: EffectiveLr | None = None,
+    **scheduler_options: Any,
+) -> tuple[Optimizer, AdaptiveDataLoader, BatchSizeScheduler]:
+    """Let a training loop choose its own batch size.
+
+    The loop stays as it was; after optimizer.step() it calls scheduler.step(loss). The first batch has the loader's own size, clipped to the bounds.
+
+    Args:
+        model: any module whose trainable layers have a grad_sample rule. Wrap before the first compiled run.
+        optimizer: torch.optim.SGD, or another with effective_lr=. The parameters it holds are the ones measured.
+        loader: a map-style DataLoader with a batch_size. A shuffling one gets an order keyed by a seed drawn from its generator; sampler,
+            collate_fn, workers, pinning, generator and worker_init_fn are kept.
+        controller: default adabatch.CABS().
+        min_batch_size, max_batch_size: bounds of a step's size, in samples.
+        loss_reduction: 'mean' or 'sum', of the loss that is differentiated.
+        samples: measure so many samples of each batch; None measures all.
+        accumulate: backward passes per optimizer step in the caller's own accumulation; the loader's batches are that much smaller than the step's.
+        ignore: names of modules to leave out of the measurement.
+        seed: of the choice of measured samples.
+        effective_lr: a callable of a param group, for optimizers other than SGD.
+        scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, spill, short_batch, diagnostics.
+
+    Returns:
+        (optimizer, loader, scheduler): the optimizer itself, the adaptive loader to iterate over, and the scheduler.
+
+    Raises:
+        ValueError: layers that cannot be measured exactly (all listed), an iterable-style loader, bounds out of order.
+        TypeError: a loader or optimizer of another kind.
+
+    Example:
+        >>> import torch
+        >>> model, data = torch.nn.Linear(4, 1), torch.utils.data.TensorDataset(torch.randn(64, 4))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer, loader, scheduler = wrap(model, optimizer, DataLoader(data, batch_size=8, shuffle=True), min_batch_size=8, max_batch_size=64)
+        >>> for (inputs,) in loader:
+        ...     optimizer.zero_grad()
+        ...     loss = (model(inputs) - 1).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     scheduler.step(loss)
+        >>> scheduler.diagnostics.latest.samples_seen
+        64
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    adaptive = loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
+    hooks = GradSampleHooks(
+        model,
+        loss_reduction=loss_reduction,
+        samples=samples,
+        seed=seed,
+        accumulate=accumulate,
+        ignore=ignore,
+        param_groups=[group["params"] for group in optimizer.param_groups],
+        capacity=max_batch_size,
+    )
+    try:
+        scheduler = BatchSizeScheduler(
+            optimizer,
+            adaptive,
+            hooks,
+            controller,
+            min_batch_size=min_batch_size,
+            max_batch_size=max_batch_size,
+            effective_lr=effective_lr,
+            **scheduler_options,
+        )
+    except Exception:
+        hooks.remove()
+        raise
+    return optimizer, adaptive, scheduler
