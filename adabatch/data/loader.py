@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from adabatch.data.sampler import ResizableBatchSampler
 
@@ -72,8 +72,7 @@ class AdaptiveDataLoader:
             raise ValueError(f"the data set is iterable-style ({type(dataset).__name__}): its order cannot be cut into batches by index. Use a map-style data set.")
         if sampler is not None and shuffle:
             raise ValueError("a sampler decides the order: pass either sampler= or shuffle=True")
-        source = dataset if sampler is None else sampler
-        self.batch_sampler = ResizableBatchSampler(source, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        self.batch_sampler = ResizableBatchSampler(dataset, batch_size, shuffle=shuffle, sampler=sampler, seed=seed, drop_last=drop_last)
         self.dataset, self._kwargs = dataset, kwargs
         self._asked: deque[tuple[int, int]] = deque()
         self.recent: deque[tuple[int, int]] = deque(maxlen=4096)
@@ -109,7 +108,8 @@ class AdaptiveDataLoader:
         if _is_plain_shuffle(loader.sampler):
             seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item())
             return cls(loader.dataset, size, True, seed=seed, drop_last=drop_last, **kwargs)
-        adopted = cls(loader.dataset, size, sampler=loader.sampler, drop_last=drop_last, **kwargs)
+        own = None if type(loader.sampler) is SequentialSampler else loader.sampler
+        adopted = cls(loader.dataset, size, sampler=own, drop_last=drop_last, **kwargs)
         if isinstance(batch_sampler, ResizableBatchSampler):
             adopted._adopt(batch_sampler)
         return adopted
