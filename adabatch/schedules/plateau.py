@@ -1,0 +1,105 @@
+"""Growth when a metric stalls: IncreaseBSOnPlateau."""
+
+import math
+
+from torch.utils.data import DataLoader
+
+from adabatch.schedules.arguments import choice, integer, real
+from adabatch.schedules.base import BSScheduler, rounded
+from adabatch.schedules.managers import BatchSizeManager
+
+
+def is_better(value: float, best: float, mode: str, threshold: float, threshold_mode: str) -> bool:
+    """Whether a metric beats the best so far by the threshold: a share of the best ("rel") or an amount ("abs").
+
+    Example:
+        >>> is_better(0.89, 1.0, "min", 0.1, "rel"), is_better(0.95, 1.0, "min", 0.1, "abs")
+        (True, False)
+    """
+    sign = -1.0 if mode == "min" else 1.0
+    bar = best * (1.0 + sign * threshold) if threshold_mode == "rel" else best + sign * threshold
+    return value < bar if mode == "min" else value > bar
+
+
+class IncreaseBSOnPlateau(BSScheduler):
+    """Multiply the batch size by factor when a metric has not improved for more than patience steps.
+
+    Call ``step(metrics=value)``. After a change, cooldown steps pass in which bad ones are not counted.
+
+    Args:
+        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        mode: "min" (the metric should fall) or "max".
+        factor: at least 0 and not 1; below 1 the batch shrinks.
+        patience: bad steps that are tolerated, at least 0.
+        threshold: greater than 0: what counts as an improvement.
+        threshold_mode: "rel": best · (1 ∓ threshold); "abs": best ∓ threshold.
+        cooldown: at least 0.
+
+    Raises:
+        TypeError: an argument is of the wrong type; in a step without ``metrics``.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> schedule = IncreaseBSOnPlateau(DataLoader(range(1000), batch_size=10), patience=1)
+        >>> for loss in (1.0, 1.0, 1.0):
+        ...     schedule.step(metrics=loss)
+        >>> schedule.batch_size
+        20
+    """
+
+    def __init__(
+        self,
+        dataloader: DataLoader | None,
+        mode: str = "min",
+        factor: float = 2.0,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        threshold_mode: str = "rel",
+        cooldown: int = 0,
+        batch_size_manager: BatchSizeManager | None = None,
+        max_batch_size: int | None = None,
+        min_batch_size: int = 1,
+        verbose: bool = False,
+    ):
+        self.mode = choice("mode", mode, ("min", "max"))
+        self.factor = float(real("factor", factor))
+        if self.factor < 0 or self.factor == 1:
+            raise ValueError(f"factor must be at least 0 and not 1, got {factor}.")
+        self.patience = integer("patience", patience, at_least=0)
+        self.threshold = float(real("threshold", threshold, above=0))
+        self.threshold_mode = choice("threshold_mode", threshold_mode, ("rel", "abs"))
+        self.cooldown = integer("cooldown", cooldown, at_least=0)
+        self.best = math.inf if mode == "min" else -math.inf
+        self.num_bad_epochs = 0
+        self.cooldown_counter = 0
+        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+
+    @property
+    def in_cooldown(self) -> bool:
+        """Whether bad steps are not counted for now."""
+        return self.cooldown_counter > 0
+
+    def get_new_bs(self, **kwargs) -> int:
+        """The size for this step, from the keyword argument ``metrics``.
+
+        Raises:
+            TypeError: ``metrics`` is missing.
+        """
+        if self.last_epoch == 0:
+            return self.batch_size
+        if kwargs.get("metrics") is None:
+            raise TypeError("IncreaseBSOnPlateau needs the metric: call step(metrics=value).")
+        value = float(kwargs["metrics"])
+        if is_better(value, self.best, self.mode, self.threshold, self.threshold_mode):
+            self.best = value
+            self.num_bad_epochs = 0
+        else:
+            self.num_bad_epochs += 1
+        if self.in_cooldown:
+            self.cooldown_counter -= 1
+            self.num_bad_epochs = 0
+        if self.num_bad_epochs <= self.patience:
+            return self.batch_size
+        self.cooldown_counter = self.cooldown
+        self.num_bad_epochs = 0
+        return rounded(self.batch_size * self.factor)

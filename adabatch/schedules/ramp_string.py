@@ -1,0 +1,215 @@
+"""Batch-size ramps as large trainers write them: pure functions samples_seen -> batch size, and RampBS that follows one."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from itertools import pairwise
+
+from torch.utils.data import DataLoader
+
+from adabatch.schedules.arguments import function, integer, integers
+from adabatch.schedules.base import BSScheduler, clipped
+from adabatch.schedules.managers import BatchSizeManager
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?)", re.IGNORECASE)
+
+Ramp = Callable[[int], int]
+
+
+def parse_count(text: str) -> int:
+    """A whole number with an optional suffix K, M, B or T (10³, 10⁶, 10⁹, 10¹²), in either case; decimals if the result is whole.
+
+    Raises:
+        ValueError: the text is not of that form, or the number not whole.
+
+    Example:
+        >>> parse_count("1.5B"), parse_count("768")
+        (1500000000, 768)
+    """
+    match = _COUNT.fullmatch(text.strip())
+    count = Decimal(match[1]) * UNITS[match[2].upper()] if match else None
+    if count is None or count != int(count):
+        raise ValueError(f"A count must be a whole number, with a suffix K, M, B or T if need be, got {text!r}.")
+    return int(count)
+
+
+def parse_ramp(text: str) -> list[tuple[int, int]]:
+    """The (samples seen, batch size) pairs of a ramp, such as "0:768 250B:1536 500B:3072".
+
+    Args:
+        text: ``from:size`` pairs separated by spaces or commas. The first starts at 0, each at more than the one before.
+
+    Raises:
+        TypeError: ``text`` is no string.
+        ValueError: it is not of that form.
+
+    Example:
+        >>> parse_ramp("0:768 1.5K:1536")
+        [(0, 768), (1500, 1536)]
+    """
+    if not isinstance(text, str):
+        raise TypeError(f'A ramp must be a string such as "0:768 250B:1536", got {text!r} ({type(text).__name__}).')
+    pairs = []
+    for item in text.replace(",", " ").split():
+        start, colon, size = item.partition(":")
+        if not colon:
+            raise ValueError(f'A ramp is made of from:size pairs such as "250B:1536", got {item!r} in {text!r}.')
+        pairs.append((parse_count(start), integer(f"The batch size of {item!r}", parse_count(size), at_least=1)))
+    starts = [start for start, _ in pairs]
+    if not pairs or starts[0] != 0 or any(later <= start for start, later in pairwise(starts)):
+        raise ValueError(f"A ramp must start at 0 and go on at ever larger counts, got {text!r}.")
+    return pairs
+
+
+def stepwise_ramp(text: str) -> Ramp:
+    """The ramp of a string: the size of the last pair whose start has been reached. Arguments and errors as in :func:`parse_ramp`.
+
+    Example:
+        >>> ramp = stepwise_ramp("0:768 250B:1536")
+        >>> ramp(249_999_999_999), ramp(250_000_000_000)
+        (768, 1536)
+    """
+    starts, sizes = zip(*parse_ramp(text), strict=True)
+    return lambda seen: sizes[bisect_right(starts, seen) - 1]
+
+
+def increment_ramp(start: int, increment: int, samples: int, final: int) -> Ramp:
+    """From start to final in equal steps of increment, spread evenly over samples: start + increment · ⌊seen · steps / samples⌋, at most final.
+
+    Args:
+        start, increment, final: samples per batch; final - start is a multiple of increment.
+        samples: the count at which final is reached, at least 1.
+
+    Raises:
+        TypeError: an argument is no integer.
+        ValueError: one is out of range, or final not start plus a multiple of increment.
+
+    Example:
+        >>> ramp = increment_ramp(start=32, increment=16, samples=1000, final=64)
+        >>> ramp(0), ramp(499), ramp(500), ramp(5000)
+        (32, 32, 48, 64)
+    """
+    start = integer("start", start, at_least=1)
+    increment = integer("increment", increment, at_least=1)
+    samples = integer("samples", samples, at_least=1)
+    final = integer("final", final, at_least=start)
+    if (final - start) % increment:
+        raise ValueError(f"final - start must be a multiple of increment ({increment}), got {final} - {start} = {final - start}.")
+    steps = (final - start) // increment
+    return lambda seen: min(final, start + increment * (seen * steps // samples))
+
+
+def doubling_ramp(start: int, milestones: Sequence[int], factor: int = 2) -> Ramp:
+    """start · factor^(number of milestones reached).
+
+    Args:
+        start: samples per batch, at least 1.
+        milestones: counts, each at least 1.
+        factor: at least 1.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: one is out of range.
+
+    Example:
+        >>> ramp = doubling_ramp(64, milestones=[1000, 3000])
+        >>> ramp(0), ramp(1000), ramp(3000)
+        (64, 128, 256)
+    """
+    start = integer("start", start, at_least=1)
+    milestones = sorted(integers("milestones", milestones, at_least=1))
+    factor = integer("factor", factor, at_least=1)
+    return lambda seen: start * factor ** bisect_right(milestones, seen)
+
+
+def check_divisible(batch_size: int, world_size: int = 1, micro_batch_size: int = 1) -> int:
+    """The batch size, if world_size processes can share it in whole micro-batches.
+
+    Raises:
+        ValueError: it is no multiple of world_size · micro_batch_size.
+
+    Example:
+        >>> check_divisible(768, world_size=8, micro_batch_size=4)
+        768
+    """
+    unit = world_size * micro_batch_size
+    if batch_size % unit:
+        below = batch_size // unit * unit
+        raise ValueError(
+            f"Batch size {batch_size} is no multiple of {unit} = world size {world_size} x micro-batch size {micro_batch_size}; "
+            f"the nearest that are: {f'{below}, ' if below else ''}{below + unit}."
+        )
+    return batch_size
+
+
+class RampBS(BSScheduler):
+    """Follow a ramp by samples seen: call ``step(samples=n)`` with the size of the batch just stepped. Never finished, unless a size exceeds a bound.
+
+    Divisibility is checked when a size comes into use, not before: a run resumed on other machines need not divide the sizes it has left behind.
+
+    Args:
+        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        ramp: a string as in :func:`parse_ramp`, or a function samples_seen -> batch size.
+        tokens_per_sample: where the ramp counts tokens: the length of a sample; the batch sizes stay in samples.
+        world_size, micro_batch_size: every size in use must be a multiple of their product.
+
+    Raises:
+        TypeError: an argument is of the wrong type; in :meth:`step`: ``samples`` is missing.
+        ValueError: an argument is out of range; when a size is used that is not divisible.
+
+    Example:
+        >>> schedule = RampBS(DataLoader(range(4000), batch_size=1), "0:64 1K:128")
+        >>> schedule.step(samples=64)
+        >>> schedule.batch_size
+        64
+        >>> schedule.step(samples=936)
+        >>> schedule.batch_size
+        128
+    """
+
+    unsaved = (*BSScheduler.unsaved, "world_size", "micro_batch_size")
+
+    def __init__(
+        self,
+        dataloader: DataLoader | None,
+        ramp: str | Ramp,
+        tokens_per_sample: int = 1,
+        world_size: int = 1,
+        micro_batch_size: int = 1,
+        batch_size_manager: BatchSizeManager | None = None,
+        max_batch_size: int | None = None,
+        min_batch_size: int = 1,
+        verbose: bool = False,
+    ):
+        self.ramp = function("ramp", ramp) if callable(ramp) else stepwise_ramp(ramp)
+        self.tokens_per_sample = integer("tokens_per_sample", tokens_per_sample, at_least=1)
+        self.world_size = integer("world_size", world_size, at_least=1)
+        self.micro_batch_size = integer("micro_batch_size", micro_batch_size, at_least=1)
+        self.samples_seen = 0
+        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+
+    def get_new_bs(self, **kwargs) -> int:
+        """The ramp's size after the keyword argument ``samples`` more.
+
+        Raises:
+            TypeError: ``samples`` is missing.
+            ValueError: the size is not divisible.
+        """
+        if self.last_epoch > 0:
+            if kwargs.get("samples") is None:
+                raise TypeError("RampBS is stepped by samples: call step(samples=n) with the size of the batch just stepped.")
+            self.samples_seen += integer("samples", kwargs["samples"], at_least=0)
+        new_bs = self.ramp(self.samples_seen * self.tokens_per_sample)
+        check_divisible(clipped(new_bs, self.min_batch_size, self.max_batch_size), self.world_size, self.micro_batch_size)
+        return new_bs
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in :class:`BSScheduler`; world_size and micro_batch_size stay those given here.
+
+        Raises:
+            ValueError: the size in use is not divisible here, or the state is of another version or kind.
+        """
+        check_divisible(state_dict["sizes"]["batch_size"], self.world_size, self.micro_batch_size)
+        super().load_state_dict(state_dict)
