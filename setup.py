@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 EXAMPLES = ["scikit-learn", "matplotlib", "tqdm"]
-TEST = [*EXAMPLES, "pytest", "pytest-timeout", "hypothesis", "ruff"]
+TEST = [*EXAMPLES, "pytest", "pytest-timeout", "hypothesis", "ruff", "bs-scheduler", "linearlr"]
 
 setup(
     name="adabatch",
