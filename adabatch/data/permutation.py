@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import math
-import operator
 
 import numpy as np
+
+from adabatch.data.arguments import MAX_SAMPLES, checked_int
 
 # Sixteen are what it takes until all 720 orders of six samples are equally likely; large n would do with eight.
 _ROUNDS = 16
 _MASK = 2**64 - 1
 # The increment and the multipliers of splitmix64.
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-MAX_SAMPLES = 2**62
-
-
-def checked_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """``value`` as a Python int within ``low … high``.
-
-    Raises:
-        TypeError: ``value`` is no integer (bool and float are none either).
-        ValueError: ``value`` is out of range.
-    """
-    allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
-    return number
 
 
 class KeyedPermutation:
     """A pseudo-random permutation π of 0 … n−1, drawn by the key (seed, epoch) and evaluated at any position by itself.
 
-    Memory is constant and any position can be asked for at once, so an order of 10¹⁰ samples costs no more than one of ten, a run can be resumed from a position
-    alone, and processes can read disjoint parts of one order without talking to each other.
+    Memory is constant and any position can be asked for at once, so an order of 10¹⁰ samples costs no more than one of ten, a run can be resumed from a
+    position alone, and processes can read disjoint parts of one order without talking to each other.
 
     The order is part of the checkpoint format: 64-bit integer arithmetic only, the same on every platform, never to be changed within a format version.
     With all arithmetic modulo 2⁶⁴, φ = 0x9E3779B97F4A7C15 and the finaliser of splitmix64::
@@ -66,7 +47,7 @@ class KeyedPermutation:
         >>> order = KeyedPermutation(10, seed=0, epoch=0)
         >>> sorted(order(slice(None)).tolist())
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-        >>> order(7) == order([7, 8])[0]
+        >>> order([7, 8]).tolist() == [order(7), order(8)]
         True
         >>> len(KeyedPermutation(10**10, seed=0, epoch=0)(range(5_000_000_000, 5_000_000_064)))
         64

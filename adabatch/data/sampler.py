@@ -8,9 +8,10 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
 
-from adabatch.data.permutation import MAX_SAMPLES, KeyedPermutation, checked_int
+from adabatch.data.arguments import checked_int, checked_sampler, is_sampler, sample_count
+from adabatch.data.permutation import KeyedPermutation
 
 _VERSION = 1
 # Indices worked out at a time: enough to make NumPy's cost per call small, few enough for the first batch to come at once.
@@ -45,7 +46,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
         shuffle, seed: as given; load_state_dict sets the seed to the saved one.
 
     Raises:
-        TypeError: an argument of the wrong type, a data set without length, an iterator that is used up after one epoch.
+        TypeError: an argument of the wrong type, a data set without length, an iterator that is used up after one epoch, a batch sampler.
         ValueError: a number out of range, or a sampler together with ``shuffle``.
 
     Example:
@@ -75,15 +76,15 @@ class ResizableBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        if sampler is None and _is_sampler(data_source):
+        if sampler is None and is_sampler(data_source):
             sampler = data_source
         for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r} of type {type(flag).__name__}.")
         if sampler is not None and shuffle:
             raise ValueError(f"shuffle=True, but the order is the sampler's own ({type(sampler).__name__}). Pass either a sampler or shuffle=True.")
-        self.sampler = None if sampler is None else _checked_sampler(sampler)
-        self._num_samples = _count(data_source) if sampler is None else None
+        self.sampler = None if sampler is None else checked_sampler(sampler)
+        self._num_samples = sample_count(data_source) if sampler is None else None
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = checked_int("seed", seed, 0, 2**64 - 1)
@@ -190,6 +191,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
 
         Raises:
             ValueError: an unknown version, missing or unknown entries, or a state of another data set or another kind of order. Nothing is changed then.
+            TypeError: an entry that should be an integer is none. Nothing is changed then.
 
         Warns:
             UserWarning: a random sampler of torch's without a generator cannot repeat its order.
@@ -201,8 +203,8 @@ class ResizableBatchSampler(Sampler[list[int]]):
             raise ValueError(f"The sampler's state must have the entries {sorted(_KEYS)}, got {sorted(state)}.")
         saved = tuple(state[key] for key in ("num_samples", "shuffle")) + tuple(state[key] is not None for key in ("sampler", "generator"))
         here = (self._num_samples, self.shuffle, self._stateful, self._generator is not None)
-        names = ("num_samples", "shuffle", "sampler with a state_dict", "sampler with a generator")
         if saved != here:
+            names = ("num_samples", "shuffle", "sampler with a state_dict", "sampler with a generator")
             differing = ", ".join(f"{name}: saved {theirs}, here {ours}" for name, theirs, ours in zip(names, saved, here, strict=True) if theirs != ours)
             raise ValueError(f"The state belongs to another order of samples ({differing}). Build the sampler as in the run that saved it.")
         epoch = checked_int("epoch", state["epoch"], 0, 2**64 - 1)
@@ -220,8 +222,8 @@ class ResizableBatchSampler(Sampler[list[int]]):
             self._restore = state["generator"]
             if position and self._restore is None and isinstance(self.sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
                 warnings.warn(
-                    f"{type(self.sampler).__name__} has no generator, so its order cannot be repeated: resumed at position {position} of a new order, the epoch "
-                    "repeats some samples and leaves out others. Give the sampler a generator, or use shuffle=True of ResizableBatchSampler.",
+                    f"{type(self.sampler).__name__} has no generator, so its order cannot be repeated: resumed at position {position} of a new order, the "
+                    "epoch repeats some samples and leaves out others. Give the sampler a generator, or use shuffle=True of ResizableBatchSampler.",
                     stacklevel=2,
                 )
 
@@ -279,23 +281,3 @@ class ResizableBatchSampler(Sampler[list[int]]):
             self._begun_from = self._generator.get_state()
         self._restore = None
         return islice(self.sampler, 0 if self._stateful else start, None)
-
-
-def _is_sampler(source: object) -> bool:
-    return isinstance(source, Sampler) or (isinstance(source, Iterable) and not hasattr(source, "__getitem__"))
-
-
-def _checked_sampler(sampler: Any) -> Iterable[int]:
-    if not isinstance(sampler, Iterable):
-        raise TypeError(f"sampler must be an iterable of indices, got {sampler!r} of type {type(sampler).__name__}.")
-    if isinstance(sampler, Iterator):
-        raise TypeError(f"sampler must start anew at each iter(), got {sampler!r}, an iterator, which is used up after one epoch. Pass a list or a Sampler.")
-    return sampler
-
-
-def _count(source: Any) -> int:
-    if isinstance(source, IterableDataset):
-        raise TypeError(f"{type(source).__name__} is an iterable-style data set, which has no indices to sample. Pass a map-style data set.")
-    if not isinstance(source, Sized):
-        return checked_int("data_source must have a length, or", source, 0, MAX_SAMPLES)
-    return len(source)
