@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.averages import MovingAverage, check_smoothing
 from adabatch.estimators.moments import GradientMoments
 from adabatch.state import check_version
 
@@ -18,8 +18,8 @@ class CABS:
 
     Plain SGD is treated as published; with momentum the scheduler hands in lr·(1 − dampening)/(1 − momentum), an extension of ours.
 
-    By theory and simulation, not by the paper: with f_star = 0 the rule stalls at an excess loss of F*/(4·scale − 1) whatever the lr, where F* is the floor of the
-    loss, and with f_star = F* exactly it runs to its upper bound near the floor. It picks where noise and progress balance; it does not save samples.
+    By theory and simulation, not by the paper: with f_star = 0 the rule stalls at an excess loss of F*/(4·scale − 1) whatever the lr, where F* is the floor of
+    the loss, and with f_star = F* exactly it runs to its upper bound near the floor. It picks where noise and progress balance; it does not save samples.
 
     Args:
         scale: factor c on the rule, > 0.
@@ -44,12 +44,9 @@ class CABS:
     version = 1
 
     def __init__(self, scale: float = 1.0, f_star: float = 0.0, smoothing: float = 0.95, eps: float = 0.0):
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be a positive number, got {scale!r}")
+        _check_factors(scale, eps)
         if not math.isfinite(f_star):
             raise ValueError(f"f_star must be a finite number, got {f_star!r}")
-        if not (math.isfinite(eps) and eps >= 0):
-            raise ValueError(f"eps must be a number >= 0, got {eps!r}")
         self.scale, self.f_star, self.eps = scale, f_star, eps
         self.trace, self.loss = MovingAverage(smoothing), MovingAverage(smoothing)
 
@@ -98,6 +95,12 @@ class ReferenceCABS:
     bias-corrected, so the first wishes are low. They are updated before use. The code then rounds half to even and clips to 16..2048: bounds that the
     scheduler applies.
 
+    Args:
+        scale, smoothing, eps: as in CABS.
+
+    Raises:
+        ValueError: an argument out of range.
+
     Example:
         >>> import torch
         >>> moments = GradientMoments(batch_size=2, sq_norms=torch.tensor([1.0, 3.0]), grad_sq_norm=1.0)
@@ -112,6 +115,8 @@ class ReferenceCABS:
     version = 1
 
     def __init__(self, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0):
+        _check_factors(scale, eps)
+        check_smoothing(smoothing)
         self.scale, self.smoothing, self.eps = scale, smoothing, eps
         self.trace_average, self.loss_average = 0.0, 1.0
 
@@ -120,7 +125,11 @@ class ReferenceCABS:
         keep = self.smoothing
         self.loss_average = keep * self.loss_average + (1 - keep) * loss
         self.trace_average = keep * self.trace_average + (1 - keep) * moments.biased_variance_trace
-        return self.scale * lr * self.trace_average / (self.loss_average + self.eps)
+        numerator, gap = self.scale * lr * self.trace_average, self.loss_average + self.eps
+        if gap:
+            return numerator / gap
+        # What floats give in the authors' code, where Python would raise.
+        return math.copysign(math.inf, numerator) if numerator else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, as plain numbers."""
@@ -137,3 +146,10 @@ class ReferenceCABS:
 
     def __repr__(self) -> str:
         return f"CABS.reference(scale={self.scale}, smoothing={self.smoothing}, eps={self.eps})"
+
+
+def _check_factors(scale: float, eps: float) -> None:
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive number, got {scale!r}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be a number >= 0, got {eps!r}")

@@ -38,8 +38,7 @@ class MovingAverage:
     __slots__ = ("average", "count", "decays", "smoothing", "square_weights", "squares", "weights")
 
     def __init__(self, smoothing: float = 0.95):
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing is {smoothing!r}, but must be a number from 0 (no smoothing) to below 1; 0.95 is usual.")
+        check_smoothing(smoothing)
         self.smoothing = smoothing
         self.average = math.nan
         self.count = 0
@@ -87,3 +86,16 @@ class MovingAverage:
             raise ValueError(f"The state of a moving average lacks {missing}; pass what MovingAverage.state_dict() returned.")
         for name in self.__slots__:
             setattr(self, name, state[name])
+
+
+def check_smoothing(smoothing: float) -> None:
+    """Refuse a decay outside [0, 1).
+
+    Raises:
+        ValueError: smoothing out of range.
+
+    Example:
+        >>> check_smoothing(0.95)
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is {smoothing!r}, but must be a number from 0 (no smoothing) to below 1; 0.95 is usual.")

@@ -1,0 +1,118 @@
+"""What every controller promises the scheduler: one row a controller."""
+
+import inspect
+import io
+import math
+
+import pytest
+import torch
+
+import adabatch.controllers
+from adabatch import CABS, GradientMoments
+
+CONTROLLERS = {
+    "CABS": lambda: CABS(scale=0.5, f_star=0.1, smoothing=0.9, eps=0.01),
+    "CABS.reference": lambda: CABS.reference(scale=0.5, smoothing=0.9, eps=0.01),
+}
+every_controller = pytest.mark.parametrize("make", CONTROLLERS.values(), ids=CONTROLLERS)
+
+
+def run(controller, seed, steps=20):
+    """The wishes of a run of random moments, losses and rates."""
+    generator = torch.Generator().manual_seed(seed)
+    wishes = []
+    for _ in range(steps):
+        m = int(torch.randint(2, 65, (), generator=generator))
+        sq_norms = torch.rand(m, generator=generator) * 30
+        uniform = torch.rand(3, generator=generator).tolist()
+        moments = GradientMoments(batch_size=m, sq_norms=sq_norms, grad_sq_norm=uniform[0] * float(sq_norms.mean()))
+        wishes.append(controller.propose(moments, loss=0.5 + uniform[1], lr=uniform[2]))
+    return wishes
+
+
+def test_every_public_controller_has_a_row():
+    public = {getattr(adabatch.controllers, name) for name in adabatch.controllers.__all__}
+    covered = {type(make()) for make in CONTROLLERS.values()}
+    assert {item for item in public if inspect.isclass(item)} <= covered
+
+
+@every_controller
+def test_propose_takes_moments_and_the_loss_and_lr_by_name(make):
+    parameters = inspect.signature(make().propose).parameters
+    assert list(parameters) == ["moments", "loss", "lr"]
+    assert parameters["loss"].kind is parameters["lr"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@every_controller
+def test_wishes_are_plain_finite_floats(make):
+    wishes = run(make(), seed=0)
+    assert all(type(wish) is float and math.isfinite(wish) and wish >= 0 for wish in wishes)
+
+
+@every_controller
+def test_wishes_are_neither_rounded_nor_bounded(make):
+    moments = GradientMoments(batch_size=2, sq_norms=torch.tensor([3e9, 3e9]), grad_sq_norm=0.7)
+    assert make().propose(moments, loss=1.0, lr=1.0) > 1e6
+    assert any(wish != round(wish) for wish in run(make(), seed=3))
+
+
+@every_controller
+def test_wishes_depend_on_nothing_but_what_was_handed_in(make):
+    torch.manual_seed(0)
+    first = run(make(), seed=1)
+    torch.manual_seed(1)
+    assert run(make(), seed=1) == first
+
+
+@every_controller
+def test_a_saved_state_goes_on_bit_for_bit(make):
+    whole = make()
+    run(whole, seed=1)
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    resumed = make()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.state_dict() == whole.state_dict()
+    assert run(resumed, seed=2) == run(whole, seed=2)
+
+
+@every_controller
+def test_the_fresh_state_goes_on_too(make):
+    used = make()
+    run(used, seed=1)
+    used.load_state_dict(make().state_dict())
+    assert run(used, seed=2) == run(make(), seed=2)
+
+
+@every_controller
+@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+def test_an_unknown_version_is_an_error_and_changes_nothing(make, version):
+    controller = make()
+    run(controller, seed=1)
+    state = {**controller.state_dict(), "version": version}
+    if version is None:
+        del state["version"]
+    twin = make()
+    run(twin, seed=1)
+    with pytest.raises(ValueError, match=rf"{type(controller).__name__} has version {version!r}"):
+        controller.load_state_dict(state)
+    assert run(controller, seed=2) == run(twin, seed=2)
+
+
+@every_controller
+def test_a_state_is_a_snapshot(make):
+    controller = make()
+    run(controller, seed=1)
+    state = controller.state_dict()
+    before = repr(state)
+    run(controller, seed=2)
+    assert repr(state) == before
+
+
+@every_controller
+def test_the_repr_builds_the_same_controller(make):
+    controller = make()
+    twin = eval(repr(controller), {"CABS": CABS})
+    assert type(twin) is type(controller)
+    assert run(twin, seed=1) == run(controller, seed=1)
