@@ -41,8 +41,10 @@ class SizeRule:
             raise ValueError(f"min_batch_size ({self.minimum}) must not exceed max_batch_size ({self.maximum})")
         if self.lowest > self.highest:
             raise ValueError(f"no multiple of {self.multiple_of} lies between min_batch_size {self.minimum} and max_batch_size {self.maximum}")
-        if self.dwell < 0 or not 0 <= self.hysteresis < math.inf:
-            raise ValueError(f"dwell and hysteresis must be >= 0, got {self.dwell!r} and {self.hysteresis!r}")
+        if not isinstance(self.dwell, int) or self.dwell < 0:
+            raise ValueError(f"dwell must be an integer >= 0, got {self.dwell!r}")
+        if not 0 <= self.hysteresis < math.inf:
+            raise ValueError(f"hysteresis must be a number >= 0, got {self.hysteresis!r}")
 
     @property
     def lowest(self) -> int:
@@ -63,10 +65,10 @@ class SizeRule:
         return min(max(round(wish / self.multiple_of) * self.multiple_of, self.lowest), self.highest)
 
     def next_size(self, wish: float, present: int, steps_since_change: int) -> int:
-        """The size to use after this step: size_for(wish), unless dwell or hysteresis keeps the present one."""
+        """The size to use after this step: size_for(wish), unless dwell or hysteresis keeps the present one, which must itself be allowed."""
         size = self.size_for(wish)
         kept = steps_since_change < self.dwell or abs(size - present) <= self.hysteresis * present
-        return present if kept else size
+        return present if kept and self.size_for(present) == present else size
 
     def spill(self, wish: float) -> float:
         """Factor on the lr that keeps the noise level of a wish that cannot be met: highest/wish where the wish exceeds it, else 1."""

@@ -1,0 +1,127 @@
+"""From wishes to sizes: properties that must hold for every wish and every bound."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from adabatch.sizing import SizeRule
+
+wishes = st.floats(allow_nan=False)
+counts = st.integers(1, 5000)
+
+
+@st.composite
+def rules(draw, **options):
+    minimum, span, multiple_of = draw(counts), draw(st.integers(0, 5000)), draw(st.integers(1, 70))
+    assume(-(-minimum // multiple_of) * multiple_of <= minimum + span)
+    return SizeRule(minimum, minimum + span, multiple_of, **options)
+
+
+@given(rules(), wishes)
+def test_sizes_are_multiples_within_the_bounds(rule, wish):
+    size = rule.size_for(wish)
+    assert type(size) is int
+    assert rule.minimum <= size <= rule.maximum
+    assert size % rule.multiple_of == 0
+
+
+@given(rules(), st.floats(-1e4, 2e4))
+def test_no_allowed_size_is_nearer_to_the_wish(rule, wish):
+    allowed = range(rule.lowest, rule.highest + 1, rule.multiple_of)
+    # wish / multiple is a float: where it rounds to a tie, the tie's even side may lie farther away by that rounding.
+    slack = Fraction(wish) * Fraction(2) ** -52
+    assert abs(rule.size_for(wish) - Fraction(wish)) <= min(abs(size - Fraction(wish)) for size in allowed) + abs(slack)
+
+
+@given(st.floats(-100, 3000))
+def test_rounds_half_to_even_then_clips(wish):
+    assert SizeRule(16, 2048).size_for(wish) == int(np.clip(np.rint(wish), 16, 2048))
+
+
+@given(st.integers(0, 4000), st.integers(1, 64))
+def test_ties_go_to_even_multiples(k, multiple_of):
+    tie = (k + 0.5) * multiple_of
+    nearest = k + k % 2
+    assert SizeRule(1, 10**6, multiple_of).size_for(tie) == max(nearest, 1) * multiple_of
+
+
+@given(rules(), wishes, wishes)
+def test_a_larger_wish_never_gets_a_smaller_size(rule, one, other):
+    low, high = sorted((one, other))
+    assert rule.size_for(low) <= rule.size_for(high)
+
+
+@given(rules())
+def test_an_allowed_size_is_kept_as_it_is(rule):
+    for size in (rule.lowest, rule.highest):
+        assert rule.size_for(size) == size
+    assert rule.size_for(math.inf) == rule.highest
+    assert rule.size_for(-math.inf) == rule.lowest
+
+
+def test_a_nan_wish_is_an_error():
+    with pytest.raises(ValueError, match="NaN"):
+        SizeRule(1, 2).size_for(math.nan)
+
+
+@given(rules(), wishes)
+def test_spill_keeps_the_ratio_of_lr_to_size(rule, wish):
+    factor = rule.spill(wish)
+    assert 0 < factor <= 1 or (factor == 0 and wish > 1e300)
+    if wish <= rule.highest:
+        assert factor == 1
+    elif wish < math.inf:
+        assert factor * wish == pytest.approx(rule.highest, rel=1e-12)
+
+
+@given(rules(dwell=3), wishes, st.integers(0, 10))
+def test_dwell_holds_the_size_for_so_many_steps(rule, wish, waited):
+    expected = rule.lowest if waited < 3 else rule.size_for(wish)
+    assert rule.next_size(wish, rule.lowest, waited) == expected
+
+
+@given(st.integers(16, 2048), st.floats(1, 4000), st.floats(0, 1))
+def test_hysteresis_keeps_the_size_within_the_relative_change(present, wish, hysteresis):
+    rule = SizeRule(16, 2048, hysteresis=hysteresis)
+    size, plain = rule.next_size(wish, present, 0), SizeRule(16, 2048).size_for(wish)
+    assert size == (present if Fraction(abs(plain - present), present) <= Fraction(hysteresis) else plain) or math.isclose(
+        abs(plain - present), hysteresis * present
+    )
+
+
+@pytest.mark.parametrize(("wish", "size"), [(100, 100), (109, 100), (110, 100), (111, 111), (90, 100), (89, 89)])
+def test_hysteresis_by_hand(wish, size):
+    assert SizeRule(1, 1000, hysteresis=0.1).next_size(wish, 100, 0) == size
+
+
+@given(rules(hysteresis=0.5), counts, wishes)
+def test_a_present_size_that_is_not_allowed_is_left_at_once(rule, present, wish):
+    size = rule.next_size(wish, present, 0)
+    assert rule.size_for(size) == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"minimum": 0}, "min_batch_size must be a positive integer, got 0"),
+        ({"minimum": 2.0}, "min_batch_size must be a positive integer, got 2.0"),
+        ({"maximum": True}, "max_batch_size must be a positive integer, got True"),
+        ({"minimum": 32, "maximum": 16}, r"min_batch_size \(32\) must not exceed max_batch_size \(16\)"),
+        ({"multiple_of": 0}, "multiple_of must be a positive integer, got 0"),
+        ({"minimum": 17, "maximum": 31, "multiple_of": 16}, "no multiple of 16 lies between min_batch_size 17 and max_batch_size 31"),
+        ({"dwell": -1}, "dwell must be an integer >= 0, got -1"),
+        ({"dwell": 1.5}, "dwell must be an integer >= 0, got 1.5"),
+        ({"dwell": math.nan}, "dwell must be an integer >= 0, got nan"),
+        ({"dwell": "2"}, "dwell must be an integer >= 0, got '2'"),
+        ({"hysteresis": -0.1}, "hysteresis must be a number >= 0, got -0.1"),
+        ({"hysteresis": math.nan}, "hysteresis must be a number >= 0, got nan"),
+        ({"hysteresis": math.inf}, "hysteresis must be a number >= 0, got inf"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SizeRule(**{"minimum": 16, "maximum": 2048, **arguments})
