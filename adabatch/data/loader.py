@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class AdaptiveDataLoader:
         n_batches: batches delivered so far, over all epochs.
 
     Raises:
-        ValueError: an iterable-style data set, or a loader without a sampler.
+        ValueError: an iterable-style data set, a sampler together with shuffle, or in_order=False.
 
     Example:
         >>> loader = AdaptiveDataLoader(torch.arange(10), batch_size=4)
@@ -69,15 +69,16 @@ class AdaptiveDataLoader:
         **kwargs: Any,
     ):
         if isinstance(dataset, IterableDataset):
-            raise ValueError(f"the data set is iterable-style ({type(dataset).__name__}): its order cannot be cut into batches by index. Use a map-style data set.")
+            raise ValueError(f"the data set is iterable-style ({type(dataset).__name__}), which has no indices to batch. Use one with __getitem__ and __len__.")
         if sampler is not None and shuffle:
             raise ValueError("a sampler decides the order: pass either sampler= or shuffle=True")
+        if kwargs.get("in_order") is False:
+            raise ValueError("in_order=False lets batches overtake each other, so that the size of the one delivered is not known. Leave in_order at True.")
         self.batch_sampler = ResizableBatchSampler(dataset, batch_size, shuffle=shuffle, sampler=sampler, seed=seed, drop_last=drop_last)
         self.dataset, self._kwargs = dataset, kwargs
-        self._asked: deque[tuple[int, int]] = deque()
         self.recent: deque[tuple[int, int]] = deque(maxlen=4096)
         self.n_batches = 0
-        self._loader = DataLoader(dataset, batch_sampler=_Recorded(self.batch_sampler, self._asked), **kwargs)
+        self._loader = DataLoader(dataset, batch_sampler=self.batch_sampler, **kwargs)
 
     @classmethod
     def from_loader(cls, loader: DataLoader) -> AdaptiveDataLoader:
@@ -92,11 +93,12 @@ class AdaptiveDataLoader:
         if not isinstance(loader, DataLoader):
             raise TypeError(f"loader must be a torch.utils.data.DataLoader or an adabatch.AdaptiveDataLoader, got {type(loader).__name__}")
         kwargs = {name: getattr(loader, name) for name in KEPT if hasattr(loader, name)}
-        if not loader.pin_memory_device:
-            kwargs.pop("pin_memory_device")
+        if not kwargs.get("pin_memory_device"):
+            kwargs.pop("pin_memory_device", None)
         batch_sampler = loader.batch_sampler
         if isinstance(loader.dataset, IterableDataset):
-            raise ValueError(f"the loader's data set is iterable-style ({type(loader.dataset).__name__}): wrap needs a map-style data set, with __getitem__ and __len__")
+            name = type(loader.dataset).__name__
+            raise ValueError(f"the loader's data set is iterable-style ({name}), which has no indices to batch. Use one with __getitem__ and __len__.")
         if batch_sampler is None:
             raise ValueError("the loader has no batch sampler (batch_size=None): there is no batch size to set. Build it with a batch_size.")
         if not isinstance(batch_sampler, ResizableBatchSampler) and loader.batch_size is None:
@@ -105,10 +107,10 @@ class AdaptiveDataLoader:
                 "Build the loader with batch_size= and sampler=, or give it a ResizableBatchSampler."
             )
         size, drop_last = batch_sampler.batch_size, batch_sampler.drop_last
-        if _is_plain_shuffle(loader.sampler):
-            seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item())
+        if _is_plain_shuffle(loader):
+            seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.sampler.generator).item())
             return cls(loader.dataset, size, True, seed=seed, drop_last=drop_last, **kwargs)
-        own = None if type(loader.sampler) is SequentialSampler else loader.sampler
+        own = None if _is_sequential(loader) else loader.sampler
         adopted = cls(loader.dataset, size, sampler=own, drop_last=drop_last, **kwargs)
         if isinstance(batch_sampler, ResizableBatchSampler):
             adopted._adopt(batch_sampler)
@@ -116,7 +118,7 @@ class AdaptiveDataLoader:
 
     def _adopt(self, batch_sampler: ResizableBatchSampler) -> None:
         self.batch_sampler = batch_sampler
-        self._loader = DataLoader(self.dataset, batch_sampler=_Recorded(batch_sampler, self._asked), **self._kwargs)
+        self._loader = DataLoader(self.dataset, batch_sampler=batch_sampler, **self._kwargs)
 
     @property
     def batch_size(self) -> int:
@@ -137,35 +139,35 @@ class AdaptiveDataLoader:
         self.batch_sampler.drop_last = drop
 
     def __iter__(self) -> Iterator[Any]:
-        self._asked.clear()
-        for batch in self._loader:
-            self.recent.append(self._asked.popleft())
+        drawn_before = self.batch_sampler.n_batches
+        for delivered, batch in enumerate(self._loader, start=1):
+            ahead = self.batch_sampler.n_batches - drawn_before - delivered
+            self.recent.append(self.batch_sampler.recent[-1 - ahead])
             self.n_batches += 1
             yield batch
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of a whole epoch.
+
+        Raises:
+            TypeError: the caller's own sampler has no length.
+        """
+        return self.batch_sampler.num_samples
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, and with it the order, of the next iteration."""
         self.batch_sampler.set_epoch(epoch)
 
 
-class _Recorded:
-    """Hands batches of indices through and notes (size asked for, size drawn) of each, in the order they will be delivered."""
-
-    def __init__(self, batch_sampler: ResizableBatchSampler, asked: deque[tuple[int, int]]):
-        self.batch_sampler, self._asked = batch_sampler, asked
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batch_sampler:
-            self._asked.append((self.batch_sampler.batch_size, len(batch)))
-            yield batch
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
+def _is_plain_shuffle(loader: DataLoader) -> bool:
+    """Whether the order is a fresh permutation of the whole data set at each epoch."""
+    sampler = loader.sampler
+    return type(sampler) is RandomSampler and sampler.data_source is loader.dataset and not sampler.replacement and sampler.num_samples == len(loader.dataset)
 
 
-def _is_plain_shuffle(sampler: Any) -> bool:
-    whole = isinstance(getattr(sampler, "data_source", None), Sized)
-    return type(sampler) is RandomSampler and whole and not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+def _is_sequential(loader: DataLoader) -> bool:
+    return type(loader.sampler) is SequentialSampler and loader.sampler.data_source is loader.dataset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from itertools import chain, islice
 from typing import Any
@@ -44,6 +45,9 @@ class ResizableBatchSampler(Sampler[list[int]]):
     Attributes:
         sampler: the caller's own sampler, or None.
         shuffle, seed: as given; load_state_dict sets the seed to the saved one.
+        n_batches: batches drawn so far, over all epochs.
+        recent: (size asked for, size drawn) of the last batches drawn, newest last.
+        runs_ahead: batches are drawn before they are delivered, where a DataLoader has workers.
 
     Raises:
         TypeError: an argument of the wrong type, a data set without length, an iterator that is used up after one epoch, a batch sampler.
@@ -65,6 +69,8 @@ class ResizableBatchSampler(Sampler[list[int]]):
         >>> next(iter(resumed))
         [3, 4, 5]
     """
+
+    runs_ahead = True
 
     def __init__(
         self,
@@ -89,6 +95,8 @@ class ResizableBatchSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = checked_int("seed", seed, 0, 2**64 - 1)
         self.drop_last = drop_last
+        self.n_batches = 0
+        self.recent: deque[tuple[int, int]] = deque(maxlen=4096)
         self._epoch = 0
         self._position = 0
         # Which iterator is the newest, and whether it has drawn anything: an epoch begun is not begun again.
@@ -253,6 +261,8 @@ class ResizableBatchSampler(Sampler[list[int]]):
             if not batch or (self.drop_last and len(batch) < size):
                 break
             self._position += len(batch)
+            self.n_batches += 1
+            self.recent.append((size, len(batch)))
             yield batch
             self._check_newest(generation)
         self._go_to(self._epoch + 1)
