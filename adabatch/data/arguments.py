@@ -47,7 +47,7 @@ def checked_sampler(sampler: Any) -> Iterable[int]:
         raise TypeError(f"sampler must be an iterable of indices, got {sampler!r} of type {kind}.")
     if isinstance(sampler, Iterator):
         raise TypeError(f"sampler must start anew at each iter(), got an iterator ({kind}), which is used up after one epoch. Pass a list or a Sampler.")
-    if isinstance(sampler, BatchSampler) or (isinstance(sampler, Sampler) and hasattr(sampler, "batch_size")):
+    if isinstance(sampler, BatchSampler):
         raise TypeError(f"sampler must yield indices, got a batch sampler ({kind}), which yields lists of them. Pass the sampler inside it.")
     return sampler
 
