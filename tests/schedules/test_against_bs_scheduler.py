@@ -48,7 +48,10 @@ def with_one_unsound(draw, name):
     # bs-scheduler looks at a power only in the first step that uses it, and takes a minimal size of 0.
     key = draw(st.sampled_from([key for key in [*SOUND[name], *BOUNDS] if key != "power"]))
     unsound = UNSOUND.filter(lambda value: value != 0) if key == "min_batch_size" else UNSOUND
-    return draw(keyword_arguments(name)) | {key: draw(unsound)}
+    arguments = draw(keyword_arguments(name))
+    if (arguments.get("max_batch_size") or 300) < arguments.get("min_batch_size", 1):
+        del arguments["min_batch_size"]
+    return arguments | {key: draw(unsound)}
 
 
 def record(schedule, loader, history):
