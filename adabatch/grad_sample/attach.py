@@ -37,7 +37,7 @@ def plan_layers(model: nn.Module, ignore: Collection[str] = (), only: Collection
 
     Args:
         model: the model; compiled or wrapped in DistributedDataParallel it is looked through.
-        ignore: names of modules to leave out of the measurement, with all that lies below them.
+        ignore: names of modules to leave out of the measurement, with all that lies below them; a parameter they share with others is left out everywhere.
         only: ids of the parameters to measure; None for all that require grad.
 
     Raises:
@@ -49,10 +49,11 @@ def plan_layers(model: nn.Module, ignore: Collection[str] = (), only: Collection
     names: dict[int, str] = {}
     parameters: dict[str, Tensor] = {}
     shared: set[str] = set()
+    left_out = _parameters_below(model, ignore)
     for name, layer in _measurable(model, ignore):
         own = {}
         for own_name, parameter in layer._parameters.items():
-            if parameter is None or not parameter.requires_grad or (only is not None and id(parameter) not in only):
+            if parameter is None or not parameter.requires_grad or id(parameter) in left_out or (only is not None and id(parameter) not in only):
                 continue
             if isinstance(parameter, UninitializedParameter):
                 problems.append(f"{_full(name, own_name)} is not initialized: run one batch through the lazy module first")
@@ -96,15 +97,25 @@ def _clean(name: str) -> str:
 def _measurable(model: nn.Module, ignore: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in model.named_modules():
         name = _clean(name)
-        if not any(name == prefix or name.startswith(prefix + ".") for prefix in ignore):
+        if not _is_below(name, ignore):
             yield name, layer
+
+
+def _parameters_below(model: nn.Module, ignore: Collection[str]) -> set[int]:
+    """ids of the parameters of ignored modules."""
+    named = model.named_modules(remove_duplicate=False)
+    return {id(parameter) for name, layer in named if _is_below(_clean(name), ignore) for parameter in layer._parameters.values()}
+
+
+def _is_below(name: str, prefixes: Collection[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
 def _model_problems(model: nn.Module) -> Iterator[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        yield "nn.DataParallel copies the layers at every step, which hides them from the hooks; use DistributedDataParallel, or pass the bare module on one device"
+        yield "nn.DataParallel copies the layers at every step, which hides them from the hooks; use DistributedDataParallel, or the bare module on one device"
 
 
 def _unknown_names(model: nn.Module, ignore: Collection[str]) -> Iterator[str]:

@@ -5,6 +5,7 @@ Legend: N samples in a backward pass, S of them measured, K probe rows.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import LOSS_REDUCTIONS, BackwardPass, pool_passes
 from adabatch.grad_sample.attach import plan_layers
 from adabatch.grad_sample.grad_norms import grad_sq_norms
-from adabatch.grad_sample.passes import add_uses, batch_size_of, check_all_seen
+from adabatch.grad_sample.passes import REENTRANT, add_uses, batch_size_of, check_all_seen, check_gradients_left, rows_measured, warn_of_mixing
 from adabatch.grad_sample.probe import INITIAL_CAPACITY, Probe
 from adabatch.grad_sample.probe_rows import ProbeRows
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.taps import ListeningTap, Stash, TapSite
 from adabatch.state import check_version
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
 
 NOTHING_MEASURED = (
     "no measured backward pass since the last collect(). Possible causes: backward() was not called; the hooks are paused or removed; gradients were taken "
@@ -82,7 +85,8 @@ class GradSampleHooks:
         second_moment: bool = False,
     ):
         _check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
-        plan = plan_layers(model, ignore, only=param_groups and {id(parameter) for group in param_groups for parameter in group})
+        param_groups = None if param_groups is None else [list(group) for group in param_groups]
+        plan = plan_layers(model, ignore, only=None if param_groups is None else {id(parameter) for group in param_groups for parameter in group})
         self.loss_reduction, self.accumulate, self.enabled = loss_reduction, accumulate, True
         self.parameters = plan.parameters
         self._row_sampler = RowSampler(samples, seed, capacity)
@@ -93,7 +97,8 @@ class GradSampleHooks:
         self._probes: dict[torch.device, Probe] = {}
         for device in {parameter.device for parameter in plan.parameters.values()}:
             self._probe(device)
-        self._harvested_task = self._recomputing_task = -1
+        self._harvested_task = -1
+        self._warned = False
         self.reset()
         self._handles: list[Any] = [site.layer.register_forward_hook(self._hook(site), prepend=True, with_kwargs=True) for site in self.sites]
 
@@ -102,11 +107,17 @@ class GradSampleHooks:
         """How many samples of each batch are measured; None for all. May be set between steps."""
         return self._row_sampler.samples
 
-    # -- forward: place the taps
+    @samples.setter
+    def samples(self, value: int | None) -> None:
+        _check_arguments(self.loss_reduction, samples=value)
+        self._row_sampler.choose(value)
+        for device in self._probes:
+            self._row_sampler.reserve(self._capacity, device)
 
     def _hook(self, site: TapSite) -> Callable[..., Tensor | None]:
         def tap(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            if not self.enabled or not torch.is_grad_enabled():
+            copied = layer is not site.layer  # a deep copy of the model carries the hooks along
+            if not self.enabled or not torch.is_grad_enabled() or copied or _is_exporting():
                 return None
             if torch.compiler.is_compiling():
                 if site.deferred:
@@ -123,6 +134,7 @@ class GradSampleHooks:
         task = torch._C._current_graph_task_id()
         if task == -1:
             site.calls += 1
+            self._recomputing_task = -1
         else:  # activation checkpointing runs the layer again, inside backward
             self._recomputing_task = task
 
@@ -146,27 +158,31 @@ class GradSampleHooks:
             wide = any(parameter.dtype == torch.float64 for parameter in self.parameters.values())
             probe = Probe(len(self._probe_rows), len(self.sites), self._capacity, torch.float64 if wide else torch.float32, device)
             self._row_sampler.reserve(self._capacity, device)
-            hooks = weakref.ref(self)
-            probe.reports.register_post_accumulate_grad_hook(lambda leaf: _queue_harvest(hooks))
+            probe.reports.register_post_accumulate_grad_hook(functools.partial(_queue_harvest, weakref.ref(self)))
             self._probes[device] = probe
         return self._probes[device]
 
-    # -- backward: harvest
-
     def _harvest(self) -> None:
         """Runs in the engine's last callback of a backward pass: every layer has reported, and the gradients are complete, also under DDP."""
+        with torch.autocast(next(iter(self._probes)).type, enabled=False):
+            self._take_pass()
+
+    def _take_pass(self) -> None:
         norms, reports, moments = self._drain_probes()
         batch_size = batch_size_of(reports, self.sites)
         repeated = add_uses(norms, moments, self._stash.drain(self._harvested_task), self._probe_rows.row_of, self._second_moment)
         for site in self.sites:
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
-            site.calls = 0
+            site.calls = max(0, site.calls - round(float(reports[site.index, 0])))
+        if not self._warned:
+            self._warned = warn_of_mixing(reports, self.sites)
         if not self._n_passes:
             check_all_seen(reports, self.sites, self.parameters)
         self._n_passes += 1
         rows = self._row_sampler.rows(batch_size, next(iter(self._probes)))
         self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments)][-self.accumulate :]
         if self._n_passes >= self.accumulate:
+            check_gradients_left(reports, self.sites, self.parameters)
             self._grad_sq_norms = grad_sq_norms(self._probe_rows.groups)
 
     def _drain_probes(self) -> tuple[list[Tensor | None], Tensor, dict[str, Tensor]]:
@@ -175,10 +191,10 @@ class GradSampleHooks:
         reports = torch.zeros(len(self.sites), 2)
         moments: dict[str, Tensor] = {}
         for probe in self._probes.values():
-            rows, seen, second = probe.drain()
+            rows, seen, second = probe.drain(self._harvested_task)
             if seen is None:
                 continue
-            length = int(seen.shape[0] and _rows_measured(seen, self.samples))
+            length = rows_measured(seen, self.samples)
             reports = reports + seen.cpu()
             moments.update(second)
             for index, row in enumerate(rows):
@@ -186,8 +202,6 @@ class GradSampleHooks:
                     value = row[:length].to(home)
                     norms[index] = value if norms[index] is None else norms[index] + value
         return norms, reports, moments
-
-    # -- what the user calls
 
     def collect(self, *, loss_scale: float = 1.0) -> GradientMoments:
         """Moments of the step: of all backward passes since the last collect().
@@ -224,9 +238,11 @@ class GradSampleHooks:
         self._passes: list[BackwardPass] = []
         self._n_passes = 0
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
+        self._recomputing_task = -1
         self._row_sampler.redraw()
+        self._stash.drain(-1)
         for probe in self._probes.values():
-            probe.drain()
+            probe.drain(-1)
         for site in self.sites:
             site.calls = 0
 
@@ -256,26 +272,19 @@ class GradSampleHooks:
         self._row_sampler.load_state_dict(state["rows"])
 
 
-def _queue_harvest(reference: weakref.ref[GradSampleHooks]) -> None:
+def _queue_harvest(reference: weakref.ref[GradSampleHooks], reports: Tensor) -> None:
     """Called when the reports' gradient is complete. The parameters' gradients may not be: DDP's own last callback is queued before the second of ours."""
     hooks = reference()
     task = torch._C._current_graph_task_id()
-    if hooks is None or task == hooks._harvested_task:
+    if hooks is None or not hooks._handles or task == hooks._harvested_task:
         return
     recomputing, hooks._recomputing_task = hooks._recomputing_task, -1
     if recomputing not in (-1, task):
         hooks.reset()
-        raise RuntimeError("reentrant activation checkpointing cannot be measured, its backward passes run inside another: use checkpoint(..., use_reentrant=False)")
+        raise RuntimeError(REENTRANT)
     hooks._harvested_task = task
     engine = Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(hooks._harvest))
-
-
-def _rows_measured(reports: Tensor, samples: int | None) -> int:
-    """The length of the probe rows in use: the batch size that the layers report, or the number of samples asked for."""
-    used = reports[reports[:, 0] > 0]
-    n_samples = round(float((used[:, 1] / used[:, 0]).max())) if len(used) else 0
-    return n_samples if samples is None else min(samples, n_samples)
 
 
 def _check_arguments(loss_reduction: str, **counts: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from adabatch.grad_sample.taps import TapSite, Use
 from adabatch.grad_sample.uses import merge_uses
+
+
+REENTRANT = "reentrant activation checkpointing cannot be measured: its backward passes run inside another. Use checkpoint(..., use_reentrant=False)"
 
 
 def add_uses(norms: list[Tensor | None], moments: dict[str, Tensor], uses: Iterable[Use], row_of: dict[str, int], second_moment: bool) -> set[str]:
@@ -36,7 +40,10 @@ def batch_size_of(reports: Tensor, sites: Sequence[TapSite]) -> int:
     rows: dict[str, int] = {}
     for site, (uses, total) in zip(sites, reports.tolist(), strict=True):
         if uses > 1 and not (site.deferred or site.calls > 1):
-            problems.append(f"{site.name} was called {int(uses)} times inside a compiled graph: run the model without torch.compile, or compile its parts")
+            problems.append(
+                f"{site.name} was called {int(uses)} times, and the hooks did not see it called: inside a compiled graph (run the model without torch.compile, "
+                "or compile its parts), or before the last collect() (call it after the backward pass)"
+            )
         if uses:
             rows[site.name] = round(total / uses)
     size = Counter(rows.values()).most_common(1)[0][0]
@@ -47,6 +54,42 @@ def batch_size_of(reports: Tensor, sites: Sequence[TapSite]) -> int:
     if problems:
         raise RuntimeError("per-sample gradients of this backward pass are not exact:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return size
+
+
+def rows_measured(reports: Tensor, samples: int | None) -> int:
+    """The length of the probe rows in use: the batch size that the layers report, or the number of samples asked for."""
+    used = reports[reports[:, 0] > 0]
+    n_samples = round(float((used[:, 1] / used[:, 0]).max())) if len(used) else 0
+    return n_samples if samples is None else min(samples, n_samples)
+
+
+def warn_of_mixing(reports: Tensor, sites: Sequence[TapSite]) -> bool:
+    """Warn if a layer that took part mixes the samples of the batch; whether it did."""
+    used = reports[:, 0].tolist()
+    mixing = [site.name for site, uses in zip(sites, used, strict=True) if uses and site.sampler.full_batch(site.layer)]
+    if mixing:
+        warnings.warn(
+            f"{', '.join(mixing)}: batch normalization in train mode mixes the samples of a batch. What is measured is each sample's contribution to the "
+            "gradient: contributions add up to it exactly, but their variance is a proxy of the variance over fresh batches, and usually larger.",
+            stacklevel=7,  # the caller of loss.backward()
+        )
+    return bool(mixing)
+
+
+def check_gradients_left(reports: Tensor, sites: Sequence[TapSite], parameters: dict[str, Tensor]) -> None:
+    """Raise when a parameter was measured but has no gradient at the end of the backward pass, so that ‖g‖² would lack it.
+
+    Raises:
+        RuntimeError: listing the parameters.
+    """
+    used = reports[:, 0].tolist()
+    seen = dict.fromkeys(name for site, uses in zip(sites, used, strict=True) if uses for name in site.parameters.values())
+    gone = [name for name in seen if parameters[name].requires_grad and parameters[name].grad is None]
+    if gone:
+        raise RuntimeError(
+            f"these parameters were measured but have no gradient when the backward pass ends: {', '.join(gone)}. An optimizer that steps inside backward, or "
+            "torch.func.functional_call with other tensors, leaves none to compare with: keep the gradients until optimizer.step(), or pause the hooks"
+        )
 
 
 def check_all_seen(reports: Tensor, sites: Sequence[TapSite], parameters: dict[str, Tensor]) -> None:
@@ -61,6 +104,6 @@ def check_all_seen(reports: Tensor, sites: Sequence[TapSite], parameters: dict[s
     if missing:
         raise RuntimeError(
             f"these parameters have a gradient that no tap saw: {', '.join(missing)}. Either they are used without calling their layer "
-            "(F.linear(x, layer.weight)), or their gradient is left from an earlier step (call optimizer.zero_grad()), or the model was compiled and run before the hooks were attached "
-            "(attach first, or call torch._dynamo.reset()). To leave a layer out, pass ignore=[...]."
+            "(F.linear(x, layer.weight)), or their gradient is left from an earlier step (call optimizer.zero_grad()), or the model was compiled and run before "
+            "the hooks were attached (attach first, or call torch._dynamo.reset()). To leave a layer out, pass ignore=[...]."
         )

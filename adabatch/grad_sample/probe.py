@@ -6,6 +6,7 @@ Every leaf is persistent (one made inside a forward hook breaks torch.compile's 
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 from torch import Tensor
@@ -29,18 +30,33 @@ class Probe:
     def __init__(self, n_rows: int, n_layers: int, capacity: int, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
         self.n_rows = n_rows
+        self.rows: list[Tensor] = []
+        self._outgrown: list[Tensor] = []
+        self._task_of: dict[int, int] = {}
         self.reports = self._leaf(n_layers, 2)
         self.second_moments: dict[str, Tensor] = {}
         self.capacity = 0
         self.grow(capacity)
 
     def _leaf(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=self.dtype, device=self.device, requires_grad=True)
+        return self._watched(torch.zeros(*shape, dtype=self.dtype, device=self.device, requires_grad=True))
+
+    def _watched(self, leaf: Tensor) -> Tensor:
+        """The leaf, made to forget what a backward pass that failed half way left in it, and to remember which pass its gradient is from."""
+        reference, task_of = weakref.ref(leaf), self._task_of
+
+        def before_accumulation(grad: Tensor) -> None:
+            reference().grad = None
+            task_of[id(reference())] = torch._C._current_graph_task_id()
+
+        leaf.register_hook(before_accumulation)
+        return leaf
 
     def grow(self, capacity: int) -> None:
-        """Make room for batches of `capacity` samples. Only between a step's backward pass and the next forward pass."""
+        """Make room for batches of `capacity` samples. What graphs still to be differentiated report to the shorter rows is not lost."""
         if capacity <= self.capacity:
             return
+        self._outgrown += self.rows
         self.capacity = max(INITIAL_CAPACITY, 1 << math.ceil(math.log2(capacity)))
         self.rows = [self._leaf(self.capacity) for _ in range(self.n_rows)]
         self._slices: dict[tuple[int, int], Tensor] = {}
@@ -71,14 +87,19 @@ class Probe:
         """A leaf of a parameter's shape without memory of its own (stride 0) whose gradient is the parameter's second moment."""
         if name not in self.second_moments:
             leaf = torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
-            self.second_moments[name] = leaf.requires_grad_()
+            self.second_moments[name] = self._watched(leaf.requires_grad_())
         return self.second_moments[name]
 
-    def drain(self) -> tuple[list[Tensor | None], Tensor | None, dict[str, Tensor]]:
-        """Hand over the gradients of one backward pass (row norms, reports, second moments) and clear them."""
-        rows = [leaf.grad for leaf in self.rows]
-        moments = {name: leaf.grad for name, leaf in self.second_moments.items() if leaf.grad is not None}
-        reports = self.reports.grad
-        for leaf in (*self.rows, self.reports, *self.second_moments.values()):
-            leaf.grad = None
-        return rows, reports, moments
+    def drain(self, task: int) -> tuple[list[Tensor | None], Tensor | None, dict[str, Tensor]]:
+        """Hand over the gradients of one backward pass (row norms, reports, second moments) and clear them, with what other passes left."""
+        rows = [self._take(leaf, task) for leaf in self.rows]
+        for index, leaf in enumerate(self._outgrown):
+            outgrown = self._take(leaf, task)
+            if outgrown is not None:
+                rows[index % self.n_rows] = outgrown
+        moments = {name: self._take(leaf, task) for name, leaf in self.second_moments.items()}
+        return rows, self._take(self.reports, task), {name: moment for name, moment in moments.items() if moment is not None}
+
+    def _take(self, leaf: Tensor, task: int) -> Tensor | None:
+        grad, leaf.grad = leaf.grad, None
+        return grad if self._task_of.get(id(leaf)) == task else None

@@ -28,6 +28,7 @@ class RowSampler:
         self.samples = samples
         self._generator = torch.Generator().manual_seed(seed)
         self._capacity = capacity
+        self._host_keys: Tensor | None = None
         self._keys: dict[torch.device, Tensor] = {}
         self.redraw()
 
@@ -44,10 +45,18 @@ class RowSampler:
         if self.samples is None:
             return
         if capacity > self._capacity:
+            # Drawn keys stay: a graph that is still to be differentiated, or checkpointed, has chosen its rows by them.
+            self._host_keys = torch.cat((self._host_keys, torch.rand(capacity - self._capacity, generator=self._generator)))
+            self._keys = {device: self._host_keys.to(device) for device in self._keys}
             self._capacity = capacity
-            self.redraw()
         if device not in self._keys:
             self._keys[device] = self._host_keys.to(device)
+
+    def choose(self, samples: int | None) -> None:
+        """Measure `samples` rows from now on."""
+        self.samples = samples
+        if self._host_keys is None:
+            self.redraw()
 
     def redraw(self) -> None:
         """Draw new keys, for the next step."""
@@ -58,13 +67,13 @@ class RowSampler:
 
     def state_dict(self) -> dict:
         """The generator's state and the present keys."""
-        keys = {} if self.samples is None else {"keys": self._host_keys}
+        keys = {} if self._host_keys is None else {"keys": self._host_keys}
         return {"generator": self._generator.get_state(), **keys}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue the sequence of draws where the saved one stood."""
         self._generator.set_state(state["generator"])
-        if self.samples is not None and "keys" in state:
+        if "keys" in state:
             self._host_keys = state["keys"]
             self._capacity = len(self._host_keys)
             self._keys = {device: self._host_keys.to(device) for device in self._keys}

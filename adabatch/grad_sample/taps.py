@@ -10,6 +10,7 @@ Legend: N samples in the batch, S rows measured.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -44,13 +45,15 @@ class Stash:
     def add(self, uses: list[Use]) -> None:
         """Keep uses under the running backward pass."""
         with self._lock:  # the engine runs one thread per device
-            self._uses.setdefault(torch._C._current_graph_task_id(), []).extend(uses)
+            task = torch._C._current_graph_task_id()
+            if task not in self._uses:  # what is left of another pass is never asked for: it failed, or was not a backward() to the leaves
+                self._uses = {task: []}
+            self._uses[task].extend(uses)
 
     def drain(self, task: int) -> list[Use]:
         """The uses of that backward pass; what a failed pass left behind is dropped."""
         with self._lock:
-            uses = self._uses.pop(task, [])
-            self._uses.clear()
+            uses, self._uses = self._uses.get(task, []), {}
         return uses
 
 
@@ -61,20 +64,20 @@ class TapSite:
     Attributes:
         name: the layer's name in the model.
         index: its row in the reports.
-        layer: the module.
+        layer_reference: the module, weakly: its forward hook holds this site, and a cycle would keep the model alive until the garbage collector runs.
         sampler: its grad_sample rule.
         parameters: {the layer's own parameter name: the parameter's name in the model}, measured ones only.
-        rows: for each of them the probe row that receives its norms.
+        rows: {the layer's own parameter name: the probe row that receives its norms}.
         deferred: True when a parameter of this layer has several uses: factors are stashed, squared when the pass has ended.
         calls: forward passes through the layer since the last harvest (eager mode).
     """
 
     name: str
     index: int
-    layer: nn.Module
+    layer_reference: weakref.ref[nn.Module]
     sampler: GradSampler
     parameters: dict[str, str]
-    rows: tuple[int, ...]
+    rows: dict[str, int]
     stash: Stash
     deferred: bool = False
     calls: int = 0
@@ -82,44 +85,56 @@ class TapSite:
     @classmethod
     def of(cls, measured: MeasuredLayer, index: int, row_of: dict[str, int], shared: Collection[str], stash: Stash) -> TapSite:
         """The site of a planned layer."""
-        names = measured.parameters.values()
         return cls(
             name=measured.name or type(measured.layer).__name__,
             index=index,
-            layer=measured.layer,
+            layer_reference=weakref.ref(measured.layer),
             sampler=measured.sampler,
             parameters=measured.parameters,
-            rows=tuple(row_of[name] for name in names),
+            rows={own: row_of[name] for own, name in measured.parameters.items()},
             stash=stash,
-            deferred=any(name in shared for name in names),
+            deferred=any(name in shared for name in measured.parameters.values()),
         )
+
+    @property
+    def layer(self) -> nn.Module:
+        """The module."""
+        return self.layer_reference()
 
     @property
     def probe_rows(self) -> tuple[int, ...]:
         """The distinct probe rows of this layer, in order: the extra inputs of its tap."""
-        return tuple(dict.fromkeys(self.rows))
+        return tuple(dict.fromkeys(self.rows.values()))
 
     def factors(self, activations: Tensor, backprops: Tensor, rows: Tensor | None) -> dict[str, Factor]:
-        """The measured parameters' factors, restricted to the measured rows."""
+        """The measured parameters' factors, restricted to the measured rows; without those frozen since the hooks were attached."""
         full_batch = self.sampler.full_batch(self.layer)
         if rows is not None and not full_batch:
             backprops = backprops.index_select(0, rows)
         factors = self.sampler.rule(self.layer, activations, backprops)
-        factors = {name: factors[name] for name in self.parameters}
+        factors = {name: factors[name] for name in self.parameters if name in factors}
         if rows is not None and full_batch:
             factors = {name: factor.select(rows) for name, factor in factors.items()}
         return factors
 
 
-def _probe_gradients(site: TapSite, factors: dict[str, Factor], dtype: torch.dtype) -> list[Tensor]:
-    """Squared norms [S] of each of the site's probe rows: the sum over the parameters that share the row."""
+def _extras(site: TapSite, factors: dict[str, Factor], dtype: torch.dtype, n_extras: int) -> list[Tensor | None]:
+    """Gradients of a tap's extra inputs: the probe rows, then the second moments if they were asked for."""
+    extras = _probe_gradients(site, factors, dtype)
+    if n_extras > len(extras):
+        extras += [factors[name].second_moment() if name in factors else None for name in site.parameters]
+    return extras
+
+
+def _probe_gradients(site: TapSite, factors: dict[str, Factor], dtype: torch.dtype) -> list[Tensor | None]:
+    """Squared norms [S] of each of the site's probe rows: the sum over the parameters that share the row, None where all of them are frozen."""
     norms: dict[int, Tensor] = {}
-    for (_, factor), row in zip(factors.items(), site.rows, strict=True):
-        value = factor.sq_norms().to(dtype)
+    for name, factor in factors.items():
+        row, value = site.rows[name], factor.sq_norms().to(dtype)
         if value.dim() != 1:
             raise RuntimeError(f"the rule of {site.name} gave squared norms of shape {tuple(value.shape)}; one value per sample was expected")
         norms[row] = norms[row] + value if row in norms else value
-    return [norms[row] for row in site.probe_rows]
+    return [norms.get(row) for row in site.probe_rows]
 
 
 def _report(backprops: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,7 +174,5 @@ class ListeningTap(torch.autograd.Function):
                 site.stash.add([Use(site.parameters[name], factor) for name, factor in factors.items()])
                 extras = [None] * ctx.n_extras
             else:
-                extras = _probe_gradients(site, factors, ctx.dtype)
-                if ctx.n_extras > len(extras):
-                    extras += [factor.second_moment() for factor in factors.values()]
+                extras = _extras(site, factors, ctx.dtype, ctx.n_extras)
         return backprops, None, None, _report(backprops, ctx.dtype), None, *extras

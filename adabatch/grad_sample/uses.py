@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adabatch.grad_sample.factors import Dense, Factor, OneHotOuter, Outer
-from adabatch.kernels.chunks import CHUNK_BYTES
+from adabatch.kernels.chunks import CHUNK_BYTES, accumulation_dtype, sample_chunks
 
 
 def merge_uses(factors: Sequence[Factor]) -> Factor:
@@ -103,12 +103,15 @@ class SumOfUses(Factor):
 
     def _chunks(self) -> Iterator[Tensor]:
         size = max(1, CHUNK_BYTES // max(1, 4 * math.prod(self.shape)))
-        for start in range(0, self.n_samples, size):
+        for start in range(0, max(1, self.n_samples), size):
             yield self.select(slice(start, start + size)).dense()
 
 
 def _lookup_dot_outer(lookup: OneHotOuter, outer: Outer) -> Tensor:
     """⟨look-up's g_i, outer's g_i⟩ = Σ_{t,s} b_it[id_is] (a_it·e_is), [N]: neither gradient [V, D] is formed."""
-    dots = torch.matmul(outer.right, lookup.right.to(outer.right.dtype).transpose(1, 2))
-    picked = outer.left.gather(2, lookup.ids.long().unsqueeze(1).expand(-1, outer.left.shape[1], -1))
-    return (dots * picked).sum((1, 2))
+    dtype = accumulation_dtype(outer.left, outer.right, lookup.right)
+    cross = []
+    for a_NTD, b_NTV, e_NSD, ids_NS in sample_chunks(2 * outer.left.shape[1] * lookup.ids.shape[1], dtype, outer.right, outer.left, lookup.right, lookup.ids):
+        picked_NTS = b_NTV.gather(2, ids_NS.long().unsqueeze(1).expand(-1, b_NTV.shape[1], -1))
+        cross.append((torch.bmm(a_NTD.to(dtype), e_NSD.to(dtype).mT) * picked_NTS).sum((1, 2)))
+    return torch.cat(cross)

@@ -1,0 +1,230 @@
+"""What hooks leave behind, what they survive: removal, reference counts, failures, copies, checkpoints of their state."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from adabatch import GradSampleHooks
+from tests import oracle
+from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, squared_error
+
+
+def node_names(tensor):
+    """Names of all nodes of the autograd graph below a tensor."""
+    names, todo, seen = set(), [tensor.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            todo += [parent for parent, _ in node.next_functions]
+    return names
+
+
+def traces(model):
+    """Everything a hook could leave on a model's modules and parameters."""
+    modules = [(sorted(vars(layer)), {name: len(value) for name, value in vars(layer).items() if "hooks" in name and value}) for layer in model.modules()]
+    parameters = [(vars(parameter), parameter._backward_hooks, parameter._post_accumulate_grad_hooks) for parameter in model.parameters()]
+    return modules, parameters
+
+
+def test_removed_hooks_leave_no_trace():
+    model, batch = make_mlp(), make_batch()
+    before, nodes = traces(model), node_names(model(batch[0]))
+    hooks = GradSampleHooks(model, samples=3)
+    backward(model, batch)
+    hooks.collect()
+    assert any("Tap" in name for name in node_names(model(batch[0])))
+    hooks.remove()
+    model.zero_grad()
+    assert traces(model) == before
+    assert node_names(model(batch[0])) == nodes
+    with pytest.raises(RuntimeError, match="paused or removed"):
+        hooks.collect()
+
+
+@pytest.mark.parametrize("off", ["paused", "no_grad", "inference_mode", "enabled"])
+def test_hooks_that_are_off_add_no_node(off):
+    model, batch = make_mlp(), make_batch()
+    nodes = node_names(model(batch[0]))
+    hooks = GradSampleHooks(model)
+    if off == "paused":
+        with hooks.paused():
+            assert node_names(model(batch[0])) == nodes
+        assert hooks.enabled
+    elif off == "enabled":
+        hooks.enabled = False
+        assert node_names(model(batch[0])) == nodes
+    else:
+        with getattr(torch, off)():
+            assert model(batch[0]).grad_fn is None
+
+
+def test_an_error_inside_paused_does_not_leave_the_hooks_paused():
+    hooks = GradSampleHooks(make_mlp())
+    with pytest.raises(KeyError), hooks.paused():
+        raise KeyError
+    assert hooks.enabled
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_hooks_and_model_are_freed_by_reference_count_alone(remove):
+    model, batch = make_mlp(), make_batch()
+    hooks = GradSampleHooks(model, samples=3, per_parameter=True, second_moment=True)
+    backward(model, batch)
+    hooks.collect()
+    if remove:
+        hooks.remove()
+    gone = [weakref.ref(hooks), weakref.ref(model[0]), weakref.ref(model[0].weight)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, hooks
+        assert [reference() for reference in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("options", [{}, {"samples": 3}, {"second_moment": True, "per_parameter": True}], ids=str)
+def test_no_memory_grows_over_steps(options):
+    """Also where the steps go wrong: gradients taken with autograd.grad from layers whose uses are stashed."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    hooks = GradSampleHooks(model, **options)
+
+    def step(size):
+        batch = make_batch(size, targets=4)
+        torch.autograd.grad(squared_error(model, batch).mean(), list(model.parameters()))
+        model.zero_grad()
+        backward(model, batch)
+        hooks.collect()
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    sizes = range(2, 22)
+    for size in sizes:
+        step(size)
+    before = tensors()
+    for size in 10 * list(sizes):
+        step(size)
+    assert tensors() <= before
+
+
+def test_slices_of_the_probe_are_not_kept_for_every_size_ever_seen():
+    model = make_mlp()
+    hooks = GradSampleHooks(model)
+    for size in range(1, 200):
+        model(torch.randn(size, 4))
+    assert sum(len(probe._slices) for probe in hooks._probes.values()) <= 64
+
+
+def test_gradients_are_unchanged_bit_for_bit():
+    model, batch = make_mlp(), make_batch()
+    backward(model, batch)
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    GradSampleHooks(model, samples=3)
+    backward(model, batch)
+    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), expected, strict=True))
+
+
+def test_removing_the_hooks_between_forward_and_backward_is_harmless():
+    model, batch = make_mlp(), make_batch()
+    hooks = GradSampleHooks(model)
+    loss = squared_error(model, batch).mean()
+    hooks.remove()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_deep_copy_is_not_measured_and_does_not_disturb():
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    copied = copy.deepcopy(model)
+    assert not any("Tap" in name for name in node_names(copied(batch[0])))
+    backward(model, batch)
+    backward(copied, batch)
+    agrees(hooks.collect(), grads)
+
+
+def fail_half_way(model, batch, at):
+    def boom(grad):
+        raise KeyError("boom")
+
+    handle = model[at].weight.register_hook(boom)
+    with pytest.raises(KeyError, match="boom"):
+        backward(model, batch)
+    handle.remove()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{}, {"per_parameter": True, "second_moment": True}, {"samples": 3}], ids=str)
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_good_step_after_a_failed_backward_pass_is_exact(at, reset, options):
+    """at=0: all taps had reported when the pass failed, but it was never harvested."""
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model, **options)
+    fail_half_way(model, make_batch(), at)
+    if reset:
+        hooks.reset()
+    backward(model, batch)
+    moments = hooks.collect()
+    agrees(moments, grads)
+    for name, moment in moments.second_moment.items():
+        close(moment, oracle.second_moment(grads)[name], 1e-5)
+
+
+def test_a_failed_pass_leaves_nothing_in_the_row_of_a_skipped_layer():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.sometimes = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, inputs, skip=True):
+            return self.always(inputs) + (0 if skip else self.sometimes(inputs))
+
+    model, batch = Model(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model, per_parameter=True)
+    handle = model.always.weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backward(lambda inputs: model(inputs, skip=False), batch)
+    handle.remove()
+    model.zero_grad()
+    backward(model, batch)
+    agrees(hooks.collect(), grads)
+
+
+def test_state_dict_repeats_the_draws_of_rows():
+    model, batch = make_mlp(), make_batch(20)
+
+    def draws(hooks, steps):
+        rows = []
+        for _ in range(steps):
+            backward(model, batch)
+            rows.append(hooks.collect().indices)
+            model.zero_grad()
+        return torch.stack(rows)
+
+    hooks = GradSampleHooks(model, samples=4, seed=7)
+    draws(hooks, 3)
+    file = io.BytesIO()
+    torch.save(hooks.state_dict(), file)
+    expected = draws(hooks, 3)
+    hooks.remove()
+    file.seek(0)
+    resumed = GradSampleHooks(model, samples=4, seed=1)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(draws(resumed, 3), expected)
+    with pytest.raises(ValueError, match="version 2"):
+        resumed.load_state_dict({"version": 2})
