@@ -1,0 +1,146 @@
+"""ResizableBatchSampler over a sampler of the caller's own: taken as it is, resumed as far as it can be."""
+
+import io
+import math
+from itertools import chain, islice
+
+import pytest
+import torch
+from torch.utils.data import DistributedSampler, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from adabatch import ResizableBatchSampler
+
+
+def flat(batches):
+    return list(chain.from_iterable(batches))
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+class Unsized(Sampler):
+    def __iter__(self):
+        return iter([4, 2, 0, 1])
+
+
+class Stateful(Sampler):
+    """Counts what it has yielded, and goes on from there."""
+
+    def __init__(self, n):
+        self.n, self.at = n, 0
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        while self.at < self.n:
+            self.at += 1
+            yield self.n - self.at
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def test_an_own_sampler_is_taken_as_it_is():
+    torch.manual_seed(0)
+    weights = torch.rand(40)
+    makers = [
+        lambda g: RandomSampler(range(40), generator=g),
+        lambda g: RandomSampler(range(40), replacement=True, num_samples=55, generator=g),
+        lambda g: WeightedRandomSampler(weights, 33, generator=g),
+        lambda g: SubsetRandomSampler(range(0, 40, 3), generator=g),
+        lambda _: SequentialSampler(range(40)),
+        lambda _: [3, 1, 2],
+    ]
+    for make in makers:
+        expected = list(make(torch.Generator().manual_seed(5)))
+        sampler = ResizableBatchSampler(range(40), 4, sampler=make(torch.Generator().manual_seed(5)))
+        assert len(sampler) == math.ceil(len(expected) / 4)
+        order = []
+        for batch in sampler:
+            sampler.batch_size = 11 - sampler.batch_size
+            order += batch
+        assert order == expected
+
+
+def test_a_sampler_may_be_the_first_argument_as_in_torchs_batch_sampler():
+    own = SubsetRandomSampler([5, 3, 8])
+    sampler = ResizableBatchSampler(own, 2)
+    assert sampler.sampler is own
+    assert sorted(flat(sampler)) == [3, 5, 8]
+    assert list(ResizableBatchSampler(Unsized(), 3)) == [[4, 2, 0], [1]]
+    # A list has indices of its own, so it is a data set.
+    assert list(ResizableBatchSampler([5, 3, 8], 3)) == [[0, 1, 2]]
+
+
+def test_len_of_a_sampler_without_length_is_explained():
+    sampler = ResizableBatchSampler(Unsized(), 3, drop_last=True)
+    assert list(sampler) == [[4, 2, 0]]
+    with pytest.raises(TypeError, match=r"Unsized.*has no __len__"):
+        len(sampler)
+
+
+@pytest.mark.parametrize("drawn", range(9))
+@pytest.mark.parametrize(
+    "make", [RandomSampler, SubsetRandomSampler, lambda source, generator: WeightedRandomSampler([1.0] * len(source), 20, generator=generator)]
+)
+def test_an_own_sampler_with_a_generator_resumes_exactly(make, drawn):
+    def build(seed):
+        return ResizableBatchSampler(None, 6, sampler=make(range(20), generator=torch.Generator().manual_seed(seed)))
+
+    through = build(1)
+    batches = flat([list(through) for _ in range(3)])
+    killed = build(1)
+    head = list(islice(chain.from_iterable(iter(killed) for _ in range(3)), drawn))
+    resumed = build(2)
+    resumed.load_state_dict(through_a_file(killed.state_dict()))
+    # Saved again before anything is drawn, the state is still the same.
+    again = build(3)
+    again.load_state_dict(resumed.state_dict())
+    for sampler in (resumed, again):
+        assert head + flat([list(sampler) for _ in range(3 - sampler.epoch)]) == batches
+
+
+def test_an_own_sampler_with_a_state_goes_on_by_itself():
+    killed = ResizableBatchSampler(Stateful(10), 4)
+    assert next(iter(killed)) == [9, 8, 7, 6]
+    state = through_a_file(killed.state_dict())
+    assert state["sampler"] == {"at": 4}
+    resumed = ResizableBatchSampler(Stateful(10), 1)
+    resumed.load_state_dict(state)
+    assert len(resumed) == 2
+    assert list(resumed) == [[5, 4, 3, 2], [1, 0]]
+    assert next(iter(resumed)) == [9, 8, 7, 6]
+
+
+def test_a_repeatable_own_sampler_is_fast_forwarded():
+    killed = ResizableBatchSampler(Unsized(), 3)
+    next(iter(killed))
+    resumed = ResizableBatchSampler(Unsized(), 3)
+    resumed.load_state_dict(killed.state_dict())
+    assert list(resumed) == [[1]]
+
+
+def test_resuming_an_order_that_cannot_be_repeated_warns():
+    sampler = ResizableBatchSampler(RandomSampler(range(10)), 4)
+    sampler.load_state_dict(sampler.state_dict())
+    next(iter(sampler))
+    with pytest.warns(UserWarning, match="RandomSampler has no generator"):
+        sampler.load_state_dict(sampler.state_dict())
+    assert sum(map(len, sampler)) == 6
+
+
+def test_set_epoch_reaches_an_own_sampler():
+    own = DistributedSampler(range(12), num_replicas=2, rank=1, seed=4)
+    sampler = ResizableBatchSampler(own, 3)
+    sampler.set_epoch(5)
+    assert own.epoch == 5
+    assert flat(sampler) == list(own)
