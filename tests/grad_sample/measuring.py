@@ -14,7 +14,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 def squared_error(model, batch):
     """Per-sample losses [N] of a model with one input; distinct for each output, so that no gradient cancels."""
     inputs, targets = batch
-    return (model(inputs).reshape(len(inputs), -1) - targets).square().sum(1)
+    return (model(inputs).flatten(1) - targets).square().sum(1)
 
 
 def make_mlp(dtype=torch.float32):

@@ -1,0 +1,219 @@
+"""Several backward passes: accumulation, order, retained graphs, and passes that do not fit."""
+
+import pytest
+import torch
+from torch import nn
+
+from adabatch import GradSampleHooks
+from tests import oracle
+from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, measure, squared_error
+
+
+def joined(*batches):
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
+def split(batch, sizes):
+    return list(zip(*(tensor.split(sizes) for tensor in batch), strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (2, 9, 1), (5,)], ids=str)
+@pytest.mark.parametrize("samples", [None, 3])
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+def test_accumulated_passes(loss_reduction, samples, sizes):
+    """The gradient is Σ a_i g_i with a_i = 1/(k m_j) under a mean loss; m_eff = 1/Σ a_i², and T̂ is unbiased with it (FORMULAS: unequal micro-batches)."""
+    model, k = make_mlp(), len(sizes)
+    batch = make_batch(sum(sizes))
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, accumulate=k, samples=samples)
+    for part in split(batch, sizes):
+        backward(model, part, loss_reduction=loss_reduction, divisor=k if loss_reduction == "mean" else 1)
+    moments = hooks.collect()
+
+    mean = loss_reduction == "mean"
+    weights = torch.cat([torch.full((size,), 1 / (k * size) if mean else 1 / sum(sizes), dtype=torch.float64) for size in sizes])
+    m_eff = float(1 / weights.square().sum())
+    sq_norms = oracle.sq_norms(grads)
+    if samples is not None:
+        assert moments.n_measured == sum(min(samples, size) for size in sizes)
+        sq_norms = sq_norms[torch.arange(sum(sizes)) if moments.indices is None else moments.indices]
+    grad_sq_norm = float(sum((weights @ rows.flatten(1)).square().sum() for rows in grads.values()))
+    assert moments.batch_size == sum(sizes)
+    close(moments.sq_norms, sq_norms, 1e-5)
+    close(moments.grad_sq_norm, grad_sq_norm, 1e-5)
+    trace = (float(sq_norms.mean()) - grad_sq_norm) / (1 - 1 / m_eff)
+    close(moments.variance_trace, trace, 1e-4)
+    close(moments.true_grad_sq_norm, grad_sq_norm - trace / m_eff, 1e-4)
+
+
+def test_measured_rows_are_counted_through_the_passes():
+    model, batch = make_mlp(), make_batch(20)
+    hooks = GradSampleHooks(model, accumulate=2, samples=4)
+    for part in split(batch, (10, 10)):
+        backward(model, part)
+    rows = hooks.collect().indices
+    assert set(rows[:4].tolist()) <= set(range(10))
+    assert set(rows[4:].tolist()) <= set(range(10, 20))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("options", [{}, {"samples": 3}, {"capacity": 2}], ids=str)
+def test_two_forward_passes_before_two_backward_passes(order, options):
+    """The second batch is beyond the probe's length, and the rows' keys: what the first one chose and reports to must stay."""
+    model = make_mlp()
+    batches = [make_batch(6), make_batch(1500)]
+    first, second = (oracle.per_sample_grads(model, squared_error, (inputs[:6], targets[:6])) for inputs, targets in batches)
+    hooks = GradSampleHooks(model, loss_reduction="sum", accumulate=2, **options)
+    losses = [squared_error(model, batch).sum() for batch in batches]
+    for index in order:
+        losses[index].backward()
+    moments = hooks.collect()
+    rows = torch.arange(1506) if moments.indices is None else moments.indices
+    assert rows.unique().numel() == len(rows)
+    starts = (0, 6) if order == (0, 1) else (1500, 0)
+    checked = 0
+    for start, grads in zip(starts, (first, second), strict=True):
+        sq_norms = oracle.sq_norms(grads)
+        for value, row in zip(moments.sq_norms, rows.tolist(), strict=True):
+            if start <= row < start + 6:
+                checked += 1
+                close(value, sq_norms[row - start], 1e-5)
+    assert checked >= (12 if "samples" not in options else 3)
+
+
+def test_pipelined_passes_of_a_layer_called_once_and_then_twice():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, inputs, times=1):
+            for _ in range(times):
+                inputs = torch.tanh(self.layer(inputs))
+            return self.head(inputs)
+
+    torch.manual_seed(0)
+    model, once, twice = Model(), make_batch(5), make_batch(5)
+    calls = [(model, once), (lambda inputs: model(inputs, 2), twice)]
+    expected = [oracle.sq_norms(oracle.per_sample_grads(model, squared_error, once))]
+    expected.append(oracle.sq_norms(oracle.per_sample_grads(model, lambda model, batch: squared_error(lambda inputs: model(inputs, 2), batch), twice)))
+    hooks = GradSampleHooks(model, loss_reduction="sum", accumulate=2)
+    losses = [squared_error(call, batch).sum() for call, batch in calls]
+    for loss in losses:
+        loss.backward()
+    close(hooks.collect().sq_norms, torch.cat(expected), 1e-5)
+
+
+def test_two_backward_passes_without_accumulate_raise_and_the_next_step_is_good():
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    backward(model, make_batch(5))
+    backward(model, batch)
+    with pytest.raises(RuntimeError, match=r"saw 2 backward passes.*accumulate=1: pass accumulate=k"):
+        hooks.collect()
+    model.zero_grad()
+    backward(model, batch)
+    agrees(hooks.collect(), grads)
+    with pytest.raises(RuntimeError, match="no measured backward pass"):
+        hooks.collect()
+
+
+def test_fewer_backward_passes_than_accumulate_raise():
+    hooks = GradSampleHooks(model := make_mlp(), accumulate=3)
+    backward(model, make_batch())
+    with pytest.raises(RuntimeError, match=r"saw 1 backward passes.*accumulate=3"):
+        hooks.collect()
+
+
+def test_a_paused_pass_does_not_count():
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    with hooks.paused():
+        backward(model, make_batch(3))
+    model.zero_grad()
+    backward(model, batch)
+    agrees(hooks.collect(), grads)
+
+
+def test_a_retained_graph_can_be_differentiated_again():
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    loss = squared_error(model, batch).mean()
+    loss.backward(retain_graph=True)
+    agrees(hooks.collect(), grads)
+    model.zero_grad()
+    loss.backward()
+    agrees(hooks.collect(), grads)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_not_taken_by_backward_to_the_leaves_are_explained_and_leave_nothing(tied):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    if tied:
+        model[2].weight = model[0].weight
+    batch = make_batch(targets=4)
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    for take in (torch.autograd.grad, lambda loss, inputs: loss.backward(inputs=inputs)):
+        take(squared_error(model, batch).mean(), list(model.parameters()))
+        with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad or backward\(inputs=\.\.\.\).*call loss\.backward\(\)"):
+            hooks.collect()
+    model.zero_grad()
+    backward(model, batch)
+    agrees(hooks.collect(), grads)
+
+
+def test_gradients_that_an_optimizer_inside_backward_took_away_raise():
+    model = make_mlp()
+    GradSampleHooks(model)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with pytest.raises(RuntimeError, match=r"no gradient when the backward pass ends: 0\.weight, 0\.bias, 2\.weight, 2\.bias\..*keep the gradients"):
+        backward(model, make_batch())
+
+
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+def test_loss_scale_is_undone(loss_reduction):
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, second_moment=True)
+    (1024 * getattr(squared_error(model, batch), loss_reduction)()).backward()
+    moments = hooks.collect(loss_scale=1024.0)
+    agrees(moments, grads)
+    for name, moment in oracle.second_moment(grads).items():
+        close(moments.second_moment[name], moment, 1e-5)
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_bfloat16_autocast_is_exact_to_its_rounding(backward_inside):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.mix, self.norm, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 9)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.norm(torch.tanh(self.mix(self.table(ids))))).mean(1)
+
+    torch.manual_seed(0)
+    model, batch = Tied(), (torch.randint(9, (8, 4)), torch.randn(8, 9))
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = squared_error(model, batch).mean()
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    moments = hooks.collect()
+    assert moments.sq_norms.dtype == torch.float32
+    agrees(moments, grads, rtol=2e-2)
+
+
+def test_models_in_bfloat16():
+    model, batch = make_mlp(torch.bfloat16), make_batch(dtype=torch.bfloat16)
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    agrees(measure(model, batch), grads, rtol=3e-2)
