@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.controllers import CABS
-from adabatch.coupling import EffectiveLr, StepFactor, effective_lr_for
+from adabatch.coupling import EffectiveLr, MeanLr, PendingFactor, StepFactor, effective_lr_for
 from adabatch.diagnostics import Diagnostics
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 class BatchSizeScheduler:
     """Sets the batch size of the next step from the gradient moments of this one.
 
-    Call step(loss) once per optimizer step, before or after optimizer.step() and zero_grad(). The controller is handed the raw moments, the raw loss and the BASE
-    effective lr: the one in param_groups, read at every step, so that any torch lr scheduler couples at once; with SGD's momentum lr·(1 − dampening)/(1 −
-    momentum); with several groups Σ lr_k T_k / Σ T_k, T_k the group's variance trace. Its wish is rounded half to even, then clipped to the bounds.
+    Call step(loss) once per optimizer step, before or after optimizer.step() and zero_grad(). The controller is handed the raw moments, the raw loss and the
+    BASE effective lr: the one in param_groups, read at every step, so that any torch lr scheduler couples at once; with SGD's momentum
+    lr·(1 − dampening)/(1 − momentum); with several groups Σ lr_k T_k / Σ T_k, T_k the group's variance trace (hooks made with param_groups=). Its wish is
+    rounded half to even, then clipped to the bounds.
 
     NaN or infinite loss or moments, and a batch of one (it has no variance): the measurement is dropped and counted in the diagnostics, the size holds.
 
@@ -38,13 +39,13 @@ class BatchSizeScheduler:
             training loop; use AdaptiveDataLoader (adabatch.wrap does) for the short-batch rule to meet the right batch.
         hooks: a GradSampleHooks, or anything with collect() -> GradientMoments and a settable `enabled`.
         controller: propose(moments, loss=, lr=) -> wished batch size; default CABS().
-        min_batch_size, max_batch_size: bounds of the step's size, in samples.
+        min_batch_size, max_batch_size: bounds of the step's size, in samples; no batch is larger than the loader's epoch.
         multiple_of: sizes are multiples of this.
         every: measure at every so many steps; the others add no node to the graph and keep the size.
         dwell, hysteresis: steps between changes, and relative change up to which the size is kept; off by default.
         spill: 'lr' lowers the lr by max/wish while the wish exceeds max_batch_size, which keeps the noise level asked for; None does nothing.
-        short_batch: a batch shorter than asked for (the last of an epoch) steps with lr × its size / the size asked for ('scale'), as it is ('keep'), or is
-            never drawn ('drop').
+        short_batch: a batch shorter than asked for (the last of an epoch) steps with lr × its size / the size asked for ('scale'; a summed loss does so by
+            itself), as it is ('keep'), or is never drawn ('drop').
         effective_lr: a callable of a param group for optimizers other than SGD.
         diagnostics: a history to append to; default a new one.
 
@@ -87,16 +88,18 @@ class BatchSizeScheduler:
     ):
         self.controller = CABS() if controller is None else controller
         self.accumulate = getattr(hooks, "accumulate", 1)
-        self.size_rule = SizeRule(min_batch_size, max_batch_size, math.lcm(multiple_of, self.accumulate), dwell, hysteresis)
-        _check_options(loader, every=every, spill=spill, short_batch=short_batch)
+        size_rule = SizeRule(min_batch_size, max_batch_size, multiple_of, dwell, hysteresis)
+        _check_options(optimizer, loader, every=every, spill=spill, short_batch=short_batch)
+        self.size_rule = size_rule.for_steps(self.accumulate, _epoch_samples(loader), short_batch == "drop" or loader.drop_last)
         self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
         self.every, self.spill, self.short_batch = every, spill, short_batch
-        self._effective_lr = self._choose_effective_lr(effective_lr)
+        self._summed = getattr(hooks, "loss_reduction", "mean") == "sum"
+        self._base_lr = MeanLr(optimizer, self._choose_effective_lr(effective_lr), getattr(hooks, "parameters", {}).values())
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
         self._steps_since_change = self.size_rule.dwell
         self._trace = MovingAverage()
-        self._spill = _PendingFactor()
+        self._spill = PendingFactor()
         self._clock: float | None = None
         self._batch_size = self.size_rule.size_for(loader.batch_size * self.accumulate)
         self._write_batch_size(self._batch_size)
@@ -118,21 +121,22 @@ class BatchSizeScheduler:
             RuntimeError: a measuring step without a backward pass since the last one, or layers that saw another number of rows than the loader delivered.
         """
         value = _scalar(loss)
+        self._lr.restore()
         moments = self.hooks.collect() if self.hooks.enabled else None
         samples = self._samples_of_step(moments)
-        if moments is not None and getattr(self.hooks, "loss_reduction", "mean") == "sum":
+        if self._summed:
             value /= max(1, samples)
         dropped = "" if moments is None else _reason_to_drop(moments, value)
-        lr = self._base_lr(moments if not dropped else None)
+        lr = self._base_lr({} if moments is None or dropped else {group: part.variance_trace for group, part in moments.by_group.items()})
         used, wish = self._batch_size, math.nan
         if moments is not None and not dropped:
             self._trace.update(moments.variance_trace, moments.n_measured)
             wish = float(self.controller.propose(moments, loss=value, lr=lr))
             dropped = "the controller's wish is NaN" if math.isnan(wish) else ""
-        if math.isfinite(wish) or math.isinf(wish):
-            self._move(wish)
-        else:
+        if math.isnan(wish):
             self._steps_since_change += 1
+        else:
+            self._move(wish)
         self.samples_seen += samples
         self._record(samples or used, wish, lr, value, moments, dropped)
         self.step_count += 1
@@ -155,6 +159,7 @@ class BatchSizeScheduler:
             "batch_size": self._batch_size,
             "steps_since_change": self._steps_since_change,
             "spill": self._spill.latest,
+            "lr_weights": self._base_lr.weights,
             "trace": self._trace.state_dict(),
             "enabled": self.hooks.enabled,
             "controller": self.controller.state_dict(),
@@ -163,7 +168,7 @@ class BatchSizeScheduler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state_dict(): sets the loader's batch size too.
+        """Continue from a state_dict(): sets the loader's batch size too, within the present bounds.
 
         Raises:
             ValueError: unknown version, here or in a part.
@@ -175,10 +180,11 @@ class BatchSizeScheduler:
         self._trace.load_state_dict(state["trace"])
         self.step_count, self.samples_seen = state["step_count"], state["samples_seen"]
         self._steps_since_change = state["steps_since_change"]
-        self._spill = _PendingFactor(state["spill"])
+        self._base_lr.weights = list(state["lr_weights"])
+        self._spill = PendingFactor(state["spill"])
         self.hooks.enabled = state["enabled"]
         self._clock = None
-        self._write_batch_size(state["batch_size"])
+        self._write_batch_size(self.size_rule.size_for(state["batch_size"]))
 
     def remove(self) -> None:
         """Take all hooks off the optimizer and the model."""
@@ -195,42 +201,34 @@ class BatchSizeScheduler:
             logger.info("SGD with momentum: the controller is handed the effective lr, lr*(1 - dampening)/(1 - momentum)")
         return chosen
 
-    def _base_lr(self, moments: GradientMoments | None) -> float:
-        lrs = [self._effective_lr(group) for group in self.optimizer.param_groups]
-        weights = [0.0] * len(lrs)
-        for group, part in (moments.by_group if moments is not None else {}).items():
-            weights[group] = max(0.0, part.variance_trace)
-        if not sum(weights):
-            return lrs[0] if len(lrs) == 1 else sum(lrs) / len(lrs)
-        return sum(lr * weight for lr, weight in zip(lrs, weights, strict=True)) / sum(weights)
-
     def _samples_of_step(self, moments: GradientMoments | None) -> int:
         delivered = sum(actual for _, actual in self._recent())
         if moments is None:
             return delivered or self._batch_size
         if delivered and delivered != moments.batch_size and not getattr(self.loader, "runs_ahead", False):
             raise RuntimeError(
-                f"the layers saw {moments.batch_size} rows in this step, but the loader delivered {delivered} samples. If the model puts another dimension first "
-                "(time first, or samples and positions flattened together), settle its layout with adabatch.check(...); if one step uses several batches, "
-                "pass accumulate="
+                f"the layers saw {moments.batch_size} rows in this step, but the loader delivered {delivered} samples. If the model puts another dimension "
+                "first (time first, or samples and positions flattened together), settle its layout with adabatch.check(...); if one step uses several "
+                "batches, pass accumulate="
             )
         return moments.batch_size
 
     def _recent(self) -> list[tuple[int, int]]:
         """(size asked for, size delivered) of the batches of the present step."""
-        return list(self.loader.recent)[-self.accumulate :]
+        recent = self.loader.recent
+        return [recent[index] for index in range(-min(self.accumulate, len(recent)), 0)]
 
     def _lr_factor(self) -> float:
         factor = self._spill.for_batch(self.loader.n_batches)
         recent = self._recent()
-        if self.short_batch == "scale" and recent:
+        if self.short_batch == "scale" and recent and not self._summed:  # a sum over fewer samples is smaller by itself
             factor *= sum(actual for _, actual in recent) / sum(asked for asked, _ in recent)
         return factor
 
     def _move(self, wish: float) -> None:
         size = self.size_rule.next_size(wish, self._batch_size, self._steps_since_change)
         self._steps_since_change = 0 if size != self._batch_size else self._steps_since_change + 1
-        if self.spill == "lr":
+        if self.spill == "lr" and wish < math.inf:  # an infinite wish asks for no noise at all, which no lr gives: the last factor holds
             self._spill.set(self.size_rule.spill(wish), after_batch=self.loader.n_batches)
         self._write_batch_size(size)
 
@@ -260,19 +258,6 @@ class BatchSizeScheduler:
         )
 
 
-class _PendingFactor:
-    """A factor that holds for batches delivered after the one it was decided at, whichever of optimizer.step() and scheduler.step() comes first."""
-
-    def __init__(self, latest: float = 1.0):
-        self._before, self.latest, self._after_batch = latest, latest, -1
-
-    def set(self, factor: float, after_batch: int) -> None:
-        self._before, self.latest, self._after_batch = self.for_batch(after_batch), factor, after_batch
-
-    def for_batch(self, n_batches: int) -> float:
-        return self.latest if n_batches > self._after_batch else self._before
-
-
 def _reason_to_drop(moments: GradientMoments, loss: float) -> str:
     if moments.batch_size < 2:
         return "batch of one" if moments.batch_size else "empty batch"
@@ -286,11 +271,20 @@ def _scalar(loss: Tensor | float) -> float:
         raise ValueError(f"step() takes the scalar loss of the step, got a tensor of shape {tuple(loss.shape)}: reduce it first, e.g. losses.mean()")
     try:
         return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"step() takes the loss of the step as a scalar tensor or a number, got {loss!r}") from error
 
 
-def _check_options(loader: Any, *, every: int, spill: str | None, short_batch: str) -> None:
+def _epoch_samples(loader: Any) -> int | None:
+    try:
+        return loader.num_samples
+    except (AttributeError, TypeError):  # a sampler of the caller's own without a length
+        return None
+
+
+def _check_options(optimizer: Any, loader: Any, *, every: int, spill: str | None, short_batch: str) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     problems = []
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         problems.append(f"every must be a positive integer, got {every!r}")
@@ -298,9 +292,8 @@ def _check_options(loader: Any, *, every: int, spill: str | None, short_batch: s
         problems.append(f"spill must be one of {SPILL}, got {spill!r}")
     if short_batch not in SHORT_BATCH:
         problems.append(f"short_batch must be one of {SHORT_BATCH}, got {short_batch!r}")
-    if not all(hasattr(loader, name) for name in ("batch_size", "recent", "n_batches")):
-        problems.append(f"loader must be an AdaptiveDataLoader or a ResizableBatchSampler, got {type(loader).__name__}: pass a plain DataLoader to adabatch.wrap")
+    if not all(hasattr(loader, name) for name in ("batch_size", "drop_last", "recent", "n_batches")):
+        kind = type(loader).__name__
+        problems.append(f"loader must be an AdaptiveDataLoader or a ResizableBatchSampler, got {kind}: pass a plain DataLoader to adabatch.wrap")
     if problems:
         raise ValueError("; ".join(problems))
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,26 @@ class SizeRule:
             raise ValueError(f"dwell must be an integer >= 0, got {self.dwell!r}")
         if not 0 <= self.hysteresis < math.inf:
             raise ValueError(f"hysteresis must be a number >= 0, got {self.hysteresis!r}")
+
+    def for_steps(self, accumulate: int, epoch_samples: int | None, drop_last: bool) -> SizeRule:
+        """The rule for steps of `accumulate` equal batches drawn from epochs of so many samples (None: not known).
+
+        A batch larger than an epoch is never delivered whole, and with drop_last never at all.
+
+        Raises:
+            ValueError: no step fits the bounds; with drop_last also: the smallest batch is larger than an epoch.
+        """
+        rule = replace(self, multiple_of=math.lcm(self.multiple_of, accumulate))
+        if epoch_samples is None or rule.highest <= epoch_samples * accumulate:
+            return rule
+        if rule.lowest <= epoch_samples * accumulate:
+            return replace(rule, maximum=epoch_samples * accumulate)
+        if drop_last:
+            raise ValueError(
+                f"the smallest batch ({rule.lowest // accumulate} samples) is larger than an epoch ({epoch_samples}), and with drop_last no batch would ever "
+                "be drawn: lower min_batch_size"
+            )
+        return replace(rule, maximum=rule.lowest)
 
     @property
     def lowest(self) -> int:

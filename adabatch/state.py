@@ -16,4 +16,4 @@ def check_version(state: dict[str, Any], version: int, what: str) -> None:
     """
     found = state.get("version")
     if found != version:
-        raise ValueError(f"the state of {what} has version {found!r}; this release of adabatch reads version {version}. Load it with the release that wrote it.")
+        raise ValueError(f"the state of {what} has version {found!r}; this release of adabatch reads version {version}. Use the release that wrote it.")

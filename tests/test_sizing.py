@@ -125,3 +125,21 @@ def test_a_present_size_that_is_not_allowed_is_left_at_once(rule, present, wish)
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         SizeRule(**{"minimum": 16, "maximum": 2048, **arguments})
+
+
+@given(rules(), st.integers(1, 6), st.integers(1, 6000))
+def test_steps_of_equal_batches_no_larger_than_an_epoch(rule, accumulate, epoch):
+    try:
+        plain = rule.for_steps(accumulate, None, drop_last=False)
+    except ValueError:  # no common multiple within the bounds
+        return
+    assert (plain.minimum, plain.maximum) == (rule.minimum, rule.maximum)
+    assert plain.multiple_of % rule.multiple_of == plain.multiple_of % accumulate == 0
+    bounded = plain.for_steps(1, epoch * accumulate, drop_last=False)
+    assert bounded == rule.for_steps(accumulate, epoch, drop_last=False)
+    assert bounded.highest <= max(epoch * accumulate, plain.lowest)
+    if plain.lowest > epoch * accumulate:
+        with pytest.raises(ValueError, match="no batch would ever be drawn"):
+            rule.for_steps(accumulate, epoch, drop_last=True)
+    else:
+        assert rule.for_steps(accumulate, epoch, drop_last=True) == bounded

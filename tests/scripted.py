@@ -1,0 +1,103 @@
+"""A controller whose wishes are written down beforehand, and models on which every quantity is known."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.data import TensorDataset
+
+from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+
+
+class Wishes:
+    """Hands out the wishes in turn, the last one for ever, and keeps what it was told."""
+
+    version = 1
+
+    def __init__(self, *wishes, needs_effective_lr=False):
+        self.wishes, self.needs_effective_lr = list(wishes), needs_effective_lr
+        self.told: list[dict] = []
+
+    def propose(self, moments, *, loss, lr):
+        self.told.append({"moments": moments, "loss": loss, "lr": lr})
+        return self.wishes[min(len(self.told), len(self.wishes)) - 1]
+
+    def state_dict(self):
+        return {"version": 1, "asked": len(self.told)}
+
+    def load_state_dict(self, state):
+        self.told = [{}] * state["asked"]
+
+
+class Slope(nn.Module):
+    """The mean output has gradient 1 in its one weight, whatever the batch: each step of SGD moves the weight by exactly the lr."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.layer.weight)
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+    @property
+    def weight(self) -> float:
+        return self.layer.weight.item()
+
+
+def ones(n: int) -> TensorDataset:
+    """Inputs of 1."""
+    return TensorDataset(torch.ones(n, 1))
+
+
+def regression(n: int, seed: int = 0, width: int = 3) -> TensorDataset:
+    """Inputs [n, width] and noisy linear targets [n, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(n, width, generator=generator)
+    return TensorDataset(inputs, inputs.sum(1, keepdim=True) + torch.randn(n, 1, generator=generator))
+
+
+def slope_run(controller, n=400, batch_size=16, lr=1.0, accumulate=1, optimizer=SGD, loader_options=None, **options):
+    """(model, optimizer, loader, scheduler) for the slope model."""
+    model = Slope()
+    stepping = optimizer(model.parameters(), lr=lr)
+    loader = AdaptiveDataLoader(ones(n), batch_size, **(loader_options or {}))
+    options = {"min_batch_size": 2, "max_batch_size": 64, **options}
+    hooks = GradSampleHooks(model, accumulate=accumulate, loss_reduction=options.pop("loss_reduction", "mean"))
+    return model, stepping, loader, BatchSizeScheduler(stepping, loader, hooks, controller, **options)
+
+
+def steps(model, optimizer, loader, scheduler, n_steps=None, scheduler_first=False, loss_of=lambda outputs: outputs.mean(), after=lambda: None):
+    """Trains for so many steps (None: one epoch); yields (rows, how far the weight moved) of each step."""
+    done = count(1)
+    while True:
+        for (inputs,) in loader:
+            before = model.weight
+            optimizer.zero_grad()
+            loss = loss_of(model(inputs))
+            loss.backward()
+            if scheduler_first:
+                scheduler.step(loss)
+            optimizer.step()
+            if not scheduler_first:
+                scheduler.step(loss)
+            after()
+            yield len(inputs), before - model.weight
+            if next(done) == n_steps:
+                return
+        if n_steps is None:
+            return
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the batch of half the squared error."""
+    return (outputs - targets).square().mean() / 2
+
+
+def per_sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Half the squared error of each sample, [N], as the oracle takes it."""
+    inputs, targets = batch
+    return (model(inputs) - targets).square()[:, 0] / 2
