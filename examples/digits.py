@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 from training import image_sets, train
 
-BUDGET = "30epochs"
+BUDGET = "20epochs"
 
 
 def load_data() -> tuple[TensorDataset, TensorDataset]:
