@@ -19,8 +19,7 @@ def train(faults, n_steps=6, batch_size=16, **options):
     optimizer, loader = SGD(model.parameters(), lr=0.3), AdaptiveDataLoader(regression(4000), batch_size)
     hooks = GradSampleHooks(model, **options)
     scheduler = BatchSizeScheduler(optimizer, loader, hooks, CABS(), min_batch_size=2, max_batch_size=64)
-    step = 0
-    for inputs, targets in loader:
+    for step, (inputs, targets) in zip(range(n_steps), loader, strict=False):
         optimizer.zero_grad()
         loss = squared_error(model(inputs), targets)
         if step in faults:
@@ -29,9 +28,7 @@ def train(faults, n_steps=6, batch_size=16, **options):
         if step not in faults:
             optimizer.step()
         scheduler.step(loss)
-        step += 1
-        if step == n_steps:
-            return model, scheduler
+    return model, scheduler
 
 
 FAULTS = {
