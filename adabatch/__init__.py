@@ -1,5 +1,6 @@
 """adabatch: training that chooses its own batch size."""
 
+from adabatch.check import check
 from adabatch.controllers import CABS
 from adabatch.data import AdaptiveDataLoader, ResizableBatchSampler
 from adabatch.diagnostics import Diagnostics
@@ -18,6 +19,7 @@ __all__ = [
     "GradSampleHooks",
     "GradientMoments",
     "ResizableBatchSampler",
+    "check",
     "register_grad_sampler",
     "wrap",
 ]

@@ -1,0 +1,105 @@
+"""Leaving no trace: a model's state and the random state are put back as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put back, afterwards and bit for bit, the model's training flags, buffers, .grad, hooks after accumulation and every random state.
+
+    Parameters are not copied, but for the tables of embeddings with max_norm, which their forward pass shrinks in place.
+    """
+    modules = list(model.modules())
+    flags = [(module, module.training) for module in modules]
+    buffers = [(module, dict(module._buffers)) for module in modules]
+    tables = [module.weight for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None]
+    kept = {buffer for _, own in buffers for buffer in own.values() if buffer is not None} | set(tables)
+    values = [(tensor, tensor.detach().clone()) for tensor in kept]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    with _random_state_restored({tensor.device for tensor in (*kept, *model.parameters()) if tensor.device.type == "cuda"}):
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            for module, own in buffers:
+                module._buffers.clear()
+                module._buffers.update(own)
+            with torch.no_grad():
+                for tensor, value in values:
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
+            for parameter, grad in grads:
+                parameter.grad = grad
+
+
+@contextmanager
+def batch_norm_by_running_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norm in eval mode, by mean 0 and variance 1 where a layer keeps no statistics: nothing in it mixes samples."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    before = [(layer, layer.training, dict(layer._buffers)) for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = False
+            if layer.running_mean is None and layer.running_var is None:
+                like = next(model.parameters())
+                layer._buffers["running_mean"] = torch.zeros(layer.num_features, dtype=like.dtype, device=like.device)
+                layer._buffers["running_var"] = torch.ones(layer.num_features, dtype=like.dtype, device=like.device)
+        yield
+    finally:
+        for layer, training, buffers in before:
+            layer.training = training
+            layer._buffers.update(buffers)
+
+
+def mixing_batch_norm(model: nn.Module) -> bool:
+    """Whether some batch norm, as it is now, normalizes by the statistics of the batch."""
+    layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return any(layer.training or (layer.running_mean is None and layer.running_var is None) for layer in layers)
+
+
+@contextmanager
+def plain_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Autocast off, gradients on, compiled parts run eagerly, so that hooks are seen."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for device in {parameter.device.type for parameter in model.parameters()} | {"cpu"}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def no_gradients_yet(model: nn.Module) -> Iterator[None]:
+    """Room for a real backward pass: .grad empty, and no hook after accumulation that could step an optimizer. Inside `restored`."""
+    hooks = [own for parameter in model.parameters() if parameter.is_leaf and (own := parameter._post_accumulate_grad_hooks)]
+    before = [dict(own) for own in hooks]
+    try:
+        for parameter in model.parameters():
+            parameter.grad = None
+        for own in hooks:
+            own.clear()  # emptied, not taken off: the engine holds on to the dictionary itself
+        yield
+    finally:
+        for own, functions in zip(hooks, before, strict=True):
+            own.update(functions)
+
+
+@contextmanager
+def _random_state_restored(devices: set[torch.device]) -> Iterator[None]:
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  (models draw from the global generator)
+    with torch.random.fork_rng(list(devices), device_type="cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)  # noqa: NPY002
