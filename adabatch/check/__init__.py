@@ -8,7 +8,7 @@ from torch import nn
 
 from adabatch.check.batches import MAX_SAMPLES, batch_dims, find_batch_size_source, run_trial, smaller_batch
 from adabatch.check.comparison import MAX_COMPARED, compare_with_taps, exact_norms
-from adabatch.check.filling import enter_comparison, make_rows, mark_contributions, refuse_unaccounted
+from adabatch.check.filling import enter_comparison, make_rows, mark_contributions, refuse_differing, refuse_unaccounted
 from adabatch.check.inference import draw_weights
 from adabatch.check.listening import LossFunction, listen
 from adabatch.check.owners import Owner, find_owners
@@ -88,6 +88,7 @@ def _check(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunct
         differences, refused, problem = compare_with_taps(model, owners, batch, loss_fn, exact, report)
     enter_comparison(rows, owners, first, exact, differences, refused)
     refuse_unaccounted(rows, owners, first, second, weights, ratios)
+    refuse_differing(rows, owners)
     if problem:
         report.notes.append(f"the hooks cannot be used: {problem}")
     return report

@@ -83,7 +83,7 @@ def mark_contributions(rows: dict[str, CheckRow], owners: list[Owner], passes: l
 def enter_comparison(
     rows: dict[str, CheckRow], owners: list[Owner], first: Listened, exact: ExactNorms, differences: dict[str, Tensor], refused: dict[str, str]
 ) -> None:
-    """Enter the errors of the taps' norms, and refuse layers where they are too large or that the hooks could not measure."""
+    """Enter the errors of the taps' norms, and refuse the layers that the hooks could not measure."""
     homes = _homes(owners, first)
     for owner in owners:
         row, narrow = rows[owner.name], _is_narrow(owner)
@@ -92,10 +92,16 @@ def enter_comparison(
             row.refuse(refused[owner.name])
         own = [name for name in owner.parameters if homes[name] == owner.name]
         row.error = relative_error(own, differences, exact, floor=1e-3 if narrow else 1e-6)
-        if row.error > (5e-2 if narrow else 1e-3):
-            row.refuse(f"the taps' squared norms differ from exact ones by {row.error:.1%}")
-        elif row.rule == "none" and row.error <= AGREEMENT:  # its parameters are tapped inside the module, so the order of its output does not matter
+        if row.rule == "none" and row.error <= AGREEMENT:  # its parameters are tapped inside the module, so the order of its output does not matter
             row.rule, row.status, row.reason = "generic", "exact", ""
+
+
+def refuse_differing(rows: dict[str, CheckRow], owners: list[Owner]) -> None:
+    """Refuse the layers whose norms are wrong for a reason that nothing else explained."""
+    for owner in owners:
+        row = rows[owner.name]
+        if row.error > (5e-2 if _is_narrow(owner) else 1e-3):
+            row.refuse(f"the taps' squared norms differ from exact ones by {row.error:.1%}")
 
 
 def _is_narrow(owner: Owner) -> bool:

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+# Recurrent layers run on these lists, which a functional call rebuilds from the tensors it was given.
+_FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
+
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
@@ -25,6 +28,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     kept = {buffer for _, own in buffers for buffer in own.values() if buffer is not None} | set(tables)
     values = [(tensor, tensor.detach().clone()) for tensor in kept]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    flat_weights = [(module, {key: vars(module)[key] for key in _FLAT_WEIGHTS if key in vars(module)}) for module in modules if isinstance(module, nn.RNNBase)]
     with _random_state_restored({tensor.device for tensor in (*kept, *model.parameters()) if tensor.device.type == "cuda"}):
         try:
             yield
@@ -40,6 +44,8 @@ def restored(model: nn.Module) -> Iterator[None]:
                         tensor.copy_(value)
             for parameter, grad in grads:
                 parameter.grad = grad
+            for module, lists in flat_weights:
+                vars(module).update(lists)
 
 
 @contextmanager
