@@ -97,6 +97,9 @@ class GradSampleHooks:
         self._probes: dict[torch.device, Probe] = {}
         for device in {parameter.device for parameter in plan.parameters.values()}:
             self._probe(device)
+        if second_moment:  # now, because a leaf made inside a compiled graph is none
+            for name, parameter in plan.parameters.items():
+                self._probe(parameter.device).second_moment(name, parameter.shape)
         self._harvested_task = -1
         self._warned = False
         self.reset()
@@ -141,8 +144,7 @@ class GradSampleHooks:
     def _tap(self, site: TapSite, inputs: Tensor, output: Tensor) -> Tensor:
         n_samples, device = output.shape[0], output.device
         probe = self._probe(device)
-        if not torch.compiler.is_compiling():
-            probe.grow(n_samples)
+        probe.reserve(n_samples)
         rows = self._row_sampler.rows(n_samples, device)
         length = n_samples if rows is None else rows.shape[0]
         activations = inputs.detach()

@@ -52,6 +52,17 @@ class Probe:
         leaf.register_hook(before_accumulation)
         return leaf
 
+    def reserve(self, n_samples: int) -> None:
+        """Make room for a batch.
+
+        Raises:
+            RuntimeError: it is larger than the capacity, in a compiled graph, which cannot grow the probe.
+        """
+        if not torch.compiler.is_compiling():
+            self.grow(n_samples)
+        elif n_samples > self.capacity:
+            raise RuntimeError(f"a batch is larger than the {self.capacity} samples a compiled model was prepared for: pass capacity= with the largest batch size")
+
     def grow(self, capacity: int) -> None:
         """Make room for batches of `capacity` samples. What graphs still to be differentiated report to the shorter rows is not lost."""
         if capacity <= self.capacity:

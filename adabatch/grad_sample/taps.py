@@ -156,7 +156,10 @@ class ListeningTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, output, activations, rows, report, site, *extras):
-        ctx.mark_dirty(output)
+        if torch.compiler.is_compiling():
+            output = output.clone()  # no copy once compiled; an input returned as it is would forbid in-place operations behind the compiled part
+        else:
+            ctx.mark_dirty(output)
         ctx.save_for_backward(activations, rows)
         ctx.site = site
         ctx.dtype, ctx.n_extras = extras[0].dtype, len(extras)
