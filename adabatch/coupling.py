@@ -6,6 +6,8 @@ the one they find in param_groups, never see it.
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -53,7 +55,8 @@ class StepFactor:
 
     Args:
         optimizer: its step pre- and post-hooks are used; a tensor lr is changed in place.
-        factor: called at each step; its value for the batch being stepped.
+        factor: called at each step; its value for the batch being stepped. A bound method is held weakly: an object that holds the optimizer is then in no
+            reference cycle, and goes, with a loader and its workers, as soon as it is let go of. Its factor goes with it.
 
     Attributes:
         last_lrs: the lr of each group as used in the last step.
@@ -67,7 +70,7 @@ class StepFactor:
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[], float]):
-        self._factor = factor
+        self._factor = weakref.WeakMethod(factor) if inspect.ismethod(factor) else lambda: factor
         self._applied = 1.0
         self._saved: list[tuple[dict[str, Any], Any]] = []
         self.last_lrs = read_lrs(optimizer)
@@ -88,7 +91,8 @@ class StepFactor:
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self.restore()
-        self._applied = self._factor()
+        factor = self._factor()
+        self._applied = 1.0 if factor is None else factor()
         if self._applied != 1.0:
             self._saved = _scale(optimizer.param_groups, self._applied)
         self.last_lrs = read_lrs(optimizer)

@@ -37,7 +37,7 @@ class BatchSizeScheduler:
         optimizer: its step hooks carry the lr factors. A controller that needs an effective lr accepts SGD, or any optimizer with effective_lr=.
         loader: what takes the batch size: an AdaptiveDataLoader or a ResizableBatchSampler. A sampler under a DataLoader with workers runs ahead of the
             training loop; use AdaptiveDataLoader (adabatch.wrap does) for the short-batch rule to meet the right batch.
-        hooks: a GradSampleHooks, or anything with collect() -> GradientMoments and a settable `enabled`.
+        hooks: a GradSampleHooks, or anything with collect() -> GradientMoments, a settable `enabled`, remove(), state_dict() and load_state_dict().
         controller: propose(moments, loss=, lr=) -> wished batch size; default CABS().
         min_batch_size, max_batch_size: bounds of the step's size, in samples; no batch is larger than the loader's epoch.
         multiple_of: sizes are multiples of this.
@@ -209,7 +209,7 @@ class BatchSizeScheduler:
             raise RuntimeError(
                 f"the layers saw {moments.batch_size} rows in this step, but the loader delivered {delivered} samples. If the model puts another dimension "
                 "first (time first, or samples and positions flattened together), settle its layout with adabatch.check(...); if one step uses several "
-                "batches, pass accumulate="
+                "batches, pass accumulate=; if the loop fetches a batch before it has stepped the last one, leave that to workers (num_workers=)"
             )
         return moments.batch_size
 

@@ -44,7 +44,8 @@ def wrap(
         min_batch_size, max_batch_size: bounds of a step's size, in samples.
         loss_reduction: 'mean' or 'sum', of the loss that is differentiated.
         samples: measure so many samples of each batch; None measures all.
-        accumulate: backward passes per optimizer step in the caller's own accumulation; the loader's batches are that much smaller than the step's.
+        accumulate: backward passes per optimizer step in the caller's own accumulation; the loader's batches are that much smaller than the step's. The
+            number of batches in an epoch is not known beforehand: count the passes on from epoch to epoch, so that a step may span two.
         ignore: names of modules to leave out of the measurement.
         seed: of the choice of measured samples.
         effective_lr: a callable of a param group, for optimizers other than SGD.

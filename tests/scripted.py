@@ -7,8 +7,9 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
+import adabatch
 from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
 
 
@@ -101,3 +102,37 @@ def per_sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Half the squared error of each sample, [N], as the oracle takes it."""
     inputs, targets = batch
     return (model(inputs) - targets).square()[:, 0] / 2
+
+
+class Indexed(Dataset):
+    """Samples that carry their index: (index, inputs, target)."""
+
+    def __init__(self, n=240):
+        self.inputs, self.targets = regression(n).tensors
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        return index, self.inputs[index], self.targets[index]
+
+
+def wrapped(loader, controller=None, **options):
+    """(model, optimizer, loader, scheduler) of a linear model."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    options = {"min_batch_size": 4, "max_batch_size": 64, **options}
+    return model, *adabatch.wrap(model, SGD(model.parameters(), lr=0.05), loader, controller=controller or Wishes(20, 7, 33, 12), **options)
+
+
+def train_epoch(model, optimizer, loader, scheduler):
+    """One epoch; the indices of each batch."""
+    batches = []
+    for indices, inputs, targets in loader:
+        optimizer.zero_grad()
+        loss = (model(inputs) - targets).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+        batches.append(indices.tolist())
+    return batches

@@ -1,0 +1,189 @@
+"""wrap: one call turns a plain training loop into one that chooses its batch size."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+)
+
+import adabatch
+from adabatch import CABS, AdaptiveDataLoader
+from tests.scripted import Indexed, Wishes, ones, regression, train_epoch, wrapped
+
+
+def test_the_loop_of_the_design_as_it_stands():
+    torch.manual_seed(0)
+    model = nn.Linear(200, 1)
+    criterion = nn.MSELoss()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(regression(20_000, width=200), batch_size=600, shuffle=True)
+    original = optimizer
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=adabatch.CABS(), min_batch_size=16, max_batch_size=4096)
+
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        loss = criterion(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+
+    assert scheduler.diagnostics.latest.noise_scale > 0
+    assert optimizer is original
+    assert scheduler.samples_seen == 20_000
+    assert scheduler.diagnostics[0].batch_size == 600
+    # Near the optimum g_i = 2 r_i x_i with r_i of variance F, so that T = 4 F (200 + 1), and the size settles at lr * T / F.
+    assert scheduler.get_last_batch_size() == pytest.approx(0.1 * 4 * 201, rel=0.15)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+class NoRule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.raw = nn.Parameter(torch.ones(1))
+
+
+ERRORS = {
+    "iterable": ({"loader": lambda: DataLoader(Stream(), batch_size=4)}, ValueError, r"iterable-style \(Stream\).*__getitem__ and __len__"),
+    "no-batches": ({"loader": lambda: DataLoader(ones(8), batch_size=None)}, ValueError, r"no batch sampler \(batch_size=None\)"),
+    "own-batches": (
+        {"loader": lambda: DataLoader(ones(8), batch_sampler=BatchSampler(SequentialSampler(range(8)), 4, False))},
+        ValueError,
+        r"batch sampler of its own \(BatchSampler\).*ResizableBatchSampler",
+    ),
+    "unordered": ({"loader": lambda: DataLoader(ones(8), num_workers=1, in_order=False)}, ValueError, "in_order=False"),
+    "not-a-loader": ({"loader": lambda: [torch.ones(3, 3)]}, TypeError, "loader must be a torch.utils.data.DataLoader .* got list"),
+    "not-an-optimizer": ({"optimizer": lambda model: "sgd"}, TypeError, "optimizer must be a torch.optim.Optimizer, got str"),
+    "frozen": ({"model": lambda: nn.Linear(3, 1).requires_grad_(False)}, ValueError, "no trainable parameters"),
+    "adam": ({"optimizer": lambda model: Adam(model.parameters())}, ValueError, "known for Adam.*effective_lr="),
+    "bounds": ({"min_batch_size": 100}, ValueError, "min_batch_size .100. must not exceed max_batch_size .64."),
+    "reduction": ({"loss_reduction": "none"}, ValueError, r"loss_reduction must be one of \('mean', 'sum'\), got 'none'"),
+    "unknown-option": ({"spil": "lr"}, TypeError, "spil"),
+    "ignored": ({"ignore": ["head"]}, ValueError, "names no module of the model: 'head'"),
+    "accumulate": ({"accumulate": 0}, ValueError, "accumulate must be a positive integer"),
+    "no-common-multiple": ({"accumulate": 65}, ValueError, "no multiple of 65 lies between min_batch_size 4 and max_batch_size 64"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_leave_everything_as_it_was(options, error, message):
+    options = {"min_batch_size": 4, "max_batch_size": 64, **options}
+    model = options.pop("model", lambda: nn.Linear(3, 1))()
+    optimizer = options.pop("optimizer", lambda model: SGD(model.parameters(), lr=0.1))(model)
+    loader = options.pop("loader", lambda: AdaptiveDataLoader(ones(80), 2))()
+    before = copy.copy(loader.__dict__) if isinstance(loader, AdaptiveDataLoader) else None
+    with pytest.raises(error, match=message):
+        adabatch.wrap(model, optimizer, loader, **options)
+    assert not model._forward_hooks
+    if isinstance(optimizer, torch.optim.Optimizer):
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+    if before is not None:
+        assert loader.__dict__ == before
+        assert loader.batch_size == 2
+
+
+def test_all_layers_without_a_rule_are_listed():
+    model = nn.ModuleDict({"one": nn.Linear(3, 1), "two": NoRule(), "three": NoRule()})
+    with pytest.raises(ValueError, match=r"NoRule \(two\)[\s\S]*NoRule \(three\)"):
+        adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(8)))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_takes_the_same_steps(backend):
+    def run(compiled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 1))
+        callable_model = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
+        parts = adabatch.wrap(callable_model, SGD(model.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=16), min_batch_size=4, max_batch_size=64)
+        return train_epoch(callable_model, *parts), parts[2].diagnostics
+
+    torch._dynamo.reset()
+    (batches, history), (expected, reference) = run(True), run(False)
+    assert batches == expected
+    measured = history.column("measured")
+    assert list(measured) == list(reference.column("measured"))
+    assert list(history.column("variance_trace")[measured]) == pytest.approx(list(reference.column("variance_trace")[measured]), rel=1e-4)
+
+
+def test_adam_with_an_effective_lr():
+    model = nn.Linear(3, 1)
+    optimizer = Adam(model.parameters(), lr=0.01)
+    loader = DataLoader(Indexed(), batch_size=16)
+    parts = adabatch.wrap(model, optimizer, loader, max_batch_size=64, effective_lr=lambda group: 10 * group["lr"])
+    train_epoch(model, *parts)
+    assert set(parts[2].diagnostics.column("lr")) == {10 * 0.01}
+    assert parts[2].diagnostics.n_measured == parts[2].diagnostics.n_steps
+
+
+def test_two_param_groups_are_measured_apart():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    optimizer = SGD([{"params": model[0].parameters(), "lr": 0.01}, {"params": model[1].parameters(), "lr": 0.02}])
+    controller = Wishes(16)
+    parts = adabatch.wrap(model, optimizer, DataLoader(Indexed(), batch_size=16), controller=controller)
+    train_epoch(model, *parts)
+    assert set(controller.told[0]["moments"].by_group) == {0, 1}
+    assert all(0.01 < told["lr"] < 0.02 for told in controller.told)
+
+
+def test_options_reach_their_places():
+    model, optimizer, loader, scheduler = wrapped(
+        DataLoader(Indexed(), batch_size=16), samples=6, seed=3, every=2, multiple_of=8, spill="lr", short_batch="keep"
+    )
+    train_epoch(model, optimizer, loader, scheduler)
+    told = scheduler.controller.told
+    assert {entry["moments"].n_measured for entry in told} == {6}
+    assert scheduler.diagnostics.n_measured == math.ceil(scheduler.diagnostics.n_steps / 2)
+    assert {int(size) % 8 for size in scheduler.diagnostics.column("next_batch_size")} == {0}
+    scheduler.remove()
+    assert not model._forward_hooks
+
+
+def test_accumulation_end_to_end():
+    """The loader's batches are a k-th of the step; loss / k is differentiated; the mean over the step is told."""
+    model, optimizer, loader, scheduler = wrapped(DataLoader(regression(1000), batch_size=8), CABS(scale=2.0), accumulate=4)
+    assert (loader.batch_size, scheduler.get_last_batch_size()) == (8, 32)
+    losses, rows = [], []
+    for inputs, targets in loader:
+        loss = (model(inputs) - targets).square().mean()
+        (loss / 4).backward()
+        losses.append(loss.item())
+        rows.append(len(inputs))
+        if len(losses) % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step(sum(losses[-4:]) / 4)
+    history = scheduler.diagnostics
+    assert list(history.column("batch_size")) == [sum(rows[start : start + 4]) for start in range(0, len(rows) - 3, 4)]
+    assert list(history.column("loss")) == [sum(losses[start : start + 4]) / 4 for start in range(0, len(losses) - 3, 4)]
+    assert {4, 32} <= set(history.column("batch_size"))
+    assert 1000 - 3 * loader.batch_size <= scheduler.samples_seen <= 1000
+
+
+def test_an_accumulated_step_may_span_two_epochs():
+    model, optimizer, loader, scheduler = wrapped(DataLoader(Indexed(), batch_size=16, shuffle=True), Wishes(39, 21, 60), accumulate=3)
+    passes = samples = 0
+    for _ in range(5):
+        for _indices, inputs, targets in loader:
+            ((model(inputs) - targets).square().mean() / 3).backward()
+            passes, samples = passes + 1, samples + len(inputs)
+            if passes % 3 == 0:
+                optimizer.step()
+                assert optimizer.param_groups[0]["lr"] == 0.05
+                optimizer.zero_grad()
+                scheduler.step(1.0)
+                assert scheduler.samples_seen == samples
+    assert scheduler.diagnostics.n_measured == passes // 3
+    assert {39, 21, 60} <= set(scheduler.diagnostics.column("batch_size"))
