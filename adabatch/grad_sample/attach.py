@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,26 +10,28 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
+from adabatch.grad_sample.attention import unsupported_attention
 from adabatch.grad_sample.registry import GradSampler, find_grad_sampler
 
 
 @dataclass(frozen=True)
 class MeasuredLayer:
-    """A layer with a rule, and its trainable parameters {own name: name in the model}."""
+    """A layer with its rule, or None where it is run again sample by sample, and its trainable parameters {own name: name in the model}."""
 
     name: str
     layer: nn.Module
-    sampler: GradSampler
+    sampler: GradSampler | None
     parameters: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers to measure, and the parameters they own by name; `shared` names those with more than one owner."""
+    """The layers to measure, and all measured parameters by name; `shared` names those with more than one owner, `traced` those of no layer of their own."""
 
     layers: list[MeasuredLayer]
     parameters: dict[str, Tensor]
     shared: frozenset[str]
+    traced: frozenset[str]
 
 
 def plan_layers(model: nn.Module, ignore: Collection[str] = (), only: Collection[int] | None = None) -> Plan:
@@ -46,35 +48,70 @@ def plan_layers(model: nn.Module, ignore: Collection[str] = (), only: Collection
     model = unwrap(model)
     problems = [*_model_problems(model), *_unknown_names(model, ignore)]
     layers: list[MeasuredLayer] = []
-    names: dict[int, str] = {}
-    parameters: dict[str, Tensor] = {}
-    shared: set[str] = set()
-    left_out = _parameters_below(model, ignore)
+    parameters = _Parameters(_parameters_below(model, ignore), only)
+    traced: set[str] = set()
+    inside: set[int] = set()
     for name, layer in _measurable(model, ignore):
-        own = {}
-        for own_name, parameter in layer._parameters.items():
-            if parameter is None or not parameter.requires_grad or id(parameter) in left_out or (only is not None and id(parameter) not in only):
-                continue
-            if isinstance(parameter, UninitializedParameter):
-                problems.append(f"{_full(name, own_name)} is not initialized: run one batch through the lazy module first")
-            full_name = names.setdefault(id(parameter), _full(name, own_name))
-            if full_name in parameters:
-                shared.add(full_name)
-            parameters[full_name] = parameter
-            own[own_name] = full_name
-        if not own:
+        if id(layer) in inside:
             continue
         sampler = find_grad_sampler(layer)
+        if sampler is None and is_opaque(layer):
+            inside.update(id(part) for part in layer.modules())
+            own = parameters.take(name, layer.named_parameters(), problems)
+        else:
+            own = parameters.take(name, layer._parameters.items(), problems)
+        if not own:
+            continue
         problem = _layer_problem(name, layer, sampler)
         if problem:
             problems.append(problem)
+        elif sampler is None and not is_run_again(layer):
+            traced.update(own.values())
         else:
             layers.append(MeasuredLayer(name, layer, sampler, own))
-    if not parameters and not problems:
+    if not parameters.by_name and not problems:
         problems.append("the model has no trainable parameters to measure")
     if problems:
         raise ValueError("per-sample gradients cannot be measured exactly on this model:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return Plan(layers, parameters, frozenset(shared))
+    return Plan(layers, parameters.by_name, frozenset(parameters.shared), frozenset(traced))
+
+
+class _Parameters:
+    """Collects the parameters to measure by their name in the model; one with several owners keeps the first owner's name."""
+
+    def __init__(self, left_out: Collection[int], only: Collection[int] | None):
+        self._left_out, self._only = left_out, only
+        self._names: dict[int, str] = {}
+        self.by_name: dict[str, Tensor] = {}
+        self.shared: set[str] = set()
+
+    def take(self, owner: str, parameters: Iterable[tuple[str, Tensor | None]], problems: list[str]) -> dict[str, str]:
+        """{own name: name in the model} of the owner's parameters that are to be measured."""
+        own = {}
+        for own_name, parameter in parameters:
+            if parameter is None or not parameter.requires_grad or id(parameter) in self._left_out:
+                continue
+            if self._only is not None and id(parameter) not in self._only:
+                continue
+            if isinstance(parameter, UninitializedParameter):
+                problems.append(f"{_full(owner, own_name)} is not initialized: run one batch through the lazy module first")
+            name = self._names.setdefault(id(parameter), _full(owner, own_name))
+            if name in self.by_name:
+                self.shared.add(name)
+            self.by_name[name] = parameter
+            own[own_name] = name
+        return own
+
+
+def is_opaque(layer: nn.Module) -> bool:
+    """Whether the layer uses the parameters of its parts without calling them, so that it is measured as a whole."""
+    return isinstance(layer, nn.RNNBase) or (isinstance(layer, nn.MultiheadAttention) and type(layer).forward is nn.MultiheadAttention.forward)
+
+
+def is_run_again(layer: nn.Module) -> bool:
+    """Whether a layer without a rule is run again sample by sample: one without parts. The parameters of a container are traced instead, as only what
+    depends on them need be repeated; so are those that a forward pre-hook works on, as weight norm's does."""
+    return is_opaque(layer) or not (any(True for _ in layer.children()) or layer._forward_pre_hooks)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -124,8 +161,11 @@ def _unknown_names(model: nn.Module, ignore: Collection[str]) -> Iterator[str]:
 
 
 def _layer_problem(name: str, layer: nn.Module, sampler: GradSampler | None) -> str | None:
-    where = f"{type(layer).__name__} ({name or 'the model itself'})"
-    if sampler is None:
-        return f"No grad_sample rule for {where}. Register one with register_grad_sampler, or pass ignore=[{name!r}]."
-    reason = sampler.unsupported(layer)
-    return f"{where}: {reason}" if reason else None
+    reason = sampler.unsupported(layer) if sampler is not None else _generic_problem(layer)
+    return f"{type(layer).__name__} ({name or 'the model itself'}): {reason}" if reason else None
+
+
+def _generic_problem(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.RNNBase) and layer.dropout and layer.num_layers > 1:
+        return "its dropout between layers cannot be drawn again for one sample: stack single-layer modules with nn.Dropout between them"
+    return unsupported_attention(layer) if isinstance(layer, nn.MultiheadAttention) else None

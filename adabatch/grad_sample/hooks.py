@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +17,15 @@ from torch.autograd import Variable
 
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import LOSS_REDUCTIONS, BackwardPass, pool_passes
-from adabatch.grad_sample.attach import plan_layers
+from adabatch.grad_sample.attach import plan_layers, unwrap
 from adabatch.grad_sample.grad_norms import grad_sq_norms
-from adabatch.grad_sample.passes import REENTRANT, add_uses, batch_size_of, check_all_seen, check_gradients_left, rows_measured, warn_of_mixing
-from adabatch.grad_sample.probe import INITIAL_CAPACITY, Probe
+from adabatch.grad_sample.passes import REENTRANT, add_uses, batch_size_of, check_all_seen, check_gradients_left, reported_parameters, warn_of_mixing
+from adabatch.grad_sample.placement import TapPlacer
+from adabatch.grad_sample.probe import INITIAL_CAPACITY, ProbeSet
 from adabatch.grad_sample.probe_rows import ProbeRows
 from adabatch.grad_sample.rows import RowSampler
-from adabatch.grad_sample.taps import ListeningTap, Stash, TapSite
+from adabatch.grad_sample.taps import Stash, TapSite
 from adabatch.state import check_version
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
 
 NOTHING_MEASURED = (
     "no measured backward pass since the last collect(). Possible causes: backward() was not called; the hooks are paused or removed; gradients were taken "
@@ -51,6 +50,7 @@ class GradSampleHooks:
         ignore: names of modules that are left out, with all below them; their parameters count neither in the norms nor in ‖g‖².
         param_groups: lists of parameters whose moments are wanted apart (`GradientMoments.by_group`), as in an optimizer's param_groups.
         capacity: the largest batch to expect. Grows on demand in eager mode; under torch.compile it must be given.
+        layout: what adabatch.check found; without it the samples are assumed to lie along dimension 0 everywhere.
         per_parameter: also give the norms of each parameter (`by_parameter`).
         second_moment: also give Σ_i g_i², elementwise, of each parameter (`second_moment`).
 
@@ -81,29 +81,43 @@ class GradSampleHooks:
         ignore: Collection[str] = (),
         param_groups: Sequence[Sequence[Tensor]] | None = None,
         capacity: int = INITIAL_CAPACITY,
+        layout: Any = None,
         per_parameter: bool = False,
         second_moment: bool = False,
     ):
         _check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
         param_groups = None if param_groups is None else [list(group) for group in param_groups]
         plan = plan_layers(model, ignore, only=None if param_groups is None else {id(parameter) for group in param_groups for parameter in group})
-        self.loss_reduction, self.accumulate, self.enabled = loss_reduction, accumulate, True
+        self.loss_reduction, self.accumulate = loss_reduction, accumulate
         self.parameters = plan.parameters
         self._row_sampler = RowSampler(samples, seed, capacity)
         self._probe_rows = ProbeRows(plan.parameters, param_groups, per_parameter)
-        self._second_moment, self._capacity = second_moment, capacity
+        self._second_moment = second_moment
         self._stash = Stash()
-        self.sites = [TapSite.of(layer, index, self._probe_rows.row_of, plan.shared, self._stash) for index, layer in enumerate(plan.layers)]
-        self._probes: dict[torch.device, Probe] = {}
-        for device in {parameter.device for parameter in plan.parameters.values()}:
-            self._probe(device)
-        if second_moment:  # now, because a leaf made inside a compiled graph is none
-            for name, parameter in plan.parameters.items():
-                self._probe(parameter.device).second_moment(name, parameter.shape)
+        self.sites = TapSite.all_of(plan, self._probe_rows.row_of, self._stash, getattr(layout, "layouts", {}))
+        wide = any(parameter.dtype == torch.float64 for parameter in plan.parameters.values())
+        on_complete = functools.partial(_queue_harvest, weakref.ref(self))
+        self._probes = ProbeSet(len(self._probe_rows), len(self.sites), capacity, torch.float64 if wide else torch.float32, self._row_sampler, on_complete)
+        for name, parameter in plan.parameters.items():
+            probe = self._probes.on(parameter.device)
+            if second_moment:
+                probe.second_moment(name, parameter.shape)
+        source = getattr(layout, "batch_size_source", None)
+        self._placer = TapPlacer(self.sites, plan.parameters, plan.traced, self._probes, self._row_sampler, self._stash, source, second_moment)
         self._harvested_task = -1
         self._warned = False
         self.reset()
-        self._handles: list[Any] = [site.layer.register_forward_hook(self._hook(site), prepend=True, with_kwargs=True) for site in self.sites]
+        self._placer.attach(unwrap(model), self)
+        self._attached = True
+
+    @property
+    def enabled(self) -> bool:
+        """Whether forward passes are measured; may be set between steps."""
+        return self._placer.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._placer.enabled = value
 
     @property
     def samples(self) -> int | None:
@@ -114,96 +128,32 @@ class GradSampleHooks:
     def samples(self, value: int | None) -> None:
         _check_arguments(self.loss_reduction, samples=value)
         self._row_sampler.choose(value)
-        for device in self._probes:
-            self._row_sampler.reserve(self._capacity, device)
-
-    def _hook(self, site: TapSite) -> Callable[..., Tensor | None]:
-        def tap(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            copied = layer is not site.layer  # a deep copy of the model carries the hooks along
-            if not self.enabled or not torch.is_grad_enabled() or copied or _is_exporting():
-                return None
-            if torch.compiler.is_compiling():
-                if site.deferred:
-                    raise RuntimeError(f"{site.name} shares a parameter with another use, which a compiled graph cannot measure: do not compile the model")
-            elif torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
-                return None
-            else:
-                self._count_call(site)
-            return self._tap(site, args[0] if args else next(iter(kwargs.values())), output)
-
-        return tap
-
-    def _count_call(self, site: TapSite) -> None:
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            site.calls += 1
-            self._recomputing_task = -1
-        else:  # activation checkpointing runs the layer again, inside backward
-            self._recomputing_task = task
-
-    def _tap(self, site: TapSite, inputs: Tensor, output: Tensor) -> Tensor:
-        n_samples, device = output.shape[0], output.device
-        probe = self._probe(device)
-        probe.reserve(n_samples)
-        rows = self._row_sampler.rows(n_samples, device)
-        length = n_samples if rows is None else rows.shape[0]
-        activations = inputs.detach()
-        if rows is not None and not site.sampler.full_batch(site.layer):
-            activations = activations.index_select(0, rows)
-        extras = [probe.row(row, length) for row in site.probe_rows]
-        if self._second_moment:
-            extras += [probe.second_moment(name, self.parameters[name].shape) for name in site.parameters.values()]
-        return ListeningTap.apply(output, activations, rows, probe.report(site.index), site, *extras)
-
-    def _probe(self, device: torch.device) -> Probe:
-        if device not in self._probes:
-            wide = any(parameter.dtype == torch.float64 for parameter in self.parameters.values())
-            probe = Probe(len(self._probe_rows), len(self.sites), self._capacity, torch.float64 if wide else torch.float32, device)
-            self._row_sampler.reserve(self._capacity, device)
-            probe.reports.register_post_accumulate_grad_hook(functools.partial(_queue_harvest, weakref.ref(self)))
-            self._probes[device] = probe
-        return self._probes[device]
+        self._probes.reserve_keys()
 
     def _harvest(self) -> None:
         """Runs in the engine's last callback of a backward pass: every layer has reported, and the gradients are complete, also under DDP."""
-        with torch.autocast(next(iter(self._probes)).type, enabled=False):
+        with torch.autocast(self._probes.home.type, enabled=False):
             self._take_pass()
 
     def _take_pass(self) -> None:
-        norms, reports, moments = self._drain_probes()
+        norms, reports, moments = self._probes.drain(self._harvested_task)
+        uses = self._stash.drain(self._harvested_task)
         batch_size = batch_size_of(reports, self.sites)
-        repeated = add_uses(norms, moments, self._stash.drain(self._harvested_task), self._probe_rows.row_of, self._second_moment)
+        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._second_moment)
         for site in self.sites:
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
             site.calls = max(0, site.calls - round(float(reports[site.index, 0])))
         if not self._warned:
             self._warned = warn_of_mixing(reports, self.sites)
+        seen = reported_parameters(reports, self.sites, uses)
         if not self._n_passes:
-            check_all_seen(reports, self.sites, self.parameters)
+            check_all_seen(seen, self.parameters)
         self._n_passes += 1
-        rows = self._row_sampler.rows(batch_size, next(iter(self._probes)))
+        rows = self._row_sampler.rows(batch_size, self._probes.home)
         self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments)][-self.accumulate :]
         if self._n_passes >= self.accumulate:
-            check_gradients_left(reports, self.sites, self.parameters)
+            check_gradients_left(seen, self.parameters)
             self._grad_sq_norms = grad_sq_norms(self._probe_rows.groups)
-
-    def _drain_probes(self) -> tuple[list[Tensor | None], Tensor, dict[str, Tensor]]:
-        home = next(iter(self._probes))
-        norms: list[Tensor | None] = [None] * len(self._probe_rows)
-        reports = torch.zeros(len(self.sites), 2)
-        moments: dict[str, Tensor] = {}
-        for probe in self._probes.values():
-            rows, seen, second = probe.drain(self._harvested_task)
-            if seen is None:
-                continue
-            length = rows_measured(seen, self.samples)
-            reports = reports + seen.cpu()
-            moments.update(second)
-            for index, row in enumerate(rows):
-                if row is not None:
-                    value = row[:length].to(home)
-                    norms[index] = value if norms[index] is None else norms[index] + value
-        return norms, reports, moments
 
     def collect(self, *, loss_scale: float = 1.0) -> GradientMoments:
         """Moments of the step: of all backward passes since the last collect().
@@ -240,11 +190,10 @@ class GradSampleHooks:
         self._passes: list[BackwardPass] = []
         self._n_passes = 0
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
-        self._recomputing_task = -1
+        self._placer.recomputing_task = -1
         self._row_sampler.redraw()
         self._stash.drain(-1)
-        for probe in self._probes.values():
-            probe.drain(-1)
+        self._probes.drain(-1)
         for site in self.sites:
             site.calls = 0
 
@@ -259,10 +208,9 @@ class GradSampleHooks:
 
     def remove(self) -> None:
         """Take all hooks off the model. Nothing else was ever put on it."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._placer.remove()
         self._probes.clear()
+        self._attached = False
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the row draws, so that a resumed run measures the same rows."""
@@ -278,9 +226,9 @@ def _queue_harvest(reference: weakref.ref[GradSampleHooks], reports: Tensor) -> 
     """Called when the reports' gradient is complete. The parameters' gradients may not be: DDP's own last callback is queued before the second of ours."""
     hooks = reference()
     task = torch._C._current_graph_task_id()
-    if hooks is None or not hooks._handles or task == hooks._harvested_task:
+    if hooks is None or not hooks._attached or task == hooks._harvested_task:
         return
-    recomputing, hooks._recomputing_task = hooks._recomputing_task, -1
+    recomputing, hooks._placer.recomputing_task = hooks._placer.recomputing_task, -1
     if recomputing not in (-1, task):
         hooks.reset()
         raise RuntimeError(REENTRANT)

@@ -45,9 +45,18 @@ class Layout(str, Enum):
         return self.value
 
     @property
+    def tells_size(self) -> bool:
+        """Whether N can be read from the tensor itself; else a BatchSizeSource is needed."""
+        return self in (Layout.BATCH_FIRST, Layout.BATCH_SECOND)
+
+    @property
     def needs_batch_size(self) -> bool:
-        """Whether N cannot be read from the tensor itself, so that a BatchSizeSource is needed."""
-        return self not in (Layout.BATCH_FIRST, Layout.BATCH_SECOND)
+        """Whether N cannot be read from the tensor itself."""
+        return not self.tells_size
+
+    def size(self, tensor: Tensor) -> int:
+        """N, of a tensor whose layout tells it."""
+        return tensor.shape[1 if self is Layout.BATCH_SECOND else 0]
 
     def split(self, tensor: Tensor, n_samples: int) -> Tensor:
         """The tensor with its samples along dimension 0; a view, which torch.compile can trace.

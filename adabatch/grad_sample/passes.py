@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from adabatch.grad_sample.taps import TapSite, Use
 from adabatch.grad_sample.uses import merge_uses
-
 
 REENTRANT = "reentrant activation checkpointing cannot be measured: its backward passes run inside another. Use checkpoint(..., use_reentrant=False)"
 
@@ -56,17 +55,10 @@ def batch_size_of(reports: Tensor, sites: Sequence[TapSite]) -> int:
     return size
 
 
-def rows_measured(reports: Tensor, samples: int | None) -> int:
-    """The length of the probe rows in use: the batch size that the layers report, or the number of samples asked for."""
-    used = reports[reports[:, 0] > 0]
-    n_samples = round(float((used[:, 1] / used[:, 0]).max())) if len(used) else 0
-    return n_samples if samples is None else min(samples, n_samples)
-
-
 def warn_of_mixing(reports: Tensor, sites: Sequence[TapSite]) -> bool:
     """Warn if a layer that took part mixes the samples of the batch; whether it did."""
     used = reports[:, 0].tolist()
-    mixing = [site.name for site, uses in zip(sites, used, strict=True) if uses and site.sampler.full_batch(site.layer)]
+    mixing = [site.name for site, uses in zip(sites, used, strict=True) if uses and site.mixes_samples]
     if mixing:
         warnings.warn(
             f"{', '.join(mixing)}: batch normalization in train mode mixes the samples of a batch. What is measured is each sample's contribution to the "
@@ -76,15 +68,19 @@ def warn_of_mixing(reports: Tensor, sites: Sequence[TapSite]) -> bool:
     return bool(mixing)
 
 
-def check_gradients_left(reports: Tensor, sites: Sequence[TapSite], parameters: dict[str, Tensor]) -> None:
+def reported_parameters(reports: Tensor, sites: Sequence[TapSite], uses: Iterable[Use]) -> set[str]:
+    """Names of the parameters that took part in the pass as far as the taps saw."""
+    counts = reports[:, 0].tolist()
+    return {name for site, count in zip(sites, counts, strict=True) if count for name in site.parameters.values()} | {use.parameter for use in uses}
+
+
+def check_gradients_left(seen: Collection[str], parameters: dict[str, Tensor]) -> None:
     """Raise when a parameter was measured but has no gradient at the end of the backward pass, so that ‖g‖² would lack it.
 
     Raises:
         RuntimeError: listing the parameters.
     """
-    used = reports[:, 0].tolist()
-    seen = dict.fromkeys(name for site, uses in zip(sites, used, strict=True) if uses for name in site.parameters.values())
-    gone = [name for name in seen if parameters[name].requires_grad and parameters[name].grad is None]
+    gone = [name for name, parameter in parameters.items() if name in seen and parameter.requires_grad and parameter.grad is None]
     if gone:
         raise RuntimeError(
             f"these parameters were measured but have no gradient when the backward pass ends: {', '.join(gone)}. An optimizer that steps inside backward, or "
@@ -92,14 +88,12 @@ def check_gradients_left(reports: Tensor, sites: Sequence[TapSite], parameters: 
         )
 
 
-def check_all_seen(reports: Tensor, sites: Sequence[TapSite], parameters: dict[str, Tensor]) -> None:
+def check_all_seen(seen: Collection[str], parameters: dict[str, Tensor]) -> None:
     """Raise when a parameter has a non-zero gradient although none of its layers reported; a skipped branch has no gradient and is fine.
 
     Raises:
         RuntimeError: listing the parameters whose gradient the taps never saw.
     """
-    used = reports[:, 0].tolist()
-    seen = {name for site, uses in zip(sites, used, strict=True) if uses for name in site.parameters.values()}
     missing = [name for name, parameter in parameters.items() if name not in seen and parameter.grad is not None and bool(torch.count_nonzero(parameter.grad))]
     if missing:
         raise RuntimeError(

@@ -5,13 +5,83 @@ Every leaf is persistent (one made inside a forward hook breaks torch.compile's 
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from adabatch.grad_sample.rows import RowSampler
+
 INITIAL_CAPACITY = 1024
+
+
+class ProbeSet:
+    """The probes of a model, one per device, made when first asked for.
+
+    Args:
+        n_rows, n_layers, capacity, dtype: of each probe.
+        row_sampler: told of every device, so that its keys lie there too.
+        on_complete: called in backward with a probe's reports, when all layers have reported to it.
+    """
+
+    def __init__(self, n_rows: int, n_layers: int, capacity: int, dtype: torch.dtype, row_sampler: RowSampler, on_complete: Callable[[Tensor], None]):
+        self._make = functools.partial(Probe, n_rows, n_layers, capacity, dtype)
+        self._n_rows, self._n_layers, self._capacity = n_rows, n_layers, capacity
+        self._row_sampler, self._on_complete = row_sampler, on_complete
+        self._probes: dict[torch.device, Probe] = {}
+
+    def on(self, device: torch.device) -> Probe:
+        """The device's probe."""
+        if device not in self._probes:
+            probe = self._probes[device] = self._make(device)
+            self._row_sampler.reserve(self._capacity, device)
+            probe.reports.register_post_accumulate_grad_hook(self._on_complete)
+        return self._probes[device]
+
+    def __iter__(self) -> Iterator[Probe]:
+        return iter(self._probes.values())
+
+    @property
+    def home(self) -> torch.device:
+        """The device on which results are gathered: that of the first probe."""
+        return next(iter(self._probes))
+
+    def reserve_keys(self) -> None:
+        """Make sure that the row sampler's keys lie on every device."""
+        for device in self._probes:
+            self._row_sampler.reserve(self._capacity, device)
+
+    def drain(self, task: int) -> tuple[list[Tensor | None], Tensor, dict[str, Tensor]]:
+        """Hand over one backward pass: row norms [s] or None per row, reports [n_layers, 2] on the host, second moments by name."""
+        norms: list[Tensor | None] = [None] * self._n_rows
+        reports = torch.zeros(self._n_layers, 2)
+        moments: dict[str, Tensor] = {}
+        for probe in self._probes.values():
+            rows, seen, second = probe.drain(task)
+            if seen is None:
+                continue
+            length = rows_measured(seen, self._row_sampler.samples)
+            reports = reports + seen.cpu()
+            moments.update(second)
+            for index, row in enumerate(rows):
+                if row is not None:
+                    value = row[:length].to(self.home)
+                    norms[index] = value if norms[index] is None else norms[index] + value
+        return norms, reports, moments
+
+    def clear(self) -> None:
+        """Give all leaves up."""
+        self._probes.clear()
+
+
+def rows_measured(reports: Tensor, samples: int | None) -> int:
+    """The length of the probe rows in use: the batch size that the layers report, or the number of samples asked for."""
+    used = reports[reports[:, 0] > 0]
+    n_samples = round(float((used[:, 1] / used[:, 0]).max())) if len(used) else 0
+    return n_samples if samples is None else min(samples, n_samples)
 
 
 class Probe:

@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from adabatch.grad_sample.attach import MeasuredLayer
+from adabatch.grad_sample.attach import Plan
 from adabatch.grad_sample.factors import Factor
+from adabatch.grad_sample.layouts import Layout
 from adabatch.grad_sample.registry import GradSampler
 
 DOUBLE_BACKWARD = (
     "a backward pass with create_graph=True ran through a measured layer: its higher-order gradient reaches the parameters but not the taps, so the "
     "per-sample norms would be wrong. Measure on steps without it (`with hooks.paused(): ...` around the forward pass), or use the micro-batch estimator."
 )
+
+
+TRACED = "operations on traced parameters"
 
 
 @dataclass
@@ -65,36 +69,36 @@ class TapSite:
         name: the layer's name in the model.
         index: its row in the reports.
         layer_reference: the module, weakly: its forward hook holds this site, and a cycle would keep the model alive until the garbage collector runs.
-        sampler: its grad_sample rule.
+        sampler: its grad_sample rule; None where the layer is run again sample by sample.
         parameters: {the layer's own parameter name: the parameter's name in the model}, measured ones only.
         rows: {the layer's own parameter name: the probe row that receives its norms}.
         deferred: True when a parameter of this layer has several uses: factors are stashed, squared when the pass has ended.
+        layout: how the samples lie in its input and output.
         calls: forward passes through the layer since the last harvest (eager mode).
     """
 
     name: str
     index: int
-    layer_reference: weakref.ref[nn.Module]
-    sampler: GradSampler
+    layer_reference: Callable[[], nn.Module | None]
+    sampler: GradSampler | None
     parameters: dict[str, str]
     rows: dict[str, int]
     stash: Stash
+    layout: Layout = Layout.BATCH_FIRST
     deferred: bool = False
     calls: int = 0
 
     @classmethod
-    def of(cls, measured: MeasuredLayer, index: int, row_of: dict[str, int], shared: Collection[str], stash: Stash) -> TapSite:
-        """The site of a planned layer."""
-        return cls(
-            name=measured.name or type(measured.layer).__name__,
-            index=index,
-            layer_reference=weakref.ref(measured.layer),
-            sampler=measured.sampler,
-            parameters=measured.parameters,
-            rows={own: row_of[name] for own, name in measured.parameters.items()},
-            stash=stash,
-            deferred=any(name in shared for name in measured.parameters.values()),
-        )
+    def all_of(cls, plan: Plan, row_of: Mapping[str, int], stash: Stash, layouts: Mapping[str, Layout]) -> list[TapSite]:
+        """The sites of a plan's layers, and last the one that stands for all traced operations."""
+        sites = []
+        for index, measured in enumerate(plan.layers):
+            name = measured.name or type(measured.layer).__name__
+            rows = {own: row_of[full] for own, full in measured.parameters.items()}
+            layout = layouts.get(measured.name, Layout.BATCH_FIRST)
+            deferred = not plan.shared.isdisjoint(measured.parameters.values())
+            sites.append(cls(name, index, weakref.ref(measured.layer), measured.sampler, measured.parameters, rows, stash, layout, deferred))
+        return [*sites, cls(TRACED, len(sites), lambda: None, None, {}, {}, stash, deferred=True)]
 
     @property
     def layer(self) -> nn.Module:
@@ -106,9 +110,15 @@ class TapSite:
         """The distinct probe rows of this layer, in order: the extra inputs of its tap."""
         return tuple(dict.fromkeys(self.rows.values()))
 
-    def factors(self, activations: Tensor, backprops: Tensor, rows: Tensor | None) -> dict[str, Factor]:
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether the layer, as it is now, mixes the samples of a batch, so that its rule needs all rows."""
+        return self.sampler is not None and self.sampler.full_batch(self.layer)
+
+    def factors(self, activations: Tensor, backprops: Tensor, rows: Tensor | None, n_samples: int) -> dict[str, Factor]:
         """The measured parameters' factors, restricted to the measured rows; without those frozen since the hooks were attached."""
-        full_batch = self.sampler.full_batch(self.layer)
+        full_batch = self.mixes_samples
+        backprops = self.layout.split(backprops, n_samples)
         if rows is not None and not full_batch:
             backprops = backprops.index_select(0, rows)
         factors = self.sampler.rule(self.layer, activations, backprops)
@@ -137,17 +147,18 @@ def _probe_gradients(site: TapSite, factors: dict[str, Factor], dtype: torch.dty
     return [norms.get(row) for row in site.probe_rows]
 
 
-def _report(backprops: Tensor, dtype: torch.dtype) -> Tensor:
-    """(1, rows) as a tensor [2]: this use of the layer, and how many rows its output has."""
+def _report(backprops: Tensor, dtype: torch.dtype, n_samples: int) -> Tensor:
+    """(1, N) as a tensor [2]: this use of the layer, and how many samples its output has."""
     one = backprops.new_ones((1,), dtype=dtype)
-    return torch.cat((one, one.new_full((1,), backprops.shape[0])))
+    return torch.cat((one, one.new_full((1,), n_samples)))
 
 
 class ListeningTap(torch.autograd.Function):
     """Identity on the output; in backward, the per-sample squared norms of the layer's parameters as gradients of the probe rows.
 
-    forward(output [N, ...], activations, rows, report [2], site, *extras): `activations` are the measured rows of the layer's input (all rows
-    when the rule needs them), `rows` the measured indices [S] or None for all, `extras` the probe rows [S], then, if the site asks for second moments, one
+    forward(output, activations, rows, report [2], site, n_samples, *extras): `activations` are the measured rows of the layer's input (all rows
+    when the rule needs them), `rows` the measured indices [S] or None for all, `n_samples` N where the output does not tell it (a number known to the
+    graph costs a recompilation for each value), `extras` the probe rows [S], then, if the site asks for second moments, one
     leaf per parameter that receives Σ_i (contribution of sample i)² as its gradient.
 
     The output is marked dirty, not copied: in-place operations after the layer stay legal, and the layers listed in the registry never read their
@@ -155,13 +166,13 @@ class ListeningTap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, output, activations, rows, report, site, *extras):
+    def forward(ctx, output, activations, rows, report, site, n_samples, *extras):
         if torch.compiler.is_compiling():
             output = output.clone()  # no copy once compiled; an input returned as it is would forbid in-place operations behind the compiled part
         else:
             ctx.mark_dirty(output)
         ctx.save_for_backward(activations, rows)
-        ctx.site = site
+        ctx.site, ctx.n_samples = site, n_samples
         ctx.dtype, ctx.n_extras = extras[0].dtype, len(extras)
         return output
 
@@ -172,10 +183,44 @@ class ListeningTap(torch.autograd.Function):
         site = ctx.site
         activations, rows = ctx.saved_tensors
         with torch.autocast(backprops.device.type, enabled=False):
-            factors = site.factors(activations, backprops, rows)
+            n_samples = site.layout.size(backprops) if ctx.n_samples is None else ctx.n_samples
+            factors = site.factors(activations, backprops, rows, n_samples)
             if site.deferred or site.calls > 1:
                 site.stash.add([Use(site.parameters[name], factor) for name, factor in factors.items()])
                 extras = [None] * ctx.n_extras
             else:
                 extras = _extras(site, factors, ctx.dtype, ctx.n_extras)
-        return backprops, None, None, _report(backprops, ctx.dtype), None, *extras
+        return backprops, None, None, _report(backprops, ctx.dtype, n_samples), None, None, *extras
+
+
+class CallTap(torch.autograd.Function):
+    """Identity on the outputs of a call without a rule: a module run again per sample, or an operation that meets a traced parameter.
+
+    forward(call, site, stash, rows, report [2], n_samples, copied, *tensors): `tensors` are the outputs, the call's input tensors, then the probe rows of the site, if it has one.
+    `copied` says for each output whether it is returned as a copy, because the backward formula of what made it may read it, or marked dirty.
+    """
+
+    @staticmethod
+    def forward(ctx, call, site, stash, rows, report, n_samples, copied, *tensors):
+        n_outputs, n_inputs = len(copied), len(call.tensors)
+        outputs = [tensor.clone() if copy else tensor for tensor, copy in zip(tensors, copied, strict=False)]
+        ctx.mark_dirty(*(tensor for tensor, copy in zip(outputs, copied, strict=True) if not copy))
+        ctx.save_for_backward(rows, *tensors[n_outputs : n_outputs + n_inputs])
+        ctx.call, ctx.site, ctx.stash, ctx.n_samples = call, site, stash, n_samples
+        ctx.dtype, ctx.n_inputs, ctx.n_extras = report.dtype, n_inputs, len(tensors) - n_outputs - n_inputs
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *backprops):
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        site, (rows, *inputs) = ctx.site, ctx.saved_tensors
+        with torch.autocast(backprops[0].device.type, enabled=False):
+            factors = ctx.call.factors(inputs, backprops, rows)
+            if site is None or site.deferred or site.calls > 1:
+                names = site.parameters if site is not None else {name: name for name in factors}
+                ctx.stash.add([Use(names[name], factor) for name, factor in factors.items()])
+                extras = [None] * ctx.n_extras
+            else:
+                extras = _extras(site, factors, ctx.dtype, ctx.n_extras)
+        return None, None, None, None, _report(backprops[0], ctx.dtype, ctx.n_samples), None, None, *backprops, *[None] * ctx.n_inputs, *extras

@@ -1,0 +1,281 @@
+"""Placing taps while the forward pass runs: behind the layers, and behind the operations in which traced parameters meet samples.
+
+Legend: N samples in the batch, S measured.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from adabatch.grad_sample.attention import AttentionCall, RandomState, random_state
+from adabatch.grad_sample.calls import ModuleCall, RecurrentCall
+from adabatch.grad_sample.layouts import BatchSizeSource, Layout
+from adabatch.grad_sample.probe import ProbeSet
+from adabatch.grad_sample.rows import RowSampler
+from adabatch.grad_sample.taps import CallTap, ListeningTap, Stash, TapSite
+from adabatch.grad_sample.tracing import READS_OUTPUT, Consumption, ParameterTracer
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+
+
+class TapPlacer:
+    """The forward hooks of a model.
+
+    The first measured forward pass of an eager model is traced even when no parameter is known to need it: that finds position tables looked up without a
+    batch dimension and weights used without calling their layer. If it finds none, tracing ends and costs nothing more.
+
+    Args:
+        sites: the layers with a tap; the last one stands for the traced operations.
+        parameters: all measured parameters by name.
+        traced: names of those that belong to no site.
+        probes, row_sampler, stash: where taps report.
+        batch_size_source: where N is read from the model's inputs; None for dimension 0 of the first tensor.
+        second_moment: also report second moments.
+
+    Attributes:
+        enabled: whether forward passes are measured.
+        recomputing_task: the backward pass in which activation checkpointing last ran a layer again, or -1.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[TapSite],
+        parameters: dict[str, Tensor],
+        traced: frozenset[str],
+        probes: ProbeSet,
+        row_sampler: RowSampler,
+        stash: Stash,
+        batch_size_source: BatchSizeSource | None = None,
+        second_moment: bool = False,
+    ):
+        self.enabled, self.recomputing_task = True, -1
+        self._sites, self._parameters, self._traced = sites, parameters, traced
+        self._probes, self._row_sampler, self._stash = probes, row_sampler, stash
+        self._source, self._second_moment = batch_size_source, second_moment
+        self._owners: dict[str, list[TapSite]] = {}
+        for site in sites:
+            for name in site.parameters.values():
+                self._owners.setdefault(name, []).append(site)
+        self._must_trace = bool(traced) or any(site.layout is Layout.SHARED for site in sites)
+        self._tracing = True
+        self._tracer: ParameterTracer | None = None
+        self._suspending: list[bool] = []
+        self._n_samples: int | None = None
+        self._random: dict[int, RandomState] = {}
+        self._handles: list[Any] = []
+        self._tracing_handles: list[Any] = []
+
+    # -- attaching
+
+    def attach(self, model: nn.Module, owner: object) -> None:
+        """Put the hooks on the model; they keep `owner` alive. They are plain functions: a deep copy of the model shares them, where it would copy a
+        bound method's object."""
+        for site in self._sites[:-1]:
+            self._handles.append(site.layer.register_forward_hook(_bound(self._after_layer, site, owner), prepend=True, with_kwargs=True))
+            if isinstance(site.layer, nn.MultiheadAttention):
+                self._handles.append(site.layer.register_forward_pre_hook(_bound(self._keep_random_state, site, owner), prepend=True))
+        compiled_parts = any(isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in model.modules())
+        self._tracing = self._must_trace or not compiled_parts
+        needs_size = any(not site.layout.tells_size for site in self._sites)
+        if not self._tracing and not needs_size:
+            return
+        for site in self._sites[:-1]:
+            self._tracing_handles.append(site.layer.register_forward_pre_hook(_bound(self._before_layer, site, owner), prepend=True, with_kwargs=True))
+        original = weakref.ref(model)
+        # Last, so that it runs before the hook of a layer that is the model itself.
+        self._handles.append(model.register_forward_pre_hook(_bound(self._before_model, original, owner), prepend=True, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(_bound(self._after_model, original, owner), always_call=True))
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+        for handle in (*self._handles, *self._tracing_handles):
+            handle.remove()
+        self._handles.clear()
+        self._tracing_handles.clear()
+
+    def _measures(self) -> bool:
+        if not self.enabled or not torch.is_grad_enabled() or _is_exporting():
+            return False
+        return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None)
+
+    # -- around the model: tracing
+
+    def _before_model(self, original: weakref.ref[nn.Module], model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model is not original():
+            return
+        self._leave_tracing()
+        if not self._measures():
+            return
+        if torch.compiler.is_compiling():
+            if self._must_trace:
+                names = ", ".join(sorted(self._traced)) or "position tables that are looked up once for all samples"
+                raise RuntimeError(f"parameters without a layer of their own cannot be measured in a compiled graph: {names}. Do not compile the model, or pass ignore=[...]")
+            return
+        self._n_samples = self._read_batch_size(args, kwargs)
+        if self._tracing and self._n_samples is not None:
+            self._tracer = ParameterTracer(self._parameters, self._n_samples, tree_flatten((args, kwargs))[0], self._tap_operation)
+            self._tracer.__enter__()
+
+    def _after_model(self, original: weakref.ref[nn.Module], model: nn.Module, args: tuple, output: Any) -> None:
+        if model is not original():
+            return
+        if self._tracer is not None and not self._must_trace and output is not None:
+            self._tracing = False  # a whole pass went by without a traced use
+            for handle in self._tracing_handles:
+                handle.remove()
+        self._leave_tracing()
+
+    def _leave_tracing(self) -> None:
+        self._suspending.clear()
+        if self._tracer is not None:
+            tracer, self._tracer = self._tracer, None
+            tracer.__exit__(None, None, None)
+
+    def _read_batch_size(self, args: tuple, kwargs: dict) -> int | None:
+        if self._source is not None:
+            return self._source.read(args, kwargs)
+        first = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()), None)
+        return None if first is None else first.shape[0]
+
+    def _tap_operation(self, operation: Consumption, outputs: list[Tensor]) -> list[Tensor]:
+        self._must_trace = True
+        for name in operation.parameters:
+            for site in self._owners.get(name, ()):
+                site.deferred = True
+        wrong = [tuple(output.shape) for output in outputs if not output.dim() or output.shape[0] != self._n_samples]
+        if wrong:
+            raise RuntimeError(
+                f"{operation.name} gives an output of shape {wrong[0]} in a batch of {self._n_samples}: its samples do not lie along the first dimension. "
+                "Give the module a rule with register_grad_sampler, or pass ignore=[...]"
+            )
+        reads_output = getattr(operation.function, "__name__", "").strip("_") in READS_OUTPUT
+        return list(self._call_tap(operation, None, outputs, [reads_output or output._is_view() for output in outputs], self._sites[-1], self._n_samples))
+
+    # -- around a layer
+
+    def _before_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._tracer is None or layer is not site.layer:
+            return
+        suspends = self._carries_samples(site, args, kwargs)
+        self._suspending.append(suspends)
+        self._tracer.suspended += suspends
+
+    def _carries_samples(self, site: TapSite, args: tuple, kwargs: dict) -> bool:
+        if site.layout is not Layout.BATCH_FIRST:
+            return site.layout is not Layout.SHARED
+        if isinstance(site.layer, (nn.RNNBase, nn.MultiheadAttention)):
+            return True
+        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        if site.sampler is not None:
+            inputs = inputs[:1]
+        constant_rows = any(leaf.is_floating_point() and leaf.dim() and leaf.shape[0] == self._n_samples for leaf in inputs)
+        return constant_rows or any(self._tracer.comes_from_samples(leaf) for leaf in inputs)
+
+    def _keep_random_state(self, site: TapSite, layer: nn.MultiheadAttention, args: tuple) -> None:
+        if layer.dropout and layer.training and not torch.compiler.is_compiling() and self._measures():
+            self._random[site.index] = random_state(layer.out_proj.weight.device)
+
+    def _after_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if layer is not site.layer:  # a deep copy of the model carries the hooks along
+            return None
+        tracer = self._tracer
+        suspended = self._suspending.pop() if tracer is not None and self._suspending else True
+        try:
+            if not self._measures() or not suspended:
+                return None
+            if torch.compiler.is_compiling():
+                if site.deferred:
+                    raise RuntimeError(f"{site.name} shares a parameter with another use, which a compiled graph cannot measure: do not compile the model")
+            else:
+                self._count_call(site)
+            result = self._tap_layer(site, layer, args, kwargs, output)
+            output = output if result is None else result
+            return result
+        finally:
+            if tracer is not None and suspended and tracer.suspended:
+                tracer.suspended -= 1
+                tracer.add_samples(tree_flatten(output)[0])
+
+    def _count_call(self, site: TapSite) -> None:
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            site.calls += 1
+            self.recomputing_task = -1
+        else:  # activation checkpointing runs the layer again, inside backward
+            self.recomputing_task = task
+
+    def _tap_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if site.sampler is None:
+            return self._tap_call(site, layer, args, kwargs, output)
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        n_samples = self._samples_in(site, output)
+        rows, length = self._rows(n_samples, output.device)
+        activations = site.layout.split(inputs.detach(), n_samples)
+        if rows is not None and not site.mixes_samples:
+            activations = activations.index_select(0, rows)
+        probe = self._probes.on(output.device)
+        told = None if site.layout.tells_size else n_samples
+        return ListeningTap.apply(output, activations, rows, probe.report(site.index), site, told, *self._extras(site, probe, length))
+
+    def _tap_call(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """The tap of a layer that is run again: the output, whatever its structure, with its gradient-carrying leaves tapped."""
+        leaves, tree = tree_flatten(output)
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            return None
+        if isinstance(layer, nn.MultiheadAttention):
+            n_samples = leaves[0].shape[0 if layer.batch_first else 1]
+            call = AttentionCall(site.name, layer, site.parameters, args, kwargs, output, self._random.pop(site.index, None))
+        elif isinstance(layer, nn.RNNBase):
+            n_samples = tree_flatten(output)[0][0].shape[0 if layer.batch_first else 1]
+            call = RecurrentCall(site.name, layer, site.parameters, args, kwargs, output, n_samples)
+        else:
+            n_samples = self._samples_in(site, next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad))
+            call = ModuleCall(site.name, layer, site.parameters, args, kwargs, output, n_samples, site.layout)
+        outputs = [leaves[index] for index in call.tapped]
+        for index, tapped in zip(call.tapped, self._call_tap(call, site, outputs, [True] * len(outputs), site, n_samples), strict=True):
+            leaves[index] = tapped
+        return tree_unflatten(leaves, tree)
+
+    def _call_tap(self, call: Any, site: TapSite | None, outputs: list[Tensor], copied: list[bool], reporting: TapSite, n_samples: int) -> Sequence[Tensor]:
+        probe = self._probes.on(outputs[0].device)
+        rows, length = self._rows(n_samples, outputs[0].device)
+        extras = [] if site is None else self._extras(site, probe, length)
+        return CallTap.apply(call, site, self._stash, rows, probe.report(reporting.index), n_samples, copied, *outputs, *call.tensors, *extras)
+
+    def _samples_in(self, site: TapSite, output: Tensor) -> int:
+        if site.layout.tells_size:
+            return site.layout.size(output)
+        if self._n_samples is None:
+            raise RuntimeError(f"the number of samples in {site.name} ({site.layout}) is read from the model's inputs: call the model, not its parts")
+        return self._n_samples
+
+    def _rows(self, n_samples: int, device: torch.device) -> tuple[Tensor | None, int]:
+        self._probes.on(device).reserve(n_samples)
+        rows = self._row_sampler.rows(n_samples, device)
+        return rows, n_samples if rows is None else rows.shape[0]
+
+    def _extras(self, site: TapSite, probe: Any, length: int) -> list[Tensor]:
+        extras = [probe.row(row, length) for row in site.probe_rows]
+        if self._second_moment:
+            extras += [probe.second_moment(name, self._parameters[name].shape) for name in site.parameters.values()]
+        return extras
+
+
+
+
+def _bound(method: Callable, first: Any, owner: object) -> Callable:
+    """The method with its first argument given, as a plain function that keeps `owner` alive."""
+
+    def hook(*args: Any) -> Any:
+        return method(first, *args)
+
+    hook.owner = owner
+
+    return hook
