@@ -48,12 +48,6 @@ class Stream(IterableDataset):
         return iter([])
 
 
-class NoRule(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.raw = nn.Parameter(torch.ones(1))
-
-
 ERRORS = {
     "iterable": ({"loader": lambda: DataLoader(Stream(), batch_size=4)}, ValueError, r"iterable-style \(Stream\).*__getitem__ and __len__"),
     "no-batches": ({"loader": lambda: DataLoader(ones(8), batch_size=None)}, ValueError, r"no batch sampler \(batch_size=None\)"),
@@ -94,9 +88,9 @@ def test_errors_leave_everything_as_it_was(options, error, message):
         assert loader.batch_size == 2
 
 
-def test_all_layers_without_a_rule_are_listed():
-    model = nn.ModuleDict({"one": nn.Linear(3, 1), "two": NoRule(), "three": NoRule()})
-    with pytest.raises(ValueError, match=r"NoRule \(two\)[\s\S]*NoRule \(three\)"):
+def test_all_layers_that_cannot_be_measured_are_listed():
+    model = nn.ModuleDict({"one": nn.Linear(3, 1), "two": nn.Embedding(4, 2, sparse=True), "three": nn.Embedding(4, 2, scale_grad_by_freq=True)})
+    with pytest.raises(ValueError, match=r"Embedding \(two\)[\s\S]*Embedding \(three\)"):
         adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(8)))
     assert not any(module._forward_hooks for module in model.modules())
 
