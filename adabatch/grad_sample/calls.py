@@ -113,6 +113,24 @@ class ModuleCall:
 class RecurrentCall(ModuleCall):
     """nn.RNN, nn.LSTM, nn.GRU: the sequence has its samples where batch_first says, hidden states have them along dimension 1."""
 
+    def factors(self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None) -> dict[str, Factor]:
+        """Per-sample gradients of the weights, sample by sample: vmap has no rule for recurrent layers."""
+        inputs = [self._samples_first(tensor, layout, rows) for tensor, layout in zip(tensors, self._input_layouts, strict=True)]
+        outer = [self._samples_first(grad, layout, rows) for grad, layout in zip(backprops, self._output_layouts, strict=True)]
+        own = dict(self.layer.named_parameters())
+        measured = [own[name] for name in self.parameters]
+        wide = measured[0].dtype
+        grads = []
+        for sample in range(outer[0].shape[0]):
+            with torch.enable_grad():
+                alone = iter([layout.single(value[sample]).to(wide) for value, layout in zip(inputs, self._input_layouts, strict=True)])
+                args, kwargs = tree_unflatten([next(alone) if each else other for each, other in zip(self._is_tensor, self._constants, strict=True)], self._inputs)
+                outputs = tree_flatten(self.layer.forward(*args, **kwargs))[0]  # not called: its hooks would measure it again
+            tapped = [outputs[index] for index in self.tapped]
+            cotangents = [layout.single(grad[sample]).to(wide) for grad, layout in zip(outer, self._output_layouts, strict=True)]
+            grads.append(torch.autograd.grad(tapped, measured, cotangents))
+        return {name: Dense(torch.stack(parts)) for name, parts in zip(self.parameters, zip(*grads, strict=True), strict=True)}
+
     def _layout_of(self, index: int) -> Layout:
         return Layout.BATCH_FIRST if index == 0 and self.layer.batch_first else Layout.BATCH_SECOND
 

@@ -171,4 +171,4 @@ class BatchSizeSource:
         return f"{argument}{''.join(f'[{key!r}]' for key in self.path)}.shape[{self.dim}]"
 
     def _missing(self, found: str) -> str:
-        return f"the number of samples cannot be read from the model's inputs as {self}: {found}. Call the model as adabatch.check saw it called, or check it again."
+        return f"the number of samples cannot be read from the model's inputs as {self}: {found}. Call the model as adabatch.check saw it, or check it again."

@@ -98,6 +98,6 @@ def check_all_seen(seen: Collection[str], parameters: dict[str, Tensor]) -> None
     if missing:
         raise RuntimeError(
             f"these parameters have a gradient that no tap saw: {', '.join(missing)}. Either they are used without calling their layer "
-            "(F.linear(x, layer.weight)), or their gradient is left from an earlier step (call optimizer.zero_grad()), or the model was compiled and run before "
-            "the hooks were attached (attach first, or call torch._dynamo.reset()). To leave a layer out, pass ignore=[...]."
+            "(F.linear(x, layer.weight)), or their gradient is left from an earlier step (call optimizer.zero_grad()), or the model was compiled and run "
+            "before the hooks were attached (attach first, or call torch._dynamo.reset()). To leave a layer out, pass ignore=[...]."
         )

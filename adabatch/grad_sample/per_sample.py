@@ -16,8 +16,8 @@ from torch.func import vjp, vmap
 from adabatch.kernels.chunks import CHUNK_BYTES
 
 RANDOM = (
-    "draws random numbers inside its forward pass, so that its per-sample gradients cannot be worked out again with the same draws. Put the dropout into a layer "
-    "of its own behind it (nn.Dropout), set its probability to 0, or pass ignore=[...]."
+    "draws random numbers inside its forward pass, so that its per-sample gradients cannot be worked out again with the same draws. Put the dropout into a "
+    "layer of its own behind it (nn.Dropout), set its probability to 0, or pass ignore=[...]."
 )
 
 MIXES = (

@@ -116,7 +116,7 @@ class TapPlacer:
         if torch.compiler.is_compiling():
             if self._must_trace:
                 names = ", ".join(sorted(self._traced)) or "position tables that are looked up once for all samples"
-                raise RuntimeError(f"parameters without a layer of their own cannot be measured in a compiled graph: {names}. Do not compile the model, or pass ignore=[...]")
+                raise RuntimeError(f"a compiled graph cannot measure parameters without a layer of their own: {names}. Do not compile the model, or pass ignore=[...]")
             return
         self._n_samples = self._read_batch_size(args, kwargs)
         if self._tracing and self._n_samples is not None:

@@ -196,7 +196,8 @@ class ListeningTap(torch.autograd.Function):
 class CallTap(torch.autograd.Function):
     """Identity on the outputs of a call without a rule: a module run again per sample, or an operation that meets a traced parameter.
 
-    forward(call, site, stash, rows, report [2], n_samples, copied, *tensors): `tensors` are the outputs, the call's input tensors, then the probe rows of the site, if it has one.
+    forward(call, site, stash, rows, report [2], n_samples, copied, *tensors): `tensors` are the outputs, the call's input tensors,
+    then the probe rows of the site, if it has one.
     `copied` says for each output whether it is returned as a copy, because the backward formula of what made it may read it, or marked dirty.
     """
 

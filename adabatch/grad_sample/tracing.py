@@ -34,13 +34,14 @@ IN_PLACE_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifl
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How a tensor comes from parameters alone: run() works it out again from given parameters. `expanded`: its rows are copies, one per sample."""
+    """How a tensor comes from parameters alone: run() works it out again from given parameters. `expanded`: it has a row for every sample."""
 
     function: Callable[..., Any] | None
     leaves: tuple[Any, ...]
     spec: Any
     index: int | None
     parameters: frozenset[str]
+    shape: tuple[int, ...]
     expanded: bool = False
     name: str = ""
 
@@ -64,7 +65,11 @@ class _Spec:
 
 @dataclass(eq=False)
 class Consumption:
-    """An operation in which traced parameters meet samples; answers factors(tensors, backprops, rows) like a call of a layer."""
+    """An operation in which traced parameters meet samples; answers factors(tensors, backprops, rows) like a call of a layer.
+
+    What comes from parameters alone may have a row for every sample (a class token expanded, token types looked up for the batch) or be the same for all (a
+    weight). `aligned` are the places of those with a row each; `may_align` of those that have the shape for it, tried if the operation does not work without.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -74,22 +79,30 @@ class Consumption:
     batched: list[bool]
     positions: list[int]
     parameters: dict[str, Tensor]
+    aligned: frozenset[int]
+    may_align: frozenset[int]
 
     def factors(self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None) -> dict[str, Factor]:
         """Per-sample gradients of the traced parameters through this operation, by parameter name."""
-        picked = [tensor.index_select(0, rows) if each and rows is not None else tensor for tensor, each in zip(tensors, self.batched, strict=True)]
-        outer = [grad if rows is None else grad.index_select(0, rows) for grad in backprops]
-        grads = per_sample_grads(self._run, self.parameters, picked, self.batched, outer, self.name)
+        n_samples = backprops[0].shape[0]
+        rows = torch.arange(n_samples, device=backprops[0].device) if rows is None else rows
+        picked = [tensor.index_select(0, rows) if each else tensor for tensor, each in zip(tensors, self.batched, strict=True)]
+        inputs, batched = [rows, *picked], [True, *self.batched]
+        outer = [grad.index_select(0, rows) for grad in backprops]
+        try:
+            grads = per_sample_grads(self._run, self.parameters, inputs, batched, outer, self.name)
+        except RuntimeError:
+            if self.aligned >= self.may_align:
+                raise
+            self.aligned = self.may_align
+            grads = per_sample_grads(self._run, self.parameters, inputs, batched, outer, self.name)
         return {name: Dense(grad) for name, grad in grads.items()}
 
-    def _run(self, parameters: dict[str, Tensor], *inputs: Tensor) -> list[Tensor]:
+    def _run(self, parameters: dict[str, Tensor], row: Tensor, *inputs: Tensor) -> list[Tensor]:
         done: dict[int, Any] = {}
-        leaves = []
-        for leaf in self.leaves:
-            if isinstance(leaf, Recipe):
-                value = leaf.run(parameters, done)
-                leaf = value[:1] if leaf.expanded else value
-            leaves.append(leaf)
+        leaves = [leaf.run(parameters, done) if isinstance(leaf, Recipe) else leaf for leaf in self.leaves]
+        for position in self.aligned:
+            leaves[position] = leaves[position].index_select(0, row)
         for position, value in zip(self.positions, inputs, strict=True):
             leaves[position] = value
         args, kwargs = tree_unflatten(leaves, self.tree)
@@ -117,7 +130,7 @@ class ParameterTracer(TorchFunctionMode):
         self.suspended = 0
         self._recipes: dict[int, tuple[Recipe, Tensor]] = {}
         for name, parameter in traced.items():
-            self._recipes[id(parameter)] = (Recipe(None, (), None, None, frozenset((name,)), name=name), parameter)
+            self._recipes[id(parameter)] = (Recipe(None, (), None, None, frozenset((name,)), tuple(parameter.shape), name=name), parameter)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -200,17 +213,22 @@ class ParameterTracer(TorchFunctionMode):
     def _remember(self, function: Callable, leaves: list[Any], tree: Any, outputs: list[Any]) -> None:
         parents = [leaf for leaf in leaves if isinstance(leaf, Recipe)]
         names = frozenset().union(*(parent.parameters for parent in parents))
-        grown = any(parent.expanded for parent in parents) or getattr(function, "__name__", "") in EXPANDING
+        stretched = any(isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == self._n_samples and leaf.stride(0) == 0 for leaf in leaves)
+        grown = stretched or any(parent.expanded for parent in parents) or getattr(function, "__name__", "") in EXPANDING
         spec = _Spec(tree)
         kept = tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         for index, tensor in enumerate(outputs):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 expanded = grown and tensor.dim() > 0 and tensor.shape[0] == self._n_samples
-                self._recipes[id(tensor)] = (Recipe(function, kept, spec, index, names, expanded), tensor)
+                self._recipes[id(tensor)] = (Recipe(function, kept, spec, index, names, tuple(tensor.shape), expanded), tensor)
 
     def _consumption(self, function: Callable, leaves: list[Any], tree: Any, samples: list[bool]) -> Consumption:
         positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         names = frozenset().union(*(leaf.parameters for leaf in leaves if isinstance(leaf, Recipe)))
+        widest = max(leaf.dim() for leaf, each in zip(leaves, samples, strict=True) if each)
+        per_sample = {
+            index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Recipe) and len(leaf.shape) >= widest and leaf.shape[0] == self._n_samples
+        }
         return Consumption(
             name=f"{getattr(function, '__name__', 'operation')} of {', '.join(sorted(names))}",
             function=function,
@@ -219,7 +237,9 @@ class ParameterTracer(TorchFunctionMode):
             tensors=[leaves[index].detach() for index in positions],
             batched=[samples[index] for index in positions],
             positions=positions,
-            parameters={name: self._parameters[name] for name in names},
+            parameters={name: self._parameters[name] for name in sorted(names)},
+            aligned=frozenset(index for index, leaf in per_sample.items() if leaf.expanded),
+            may_align=frozenset(per_sample),
         )
 
 
