@@ -1,0 +1,89 @@
+"""DistributedDataParallel and fully_shard on one process: gradients are finished after the taps have reported."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from adabatch import GradSampleHooks
+from tests import oracle
+from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, mean_grad_sq_norm, squared_error
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
+@pytest.fixture(autouse=True)
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_data_parallel(attach_first, options):
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model) if attach_first else None
+    parallel = DistributedDataParallel(model, **options)
+    hooks = hooks or GradSampleHooks(parallel)
+    for _ in range(3):
+        parallel.zero_grad()
+        backward(parallel, batch)
+        agrees(hooks.collect(), grads)
+
+
+def test_grad_sq_norm_is_that_of_the_reduced_gradient():
+    """A communication hook that triples the gradient stands for the average over ranks: read too early, the norm would be nine times too small."""
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    parallel = DistributedDataParallel(model)
+
+    def triple(state, bucket):
+        future = torch.futures.Future()
+        future.set_result(3 * bucket.buffer())
+        return future
+
+    parallel.register_comm_hook(None, triple)
+    hooks = GradSampleHooks(parallel)
+    backward(parallel, batch)
+    moments = hooks.collect()
+    close(moments.grad_sq_norm, 9 * mean_grad_sq_norm(grads), 1e-5)
+    close(moments.sq_norms, oracle.sq_norms(grads), 1e-5)
+
+
+def test_accumulation_without_synchronisation():
+    model, batch = make_mlp(), make_batch(12)
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    parallel = DistributedDataParallel(model)
+    hooks = GradSampleHooks(parallel, accumulate=2)
+    with parallel.no_sync():
+        backward(parallel, tuple(tensor[:6] for tensor in batch), divisor=2)
+    backward(parallel, tuple(tensor[6:] for tensor in batch), divisor=2)
+    agrees(hooks.collect(), grads)
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    parallel = DistributedDataParallel(model)
+    hooks = GradSampleHooks(parallel)
+    backward(torch.compile(parallel, backend="aot_eager"), batch)
+    agrees(hooks.collect(), grads)
+
+
+def test_fully_shard():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, batch = make_mlp(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    hooks = GradSampleHooks(model)
+    for _ in range(2):
+        model.zero_grad()
+        backward(model, batch)
+        agrees(hooks.collect(), grads)
