@@ -131,7 +131,7 @@ class Probe:
         if not torch.compiler.is_compiling():
             self.grow(n_samples)
         elif n_samples > self.capacity:
-            raise RuntimeError(f"a batch is larger than the {self.capacity} samples a compiled model was prepared for: pass capacity= with the largest batch size")
+            raise RuntimeError(f"a batch is larger than the {self.capacity} samples this compiled model is prepared for: pass capacity= with the largest size")
 
     def grow(self, capacity: int) -> None:
         """Make room for batches of `capacity` samples. What graphs still to be differentiated report to the shorter rows is not lost."""

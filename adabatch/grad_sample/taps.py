@@ -172,7 +172,7 @@ class ListeningTap(torch.autograd.Function):
         else:
             ctx.mark_dirty(output)
         ctx.save_for_backward(activations, rows)
-        ctx.site, ctx.n_samples = site, n_samples
+        ctx.site, ctx.n_samples, ctx.mixed = site, n_samples, site.mixes_samples
         ctx.dtype, ctx.n_extras = extras[0].dtype, len(extras)
         return output
 
@@ -181,6 +181,8 @@ class ListeningTap(torch.autograd.Function):
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
         site = ctx.site
+        if site.mixes_samples != ctx.mixed:
+            raise RuntimeError(f"{site.name} changed between train and eval mode after its forward pass: call model.train() or eval() after loss.backward()")
         activations, rows = ctx.saved_tensors
         with torch.autocast(backprops.device.type, enabled=False):
             n_samples = site.layout.size(backprops) if ctx.n_samples is None else ctx.n_samples

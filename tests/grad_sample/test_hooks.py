@@ -104,6 +104,17 @@ def test_batch_norm_in_eval_mode_is_exact_and_does_not_warn(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("samples", [None, 4])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_whose_mode_changes_between_forward_and_backward_raises(training, samples):
+    model, inputs = make_batch_norm()
+    GradSampleHooks(model.train(training), samples=samples)
+    loss = squared_error(model, (inputs, torch.randn(9, 3))).mean()
+    model.train(not training)
+    with pytest.raises(RuntimeError, match=r"5 changed between train and eval mode.*eval\(\) after loss\.backward\(\)"):
+        loss.backward()
+
+
 def test_rows_are_distinct_seeded_and_drawn_anew_each_step():
     def draws(seed, steps=30):
         model = make_mlp()
