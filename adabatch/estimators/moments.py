@@ -1,6 +1,6 @@
 """GradientMoments: the raw, unbiased moments of one step's per-sample gradients.
 
-Legend: m samples in the step, s of them measured, g_i the gradient of sample i's loss, g the mean over the m samples.
+Legend: m samples in the step, s of them measured, g_i the gradient of sample i's loss, g the mean over the m samples, c = m/(m − 1).
 """
 
 from __future__ import annotations
@@ -8,12 +8,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from scipy.special import stdtrit
 from torch import Tensor
+
+NO_DOTS = (
+    "{name} needs the inner products of the per-sample gradients with their mean: the spread of the norms alone is not the error of the trace, as the noise "
+    "of ‖g‖² is correlated with it. Measure with GradSampleHooks(model, dots=True), or take the error of the smoothed trace from its residuals from step to "
+    "step (the history's variance_trace_std_error)."
+)
 
 
 @dataclass(frozen=True, eq=False)
 class GradientMoments:
     """Moments of the per-sample gradients of one optimizer step, nothing smoothed, nothing clamped.
+
+    Samples of unequal weight (`weights` w_i with mean 1; a mean over tokens where sample i has n_i of them: w_i = m·n_i/Σn): everywhere below g_i stands for
+    z_i = m × the contribution of sample i to g, which is w_i times the gradient of its own mean loss, and T̂ = c·mean_S ‖z_i − w_i g‖². This is the trace for
+    which Cov(g) = T/m, to first order in 1/m; without weights the lengths' spread CV²(n)·‖g‖² would count as noise, which dividing by Σn takes out.
 
     Attributes:
         batch_size: m, samples in the step (all accumulated passes together).
@@ -24,6 +35,12 @@ class GradientMoments:
         by_group: {index of the parameter group: its GradientMoments}, when there are several groups.
         by_parameter: {name: ‖g_i‖² of that parameter, [s]}, on request.
         second_moment: {name: Σ_i g_i² over the measured samples, elementwise, of the parameter's shape}, on request.
+        dots: ⟨g_i, g⟩ [s], on request. With them T̂ is never negative, and far steadier where s < m and the signal is strong.
+        weights: w_i [s], float64, where the samples weigh unequally; None for all 1. They need dots.
+        corrections: factors [s] on the terms of T̂ where accumulated passes had unequal sizes; None for all 1.
+
+    Raises:
+        ValueError: weights without dots.
 
     Example:
         >>> import torch
@@ -40,6 +57,13 @@ class GradientMoments:
     by_group: dict[int, GradientMoments] = field(default_factory=dict)
     by_parameter: dict[str, Tensor] = field(default_factory=dict)
     second_moment: dict[str, Tensor] = field(default_factory=dict)
+    dots: Tensor | None = None
+    weights: Tensor | None = None
+    corrections: Tensor | None = None
+
+    def __post_init__(self):
+        if self.weights is not None and self.dots is None:
+            raise ValueError(NO_DOTS.format(name="the trace of samples of unequal weight"))
 
     @property
     def n_measured(self) -> int:
@@ -53,22 +77,62 @@ class GradientMoments:
 
     @property
     def biased_variance_trace(self) -> float:
-        """mean ‖g_i‖² − ‖g‖²: the trace with divisor m, as reference implementations of CABS use it."""
-        return self.mean_sq_norm - self.grad_sq_norm
+        """mean ‖g_i‖² − ‖g‖², with dots mean_S d_i: the trace with divisor m, as reference implementations of CABS use it."""
+        return self.mean_sq_norm - self.grad_sq_norm if self.dots is None else float(self._terms("biased_variance_trace").mean())
+
+    @property
+    def centred_sq_norms(self) -> Tensor:
+        """d_i = ‖g_i − g‖² = ‖g_i‖² − 2⟨g_i, g⟩ + ‖g‖² [s], float64; with weights ‖z_i − w_i g‖². Below 0 only by rounding, which is cut off.
+
+        Raises:
+            ValueError: measured without dots.
+        """
+        if self.dots is None:
+            raise ValueError(NO_DOTS.format(name="centred_sq_norms"))
+        weights = 1.0 if self.weights is None else self.weights
+        return (self.sq_norms.double() - 2 * weights * self.dots.double() + weights**2 * self.grad_sq_norm).clamp(min=0)
 
     @property
     def variance_trace(self) -> float:
-        """T̂ = (mean_S ‖g_i‖² − ‖g‖²)/(1 − 1/m_eff), unbiased for tr Cov(g_i) (divisor m − 1), also for s < m.
+        """T̂ = (mean_S ‖g_i‖² − ‖g‖²)/(1 − 1/m_eff), with dots mean_S d_i/(1 − 1/m_eff): unbiased for tr Cov(g_i) (divisor m − 1), also for s < m.
 
         Raises:
             ValueError: a batch of one has no variance.
         """
-        m = self._m_eff
-        if m <= 1:
-            raise ValueError(f"the variance of the gradient needs at least 2 samples, got a batch of {self.batch_size}")
-        if not self.n_measured:
-            raise ValueError("no sample was measured")
-        return self.biased_variance_trace / (1 - 1 / m)
+        self._check_size()
+        return self.biased_variance_trace / (1 - 1 / self._m_eff)
+
+    @property
+    def std_error(self) -> float:
+        """Standard error of T̂ as an estimate of the data's tr Cov(g_i): c·sd_S(d_i)/√s, sd with divisor s − 1.
+
+        Raises:
+            ValueError: measured without dots, or fewer than two samples.
+        """
+        terms = self._terms("std_error")
+        self._check_size()
+        if self.n_measured < 2:
+            raise ValueError("the standard error needs at least 2 measured samples, got 1: measure more (samples=)")
+        return float(terms.std()) / math.sqrt(self.n_measured) / (1 - 1 / self._m_eff)
+
+    def interval(self, level: float = 0.9) -> tuple[float, float]:
+        """(low, high), T̂ ∓ t·std_error, t the quantile of Student's distribution with s − 1 degrees of freedom; low is not cut off at 0.
+
+        Raises:
+            ValueError: measured without dots, fewer than two samples, or a level outside (0, 1).
+
+        Example:
+            >>> import torch
+            >>> grads = torch.tensor([1.0, 2.0, 3.0, 6.0])
+            >>> moments = GradientMoments(4, sq_norms=grads**2, grad_sq_norm=9.0, dots=3 * grads)
+            >>> moments.variance_trace, [round(end, 2) for end in moments.interval(0.5)]
+            (4.666666666666667, [2.61, 6.73])
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must lie between 0 and 1, both excluded, got {level!r}; 0.9 is usual")
+        error = self.std_error
+        half = float(stdtrit(self.n_measured - 1, (1 + level) / 2)) * error
+        return self.variance_trace - half, self.variance_trace + half
 
     @property
     def true_grad_sq_norm(self) -> float:
@@ -88,7 +152,20 @@ class GradientMoments:
     @property
     def is_finite(self) -> bool:
         """Whether all moments are finite numbers."""
-        return math.isfinite(self.grad_sq_norm) and bool(self.sq_norms.isfinite().all())
+        parts = (self.sq_norms,) if self.dots is None else (self.sq_norms, self.dots)
+        return math.isfinite(self.grad_sq_norm) and all(bool(part.isfinite().all()) for part in parts)
+
+    def _terms(self, name: str) -> Tensor:
+        """Values [s] whose mean is T̂·(1 − 1/m_eff)."""
+        if self.dots is None:
+            raise ValueError(NO_DOTS.format(name=name))
+        return self.centred_sq_norms if self.corrections is None else self.corrections * self.centred_sq_norms
+
+    def _check_size(self) -> None:
+        if self._m_eff <= 1:
+            raise ValueError(f"the variance of the gradient needs at least 2 samples, got a batch of {self.batch_size}")
+        if not self.n_measured:
+            raise ValueError("no sample was measured")
 
     @property
     def _m_eff(self) -> float:

@@ -2,6 +2,11 @@
 
 Autograd's contribution of sample i in pass j is z_i = a_i·g_i·(loss scale), with a_i = 1/(k·m_j) for a mean-reduced loss divided by the k accumulated
 passes, and the step's gradient is Σ z_i. For a sum-reduced loss a_i = 1, and the step's gradient is divided by the number of samples.
+
+Samples of unequal weight n_i (tokens under a token mean) have a_i = n_i/(k·Σ_pass n): of each pass its own weighted mean, divided by k. They are known
+only through m·z_i = w_i·g_i with w_i = m·a_i.
+
+Legend: m samples in the step, m_j in pass j of k, s and s_j of them measured.
 """
 
 from __future__ import annotations
@@ -26,12 +31,14 @@ class BackwardPass:
         norms: for each probe row ‖contribution of sample i‖² [s], or None where no parameter of the row took part.
         indices: the measured rows [s], or None for all.
         second_moments: {parameter name: Σ_i contribution_i²}, on request.
+        dots: for each probe row ⟨contribution of sample i, the step's finished gradient⟩ [s], or None where no parameter of the row took part; on request.
     """
 
     batch_size: int
     norms: list[Tensor | None]
     indices: Tensor | None
     second_moments: dict[str, Tensor] = field(default_factory=dict)
+    dots: list[Tensor | None] | None = None
 
 
 def pool_passes(
@@ -42,6 +49,7 @@ def pool_passes(
     loss_scale: float = 1.0,
     group_of_row: Sequence[int] = (0,),
     row_names: Sequence[str] | None = None,
+    weights: Tensor | Sequence[float] | None = None,
 ) -> GradientMoments:
     """Pool the passes of one step.
 
@@ -52,23 +60,35 @@ def pool_passes(
         loss_scale: the factor a GradScaler put on the loss.
         group_of_row: parameter group of each probe row.
         row_names: parameter name of each row, if each parameter has one.
+        weights: of the samples, [m], one pass after another, on any scale: numbers of tokens for instance. None: all alike.
 
     Returns:
         GradientMoments with T̂ unbiased: equal passes give m_eff = m, unequal ones m_eff = k²/Σ_j(1/m_j).
+
+    Raises:
+        ValueError: weights that are no m numbers >= 0 with a positive sum in each pass; weights under a summed loss, or without dots.
     """
     batch_size = sum(step.batch_size for step in passes)
     k = len(passes)
     mean = loss_reduction == "mean"
-    per_pass = [(k * step.batch_size if mean else 1) / loss_scale for step in passes]
+    common = {"batch_size": batch_size, "indices": _indices(passes)}
+    if weights is None:
+        per_pass = [(k * step.batch_size if mean else 1) / loss_scale for step in passes]
+        common |= {"effective_batch_size": _effective(passes) if mean else None}
+        common |= {"corrections": _corrections(passes, common["effective_batch_size"])}
+    else:
+        per_pass = [batch_size / loss_scale for _ in passes]
+        common |= {"weights": measured_weights(passes, weights, loss_reduction), "corrections": _strata(passes)}
     whole = (1 if mean else 1 / max(1, batch_size)) / loss_scale
-    rows = [_row(passes, per_pass, row) for row in range(len(group_of_row))]
+    rows = [_row(passes, [scale**2 for scale in per_pass], row) for row in range(len(group_of_row))]
+    dots = [_row(passes, [scale * whole for scale in per_pass], row, "dots") for row in range(len(group_of_row))] if passes[0].dots is not None else None
     batch_norms = [float(value) * whole**2 for value in grad_sq_norms.tolist()]
-    common = {"batch_size": batch_size, "effective_batch_size": _effective(passes) if mean else None, "indices": _indices(passes)}
     groups = sorted(set(group_of_row))
     by_group = {
         group: GradientMoments(
             sq_norms=torch.stack([rows[row] for row, of in enumerate(group_of_row) if of == group]).sum(0),
             grad_sq_norm=sum(batch_norms[row] for row, of in enumerate(group_of_row) if of == group),
+            dots=None if dots is None else torch.stack([dots[row] for row, of in enumerate(group_of_row) if of == group]).sum(0),
             **common,
         )
         for group in groups
@@ -76,6 +96,7 @@ def pool_passes(
     return GradientMoments(
         sq_norms=torch.stack(rows).sum(0),
         grad_sq_norm=sum(batch_norms),
+        dots=None if dots is None else torch.stack(dots).sum(0),
         by_group=by_group if len(groups) > 1 else {},
         by_parameter=dict(zip(row_names, rows, strict=True)) if row_names else {},
         second_moment=_second_moments(passes, per_pass),
@@ -83,12 +104,13 @@ def pool_passes(
     )
 
 
-def _row(passes: Sequence[BackwardPass], scales: Sequence[float], row: int) -> Tensor:
-    """‖g_i‖² of one probe row over all passes, [s]; a row that no layer reported to has no gradient, so zeros."""
+def _row(passes: Sequence[BackwardPass], scales: Sequence[float], row: int, kind: str = "norms") -> Tensor:
+    """One probe row's values over all passes, [s]; a row that no layer reported to has no gradient, so zeros."""
     parts = []
     for step, scale in zip(passes, scales, strict=True):
-        norms = step.norms[row]
-        parts.append(norms * scale**2 if norms is not None else torch.zeros_like(next(other for other in step.norms if other is not None)))
+        values = getattr(step, kind)
+        value = values[row]
+        parts.append(value * scale if value is not None else torch.zeros_like(next(other for other in values if other is not None)))
     return torch.cat(parts)
 
 
@@ -97,6 +119,56 @@ def _effective(passes: Sequence[BackwardPass]) -> float | None:
     if len(set(sizes)) <= 1 or 0 in sizes:
         return None
     return len(sizes) ** 2 / sum(1 / size for size in sizes)
+
+
+def measured_weights(passes: Sequence[BackwardPass], weights: Tensor | Sequence[float], loss_reduction: str) -> Tensor:
+    """w_i = m·a_i of the measured samples, [s] float64, a_i = n_i/(k·Σ_pass n).
+
+    Example:
+        >>> measured_weights([BackwardPass(3, [torch.ones(2)], torch.tensor([0, 2]))], [10, 20, 30], "mean")
+        tensor([0.5000, 1.5000], dtype=torch.float64)
+    """
+    if loss_reduction != "mean":
+        raise ValueError(
+            "weights describe a mean over tokens. Under loss_reduction='sum' every sample's gradient counts whole, and the plain trace is right: leave "
+            "weights away"
+        )
+    sizes = [step.batch_size for step in passes]
+    weights = torch.as_tensor(weights).detach().double()
+    if weights.shape != (sum(sizes),):
+        raise ValueError(f"weights must have one number for each of the {sum(sizes)} samples of the step, got the shape {tuple(weights.shape)}")
+    parts = weights.split(sizes)
+    if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or not all(float(part.sum()) > 0 for part in parts):
+        raise ValueError("weights must be finite numbers >= 0 with a positive sum in each backward pass, numbers of tokens for instance")
+    shares = [sum(sizes) / len(sizes) * part / part.sum() for part in parts]
+    picked = [share if step.indices is None else share[step.indices.to(share.device)] for share, step in zip(shares, passes, strict=True)]
+    return torch.cat(picked).to(_measured(passes[0]).device)
+
+
+def _measured(step: BackwardPass) -> Tensor:
+    return next(value for value in step.norms if value is not None)
+
+
+def _strata(passes: Sequence[BackwardPass]) -> Tensor | None:
+    """(m_j/m)/(s_j/s) for each measured sample, [s]: where passes were not measured at one rate, the mean over S must weigh them as they are in the batch."""
+    rates = [len(_measured(step)) / max(1, step.batch_size) for step in passes]
+    if len(set(rates)) == 1:
+        return None
+    whole = sum(len(_measured(step)) for step in passes) / sum(step.batch_size for step in passes)
+    return _by_pass(passes, [whole / rate for rate in rates])
+
+
+def _corrections(passes: Sequence[BackwardPass], m_eff: float | None) -> Tensor | None:
+    """(1 − 1/m_eff)/(1 − 2a_i + 1/m_eff) for each measured sample, [s], as E‖g_i − g‖² = T·(1 − 2a_i + 1/m_eff): for passes of unequal sizes with dots."""
+    if m_eff is None or passes[0].dots is None:
+        return None
+    factors = [(1 - 1 / m_eff) / (1 - 2 / (len(passes) * step.batch_size) + 1 / m_eff) for step in passes]
+    return _by_pass(passes, factors)
+
+
+def _by_pass(passes: Sequence[BackwardPass], values: Sequence[float]) -> Tensor:
+    """One value per pass, for each measured sample [s]."""
+    return torch.cat([torch.full_like(_measured(step), value, dtype=torch.float64) for step, value in zip(passes, values, strict=True)])
 
 
 def _indices(passes: Sequence[BackwardPass]) -> Tensor | None:
