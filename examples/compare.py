@@ -4,8 +4,8 @@
     python examples/compare.py --sizes 16 32 64 128 --seed 1
     python examples/compare.py --data fashion --network small --budget 60000
 
-All runs start from the same weights and share one learning rate. The seconds of CABS include measuring, on every sample of every step. One seed shows the shapes of the curves; to say which is better, tune the
-learning rate of each run and repeat with several seeds.
+All runs start from the same weights and share one learning rate. The seconds of CABS include measuring every sample of every step. One seed
+shows the shapes of the curves; to say which is better, tune the learning rate of each run and repeat with several seeds.
 """
 
 from __future__ import annotations
