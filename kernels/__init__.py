@@ -2,10 +2,12 @@
 
 Legend: N samples, T positions, I in, O out, C channels, D embedding width, V rows of an embedding, K kernel, P numel.
 
-`adabatch.kernels.<op>` picks the backend; `adabatch.kernels.reference.<op>` is the definition in plain torch, with the same name and signature.
-ADABATCH_KERNELS=reference, read at import, forces the definition everywhere. Kernels import nothing of adabatch but each other, and see no layers.
+`adabatch.kernels.<op>` picks the backend; `adabatch.kernels.reference.<op>` is the definition in plain torch, `adabatch.kernels.triton.<op>` the GPU's kernel,
+with the same name and signature. ADABATCH_KERNELS=reference, read at import, forces the definition everywhere. Kernels import nothing of adabatch but each
+other, and see no layers.
 
 Example:
+    >>> import torch
     >>> outer_sq_norms(torch.ones(2, 1, 4), torch.ones(2, 1, 1))
     tensor([4., 4.])
 """
@@ -13,19 +15,20 @@ Example:
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from types import ModuleType
 
-import torch
-
-from adabatch.kernels import reference
+from adabatch.kernels import operators, reference
 
 __all__ = [
+    "affine_sq_norms",
     "conv_dot",
     "conv_grad_sample",
     "conv_second_moment",
     "conv_sq_norms",
+    "conv_weight_grad_moments",
     "dense_dot",
     "dense_second_moment",
     "dense_sq_norms",
@@ -35,17 +38,27 @@ __all__ = [
     "outer_dot",
     "outer_second_moment",
     "outer_sq_norms",
+    "preconditioned_trace",
     "reference",
+    "weight_grad_moments",
 ]
 
 # Device type -> the modules asked for an operation, first come first served; what none of them has is the reference's.
-BACKENDS: dict[str, tuple[ModuleType, ...]] = {}
+# ROCm calls its devices "cuda" as well.
+BACKENDS: dict[str, tuple[ModuleType, ...]] = {"cuda": (operators,)}
 FORCED = os.environ.get("ADABATCH_KERNELS", "")
 if FORCED not in ("", "reference"):
     raise ValueError(f"ADABATCH_KERNELS is {FORCED!r}; allowed are 'reference' and nothing. Unset it, or set it to 'reference', before importing adabatch.")
 
 
-def _dispatched(definition: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def __getattr__(name: str) -> ModuleType:
+    """adabatch.kernels.triton, imported when asked for: Triton need not be installed, and takes its time to import."""
+    if name == "triton":
+        return importlib.import_module("adabatch.kernels.triton")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _dispatched(definition: Callable) -> Callable:
     """The operation as users call it: the first backend for the first tensor's device that has it, else its definition."""
     name = definition.__name__
 
@@ -74,3 +87,7 @@ conv_sq_norms = _dispatched(reference.conv_sq_norms)
 conv_second_moment = _dispatched(reference.conv_second_moment)
 conv_dot = _dispatched(reference.conv_dot)
 conv_grad_sample = _dispatched(reference.conv_grad_sample)
+weight_grad_moments = _dispatched(reference.weight_grad_moments)
+conv_weight_grad_moments = _dispatched(reference.conv_weight_grad_moments)
+affine_sq_norms = _dispatched(reference.affine_sq_norms)
+preconditioned_trace = _dispatched(reference.preconditioned_trace)

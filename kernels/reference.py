@@ -16,12 +16,15 @@ from torch import Tensor
 
 from adabatch.kernels.chunks import accumulation_dtype, sample_chunks
 from adabatch.kernels.reference_conv import conv_dot, conv_grad_sample, conv_second_moment, conv_sq_norms
+from adabatch.kernels.reference_moments import affine_sq_norms, conv_weight_grad_moments, preconditioned_trace, weight_grad_moments
 
 __all__ = [
+    "affine_sq_norms",
     "conv_dot",
     "conv_grad_sample",
     "conv_second_moment",
     "conv_sq_norms",
+    "conv_weight_grad_moments",
     "dense_dot",
     "dense_second_moment",
     "dense_sq_norms",
@@ -31,6 +34,8 @@ __all__ = [
     "outer_dot",
     "outer_second_moment",
     "outer_sq_norms",
+    "preconditioned_trace",
+    "weight_grad_moments",
 ]
 
 
