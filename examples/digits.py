@@ -39,4 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # On images this small, handing work between threads costs more than it saves.
+    torch.set_num_threads(1)
     main()
