@@ -16,11 +16,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.attention import AttentionCall, RandomState, random_state
 from adabatch.grad_sample.calls import ModuleCall, RecurrentCall
+from adabatch.grad_sample.entering import carries_samples, row_dim
 from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.probe import ProbeSet
+from adabatch.grad_sample.recipes import Consumption
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.taps import CallTap, ListeningTap, Stash, TapSite
-from adabatch.grad_sample.tracing import READS_OUTPUT, Consumption, ParameterTracer
+from adabatch.grad_sample.tracing import READS_OUTPUT, ParameterTracer
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
 
@@ -116,7 +118,7 @@ class TapPlacer:
         if torch.compiler.is_compiling():
             if self._must_trace:
                 names = ", ".join(sorted(self._traced)) or "position tables that are looked up once for all samples"
-                raise RuntimeError(f"a compiled graph cannot measure parameters without a layer of their own: {names}. Do not compile the model, or pass ignore=[...]")
+                raise RuntimeError(f"a compiled graph cannot measure parameters without a layer of their own: {names}. Run the model uncompiled, or pass ignore=[...]")
             return
         self._n_samples = self._read_batch_size(args, kwargs)
         if self._tracing and self._n_samples is not None:
@@ -160,23 +162,21 @@ class TapPlacer:
 
     # -- around a layer
 
-    def _before_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._tracer is None or layer is not site.layer:
-            return
-        suspends = self._carries_samples(site, args, kwargs)
+    def _before_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        tracer = self._tracer
+        if tracer is None or layer is not site.layer:
+            return None
+        leaves, tree = tree_flatten((args, kwargs))
+        traced = [] if tracer.suspended else [index for index, leaf in enumerate(leaves) if tracer.recipe_of(leaf) is not None]
+        dims = {index: row_dim(site, leaves[index], index, tracer, self._n_samples) for index in traced}
+        suspends = None not in dims.values() and (bool(traced) or carries_samples(site, leaves, tracer, self._n_samples))
         self._suspending.append(suspends)
-        self._tracer.suspended += suspends
-
-    def _carries_samples(self, site: TapSite, args: tuple, kwargs: dict) -> bool:
-        if site.layout is not Layout.BATCH_FIRST:
-            return site.layout is not Layout.SHARED
-        if isinstance(site.layer, (nn.RNNBase, nn.MultiheadAttention)):
-            return True
-        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if site.sampler is not None:
-            inputs = inputs[:1]
-        constant_rows = any(leaf.is_floating_point() and leaf.dim() and leaf.shape[0] == self._n_samples for leaf in inputs)
-        return constant_rows or any(self._tracer.comes_from_samples(leaf) for leaf in inputs)
+        tracer.suspended += suspends
+        if not suspends or not traced:
+            return None
+        for index, dim in dims.items():
+            leaves[index] = tracer.tap_rows(leaves[index], dim)
+        return tree_unflatten(leaves, tree)
 
     def _keep_random_state(self, site: TapSite, layer: nn.MultiheadAttention, args: tuple) -> None:
         if layer.dropout and layer.training and not torch.compiler.is_compiling() and self._measures():
@@ -268,8 +268,6 @@ class TapPlacer:
         return extras
 
 
-
-
 def _bound(method: Callable, first: Any, owner: object) -> Callable:
     """The method with its first argument given, as a plain function that keeps `owner` alive."""
 
@@ -277,5 +275,4 @@ def _bound(method: Callable, first: Any, owner: object) -> Callable:
         return method(first, *args)
 
     hook.owner = owner
-
     return hook

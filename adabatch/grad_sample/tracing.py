@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from adabatch.grad_sample.factors import Dense, Factor
-from adabatch.grad_sample.per_sample import per_sample_grads
+from adabatch.grad_sample.recipes import Consumption, Recipe, Spec, itself, versions_of
 
 # Operations that repeat a tensor for every sample: the result has a batch dimension, but all its rows are one.
 EXPANDING = ("expand", "expand_as", "repeat", "broadcast_to", "repeat_interleave", "tile")
@@ -29,84 +27,9 @@ READS_OUTPUT = (
     *("exp", "expm1", "sigmoid", "tanh", "softmax", "log_softmax", "logsumexp", "sqrt", "rsqrt", "reciprocal", "pow", "relu", "elu", "prod", "cumprod"),
     *("baddbmm", "scaled_dot_product_attention", "normalize"),
 )
+# Their derivative with respect to the parameters does not depend on the samples' values, which may then change in place, as they may for autograd.
+ADDING = ("add", "sub", "rsub", "cat", "concat", "stack", "with_item")
 IN_PLACE_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__")
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How a tensor comes from parameters alone: run() works it out again from given parameters. `expanded`: it has a row for every sample."""
-
-    function: Callable[..., Any] | None
-    leaves: tuple[Any, ...]
-    spec: Any
-    index: int | None
-    parameters: frozenset[str]
-    shape: tuple[int, ...]
-    expanded: bool = False
-    name: str = ""
-
-    def run(self, parameters: dict[str, Tensor], done: dict[int, Any]) -> Tensor:
-        """The tensor, from these parameters; `done` keeps what was worked out already."""
-        if self.function is None:
-            return parameters[self.name]
-        key = id(self.spec)
-        if key not in done:
-            leaves = [leaf.run(parameters, done) if isinstance(leaf, Recipe) else leaf for leaf in self.leaves]
-            args, kwargs = tree_unflatten(leaves, self.spec.tree)
-            done[key] = self.function(*args, **kwargs)
-        result = done[key]
-        return result if self.index is None else tree_flatten(result)[0][self.index]
-
-
-@dataclass(frozen=True, eq=False)
-class _Spec:
-    tree: Any
-
-
-@dataclass(eq=False)
-class Consumption:
-    """An operation in which traced parameters meet samples; answers factors(tensors, backprops, rows) like a call of a layer.
-
-    What comes from parameters alone may have a row for every sample (a class token expanded, token types looked up for the batch) or be the same for all (a
-    weight). `aligned` are the places of those with a row each; `may_align` of those that have the shape for it, tried if the operation does not work without.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    leaves: list[Any]
-    tree: Any
-    tensors: list[Tensor]
-    batched: list[bool]
-    positions: list[int]
-    parameters: dict[str, Tensor]
-    aligned: frozenset[int]
-    may_align: frozenset[int]
-
-    def factors(self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None) -> dict[str, Factor]:
-        """Per-sample gradients of the traced parameters through this operation, by parameter name."""
-        n_samples = backprops[0].shape[0]
-        rows = torch.arange(n_samples, device=backprops[0].device) if rows is None else rows
-        picked = [tensor.index_select(0, rows) if each else tensor for tensor, each in zip(tensors, self.batched, strict=True)]
-        inputs, batched = [rows, *picked], [True, *self.batched]
-        outer = [grad.index_select(0, rows) for grad in backprops]
-        try:
-            grads = per_sample_grads(self._run, self.parameters, inputs, batched, outer, self.name)
-        except RuntimeError:
-            if self.aligned >= self.may_align:
-                raise
-            self.aligned = self.may_align
-            grads = per_sample_grads(self._run, self.parameters, inputs, batched, outer, self.name)
-        return {name: Dense(grad) for name, grad in grads.items()}
-
-    def _run(self, parameters: dict[str, Tensor], row: Tensor, *inputs: Tensor) -> list[Tensor]:
-        done: dict[int, Any] = {}
-        leaves = [leaf.run(parameters, done) if isinstance(leaf, Recipe) else leaf for leaf in self.leaves]
-        for position in self.aligned:
-            leaves[position] = leaves[position].index_select(0, row)
-        for position, value in zip(self.positions, inputs, strict=True):
-            leaves[position] = value
-        args, kwargs = tree_unflatten(leaves, self.tree)
-        return tree_flatten(self.function(*args, **kwargs))[0]
 
 
 class ParameterTracer(TorchFunctionMode):
@@ -155,8 +78,28 @@ class ParameterTracer(TorchFunctionMode):
             if isinstance(value, Tensor):
                 self._sampled[id(value)] = weakref.ref(value)
 
+    def recipe_of(self, value: Any) -> Recipe | None:
+        """How a tensor was computed from parameters alone, or None if it was not."""
+        return self._recipes[id(value)][0] if id(value) in self._recipes else None
+
+    def tap_rows(self, value: Tensor, dim: int) -> Tensor:
+        """A tensor of parameters alone that has a row for every sample along a dimension, a learned initial state for instance, with these rows tapped."""
+        recipe = self._recipes[id(value)][0]
+        rows = Recipe(torch.transpose, (recipe, 0, dim), Spec(tree_flatten(((recipe, 0, dim), {}))[1]), None, recipe.parameters, ())
+        names = ", ".join(sorted(recipe.parameters))
+        parameters = {name: self._parameters[name] for name in sorted(recipe.parameters)}
+        everywhere = frozenset((0,))
+        consumption = Consumption(f"rows of {names}", itself, [rows], tree_flatten(((rows,), {}))[1], [], [], [], parameters, everywhere, everywhere)
+        return self._tap(consumption, [value.transpose(0, dim)])[0].transpose(0, dim)
+
     def _traced(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         function, in_place = _out_of_place(function, args)
+        original = args[0] if in_place else None
+        if in_place and not _adds(function):  # the operation's own derivative may read what is about to be overwritten
+            with torch._C.DisableTorchFunction():
+                args = (args[0].clone() if id(args[0]) not in self._recipes else args[0], *args[1:])
+            if self.comes_from_samples(original):
+                self.add_samples([args[0]])
         leaves, tree = tree_flatten((args, kwargs))
         found = [self._recipes[id(leaf)][0] if id(leaf) in self._recipes else leaf for leaf in leaves]
         samples = self._batched(function, found)
@@ -172,7 +115,7 @@ class ParameterTracer(TorchFunctionMode):
         else:
             self._remember(function, found, tree, outputs)
             result = output
-        return self._write_back(args[0], result) if in_place else result
+        return self._write_back(original, result) if in_place else result
 
     def _write_back(self, target: Tensor, result: Tensor) -> Tensor:
         """What an in-place operation on `target` leaves there; the target itself stays the result, as the caller expects."""
@@ -214,13 +157,14 @@ class ParameterTracer(TorchFunctionMode):
         parents = [leaf for leaf in leaves if isinstance(leaf, Recipe)]
         names = frozenset().union(*(parent.parameters for parent in parents))
         stretched = any(isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == self._n_samples and leaf.stride(0) == 0 for leaf in leaves)
-        grown = stretched or any(parent.expanded for parent in parents) or getattr(function, "__name__", "") in EXPANDING
-        spec = _Spec(tree)
+        repeated = len(parents) == self._n_samples and len(set(map(id, parents))) == 1  # torch.stack([token] * N)
+        grown = stretched or repeated or any(parent.expanded for parent in parents) or getattr(function, "__name__", "") in EXPANDING
+        spec = Spec(tree)
         kept = tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         for index, tensor in enumerate(outputs):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 expanded = grown and tensor.dim() > 0 and tensor.shape[0] == self._n_samples
-                self._recipes[id(tensor)] = (Recipe(function, kept, spec, index, names, tuple(tensor.shape), expanded), tensor)
+                self._recipes[id(tensor)] = (Recipe(function, kept, spec, index, names, tuple(tensor.shape), expanded, versions=versions_of(kept)), tensor)
 
     def _consumption(self, function: Callable, leaves: list[Any], tree: Any, samples: list[bool]) -> Consumption:
         positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -234,13 +178,23 @@ class ParameterTracer(TorchFunctionMode):
             function=function,
             leaves=[None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
             tree=tree_flatten(tree_unflatten(list(range(len(leaves))), tree))[1],
-            tensors=[leaves[index].detach() for index in positions],
+            tensors=[_kept(leaves[index].detach(), function) for index in positions],
             batched=[samples[index] for index in positions],
             positions=positions,
             parameters={name: self._parameters[name] for name in sorted(names)},
             aligned=frozenset(index for index, leaf in per_sample.items() if leaf.expanded),
             may_align=frozenset(per_sample),
         )
+
+
+def _adds(function: Callable) -> bool:
+    name = getattr(function, "__name__", "").strip("_")
+    return name in ADDING or name.removeprefix("r") in ADDING
+
+
+def _kept(tensor: Tensor, function: Callable) -> Tensor:
+    """What is kept of an operation's input: a stand-in where its values do not matter."""
+    return tensor.new_zeros(()).expand(tensor.shape) if tensor.is_floating_point() and _adds(function) else tensor
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
@@ -252,9 +206,21 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
+def _with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """What tensor[index] = value leaves, as a new tensor."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    if not (first is Ellipsis or first == slice(None) if not isinstance(first, Tensor) else first.dtype is torch.bool and first.shape[:1] == tensor.shape[:1]):
+        raise RuntimeError("a tensor computed from parameters is written to chosen samples only: write it to all, by tensor[:, index] = value or torch.where")
+    result = tensor.clone()
+    result[index] = value
+    return result
+
+
 def _out_of_place(function: Callable, args: tuple) -> tuple[Callable, bool]:
     """The function that gives an in-place operation's result as a new tensor, and whether it was one."""
     name = getattr(function, "__name__", "")
+    if name == "__setitem__":
+        return _with_item, True
     if name in IN_PLACE_OPERATORS:
         return getattr(Tensor, name.replace("__i", "__", 1)), True
     if name.endswith("_") and not name.startswith("_") and args and hasattr(Tensor, name[:-1]) and getattr(Tensor, name, None) is function:

@@ -1,0 +1,50 @@
+"""What enters a layer: samples, which its tap measures, or what is the same for all of them, which is traced on through the layer.
+
+Legend: N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from adabatch.grad_sample.layouts import Layout
+from adabatch.grad_sample.taps import TapSite
+from adabatch.grad_sample.tracing import ParameterTracer
+
+_OPAQUE = (nn.RNNBase, nn.MultiheadAttention)
+
+
+def carries_samples(site: TapSite, leaves: Sequence[Any], tracer: ParameterTracer, n_samples: int) -> bool:
+    """Whether the layer is called with samples; a position table looked up without a batch dimension is not."""
+    if site.layout is not Layout.BATCH_FIRST:
+        return site.layout is not Layout.SHARED
+    if isinstance(site.layer, _OPAQUE):
+        return True
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if site.sampler is not None:
+        inputs = inputs[:1]
+    constant_rows = any(leaf.is_floating_point() and leaf.dim() and leaf.shape[0] == n_samples for leaf in inputs)
+    return constant_rows or any(tracer.comes_from_samples(leaf) for leaf in inputs)
+
+
+def row_dim(site: TapSite, tensor: Tensor, index: int, tracer: ParameterTracer, n_samples: int) -> int | None:
+    """Along which dimension the layer's input number `index`, made of parameters alone, has a row for every sample; None if it has none.
+
+    Raises:
+        RuntimeError: it has none, and operations inside the layer cannot be watched.
+    """
+    opaque = isinstance(site.layer, _OPAQUE)
+    dim = int(site.layout is Layout.BATCH_SECOND)
+    if opaque:  # hidden states have their samples along dimension 1 whatever batch_first says
+        dim = int(not site.layer.batch_first or (isinstance(site.layer, nn.RNNBase) and index > 0))
+    if tensor.dim() > dim and tensor.shape[dim] == n_samples and (opaque or dim or tracer.recipe_of(tensor).expanded):
+        return dim
+    if opaque:
+        raise RuntimeError(
+            f"{site.name} is given a tensor of shape {tuple(tensor.shape)} that was computed from parameters alone and has no row for each of the "
+            f"{n_samples} samples: expand it to the batch, or pass ignore=[...]"
+        )
+    return None
