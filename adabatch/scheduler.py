@@ -20,6 +20,7 @@ from adabatch.state import check_version
 
 SHORT_BATCH = ("scale", "keep", "drop")
 SPILL = (None, "lr")
+CHECKED_STEPS, CHECKED_EVERY = 10, 50  # measured steps whose loss graph is looked at: the first ones, and then some
 logger = logging.getLogger(__name__)
 
 
@@ -123,6 +124,8 @@ class BatchSizeScheduler:
         value = _scalar(loss)
         self._lr.restore()
         moments = self.hooks.collect() if self.hooks.enabled else None
+        if moments is not None and (self.step_count < CHECKED_STEPS or self.step_count % CHECKED_EVERY == 0):
+            _check_loss(self.hooks, loss)
         samples = self._samples_of_step(moments)
         if self._summed:
             value /= max(1, samples)
@@ -264,6 +267,12 @@ def _reason_to_drop(moments: GradientMoments, loss: float) -> str:
     if not math.isfinite(loss):
         return "non-finite loss"
     return "" if moments.is_finite else "non-finite gradient"
+
+
+def _check_loss(hooks: Any, loss: Tensor | float) -> None:
+    """Let hooks that can look whether the loss uses parameters where no tap sees it."""
+    if isinstance(loss, Tensor) and loss.grad_fn is not None and hasattr(hooks, "check_loss"):
+        hooks.check_loss(loss)
 
 
 def _scalar(loss: Tensor | float) -> float:

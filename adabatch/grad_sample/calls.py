@@ -124,7 +124,8 @@ class RecurrentCall(ModuleCall):
         for sample in range(outer[0].shape[0]):
             with torch.enable_grad():
                 alone = iter([layout.single(value[sample]).to(wide) for value, layout in zip(inputs, self._input_layouts, strict=True)])
-                args, kwargs = tree_unflatten([next(alone) if each else other for each, other in zip(self._is_tensor, self._constants, strict=True)], self._inputs)
+                leaves = [next(alone) if tensor else constant for tensor, constant in zip(self._is_tensor, self._constants, strict=True)]
+                args, kwargs = tree_unflatten(leaves, self._inputs)
                 outputs = tree_flatten(self.layer.forward(*args, **kwargs))[0]  # not called: its hooks would measure it again
             tapped = [outputs[index] for index in self.tapped]
             cotangents = [layout.single(grad[sample]).to(wide) for grad, layout in zip(outer, self._output_layouts, strict=True)]

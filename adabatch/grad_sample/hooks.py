@@ -18,7 +18,10 @@ from torch.autograd import Variable
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import LOSS_REDUCTIONS, BackwardPass, pool_passes
 from adabatch.grad_sample.attach import plan_layers, unwrap
+from adabatch.grad_sample.dots import HeldUses, check_not_compiled
 from adabatch.grad_sample.grad_norms import grad_sq_norms
+from adabatch.grad_sample.loss_graph import unseen_uses
+from adabatch.grad_sample.loss_scale import LossScale
 from adabatch.grad_sample.passes import REENTRANT, add_uses, batch_size_of, check_all_seen, check_gradients_left, reported_parameters, warn_of_mixing
 from adabatch.grad_sample.placement import TapPlacer
 from adabatch.grad_sample.probe import INITIAL_CAPACITY, ProbeSet
@@ -53,6 +56,10 @@ class GradSampleHooks:
         layout: what adabatch.check found; without it the samples are assumed to lie along dimension 0 everywhere.
         per_parameter: also give the norms of each parameter (`by_parameter`).
         second_moment: also give Σ_i g_i², elementwise, of each parameter (`second_moment`).
+        dots: also give ⟨g_i, g⟩ (`dots`), and with them a steadier trace, its standard error and interval. The measured rows of all layers' activations and
+            output gradients are kept until the step's last backward pass has ended; not under torch.compile. Under DistributedDataParallel g is the gradient
+            averaged over the processes, g_i are this process's samples.
+        grad_scaler: the GradScaler that scales the loss. Its scale is read when a backward pass ends, before scaler.update() can change it.
 
     Raises:
         ValueError: on attaching, listing all layers that cannot be measured exactly, with the cure.
@@ -84,17 +91,23 @@ class GradSampleHooks:
         layout: Any = None,
         per_parameter: bool = False,
         second_moment: bool = False,
+        dots: bool = False,
+        grad_scaler: Any = None,
     ):
         _check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
         param_groups = None if param_groups is None else [list(group) for group in param_groups]
         plan = plan_layers(model, ignore, only=None if param_groups is None else {id(parameter) for group in param_groups for parameter in group})
         self.loss_reduction, self.accumulate = loss_reduction, accumulate
         self.parameters = plan.parameters
+        if dots:
+            check_not_compiled(model, plan.parameters)
         self._row_sampler = RowSampler(samples, seed, capacity)
         self._probe_rows = ProbeRows(plan.parameters, param_groups, per_parameter)
-        self._second_moment = second_moment
+        self._second_moment, self._dots, self._loss_scale = second_moment, dots, LossScale(grad_scaler)
         self._stash = Stash()
         self.sites = TapSite.all_of(plan, self._probe_rows.row_of, self._stash, getattr(layout, "layouts", {}))
+        for site in self.sites:
+            site.deferred |= dots
         wide = any(parameter.dtype == torch.float64 for parameter in plan.parameters.values())
         on_complete = functools.partial(_queue_harvest, weakref.ref(self))
         self._probes = ProbeSet(len(self._probe_rows), len(self.sites), capacity, torch.float64 if wide else torch.float32, self._row_sampler, on_complete)
@@ -139,7 +152,7 @@ class GradSampleHooks:
         norms, reports, moments = self._probes.drain(self._harvested_task)
         uses = self._stash.drain(self._harvested_task)
         batch_size = batch_size_of(reports, self.sites)
-        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._second_moment)
+        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._second_moment, self._probes.bring_home)
         for site in self.sites:
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
             site.calls = max(0, site.calls - round(float(reports[site.index, 0])))
@@ -151,43 +164,71 @@ class GradSampleHooks:
         self._n_passes += 1
         rows = self._row_sampler.rows(batch_size, self._probes.home)
         self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments)][-self.accumulate :]
+        self._loss_scale.read()
+        if self._dots and self._n_passes <= self.accumulate:
+            self._held.append(HeldUses(uses))
         if self._n_passes >= self.accumulate:
             check_gradients_left(seen, self.parameters)
             self._grad_sq_norms = grad_sq_norms(self._probe_rows.groups)
+            for step, held in zip(self._passes, self._held, strict=False):
+                step.dots = held.dots(self.parameters, self._probe_rows.row_of, self._probes.bring_home)
+            self._held.clear()
 
-    def collect(self, *, loss_scale: float = 1.0) -> GradientMoments:
+    def collect(self, *, loss_scale: float | None = None, weights: Tensor | Sequence[float] | None = None) -> GradientMoments:
         """Moments of the step: of all backward passes since the last collect().
 
         Args:
-            loss_scale: the factor on the loss, e.g. scaler.get_scale() under a GradScaler.
+            loss_scale: the factor on the loss. With a GradScaler pass grad_scaler= to the hooks instead: scaler.get_scale() is another number after
+                scaler.update().
+            weights: of the samples of the step [m], pass after pass, where the loss is a mean over unequal shares of them: the numbers of tokens of a mean
+                over all tokens of a padded batch. On any scale; of accumulated passes each has its own weighted mean, divided by `accumulate`. Needs dots.
 
         Raises:
             RuntimeError: no measured backward pass, or another number of them than `accumulate`.
+            ValueError: weights without dots or that do not fit the samples; a loss_scale that is no positive number, or beside a grad_scaler.
         """
         if not self._n_passes:
             raise RuntimeError(NOTHING_MEASURED)
-        if self._n_passes != self.accumulate:
-            seen = self._n_passes
+        try:
+            return self._pool(loss_scale, weights)
+        finally:
             self.reset()
+
+    def _pool(self, loss_scale: float | None, weights: Tensor | Sequence[float] | None) -> GradientMoments:
+        if self._n_passes != self.accumulate:
             raise RuntimeError(
-                f"saw {seen} backward passes since the last collect(), but accumulate={self.accumulate}: pass accumulate=k for k backward passes per step, "
-                "and pause the hooks (hooks.paused()) around backward passes that do not belong to it"
+                f"saw {self._n_passes} backward passes since the last collect(), but accumulate={self.accumulate}: pass accumulate=k for k backward passes per "
+                "step, and pause the hooks (hooks.paused()) around backward passes that do not belong to it"
             )
         rows = self._probe_rows
-        moments = pool_passes(
+        return pool_passes(
             self._passes,
             self._grad_sq_norms,
             loss_reduction=self.loss_reduction,
-            loss_scale=loss_scale,
+            loss_scale=self._loss_scale.factor(loss_scale),
             group_of_row=rows.group_of_row,
             row_names=rows.names,
+            weights=weights,
         )
-        self.reset()
-        return moments
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Check that the differentiated loss reaches the measured parameters through their layers alone. Cheap: the graph is walked down to the taps only.
+
+        Raises:
+            RuntimeError: listing the parameters used outside the model's forward pass, in the loss function or in a penalty inside the loss.
+        """
+        unseen = unseen_uses(loss, self.parameters, self._probes.reports)
+        if unseen:
+            raise RuntimeError(
+                f"the loss uses these parameters outside the model's layers, which no tap sees: {', '.join(unseen)}. A tied weight: apply it inside the model's "
+                "forward. A penalty on the weights: use the optimizer's weight_decay, or add its gradient after backward()"
+            )
 
     def reset(self) -> None:
         """Forget what was measured since the last collect(), e.g. after a backward pass that failed half way, and draw new rows."""
         self._passes: list[BackwardPass] = []
+        self._held: list[HeldUses] = []
+        self._loss_scale.clear()
         self._n_passes = 0
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self._placer.recomputing_task = -1

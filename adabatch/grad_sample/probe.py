@@ -29,7 +29,7 @@ class ProbeSet:
 
     def __init__(self, n_rows: int, n_layers: int, capacity: int, dtype: torch.dtype, row_sampler: RowSampler, on_complete: Callable[[Tensor], None]):
         self._make = functools.partial(Probe, n_rows, n_layers, capacity, dtype)
-        self._n_rows, self._n_layers, self._capacity = n_rows, n_layers, capacity
+        self._n_rows, self._n_layers, self._capacity, self._dtype = n_rows, n_layers, capacity, dtype
         self._row_sampler, self._on_complete = row_sampler, on_complete
         self._probes: dict[torch.device, Probe] = {}
 
@@ -48,6 +48,15 @@ class ProbeSet:
     def home(self) -> torch.device:
         """The device on which results are gathered: that of the first probe."""
         return next(iter(self._probes))
+
+    def bring_home(self, values: Tensor) -> Tensor:
+        """The values in the probes' type, where results are gathered."""
+        return values.to(self.home, self._dtype)
+
+    @property
+    def reports(self) -> list[Tensor]:
+        """The leaves that taps report to."""
+        return [probe.reports for probe in self]
 
     def reserve_keys(self) -> None:
         """Make sure that the row sampler's keys lie on every device."""
