@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +15,22 @@ from adabatch.grad_sample.uses import merge_uses
 REENTRANT = "reentrant activation checkpointing cannot be measured: its backward passes run inside another. Use checkpoint(..., use_reentrant=False)"
 
 
-def add_uses(norms: list[Tensor | None], moments: dict[str, Tensor], uses: Iterable[Use], row_of: dict[str, int], second_moment: bool) -> set[str]:
+def add_uses(
+    norms: list[Tensor | None],
+    moments: dict[str, Tensor],
+    uses: Iterable[Use],
+    row_of: dict[str, int],
+    second_moment: bool,
+    bring_home: Callable[[Tensor], Tensor],
+) -> set[str]:
     """Square the stashed uses, parameter by parameter, into the rows; names of the parameters that had several uses."""
     grouped: dict[str, list] = {}
     for use in uses:
         grouped.setdefault(use.parameter, []).append(use.factor)
     for name, factors in grouped.items():
         merged = merge_uses(factors)
-        row, value = row_of[name], merged.sq_norms()
-        norms[row] = value if norms[row] is None else norms[row] + value.to(norms[row])
+        row, value = row_of[name], bring_home(merged.sq_norms())
+        norms[row] = value if norms[row] is None else norms[row] + value
         if second_moment:
             moments[name] = merged.second_moment()
     return {name for name, factors in grouped.items() if len(factors) > 1}

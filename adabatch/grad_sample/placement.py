@@ -23,6 +23,7 @@ from adabatch.grad_sample.recipes import Consumption
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.taps import CallTap, ListeningTap, Stash, TapSite
 from adabatch.grad_sample.tracing import READS_OUTPUT, ParameterTracer
+from adabatch.grad_sample.witness import FirstPassWitness
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
 
@@ -60,6 +61,7 @@ class TapPlacer:
         self.enabled, self.recomputing_task = True, -1
         self._sites, self._parameters, self._traced = sites, parameters, traced
         self._probes, self._row_sampler, self._stash = probes, row_sampler, stash
+        stash.witness = FirstPassWitness(parameters)
         self._source, self._second_moment = batch_size_source, second_moment
         self._owners: dict[str, list[TapSite]] = {}
         for site in sites:
@@ -118,7 +120,8 @@ class TapPlacer:
         if torch.compiler.is_compiling():
             if self._must_trace:
                 names = ", ".join(sorted(self._traced)) or "position tables that are looked up once for all samples"
-                raise RuntimeError(f"a compiled graph cannot measure parameters without a layer of their own: {names}. Run the model uncompiled, or pass ignore=[...]")
+                cure = "Run the model uncompiled, or pass ignore=[...]"
+                raise RuntimeError(f"a compiled graph cannot measure parameters without a layer of their own: {names}. {cure}")
             return
         self._n_samples = self._read_batch_size(args, kwargs)
         if self._tracing and self._n_samples is not None:
@@ -192,7 +195,10 @@ class TapPlacer:
                 return None
             if torch.compiler.is_compiling():
                 if site.deferred:
-                    raise RuntimeError(f"{site.name} shares a parameter with another use, which a compiled graph cannot measure: do not compile the model")
+                    raise RuntimeError(
+                        f"{site.name} shares a parameter with another use, or is measured with dots=True, which a compiled graph cannot do: do not compile the "
+                        "model, or leave dots=True away"
+                    )
             else:
                 self._count_call(site)
             result = self._tap_layer(site, layer, args, kwargs, output)
