@@ -33,8 +33,8 @@ def weight_grad_moments(
         The weight gradient [O, I], the squared norms [N] and the second moment [O, I] or None; float32 or float64. Sums over the samples, not means.
 
     Example:
-        >>> weight_grad_moments(torch.ones(2, 3, 2), torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 3, 1), second_moment=True)
-        (tensor([[9., 9.]]), tensor([18., 72.]), tensor([[45., 45.]]))
+        >>> weight_grad_moments(torch.ones(2, 2, 4), torch.tensor([[[1.0], [1.0]], [[2.0], [2.0]]]), second_moment=True)
+        (tensor([[6., 6., 6., 6.]]), tensor([16., 64.]), tensor([[20., 20., 20., 20.]]))
     """
     dtype = accumulation_dtype(activations, backprops)
     chunks = sample_chunks(activations.shape[2] * backprops.shape[2], dtype, activations, backprops)
@@ -65,8 +65,8 @@ def conv_weight_grad_moments(
 
     Example:
         >>> geometry = dict(stride=(1,), padding=(0,), dilation=(1,), groups=1)
-        >>> conv_weight_grad_moments(torch.ones(2, 1, 4), torch.ones(2, 1, 3), (1, 1, 2), **geometry)[:2]
-        (tensor([[[6., 6.]]]), tensor([18., 18.]))
+        >>> conv_weight_grad_moments(torch.ones(2, 1, 5), torch.ones(2, 1, 2), (1, 1, 4), **geometry)[:2]
+        (tensor([[[4., 4., 4., 4.]]]), tensor([16., 16.]))
     """
     dtype = accumulation_dtype(activations, backprops)
     chunks = sample_chunks(math.prod(weight_shape), dtype, activations, backprops, longest=LONGEST_CHUNK)

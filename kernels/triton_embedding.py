@@ -29,7 +29,7 @@ def _config(block_t: int, block_d: int, warps: int) -> Config:
 
 
 # What spilled on sm_80 or sm_90 is not in these lists.
-RUNS = [_config(32, 128, 4), _config(64, 64, 4), _config(16, 256, 4), _config(16, 16, 1)]
+RUNS = [_config(32, 128, 4), _config(64, 64, 8), _config(16, 256, 8), _config(16, 16, 1)]
 RUNS_IEEE = [_config(32, 128, 4), _config(16, 256, 4), _config(16, 16, 1)]
 
 

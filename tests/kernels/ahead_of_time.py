@@ -2,7 +2,7 @@
 
     python -m tests.kernels.ahead_of_time '{"families": ["outer"], "architectures": [80, 90], "every": false}'
 
-prints one JSON object a line: kernel, variant, config, architecture, ones, registers, stack (bytes of spills), shared (bytes), matrix (tensor-core instructions).
+prints one JSON object a line: kernel, variant, config, architecture, sizes, registers, stack and shared memory in bytes, matrix (tensor-core instructions).
 """
 
 from __future__ import annotations
@@ -102,18 +102,21 @@ def conv_variants():
 FAMILIES = {"outer": outer_variants, "gram": gram_variants, "rows": row_variants, "affine": affine_variants, "runs": run_variants, "conv": conv_variants}
 
 
-def compile_kernel(kernel, pointers, constants, config, architecture, ones=False):
-    """Aligned pointers, and sizes and strides that are multiples of 16, as in a real model; stride 1 along the last dimension.
+def compile_kernel(kernel, pointers, constants, config, architecture, sizes="even"):
+    """Stride 1 along the last dimension, aligned pointers, and
 
-    ones: all sizes and strides are 1, which Triton compiles in, as a Python number instead of a value of the kernel.
+    sizes="even": sizes and strides that are multiples of 16, as in a real model;
+    sizes="ones": all of them 1, which Triton compiles in, as a Python number instead of a value of the kernel;
+    sizes="huge": strides beyond 2^31, and no multiples of anything.
     """
     constants = {**constants, **config.kwargs}
-    if ones:
+    if sizes == "ones":
         constants |= {name: 1 for name in kernel.arg_names if name not in constants and name not in pointers}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else "i32"
-        if name not in constants:
+        number = "i64" if sizes == "huge" and "stride" in name else "i32"
+        signature[name] = "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else number
+        if name not in constants and (sizes == "even" or name in pointers):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
@@ -131,16 +134,17 @@ def resources(compiled):
 
 
 def main(families, architectures, every):
-    """every: all types and configurations; else each kernel's first variant in its first configuration, and in its last one with all sizes 1."""
+    """every: all types and configurations; else each kernel's first variant in its first configuration, and in its last for sizes of 1 and huge ones."""
     for family in families:
         variants = list(FAMILIES[family]())
         for variant, kernel, pointers, constants, configs in variants if every else variants[:1]:
             for architecture in architectures:
                 written = configs(architecture // 10) if family == "outer" else configs()
-                chosen = [(config, False) for config in (written if every else written[:1])]
-                for config, ones in [*chosen, (written[-1], True)]:
-                    found = resources(compile_kernel(kernel, pointers, constants, config, architecture, ones))
-                    print(json.dumps({"kernel": family, "variant": variant, "config": str(config), "architecture": architecture, "ones": ones, **found}), flush=True)
+                chosen = [(config, "even") for config in (written if every else written[:1])]
+                for config, sizes in [*chosen, (written[-1], "ones"), (written[-1], "huge")]:
+                    found = resources(compile_kernel(kernel, pointers, constants, config, architecture, sizes))
+                    of = {"kernel": family, "variant": variant, "config": str(config), "architecture": architecture, "sizes": sizes}
+                    print(json.dumps({**of, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tests.kernels.triton_cases import DTYPES, all_close, close, kernel_device
 
 DEVICE = kernel_device()
 
-from adabatch.kernels import triton  # noqa: E402: after the choice of a device, or the skip
+from adabatch.kernels import triton  # noqa: E402 (only where there is a device)
 
 # id: (N, T, P); the last is long enough to be split over programs
 SHAPES = {

@@ -10,7 +10,7 @@ from tests.kernels.triton_cases import DTYPES, close, kernel_device
 
 DEVICE = kernel_device()
 
-from adabatch.kernels import triton, triton_gram, triton_tuning  # noqa: E402: after the choice of a device, or the skip
+from adabatch.kernels import triton, triton_gram, triton_tuning  # noqa: E402 (only where there is a device)
 
 # id: (N, T, D, V); under the interpreter samples of more than 8 positions are sorted, and walked through in blocks of 16 and splits of 8 or more
 SHAPES = {
@@ -62,7 +62,7 @@ def test_ids_of_32_bits():
 
 
 def test_the_interpreter_takes_the_smallest_configuration():
-    assert triton_tuning.INTERPRETED == (DEVICE.type == "cpu")
+    assert (DEVICE.type == "cpu") == triton_tuning.INTERPRETED
 
 
 @settings(max_examples=20, deadline=None)

@@ -10,7 +10,7 @@ from tests.kernels.triton_cases import DTYPES, all_close, close, kernel_device
 
 DEVICE = kernel_device()
 
-from adabatch.kernels import triton, triton_gram, triton_outer  # noqa: E402: after the choice of a device, or the skip
+from adabatch.kernels import triton, triton_gram, triton_outer  # noqa: E402 (only where there is a device)
 
 # id: (N, T, I, O); blocks under the interpreter are 32 wide
 SHAPES = {

@@ -1,0 +1,52 @@
+"""The Triton kernels compiled ahead of time for GPUs that need not be there: registers, shared memory, tensor-core instructions.
+
+In a process of its own, without TRITON_INTERPRET, which would leave nothing to compile. `pytest -m slow` compiles every type and configuration.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+# Bytes of shared memory that one block may have, by architecture (CUDA C++ programming guide, technical specifications per compute capability).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+# What runs on tensor cores: not the memory-bound kernels, nor float32 products that keep all their bits.
+MATRIX_KERNELS = ("outer", "gram", "runs", "conv")
+
+
+def compiled(families, every):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    request = json.dumps({"families": families, "architectures": sorted(SHARED_LIMIT), "every": every})
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.ahead_of_time", request]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def check(binaries):
+    assert {binary["architecture"] for binary in binaries} == set(SHARED_LIMIT)
+    assert {binary["sizes"] for binary in binaries} == {"even", "ones", "huge"}
+    for binary in binaries:
+        if binary["sizes"] == "even":
+            assert binary["stack"] == 0, binary
+        assert binary["registers"] <= 255, binary
+        assert binary["shared"] <= SHARED_LIMIT[binary["architecture"]], binary
+        if binary["kernel"] in MATRIX_KERNELS and "ieee" not in binary["variant"]:
+            assert binary["matrix"] > 0, binary
+
+
+def test_every_kernel_compiles_for_every_architecture():
+    binaries = compiled(["outer", "gram", "rows", "affine", "runs", "conv"], every=False)
+    assert len({binary["kernel"] for binary in binaries}) == 6
+    check(binaries)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", ["outer", "gram", "rows", "affine", "runs", "conv"])
+def test_every_configuration_compiles_for_every_architecture(family):
+    check(compiled([family], every=True))
