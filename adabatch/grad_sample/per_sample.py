@@ -25,6 +25,11 @@ MIXES = (
     "Give it a rule with register_grad_sampler, or pass ignore=[...]."
 )
 
+IN_PLACE = (
+    "changes its input in place, so that what it was given cannot be worked out again: write `x = x + y` for `x += y`, or clone the input first, "
+    "or pass ignore=[...]."
+)
+
 Function = Callable[..., Sequence[Tensor]]
 
 
@@ -42,7 +47,7 @@ def per_sample_grads(
         name: of the layer, for errors.
 
     Raises:
-        RuntimeError: the function draws random numbers.
+        RuntimeError: the function draws random numbers, changes its inputs in place or mixes samples.
 
     Example:
         >>> grads = per_sample_grads(lambda p, x: (p["scale"] * x,), {"scale": torch.ones(2)}, [torch.ones(3, 2)], [True], [torch.ones(3, 2)], "Scale")
@@ -72,6 +77,8 @@ def per_sample_grads(
     except (RuntimeError, NotImplementedError, ValueError) as error:
         if "randomness" in str(error):
             raise RuntimeError(f"{name} {RANDOM}") from error
+        if "mutate a captured Tensor" in str(error):
+            raise RuntimeError(f"{name} {IN_PLACE}") from error
         if "when it is run for one sample" in str(error):
             raise
         return _loop(one, rows, batched, outer)

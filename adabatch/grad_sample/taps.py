@@ -21,6 +21,7 @@ from adabatch.grad_sample.attach import Plan
 from adabatch.grad_sample.factors import Factor
 from adabatch.grad_sample.layouts import Layout
 from adabatch.grad_sample.registry import GradSampler
+from adabatch.grad_sample.witness import FirstPassWitness
 
 DOUBLE_BACKWARD = (
     "a backward pass with create_graph=True ran through a measured layer: its higher-order gradient reaches the parameters but not the taps, so the "
@@ -40,11 +41,16 @@ class Use:
 
 
 class Stash:
-    """What taps put aside during a backward pass because it can only be finished when all uses of a parameter are known."""
+    """What taps put aside during a backward pass because it can only be finished when all uses of a parameter are known.
+
+    Attributes:
+        witness: hears of every use until a first pass could be compared with the gradient; None afterwards.
+    """
 
     def __init__(self):
         self._uses: dict[int, list[Use]] = {}
         self._lock = threading.Lock()
+        self.witness: FirstPassWitness | None = None
 
     def add(self, uses: list[Use]) -> None:
         """Keep uses under the running backward pass."""
@@ -55,9 +61,15 @@ class Stash:
             self._uses[task].extend(uses)
 
     def drain(self, task: int) -> list[Use]:
-        """The uses of that backward pass; what a failed pass left behind is dropped."""
+        """The uses of that backward pass, which has ended; what a failed pass left behind is dropped.
+
+        Raises:
+            RuntimeError: the first pass's contributions do not add up to the gradient.
+        """
         with self._lock:
             uses, self._uses = self._uses.get(task, []), {}
+        if self.witness is not None and self.witness.compare(task):
+            self.witness = None
         return uses
 
 
@@ -187,6 +199,8 @@ class ListeningTap(torch.autograd.Function):
         with torch.autocast(backprops.device.type, enabled=False):
             n_samples = site.layout.size(backprops) if ctx.n_samples is None else ctx.n_samples
             factors = site.factors(activations, backprops, rows, n_samples)
+            if not torch.compiler.is_compiling() and rows is None and site.stash.witness is not None:
+                site.stash.witness.hear(site.parameters, factors)
             if site.deferred or site.calls > 1:
                 site.stash.add([Use(site.parameters[name], factor) for name, factor in factors.items()])
                 extras = [None] * ctx.n_extras
@@ -220,8 +234,10 @@ class CallTap(torch.autograd.Function):
         site, (rows, *inputs) = ctx.site, ctx.saved_tensors
         with torch.autocast(backprops[0].device.type, enabled=False):
             factors = ctx.call.factors(inputs, backprops, rows)
+            names = site.parameters if site is not None else {name: name for name in factors}
+            if not torch.compiler.is_compiling() and rows is None and ctx.stash.witness is not None:
+                ctx.stash.witness.hear(names, factors)
             if site is None or site.deferred or site.calls > 1:
-                names = site.parameters if site is not None else {name: name for name in factors}
                 ctx.stash.add([Use(names[name], factor) for name, factor in factors.items()])
                 extras = [None] * ctx.n_extras
             else:
