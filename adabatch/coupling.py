@@ -1,198 +1,126 @@
-"""What the learning rate does when the batch changes.
+"""What the learning rate does when the batch changes: each rule is a pure function of batch sizes that gives a factor on the lr.
 
-Every change of ours is a factor that lives between the optimizer's step pre-hook and post-hook: torch's recursive lr schedulers, which compute the next lr from
-the one they find in param_groups, never see it.
+Legend: B the size of the batch being stepped (as it was asked for), B₀ the base batch size, for which the lr was chosen, S = B/B₀, φ = T/G² the noise scale.
+
+A rule of your own is any callable (batch_size, base_batch_size, noise_scale) -> factor; with an attribute `needs_moments = True` it is given the noise scale
+from smoothed moments, without it 0.
 """
 
 from __future__ import annotations
 
-import inspect
-import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable
 
 import torch
 from torch.optim import Optimizer
 
-EffectiveLr = Callable[[dict[str, Any]], float]
+from adabatch.effective_lr import EffectiveLr, MeanLr, effective_lr_for, sgd_effective_lr  # noqa: F401
+from adabatch.estimators.averages import check_smoothing
+from adabatch.step_factor import Pending as PendingFactor  # noqa: F401
+from adabatch.step_factor import StepFactor, read_lrs  # noqa: F401
+
+Coupling = Callable[[int, int, float], float]
 
 
-def sgd_effective_lr(group: dict[str, Any]) -> float:
-    """lr·(1 − dampening)/(1 − momentum): the distance a constant gradient moves a parameter per step, in the long run.
-
-    Without momentum: lr (SGD then ignores the dampening). An extension of ours to the published rule; noise floors for momentum 0, 0.9, 0.99 at equal
-    effective rate agreed within 4 % in simulation.
+def none(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
+    """1: the lr does not depend on the batch.
 
     Example:
-        >>> round(sgd_effective_lr({"lr": 0.1, "momentum": 0.9, "dampening": 0.0}), 12)
+        >>> none(256, 64)
         1.0
     """
-    momentum = group.get("momentum", 0.0)
-    return float(group["lr"]) * (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else float(group["lr"])
+    return 1.0
 
 
-def effective_lr_for(optimizer: Optimizer, given: EffectiveLr | None = None) -> EffectiveLr:
-    """The function of a param group that gives its effective lr.
+def linear(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
+    """S: SGD takes the same way through as many samples, as long as noise dominates.
+
+    Example:
+        >>> linear(256, 64)
+        4.0
+
+    References:
+        Goyal et al. (2017), arXiv 1706.02677.
+    """
+    return batch_size / base_batch_size
+
+
+def square_root(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
+    """√S: the rule for Adam and its family, whose step has the size of the lr whatever the gradient's.
+
+    Example:
+        >>> square_root(256, 64)
+        2.0
+    """
+    return math.sqrt(batch_size / base_batch_size)
+
+
+class AdaScale:
+    """AdaScale's gain r = (T/B₀ + G²)/(T/B + G²) = S(φ + B₀)/(φ + B): between 1, where the gradient has no noise, and S, where it is nothing else.
+
+    A batch S times the base is worth r steps of the base. An lr schedule that counts steps of the base is advanced by r a step
+    (`scheduler.get_last_coupling()`). Before the first measurement the gain is 1.
+
+    Args:
+        smoothing: of the averages of T and G² that φ is the ratio of, 0 <= smoothing < 1.
 
     Raises:
-        ValueError: the optimizer is not torch.optim.SGD and no function was given.
-        TypeError: what was given is not callable.
+        ValueError: smoothing out of range.
+
+    Example:
+        >>> [AdaScale()(256, 64, noise_scale) for noise_scale in (0.0, 128.0, math.inf)]
+        [1.0, 2.0, 4.0]
+
+    References:
+        Johnson, Agrawal, Gu, Guestrin (2020), "AdaScale SGD", arXiv 2007.05105.
     """
-    if given is not None:
-        if not callable(given):
-            raise TypeError(f"effective_lr must be a callable of a param group, got {given!r}")
-        return given
+
+    needs_moments = True
+
+    def __init__(self, smoothing: float = 0.95):
+        check_smoothing(smoothing)
+        self.smoothing = smoothing
+
+    def __call__(self, batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
+        ratio = batch_size / base_batch_size
+        return ratio if math.isinf(noise_scale) else ratio * (noise_scale + base_batch_size) / (noise_scale + batch_size)
+
+
+def rule_of_optimizer(optimizer: Optimizer) -> str:
+    """'linear' for SGD, 'sqrt' for Adam and its family (anything with betas, RMSprop, Adagrad, Adadelta).
+
+    Raises:
+        ValueError: another optimizer.
+
+    Example:
+        >>> rule_of_optimizer(torch.optim.AdamW([torch.zeros(1)]))
+        'sqrt'
+    """
     if isinstance(optimizer, torch.optim.SGD):
-        return sgd_effective_lr
-    raise ValueError(
-        f"no effective learning rate is known for {type(optimizer).__name__}: the rule holds for SGD steps w - lr*g. Use torch.optim.SGD, "
-        "or pass effective_lr=, a callable of a param group that returns its step per unit of gradient, e.g. effective_lr=lambda group: group['lr']"
-    )
+        return "linear"
+    adaptive = (torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta)
+    if isinstance(optimizer, adaptive) or "betas" in optimizer.param_groups[0]:
+        return "sqrt"
+    raise ValueError(f"whether lr ∝ batch or lr ∝ √batch suits {type(optimizer).__name__} is not known: pass coupling='linear' or 'sqrt'")
 
 
-class StepFactor:
-    """Multiplies each group's lr by a factor while optimizer.step() runs, and only then.
+RULES: dict[str, Callable[[], Coupling]] = {"none": lambda: none, "linear": lambda: linear, "sqrt": lambda: square_root, "adascale": AdaScale}
 
-    Args:
-        optimizer: its step pre- and post-hooks are used; a tensor lr is changed in place.
-        factor: called at each step; its value for the batch being stepped. A bound method is held weakly: an object that holds the optimizer is then in no
-            reference cycle, and goes, with a loader and its workers, as soon as it is let go of. Its factor goes with it.
 
-    Attributes:
-        last_lrs: the lr of each group as used in the last step.
+def coupling_for(given: str | Coupling, optimizer: Optimizer) -> Coupling:
+    """The rule of a name; a callable is taken as it is. 'seesaw' is the rule of the optimizer, whose other half is the controller `Seesaw`.
+
+    Raises:
+        ValueError: an unknown name; 'seesaw' with an optimizer whose rule is not known.
 
     Example:
-        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        >>> halved = StepFactor(optimizer, lambda: 0.5)
-        >>> optimizer.step()
-        >>> halved.last_lrs, optimizer.param_groups[0]["lr"]
-        ([0.5], 1.0)
+        >>> coupling_for("seesaw", torch.optim.SGD([torch.zeros(1)], lr=0.1)) is linear
+        True
     """
-
-    def __init__(self, optimizer: Optimizer, factor: Callable[[], float]):
-        self._factor = weakref.WeakMethod(factor) if inspect.ismethod(factor) else lambda: factor
-        self._applied = 1.0
-        self._saved: list[tuple[dict[str, Any], Any]] = []
-        self.last_lrs = read_lrs(optimizer)
-        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
-
-    def restore(self) -> None:
-        """Undo the factor that a step which raised left behind; an lr that was set since then stays as it is."""
-        for group, lr in self._saved:
-            if group["lr"] == lr * self._applied:
-                _put(group, lr)
-        self._saved = []
-
-    def remove(self) -> None:
-        """Take the hooks off the optimizer."""
-        self.restore()
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        self.restore()
-        factor = self._factor()
-        self._applied = 1.0 if factor is None else factor()
-        if self._applied != 1.0:
-            self._saved = _scale(optimizer.param_groups, self._applied)
-        self.last_lrs = read_lrs(optimizer)
-
-    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        for group, lr in self._saved:
-            _put(group, lr)
-        self._saved = []
-
-
-class MeanLr:
-    """One effective lr for all param groups: Σ lr_k T_k / Σ T_k, T_k the variance trace of group k, 0 where it is negative.
-
-    Without traces those of the last measured step weigh; before the first one, the groups with measured parameters count alike.
-
-    Args:
-        optimizer: its groups' lrs are read at every call.
-        of_group: the effective lr of a param group.
-        measured: the parameters whose variance is measured.
-
-    Attributes:
-        weights: T_k of the last step that had any; empty before.
-
-    Example:
-        >>> one, two = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-        >>> optimizer = torch.optim.SGD([{"params": [one], "lr": 1.0}, {"params": [two], "lr": 2.0}])
-        >>> lr = MeanLr(optimizer, sgd_effective_lr, [one, two])
-        >>> lr({}), lr({0: 3.0, 1: 1.0}), lr({})
-        (1.5, 1.25, 1.25)
-    """
-
-    def __init__(self, optimizer: Optimizer, of_group: EffectiveLr, measured: Iterable[torch.Tensor]):
-        self._optimizer, self._of_group = optimizer, of_group
-        self._measured = {id(parameter) for parameter in measured}
-        self.weights: list[float] = []
-
-    def __call__(self, traces: dict[int, float]) -> float:
-        """The lr of this moment, given {index of the group: its variance trace} of the step or nothing."""
-        groups = self._optimizer.param_groups
-        lrs = [self._of_group(group) for group in groups]
-        if len(lrs) == 1:
-            return lrs[0]
-        latest = [max(0.0, traces.get(index, 0.0)) for index in range(len(lrs))]
-        if any(latest):
-            self.weights = latest
-        weights = self.weights if len(self.weights) == len(lrs) else self._alike(groups)
-        return sum(lr * weight for lr, weight in zip(lrs, weights, strict=True)) / sum(weights)
-
-    def _alike(self, groups: list[dict[str, Any]]) -> list[float]:
-        weights = [float(any(id(parameter) in self._measured for parameter in group["params"])) for group in groups]
-        return weights if any(weights) else [1.0] * len(groups)
-
-
-class PendingFactor:
-    """A factor that holds for batches delivered after the one it was decided at, whichever of optimizer.step() and scheduler.step() comes first.
-
-    Attributes:
-        latest: the factor of the batches to come.
-
-    Example:
-        >>> spill = PendingFactor()
-        >>> spill.set(0.5, after_batch=3)
-        >>> spill.for_batch(3), spill.for_batch(4)
-        (1.0, 0.5)
-    """
-
-    def __init__(self, latest: float = 1.0):
-        self._before, self.latest, self._after_batch = latest, latest, -1
-
-    def set(self, factor: float, after_batch: int) -> None:
-        """Decide the factor of all batches delivered after number `after_batch`."""
-        self._before, self.latest, self._after_batch = self.for_batch(after_batch), factor, after_batch
-
-    def for_batch(self, n_batches: int) -> float:
-        """The factor of batch number `n_batches`, counted from 1."""
-        return self.latest if n_batches > self._after_batch else self._before
-
-
-def read_lrs(optimizer: Optimizer) -> list[float]:
-    """The lr of each param group, as numbers."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
-
-
-def _scale(groups: list[dict[str, Any]], factor: float) -> list[tuple[dict[str, Any], Any]]:
-    """Scale the groups' lrs; return what they were."""
-    saved, scaled = [], set()
-    for group in groups:
-        lr = group["lr"]
-        if not isinstance(lr, torch.Tensor):
-            saved.append((group, lr))
-            group["lr"] = lr * factor
-        elif id(lr) not in scaled:  # an optimizer's default tensor is shared by its groups
-            scaled.add(id(lr))
-            saved.append((group, lr.clone()))
-            lr.mul_(factor)
-    return saved
-
-
-def _put(group: dict[str, Any], lr: Any) -> None:
-    if isinstance(lr, torch.Tensor):
-        group["lr"].copy_(lr)
-    else:
-        group["lr"] = lr
+    if callable(given):
+        return given
+    if given == "seesaw":
+        given = rule_of_optimizer(optimizer)
+    if given not in RULES:
+        raise ValueError(f"coupling must be one of {[*RULES, 'seesaw']} or a callable (batch_size, base_batch_size, noise_scale) -> factor, got {given!r}")
+    return RULES[given]()

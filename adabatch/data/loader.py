@@ -43,6 +43,8 @@ class AdaptiveDataLoader:
     Attributes:
         recent: (size asked for, size delivered) of the last batches delivered, newest last.
         n_batches: batches delivered so far, over all epochs.
+        n_iterations: how often an iteration was begun.
+        position: samples of the present epoch delivered so far; those that workers drew ahead do not count.
 
     Raises:
         ValueError: an iterable-style data set, a sampler together with shuffle, or in_order=False.
@@ -77,7 +79,7 @@ class AdaptiveDataLoader:
         self.batch_sampler = ResizableBatchSampler(dataset, batch_size, shuffle=shuffle, sampler=sampler, seed=seed, drop_last=drop_last)
         self.dataset, self._kwargs = dataset, kwargs
         self.recent: deque[tuple[int, int]] = deque(maxlen=4096)
-        self.n_batches = 0
+        self.n_batches = self.n_iterations = self.position = 0
         self._loader = DataLoader(dataset, batch_sampler=self.batch_sampler, **kwargs)
 
     @classmethod
@@ -140,10 +142,13 @@ class AdaptiveDataLoader:
 
     def __iter__(self) -> Iterator[Any]:
         drawn_before = self.batch_sampler.n_batches
+        self.n_iterations += 1
+        self.position = self.batch_sampler.next_start
         for delivered, batch in enumerate(self._loader, start=1):
             ahead = self.batch_sampler.n_batches - drawn_before - delivered
             self.recent.append(self.batch_sampler.recent[-1 - ahead])
             self.n_batches += 1
+            self.position += self.recent[-1][1]
             yield batch
 
     def __len__(self) -> int:

@@ -126,6 +126,11 @@ class ResizableBatchSampler(Sampler[list[int]]):
         return self._position
 
     @property
+    def next_start(self) -> int:
+        """The position from which the next ``iter()`` draws: 0, or inside an epoch after ``load_state_dict``."""
+        return 0 if self._begun else self._position
+
+    @property
     def num_samples(self) -> int:
         """Samples of a whole epoch.
 
@@ -150,10 +155,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
         return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self._begun:
-            self._go_to(self._epoch + 1)
-        self._generation += 1
-        return self._batches(self._generation)
+        return self._batches(self._start())
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next ``iter()`` start ``epoch`` from its beginning; where a loaded state stands inside ``epoch``, from there.
@@ -251,21 +253,36 @@ class ResizableBatchSampler(Sampler[list[int]]):
         self._generation += 1
 
     def _batches(self, generation: int) -> Iterator[list[int]]:
-        self._check_newest(generation)
-        order = self._order()
-        # Not before: iterators that draw nothing begin no epoch.
-        self._begun = True
+        order = self._begin(generation)
         while True:
             size = self.batch_size
             batch = list(islice(order, size))
             if not batch or (self.drop_last and len(batch) < size):
                 break
+            self._count(size, len(batch))
             self._position += len(batch)
-            self.n_batches += 1
-            self.recent.append((size, len(batch)))
             yield batch
             self._check_newest(generation)
         self._go_to(self._epoch + 1)
+
+    # AdaptiveDataLoader draws through these itself, and counts what it delivers: position and recent are then those of delivered batches.
+
+    def _start(self) -> int:
+        if self._begun:
+            self._go_to(self._epoch + 1)
+        self._generation += 1
+        return self._generation
+
+    def _begin(self, generation: int) -> Iterator[int]:
+        self._check_newest(generation)
+        order = self._order()
+        # Not before: iterators that draw nothing begin no epoch.
+        self._begun = True
+        return order
+
+    def _count(self, asked: int, n: int) -> None:
+        self.n_batches += 1
+        self.recent.append((asked, n))
 
     def _check_newest(self, generation: int) -> None:
         if generation != self._generation:
