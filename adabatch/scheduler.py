@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adabatch.arguments import check_options, epoch_samples, scalar_loss
 from adabatch.controllers import CABS
 from adabatch.coupling import EffectiveLr, MeanLr, PendingFactor, StepFactor, effective_lr_for
 from adabatch.diagnostics import Diagnostics
@@ -18,8 +20,6 @@ from adabatch.estimators.moments import GradientMoments
 from adabatch.sizing import SizeRule
 from adabatch.state import check_version
 
-SHORT_BATCH = ("scale", "keep", "drop")
-SPILL = (None, "lr")
 CHECKED_STEPS, CHECKED_EVERY = 10, 50  # measured steps whose loss graph is looked at: the first ones, and then some
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class BatchSizeScheduler:
         diagnostics: a history to append to; default a new one.
 
     Raises:
-        ValueError: bounds out of order, an unknown option, or an optimizer whose effective lr is not known.
+        ValueError: bounds out of order, an unknown option, an optimizer whose effective lr is not known, or a summed loss with a controller that needs it.
 
     Example:
         >>> import torch, adabatch
@@ -90,11 +90,11 @@ class BatchSizeScheduler:
         self.controller = CABS() if controller is None else controller
         self.accumulate = getattr(hooks, "accumulate", 1)
         size_rule = SizeRule(min_batch_size, max_batch_size, multiple_of, dwell, hysteresis)
-        _check_options(optimizer, loader, every=every, spill=spill, short_batch=short_batch)
-        self.size_rule = size_rule.for_steps(self.accumulate, _epoch_samples(loader), short_batch == "drop" or loader.drop_last)
+        self._summed = getattr(hooks, "loss_reduction", "mean") == "sum"
+        check_options(optimizer, loader, self.controller, summed=self._summed, every=every, spill=spill, short_batch=short_batch)
+        self.size_rule = size_rule.for_steps(self.accumulate, epoch_samples(loader), short_batch == "drop" or loader.drop_last)
         self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
         self.every, self.spill, self.short_batch = every, spill, short_batch
-        self._summed = getattr(hooks, "loss_reduction", "mean") == "sum"
         self._base_lr = MeanLr(optimizer, self._choose_effective_lr(effective_lr), getattr(hooks, "parameters", {}).values())
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
@@ -111,19 +111,23 @@ class BatchSizeScheduler:
 
     # -- torch's surface
 
-    def step(self, loss: Tensor | float) -> None:
+    def step(self, loss: Tensor | float, *, weights: Tensor | Sequence[float] | None = None, loss_scale: float | None = None) -> None:
         """Take the loss of this step, measure, and set the size of the batches drawn from now on.
 
         Args:
             loss: the step's loss as it was differentiated over the samples of the step: a scalar tensor or a number, the mean over the samples for
-                loss_reduction='mean' (not divided by `accumulate`), their sum for 'sum'.
+                loss_reduction='mean' (not divided by `accumulate`, not multiplied by a GradScaler's scale), their sum for 'sum'.
+            weights, loss_scale: as in GradSampleHooks.collect(): the samples' numbers of tokens under a token mean; a factor on the differentiated loss. A
+                GradScaler is given to the hooks, or to wrap(grad_scaler=), beforehand: here its scale may already be the next step's.
 
         Raises:
             RuntimeError: a measuring step without a backward pass since the last one, or layers that saw another number of rows than the loader delivered.
+            ValueError: weights without dots=True, or a loss_scale that is no positive number.
         """
-        value = _scalar(loss)
+        value = scalar_loss(loss)
         self._lr.restore()
-        moments = self.hooks.collect() if self.hooks.enabled else None
+        given = {name: option for name, option in (("weights", weights), ("loss_scale", loss_scale)) if option is not None}
+        moments = self.hooks.collect(**given) if self.hooks.enabled else None
         if moments is not None and (self.step_count < CHECKED_STEPS or self.step_count % CHECKED_EVERY == 0):
             _check_loss(self.hooks, loss)
         samples = self._samples_of_step(moments)
@@ -273,36 +277,3 @@ def _check_loss(hooks: Any, loss: Tensor | float) -> None:
     """Let hooks that can look whether the loss uses parameters where no tap sees it."""
     if isinstance(loss, Tensor) and loss.grad_fn is not None and hasattr(hooks, "check_loss"):
         hooks.check_loss(loss)
-
-
-def _scalar(loss: Tensor | float) -> float:
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(f"step() takes the scalar loss of the step, got a tensor of shape {tuple(loss.shape)}: reduce it first, e.g. losses.mean()")
-    try:
-        return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"step() takes the loss of the step as a scalar tensor or a number, got {loss!r}") from error
-
-
-def _epoch_samples(loader: Any) -> int | None:
-    try:
-        return loader.num_samples
-    except (AttributeError, TypeError):  # a sampler of the caller's own without a length
-        return None
-
-
-def _check_options(optimizer: Any, loader: Any, *, every: int, spill: str | None, short_batch: str) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    problems = []
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        problems.append(f"every must be a positive integer, got {every!r}")
-    if spill not in SPILL:
-        problems.append(f"spill must be one of {SPILL}, got {spill!r}")
-    if short_batch not in SHORT_BATCH:
-        problems.append(f"short_batch must be one of {SHORT_BATCH}, got {short_batch!r}")
-    if not all(hasattr(loader, name) for name in ("batch_size", "drop_last", "recent", "n_batches")):
-        kind = type(loader).__name__
-        problems.append(f"loader must be an AdaptiveDataLoader or a ResizableBatchSampler, got {kind}: pass a plain DataLoader to adabatch.wrap")
-    if problems:
-        raise ValueError("; ".join(problems))

@@ -1,0 +1,71 @@
+"""What BatchSizeScheduler accepts, and what it says to the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+SHORT_BATCH = ("scale", "keep", "drop")
+SPILL = (None, "lr")
+
+
+def scalar_loss(loss: Tensor | float) -> float:
+    """A step's loss as a number.
+
+    Raises:
+        ValueError: a tensor of several values.
+        TypeError: no number.
+
+    Example:
+        >>> scalar_loss(0.5)
+        0.5
+    """
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"step() takes the scalar loss of the step, got a tensor of shape {tuple(loss.shape)}: reduce it first, e.g. losses.mean()")
+    try:
+        return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"step() takes the loss of the step as a scalar tensor or a number, got {loss!r}") from error
+
+
+def epoch_samples(loader: Any) -> int | None:
+    """The samples of an epoch; None where that is not known.
+
+    Example:
+        >>> epoch_samples([1, 2]) is None
+        True
+    """
+    try:
+        return loader.num_samples
+    except (AttributeError, TypeError):  # a sampler of the caller's own without a length
+        return None
+
+
+def check_options(optimizer: Any, loader: Any, controller: Any, *, summed: bool, every: int, spill: str | None, short_batch: str) -> None:
+    """Refuse what cannot work, all of it in one error.
+
+    Raises:
+        TypeError: optimizer is no torch optimizer.
+        ValueError: listing all other problems.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    problems = []
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        problems.append(f"every must be a positive integer, got {every!r}")
+    if spill not in SPILL:
+        problems.append(f"spill must be one of {SPILL}, got {spill!r}")
+    if short_batch not in SHORT_BATCH:
+        problems.append(f"short_batch must be one of {SHORT_BATCH}, got {short_batch!r}")
+    if not all(hasattr(loader, name) for name in ("batch_size", "drop_last", "recent", "n_batches")):
+        kind = type(loader).__name__
+        problems.append(f"loader must be an AdaptiveDataLoader or a ResizableBatchSampler, got {kind}: pass a plain DataLoader to adabatch.wrap")
+    if summed and getattr(controller, "needs_effective_lr", False):
+        problems.append(
+            f"{type(controller).__name__} needs the step per unit of the mean gradient. With loss_reduction='sum' that is lr times the batch size, so that a "
+            "larger batch would ask for a still larger one: divide the loss by the batch size (loss_reduction='mean') and multiply the lr by a usual batch size"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
