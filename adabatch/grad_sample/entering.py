@@ -1,20 +1,38 @@
-"""What enters a layer: samples, which its tap measures, or what is the same for all of them, which is traced on through the layer.
+"""What enters the model and its layers: samples, which its tap measures, or what is the same for all of them, which is traced on through the layer.
 
 Legend: N samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from adabatch.grad_sample.layouts import Layout
+from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.taps import TapSite
 from adabatch.grad_sample.tracing import ParameterTracer
 
 _OPAQUE = (nn.RNNBase, nn.MultiheadAttention)
+
+
+def batch_size_of_inputs(source: BatchSizeSource | None, args: tuple, kwargs: dict[str, Any], traced: Collection[str]) -> int | None:
+    """N, from the model's inputs: from the source, or else from dimension 0 of the first tensor; None if there is none.
+
+    Raises:
+        RuntimeError: there is none, and parameters are to be traced.
+    """
+    if source is not None:
+        return source.read(args, kwargs)
+    first = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()), None)
+    if first is None and traced:
+        raise RuntimeError(
+            f"the number of samples, which measuring {', '.join(sorted(traced))} needs, cannot be read from the model's inputs: none of them is a tensor. "
+            "Call the model with tensors, or with tuples, lists and dicts of them, or pass ignore=[...]"
+        )
+    return None if first is None else first.shape[0]
 
 
 def carries_samples(site: TapSite, leaves: Sequence[Any], tracer: ParameterTracer, n_samples: int) -> bool:

@@ -168,7 +168,7 @@ class GradSampleHooks:
         if self._dots and self._n_passes <= self.accumulate:
             self._held.append(HeldUses(uses))
         if self._n_passes >= self.accumulate:
-            check_gradients_left(seen, self.parameters)
+            check_gradients_left(seen, self.parameters, self.sites)
             self._grad_sq_norms = grad_sq_norms(self._probe_rows.groups)
             for step, held in zip(self._passes, self._held, strict=False):
                 step.dots = held.dots(self.parameters, self._probe_rows.row_of, self._probes.bring_home)

@@ -81,14 +81,17 @@ def reported_parameters(reports: Tensor, sites: Sequence[TapSite], uses: Iterabl
     return {name for site, count in zip(sites, counts, strict=True) if count for name in site.parameters.values()} | {use.parameter for use in uses}
 
 
-def check_gradients_left(seen: Collection[str], parameters: dict[str, Tensor]) -> None:
+def check_gradients_left(seen: Collection[str], parameters: dict[str, Tensor], sites: Sequence[TapSite]) -> None:
     """Raise when a parameter was measured but has no gradient at the end of the backward pass, so that ‖g‖² would lack it.
+
+    A layer that is run again may leave some of its parameters without use; their contributions are zero.
 
     Raises:
         RuntimeError: listing the parameters.
     """
     gone = [name for name, parameter in parameters.items() if name in seen and parameter.requires_grad and parameter.grad is None]
-    if gone:
+    unused = {name for site in sites if site.sampler is None for name in site.parameters.values()}
+    if gone and not (unused.issuperset(gone) and any(parameters[name].grad is not None for name in seen)):
         raise RuntimeError(
             f"these parameters were measured but have no gradient when the backward pass ends: {', '.join(gone)}. An optimizer that steps inside backward, or "
             "torch.func.functional_call with other tensors, leaves none to compare with: keep the gradients until optimizer.step(), or pause the hooks"
@@ -105,6 +108,7 @@ def check_all_seen(seen: Collection[str], parameters: dict[str, Tensor]) -> None
     if missing:
         raise RuntimeError(
             f"these parameters have a gradient that no tap saw: {', '.join(missing)}. Either they are used without calling their layer "
-            "(F.linear(x, layer.weight)), or their gradient is left from an earlier step (call optimizer.zero_grad()), or the model was compiled and run "
+            "(F.linear(x, layer.weight)), or parts of the model are called instead of the model itself, or their "
+            "gradient is left from an earlier step (call optimizer.zero_grad()), or the model was compiled and run "
             "before the hooks were attached (attach first, or call torch._dynamo.reset()). To leave a layer out, pass ignore=[...]."
         )

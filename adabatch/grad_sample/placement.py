@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.attention import AttentionCall, RandomState, random_state
 from adabatch.grad_sample.calls import ModuleCall, RecurrentCall
-from adabatch.grad_sample.entering import carries_samples, row_dim
+from adabatch.grad_sample.entering import batch_size_of_inputs, carries_samples, row_dim
 from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.probe import ProbeSet
 from adabatch.grad_sample.recipes import Consumption
@@ -71,6 +71,7 @@ class TapPlacer:
         self._tracing = True
         self._tracer: ParameterTracer | None = None
         self._suspending: list[bool] = []
+        self._traced_part: weakref.ref[nn.Module] | None = None
         self._n_samples: int | None = None
         self._random: dict[int, RandomState] = {}
         self._handles: list[Any] = []
@@ -92,6 +93,11 @@ class TapPlacer:
             return
         for site in self._sites[:-1]:
             self._tracing_handles.append(site.layer.register_forward_pre_hook(_bound(self._before_layer, site, owner), prepend=True, with_kwargs=True))
+        for part in model.modules():
+            if part is not model and any(True for _ in part.children()):
+                own = weakref.ref(part)
+                self._tracing_handles.append(part.register_forward_pre_hook(_bound(self._before_part, own, owner), prepend=True, with_kwargs=True))
+                self._tracing_handles.append(part.register_forward_hook(_bound(self._after_part, own, owner), always_call=True))
         original = weakref.ref(model)
         # Last, so that it runs before the hook of a layer that is the model itself.
         self._handles.append(model.register_forward_pre_hook(_bound(self._before_model, original, owner), prepend=True, with_kwargs=True))
@@ -123,10 +129,25 @@ class TapPlacer:
                 cure = "Run the model uncompiled, or pass ignore=[...]"
                 raise RuntimeError(f"a compiled graph cannot measure parameters without a layer of their own: {names}. {cure}")
             return
-        self._n_samples = self._read_batch_size(args, kwargs)
+        self._n_samples = batch_size_of_inputs(self._source, args, kwargs, self._traced)
         if self._tracing and self._n_samples is not None:
-            self._tracer = ParameterTracer(self._parameters, self._n_samples, tree_flatten((args, kwargs))[0], self._tap_operation)
-            self._tracer.__enter__()
+            self._enter_tracing(args, kwargs)
+
+    def _before_part(self, original: weakref.ref[nn.Module], part: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Activation checkpointing runs a part of the model again inside backward, where the model itself is not called."""
+        if torch.compiler.is_compiling() or self._tracer is not None or self._n_samples is None or torch._C._current_graph_task_id() == -1:
+            return
+        if part is original() and self._must_trace and self._measures():
+            self._enter_tracing(args, kwargs)
+            self._traced_part = original
+
+    def _after_part(self, original: weakref.ref[nn.Module], part: nn.Module, args: tuple, output: Any) -> None:
+        if self._traced_part is original:
+            self._leave_tracing()
+
+    def _enter_tracing(self, args: tuple, kwargs: dict) -> None:
+        self._tracer = ParameterTracer(self._parameters, self._n_samples, tree_flatten((args, kwargs))[0], self._tap_operation)
+        self._tracer.__enter__()
 
     def _after_model(self, original: weakref.ref[nn.Module], model: nn.Module, args: tuple, output: Any) -> None:
         if model is not original():
@@ -139,15 +160,10 @@ class TapPlacer:
 
     def _leave_tracing(self) -> None:
         self._suspending.clear()
+        self._traced_part = None
         if self._tracer is not None:
             tracer, self._tracer = self._tracer, None
             tracer.__exit__(None, None, None)
-
-    def _read_batch_size(self, args: tuple, kwargs: dict) -> int | None:
-        if self._source is not None:
-            return self._source.read(args, kwargs)
-        first = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()), None)
-        return None if first is None else first.shape[0]
 
     def _tap_operation(self, operation: Consumption, outputs: list[Tensor]) -> list[Tensor]:
         self._must_trace = True

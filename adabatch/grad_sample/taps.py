@@ -199,9 +199,9 @@ class ListeningTap(torch.autograd.Function):
         with torch.autocast(backprops.device.type, enabled=False):
             n_samples = site.layout.size(backprops) if ctx.n_samples is None else ctx.n_samples
             factors = site.factors(activations, backprops, rows, n_samples)
-            if not torch.compiler.is_compiling() and rows is None and site.stash.witness is not None:
-                site.stash.witness.hear(site.parameters, factors)
             if site.deferred or site.calls > 1:
+                if rows is None and site.stash.witness is not None:
+                    site.stash.witness.hear(site.parameters, factors)
                 site.stash.add([Use(site.parameters[name], factor) for name, factor in factors.items()])
                 extras = [None] * ctx.n_extras
             else:

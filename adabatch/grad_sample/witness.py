@@ -35,7 +35,8 @@ class _Sums:
 class FirstPassWitness:
     """Compares Σ_i ⟨g_i, r⟩ with ⟨p.grad, r⟩ for each parameter p and one random direction r, in passes of which all samples are measured.
 
-    Gradients that were not empty before the pass, that other hooks may change, or that processes share, are left out.
+    Only layers without a rule, traced operations and parameters with several uses are heard: rules are tested. Gradients that were not empty before
+    the pass, that other hooks may change, or that processes share, are left out.
 
     Example:
         >>> from adabatch.grad_sample.factors import Dense
@@ -73,9 +74,10 @@ class FirstPassWitness:
         Raises:
             RuntimeError: contributions do not add up to the gradient; all parameters concerned are listed.
         """
-        if task != self._task or (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        if task != self._task or (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
         sums = {name: each for name, each in self._sums.items() if each.fresh and not _is_changed_by_others(self._parameters[name])}
+        eps = self._eps
         self._forget(-1)
         largest = max((float(each.absolute) for each in sums.values()), default=0.0)
         wrong = []
@@ -84,18 +86,19 @@ class FirstPassWitness:
             direction = _direction(parameter)
             whole = 0.0 if parameter.grad is None else float((parameter.grad.to_dense().to(direction) * direction).sum())
             # What is zero but for rounding, as a key's bias in attention, is held against the other parameters.
-            allowed = self._tolerance(direction) * (float(each.absolute) + abs(whole) + 0.1 * largest)
+            allowed = _tolerance(direction, eps) * (float(each.absolute) + abs(whole) + 0.1 * largest)
             if abs(float(each.signed) - whole) > allowed:  # not when a value is not finite
                 wrong.append(name)
         if wrong:
             raise RuntimeError(DIFFERS.format(listed=", ".join(wrong)))
         return bool(sums)
 
-    def _tolerance(self, like: Tensor) -> float:
-        """Rounding and order of summation, far from what a mistake makes; on accelerators float32 products may be rounded to 10 bits."""
-        if self._eps <= torch.finfo(torch.float64).eps:
-            return 1e-7
-        return max(1e-3 if like.device.type == "cpu" else 1e-2, 30 * self._eps)
+
+def _tolerance(like: Tensor, eps: float) -> float:
+    """Rounding and order of summation, far from what a mistake makes; on accelerators float32 products may be rounded to 10 bits."""
+    if eps <= torch.finfo(torch.float64).eps:
+        return 1e-7
+    return max(1e-3 if like.device.type == "cpu" else 1e-2, 30 * eps)
 
 
 def _direction(parameter: Tensor) -> Tensor:
