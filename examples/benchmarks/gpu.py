@@ -1,0 +1,225 @@
+"""Everything that has to be measured on a GPU, in one run of under ten minutes: the kernels, and whole training steps with and without measurement.
+
+    python examples/benchmarks/gpu.py                          # on the GPU; writes gpu.json and gpu.md into --out
+    python examples/benchmarks/gpu.py --device cpu --small     # tries the script
+
+1. The table of kernels.py, errors against float64 among it.
+2. Steps of a GPT-2-small-like model (compiled), a ResNet-50-like and a ViT-S-like one, all under bfloat16 autocast: plain, all samples measured, and a subset.
+   Plain and measured steps follow each other; the ratio is the median over pairs, with its 90 % interval.
+3. compute-sanitizer over small cases of every kernel, where it is on the path.
+What there was no time for is listed as left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from models import Gpt, TransformerBlock, class_losses, token_losses
+from report import _line, median_interval
+from torch import Tensor, nn
+
+import adabatch
+
+# kernels.py beside this file, loaded by its path: the name `kernels` belongs to another package.
+_spec = importlib.util.spec_from_file_location("kernel_benchmark", Path(__file__).with_name("kernels.py"))
+kernel_benchmark = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = kernel_benchmark
+_spec.loader.exec_module(kernel_benchmark)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 convolutions with batch norm, and a shortcut."""
+
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for source, target, kernel, step in ((width_in, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)):
+            layers += [nn.Conv2d(source, target, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(target), nn.ReLU()]
+        self.main = nn.Sequential(*layers[:-1])
+        same = stride == 1 and width_in == 4 * width
+        self.around = nn.Identity() if same else nn.Sequential(nn.Conv2d(width_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.relu(self.main(inputs) + self.around(inputs))
+
+
+def resnet(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64) -> nn.Module:
+    """ResNet-50's layout."""
+    blocks, channels = [], width
+    for level, depth in enumerate(depths):
+        for index in range(depth):
+            blocks.append(Bottleneck(channels, width * 2**level, 2 if level and not index else 1))
+            channels = 4 * width * 2**level
+    stem = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
+
+
+class Vit(nn.Module):
+    """Patches of 16 × 16, transformer blocks, mean over the patches."""
+
+    def __init__(self, layers: int, width: int, heads: int, size: int):
+        super().__init__()
+        self.patches, self.positions = nn.Conv2d(3, width, 16, 16), nn.Embedding((size // 16) ** 2, width)
+        self.blocks, self.norm, self.head = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers))), nn.LayerNorm(width), nn.Linear(width, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).mT
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+        return self.head(self.norm(self.blocks(tokens + self.positions(places))).mean(1))
+
+
+def settings(device: str, small: bool) -> dict[str, tuple]:
+    """{title: (model, inputs, targets, losses, compiled)}"""
+    torch.manual_seed(0)
+    # The measured model is a copy of the plain one: without guards on hooks torch.compile would run it by the plain one's code, taps left out.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    rows, tokens, vocabulary, size = (4, 16, 64, 32) if small else (8, 1024, 50304, 224)
+    images = 4 if small else 64
+    gpt = Gpt(1, 32, 2, tokens, vocabulary) if small else Gpt(12, 768, 12, tokens, vocabulary)
+    ids = torch.randint(vocabulary, (2, rows, tokens), device=device)
+    pictures, classes = torch.randn(images, 3, size, size, device=device), torch.randint(1000, (images,), device=device)
+    cnn, vit = (resnet((1, 1), 8), Vit(1, 32, 2, size)) if small else (resnet(), Vit(12, 384, 6, size))
+    return {
+        f"GPT-2-small-like, N={rows}, T={tokens}, compiled": (gpt, *ids, token_losses, True),
+        f"ResNet-50-like, N={images}": (cnn, pictures.contiguous(memory_format=torch.channels_last), classes, class_losses, False),
+        f"ViT-S-like, N={images}": (vit, pictures, classes, class_losses, False),
+    }
+
+
+def make_step(setting: tuple, device: str, samples: int | None, measured: bool) -> Callable[[], float]:
+    """A training step that measures nothing, all samples (None) or some; returns the trace."""
+    model, inputs, targets, losses, compiled = setting
+    model = copy.deepcopy(model).to(device)
+    hooks = adabatch.GradSampleHooks(model, samples=samples, capacity=len(inputs)) if measured else None
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    forward = torch.compile(model) if compiled else model
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16):
+            loss = losses(forward(inputs), targets).mean()
+        loss.backward()
+        optimizer.step()
+        return hooks.collect().variance_trace if hooks else 0.0
+
+    return step
+
+
+def compare(setting: tuple, device: str, repeats: int) -> list[dict]:
+    """Rows of one model."""
+    ways = {"plain": (None, False), "all samples": (None, True), "2 samples": (2, True)}
+    steps = {name: make_step(setting, device, *way) for name, way in ways.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    traces = {name: step() for name, step in steps.items()}
+    for step in steps.values():
+        step()
+        step()
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(kernel_benchmark.milliseconds(step, device, repeats=1) if device == "cpu" else _once(step))
+    rows = []
+    for name in steps:
+        ratios = [own / plain for own, plain in zip(times[name], times["plain"], strict=True)]
+        rows.append({"way": name, "ms": sorted(times[name])[repeats // 2], "trace": float(traces[name]), **median_interval(ratios)})
+    return rows
+
+
+def _once(step: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def sanitize(seconds: float, out: Path) -> str:
+    """compute-sanitizer's verdict on small cases of every kernel, or why there is none."""
+    if shutil.which("compute-sanitizer") is None:
+        return "not run: compute-sanitizer is not on the path"
+    kernels = [str(Path(__file__).with_name("kernels.py")), "--device", "cuda", "--small", "--deterministic", "--out", str(out)]
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "7", sys.executable, *kernels]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not finished within {seconds:.0f} s"
+    return "clean" if result.returncode == 0 else f"exit status {result.returncode}: {(result.stdout + result.stderr)[-500:]}"
+
+
+def machine(device: str) -> dict[str, str]:
+    """Device and versions."""
+    found = {"torch": torch.__version__, "python": platform.python_version(), "command": " ".join(sys.argv)}
+    if device == "cuda":
+        import triton
+
+        found |= {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "triton": triton.__version__}
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny cases")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--seconds", type=float, default=540, help="nothing new is begun after this long (default 540)")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    options = parser.parse_args(arguments)
+    end = time.monotonic() + options.seconds
+    options.out.mkdir(parents=True, exist_ok=True)
+    result: dict = {"machine": machine(options.device), "steps": {}}
+
+    def save() -> None:
+        (options.out / "gpu.json").write_text(json.dumps(result, indent=1))
+        (options.out / "gpu.md").write_text(report(result))
+
+    result["kernels"] = kernel_benchmark.run(options.device, options.small, lambda: time.monotonic() > end - 0.6 * options.seconds)
+    save()
+    for title, setting in settings(options.device, options.small).items():
+        if time.monotonic() > end - 60:
+            result["steps"][title] = "left out: no time"
+            continue
+        try:
+            result["steps"][title] = compare(setting, options.device, options.repeats)
+        except (RuntimeError, ValueError) as error:  # one model that fails must not cost the others
+            result["steps"][title] = f"failed: {type(error).__name__}: {error}"[:500]
+        print(report(result), flush=True)
+        save()
+    if options.device == "cuda":
+        result["sanitizer"] = sanitize(max(10.0, end - time.monotonic()), options.out / "sanitizer")
+    save()
+
+
+def report(result: dict) -> str:
+    """Markdown."""
+    parts = [", ".join(f"{name} {value}" for name, value in result["machine"].items()) + "\n"]
+    if "kernels" in result:
+        peak = ", ".join(f"{name} {value / 1e12:.3g} T{'B/s' if name == 'copy' else 'FLOP/s'}" for name, value in result["kernels"]["peaks"].items())
+        parts += [f"Peaks: {peak}\n", kernel_benchmark.table(result["kernels"]["rows"])]
+        parts += [f"left out: {title}\n" for title in result["kernels"]["left_out"]]
+    for title, rows in result["steps"].items():
+        parts.append(f"**{title}**\n")
+        if isinstance(rows, str):
+            parts.append(rows + "\n")
+            continue
+        lines = [_line(["measured", "step, ms", "time / plain", "90 % interval", "variance trace"]), _line(["---"] * 5)]
+        for row in rows:
+            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            lines.append(_line([row["way"], f"{row['ms']:.2f}", f"{row['median']:.3f}", interval, f"{row['trace']:.4g}"]))
+        parts.append("\n".join(lines) + "\n")
+    if "sanitizer" in result:
+        parts.append(f"compute-sanitizer: {result['sanitizer']}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
