@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from adabatch.coupling import EffectiveLr
+from adabatch.effective_lr import EffectiveLr
 from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.scheduler import BatchSizeScheduler
@@ -28,6 +28,8 @@ def wrap(
     accumulate: int = 1,
     ignore: Collection[str] = (),
     seed: int = 0,
+    dots: bool = False,
+    grad_scaler: Any = None,
     effective_lr: EffectiveLr | None = None,
     **scheduler_options: Any,
 ) -> tuple[Optimizer, AdaptiveDataLoader, BatchSizeScheduler]:
@@ -48,6 +50,8 @@ def wrap(
             number of batches in an epoch is not known beforehand: count the passes on from epoch to epoch, so that a step may span two.
         ignore: names of modules to leave out of the measurement.
         seed: of the choice of measured samples.
+        dots: measure inner products with the mean gradient too, which scheduler.step(loss, weights=...) needs; see GradSampleHooks.
+        grad_scaler: the GradScaler that scales the loss under float16; scheduler.step(loss) takes the loss without its scale.
         effective_lr: a callable of a param group, for optimizers other than SGD.
         scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, spill, short_batch, diagnostics.
 
@@ -82,6 +86,8 @@ def wrap(
         seed=seed,
         accumulate=accumulate,
         ignore=ignore,
+        dots=dots,
+        grad_scaler=grad_scaler,
         param_groups=[group["params"] for group in optimizer.param_groups],
         capacity=max_batch_size,
     )

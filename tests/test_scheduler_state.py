@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_sizes(options):
 def test_the_state_is_small_and_does_not_grow(options):
     run = Run(**options).train(20)
     early = saved_bytes(run.scheduler)
-    assert early < 20_000
+    assert early < 10_000
     assert saved_bytes(run.train(40).scheduler) < early + 100
 
 
@@ -140,7 +140,7 @@ def test_the_state_of_a_wrapped_run_with_default_options_is_small():
     model = nn.Linear(5, 1)
     hooks = GradSampleHooks(model, samples=16, capacity=2048)
     scheduler = BatchSizeScheduler(SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(DATA, 16), hooks)
-    assert saved_bytes(scheduler) < 20_000
+    assert saved_bytes(scheduler) < 10_000
 
 
 def test_a_state_is_a_snapshot():

@@ -255,11 +255,11 @@ class GradSampleHooks:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the row draws, so that a resumed run measures the same rows."""
-        return {"version": 1, "rows": self._row_sampler.state_dict()}
+        return {"version": 2, "rows": self._row_sampler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict()."""
-        check_version(state, 1, "GradSampleHooks")
+        check_version(state, 2, "GradSampleHooks")
         self._row_sampler.load_state_dict(state["rows"])
 
 

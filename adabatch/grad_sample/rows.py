@@ -30,6 +30,8 @@ class RowSampler:
         self._capacity = capacity
         self._host_keys: Tensor | None = None
         self._keys: dict[torch.device, Tensor] = {}
+        self._before_draws = self._generator.get_state()
+        self._draws: list[int] = []
         self.redraw()
 
     def rows(self, n_samples: int, device: torch.device) -> Tensor | None:
@@ -46,7 +48,7 @@ class RowSampler:
             return
         if capacity > self._capacity:
             # Drawn keys stay: a graph that is still to be differentiated, or checkpointed, has chosen its rows by them.
-            self._host_keys = torch.cat((self._host_keys, torch.rand(capacity - self._capacity, generator=self._generator)))
+            self._host_keys = torch.cat((self._host_keys, self._draw(capacity - self._capacity)))
             self._keys = {device: self._host_keys.to(device) for device in self._keys}
             self._capacity = capacity
         if device not in self._keys:
@@ -62,18 +64,28 @@ class RowSampler:
         """Draw new keys, for the next step."""
         if self.samples is None:
             return
-        self._host_keys = torch.rand(self._capacity, generator=self._generator)
+        self._before_draws, self._draws = self._generator.get_state(), []
+        self._host_keys = self._draw(self._capacity)
         self._keys = {device: self._host_keys.to(device) for device in self._keys}
 
+    def _draw(self, count: int) -> Tensor:
+        self._draws.append(count)
+        return torch.rand(count, generator=self._generator)
+
     def state_dict(self) -> dict:
-        """The generator's state and the present keys."""
-        keys = {} if self._host_keys is None else {"keys": self._host_keys}
-        return {"generator": self._generator.get_state(), **keys}
+        """The generator's state from before the present keys were drawn, and how many were drawn at a time: the keys themselves grow with the batch."""
+        return {"generator": self._before_draws.clone(), "draws": list(self._draws)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue the sequence of draws where the saved one stood."""
+        room = self._capacity
         self._generator.set_state(state["generator"])
-        if "keys" in state:
-            self._host_keys = state["keys"]
-            self._capacity = len(self._host_keys)
-            self._keys = {device: self._host_keys.to(device) for device in self._keys}
+        self._before_draws, self._draws = state["generator"].clone(), []
+        if not state["draws"]:
+            self.redraw()
+            return
+        self._host_keys = torch.cat([self._draw(count) for count in state["draws"]])
+        self._capacity = len(self._host_keys)
+        self._keys = {device: self._host_keys.to(device) for device in self._keys}
+        for device in self._keys:
+            self.reserve(room, device)
