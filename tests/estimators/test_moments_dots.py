@@ -1,0 +1,156 @@
+"""The trace from dots, its standard error and interval: against definitions, and against linear regression, whose gradient covariance is known."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from adabatch import GradientMoments, GradSampleHooks
+from adabatch.estimators.pooling import BackwardPass, pool_passes
+from tests import oracle
+from tests.estimators.test_moments import Regression, within_three_standard_errors
+
+
+def moments_of(grads, rows=None):
+    """GradientMoments with dots, of per-sample gradients [m, P]."""
+    mean = grads.mean(0)
+    picked = grads if rows is None else grads[rows]
+    return GradientMoments(len(grads), sq_norms=picked.square().sum(1), grad_sq_norm=float(mean @ mean), dots=picked @ mean, indices=rows)
+
+
+def test_definitions():
+    grads, m, s = torch.randn(9, 5, dtype=torch.float64) + 1, 9, 4
+    rows = torch.tensor([1, 4, 5, 8])
+    moments, whole = moments_of(grads, rows), moments_of(grads)
+    centred = (grads - grads.mean(0)).square().sum(1)
+    torch.testing.assert_close(moments.centred_sq_norms, centred[rows])
+    assert moments.variance_trace == pytest.approx(m / (m - 1) * float(centred[rows].mean()), rel=1e-12)
+    assert moments.biased_variance_trace == pytest.approx(float(centred[rows].mean()), rel=1e-12)
+    assert moments.std_error == pytest.approx(m / (m - 1) * float(centred[rows].std()) / math.sqrt(s), rel=1e-12)
+    assert moments.true_grad_sq_norm == pytest.approx(moments.grad_sq_norm - moments.variance_trace / m, rel=1e-12)
+    assert whole.variance_trace == pytest.approx(float(grads.var(0, correction=1).sum()), rel=1e-12)
+    low, high = whole.interval(0.9)
+    assert (low + high) / 2 == pytest.approx(whole.variance_trace, rel=1e-12)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.95, 8) * whole.std_error, rel=1e-9)
+    assert whole.interval(0.5)[0] > low
+
+
+def test_subsets_average_to_the_trace_of_the_whole_batch():
+    grads = torch.randn(5, 4, dtype=torch.float64)
+    traces = [moments_of(grads, rows).variance_trace for rows in torch.combinations(torch.arange(5), 2)]
+    assert sum(traces) / len(traces) == pytest.approx(float(grads.var(0, correction=1).sum()), rel=1e-12)
+
+
+def test_never_negative():
+    """Equal gradients: rounding alone would make d_i of either sign."""
+    grads = torch.full((6, 3), 1 / 3, dtype=torch.float32) * torch.tensor([1.0, 3.0, 7.0])
+    mean = grads.mean(0)
+    moments = GradientMoments(6, sq_norms=grads.square().sum(1) * (1 - 1e-7), grad_sq_norm=float(mean @ mean), dots=grads @ mean)
+    assert 0 <= moments.variance_trace < 1e-5
+    assert bool((moments.centred_sq_norms >= 0).all())
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.1, 90, float("nan")])
+def test_levels_are_checked(level):
+    with pytest.raises(ValueError, match="level must lie between 0 and 1"):
+        moments_of(torch.randn(4, 2)).interval(level)
+
+
+def test_what_cannot_be_said_raises():
+    one = moments_of(torch.randn(4, 2), rows=torch.tensor([2]))
+    assert one.variance_trace >= 0
+    with pytest.raises(ValueError, match="at least 2 measured samples, got 1"):
+        one.interval()
+    with pytest.raises(ValueError, match="at least 2 samples, got a batch of 1"):
+        moments_of(torch.randn(1, 2)).std_error  # noqa: B018
+    plain = GradientMoments(4, sq_norms=torch.ones(4), grad_sq_norm=0.5)
+    for read in (lambda: plain.std_error, plain.interval, lambda: plain.centred_sq_norms):
+        with pytest.raises(ValueError, match=r"spread of the norms alone is not the error.*GradSampleHooks\(model, dots=True\).*variance_trace_std_error"):
+            read()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_dots_that_are_not_finite_are_seen(bad):
+    moments = GradientMoments(2, sq_norms=torch.ones(2), grad_sq_norm=1.0, dots=torch.tensor([1.0, bad]))
+    assert not moments.is_finite
+
+
+@pytest.mark.parametrize(("m", "samples"), [(64, None), (256, 64)])
+def test_intervals_cover_the_truth(m, samples):
+    """90 % intervals of 500 independent batches, through the hooks. Eight inputs: with fewer the tails are too heavy for t quantiles at this size."""
+    regression = Regression(dimensions=8, distance=0.2)
+    model = regression.model()
+    hooks = GradSampleHooks(model, samples=samples, dots=True)
+    covered, traces = 0, []
+    for _ in range(500):
+        model.zero_grad()
+        inputs, targets = regression.draw(m)
+        nn.functional.mse_loss(model(inputs).squeeze(1), targets).backward()
+        moments = hooks.collect()
+        assert moments.n_measured == (samples or m)
+        low, high = moments.interval(0.9)
+        covered += low <= regression.trace <= high
+        traces.append(moments.variance_trace)
+    assert 0.85 <= covered / 500 <= 0.95
+    within_three_standard_errors(traces, regression.trace)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (2, 6), (2, 9, 5)], ids=str)
+@pytest.mark.parametrize("samples", [None, 3])
+def test_unbiased_also_for_unequal_passes(sizes, samples):
+    regression, k = Regression(), len(sizes)
+    traces, true = [], []
+    for _ in range(1500):
+        grads = regression.grads(sum(sizes))
+        mean = torch.stack([part.mean(0) for part in grads.split(sizes)]).mean(0)
+        passes = []
+        for part in grads.split(sizes):
+            rows = None if samples is None else torch.randperm(len(part), generator=regression.generator)[:samples]
+            shares = (part if rows is None else part[rows]) / (k * len(part))
+            passes.append(BackwardPass(len(part), [shares.square().sum(1)], rows, dots=[shares @ mean]))
+        moments = pool_passes(passes, (mean @ mean).unsqueeze(0))
+        traces.append(moments.variance_trace)
+        true.append(moments.true_grad_sq_norm)
+    assert min(traces) >= 0
+    within_three_standard_errors(traces, regression.trace)
+    within_three_standard_errors(true, regression.grad_sq_norm)
+
+
+def test_dots_are_far_steadier_where_the_signal_is_strong():
+    """m = 64, s = 16, G² = 9 T: without dots T̂ carries the sampling noise of mean ‖g_i‖², of which nine tenths are signal."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.full((10,), 3.0, dtype=torch.float64)  # G² = 90
+    with_dots, without = [], []
+    for _ in range(400):
+        grads = mean + torch.randn(64, 10, generator=generator, dtype=torch.float64)  # T = 10
+        moments = moments_of(grads, torch.arange(16))
+        with_dots.append(moments.variance_trace)
+        without.append(GradientMoments(64, moments.sq_norms, moments.grad_sq_norm).variance_trace)
+    for values in (with_dots, without):
+        assert abs(sum(values) / 400 - 10) < 3 * float(torch.tensor(values).std()) / 20
+    assert float(torch.tensor(with_dots).std()) < 0.3 * float(torch.tensor(without).std())
+    assert min(with_dots) > 0 > min(without)
+
+
+def test_the_same_through_the_hooks():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1)
+    with torch.no_grad():
+        model.bias.add_(20.0)  # every residual is large, so that the gradients point one way
+    loss_fn = lambda model, batch: model(batch).square()[:, 0]  # noqa: E731
+    plain, dotted = [], []
+    for _ in range(60):
+        inputs = 1 + 0.3 * torch.randn(64, 6)
+        truth = float(oracle.variance_trace(oracle.per_sample_grads(model, loss_fn, inputs))) if len(plain) < 5 else None
+        hooks = GradSampleHooks(model, samples=16, dots=True, seed=len(plain))
+        model.zero_grad()
+        loss_fn(model, inputs).mean().backward()
+        moments = hooks.collect()
+        hooks.remove()
+        plain.append(GradientMoments(64, moments.sq_norms, moments.grad_sq_norm).variance_trace)
+        dotted.append(moments.variance_trace)
+        if truth is not None:
+            assert abs(dotted[-1] - truth) < 4 * moments.std_error
+    assert float(torch.tensor(dotted).std()) < 0.5 * float(torch.tensor(plain).std())
