@@ -44,6 +44,8 @@ class AttentionCall:
         self._present = [key for key in INPUTS if bound.arguments[key] is not None]
         if bound.arguments["query"].dim() != 3:
             raise RuntimeError(f"{name} got a query of shape {tuple(bound.arguments['query'].shape)} without a batch dimension: add one with unsqueeze")
+        if layer.dropout and layer.training and state is None:
+            raise RuntimeError(f"the dropout of {name} cannot be drawn again when it is compiled: set its dropout to 0, or do not compile it")
         self.tensors = [bound.arguments[key].detach() for key in self._present]
         self._self_attention = bound.arguments["query"] is bound.arguments["key"] is bound.arguments["value"]
         self.name, self.layer, self.parameters, self._state = name, layer, tuple(parameters), state

@@ -7,6 +7,8 @@ Legend: N samples, S measured, T positions.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -19,6 +21,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from adabatch.grad_sample.factors import Dense, Factor
 from adabatch.grad_sample.layouts import Layout
 from adabatch.grad_sample.per_sample import per_sample_grads
+
+_UNCOMPILED = "a layer without a grad_sample rule is run again sample by sample, outside compiled graphs: compile without fullgraph=True, or pass ignore=[...]"
+_reason = {"reason": _UNCOMPILED} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}  # torch 2.6 takes none
+uncompiled = functools.partial(torch.compiler.disable, **_reason)
 
 
 class ModuleCall:

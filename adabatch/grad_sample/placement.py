@@ -15,7 +15,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.attention import AttentionCall, RandomState, random_state
-from adabatch.grad_sample.calls import ModuleCall, RecurrentCall
+from adabatch.grad_sample.calls import ModuleCall, RecurrentCall, uncompiled
 from adabatch.grad_sample.entering import batch_size_of_inputs, carries_samples, row_dim
 from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.probe import ProbeSet
@@ -77,8 +77,6 @@ class TapPlacer:
         self._handles: list[Any] = []
         self._tracing_handles: list[Any] = []
 
-    # -- attaching
-
     def attach(self, model: nn.Module, owner: object) -> None:
         """Put the hooks on the model; they keep `owner` alive. They are plain functions: a deep copy of the model shares them, where it would copy a
         bound method's object."""
@@ -114,8 +112,6 @@ class TapPlacer:
         if not self.enabled or not torch.is_grad_enabled() or _is_exporting():
             return False
         return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None)
-
-    # -- around the model: tracing
 
     def _before_model(self, original: weakref.ref[nn.Module], model: nn.Module, args: tuple, kwargs: dict) -> None:
         if model is not original():
@@ -179,12 +175,10 @@ class TapPlacer:
         reads_output = getattr(operation.function, "__name__", "").strip("_") in READS_OUTPUT
         return list(self._call_tap(operation, None, outputs, [reads_output or output._is_view() for output in outputs], self._sites[-1], self._n_samples))
 
-    # -- around a layer
-
     def _before_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        tracer = self._tracer
-        if tracer is None or layer is not site.layer:
+        if torch.compiler.is_compiling() or self._tracer is None or layer is not site.layer:
             return None
+        tracer = self._tracer
         leaves, tree = tree_flatten((args, kwargs))
         traced = [] if tracer.suspended else [index for index, leaf in enumerate(leaves) if tracer.recipe_of(leaf) is not None]
         dims = {index: row_dim(site, leaves[index], index, tracer, self._n_samples) for index in traced}
@@ -204,7 +198,7 @@ class TapPlacer:
     def _after_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if layer is not site.layer:  # a deep copy of the model carries the hooks along
             return None
-        tracer = self._tracer
+        tracer = None if torch.compiler.is_compiling() else self._tracer
         suspended = self._suspending.pop() if tracer is not None and self._suspending else True
         try:
             if not self._measures() or not suspended:
@@ -246,6 +240,7 @@ class TapPlacer:
         told = None if site.layout.tells_size else n_samples
         return ListeningTap.apply(output, activations, rows, probe.report(site.index), site, told, *self._extras(site, probe, length))
 
+    @uncompiled
     def _tap_call(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The tap of a layer that is run again: the output, whatever its structure, with its gradient-carrying leaves tapped."""
         leaves, tree = tree_flatten(output)

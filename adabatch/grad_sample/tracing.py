@@ -57,7 +57,7 @@ class ParameterTracer(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.suspended:
+        if torch.compiler.is_compiling() or self.suspended:  # asked in this order, so that a compiled part of the model depends on nothing of ours
             return function(*args, **kwargs)
         values = list(_flat((*args, *kwargs.values())))
         if torch.is_grad_enabled() and any(id(value) in self._recipes for value in values):
@@ -134,7 +134,9 @@ class ParameterTracer(TorchFunctionMode):
         Raises:
             RuntimeError: an input carries samples elsewhere.
         """
-        batched = [self.comes_from_samples(leaf) and leaf.dim() > 0 and leaf.shape[0] == self._n_samples for leaf in leaves]
+        # What has a gradient and no recipe may come out of a compiled function or a torch.autograd.Function, which are not seen.
+        known = [self.comes_from_samples(leaf) or (isinstance(leaf, Tensor) and leaf.requires_grad) for leaf in leaves]
+        batched = [each and leaf.dim() > 0 and leaf.shape[0] == self._n_samples for leaf, each in zip(leaves, known, strict=True)]
         for leaf, each in zip(leaves, batched, strict=True):
             if isinstance(leaf, Tensor) and not each and self._hides_samples(leaf):
                 names = sorted(frozenset().union(*(other.parameters for other in leaves if isinstance(other, Recipe))))
