@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from adabatch.coupling import RULES
+from adabatch.estimators.moments import GradientMoments
+from adabatch.estimators.unmeasured import Unmeasured
 
 SHORT_BATCH = ("scale", "keep", "drop")
 SPILL = (None, "lr")
@@ -28,6 +33,21 @@ def scalar_loss(loss: Tensor | float) -> float:
         return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
     except (TypeError, ValueError) as error:
         raise TypeError(f"step() takes the loss of the step as a scalar tensor or a number, got {loss!r}") from error
+
+
+def reason_to_drop(moments: GradientMoments, loss: float) -> str:
+    """Why a measurement cannot be used; empty where it can.
+
+    Example:
+        >>> import torch
+        >>> reason_to_drop(GradientMoments(batch_size=1, sq_norms=torch.ones(1), grad_sq_norm=1.0), loss=0.5)
+        'batch of one'
+    """
+    if moments.batch_size < 2:
+        return "batch of one" if moments.batch_size else "empty batch"
+    if not math.isfinite(loss):
+        return "non-finite loss"
+    return "" if moments.is_finite else "non-finite gradient"
 
 
 def epoch_samples(loader: Any) -> int | None:
@@ -69,3 +89,28 @@ def check_options(optimizer: Any, loader: Any, controller: Any, *, summed: bool,
         )
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def needs_moments(controller: Any, coupling: Any) -> bool:
+    """Whether the controller (None: not chosen yet) or the coupling reads gradient moments.
+
+    Example:
+        >>> needs_moments(None, "seesaw"), needs_moments(None, "none")
+        (False, True)
+    """
+    rule = RULES.get(coupling, lambda: coupling)() if isinstance(coupling, str) else coupling
+    default = controller is not None or coupling != "seesaw"
+    return getattr(controller, "needs_moments", default) or getattr(rule, "needs_moments", False)
+
+
+def check_measured(hooks: Any, controller: Any, coupling: Any) -> None:
+    """Refuse to measure nothing where moments are needed.
+
+    Raises:
+        ValueError: the hooks measure nothing, but controller or coupling needs moments.
+    """
+    if isinstance(hooks, Unmeasured) and needs_moments(controller, coupling):
+        name = type(controller).__name__ if getattr(controller, "needs_moments", True) else f"coupling={coupling!r}"
+        raise ValueError(
+            f"{name} needs gradient moments, but hooks is None: pass adabatch.GradSampleHooks(model), or use what needs none, as controllers.Scheduled(...)"
+        )

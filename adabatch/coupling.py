@@ -14,10 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.optim import Optimizer
 
-from adabatch.effective_lr import EffectiveLr, MeanLr, effective_lr_for, sgd_effective_lr  # noqa: F401
 from adabatch.estimators.averages import check_smoothing
-from adabatch.step_factor import Pending as PendingFactor  # noqa: F401
-from adabatch.step_factor import StepFactor, read_lrs  # noqa: F401
 
 Coupling = Callable[[int, int, float], float]
 

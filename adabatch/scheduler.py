@@ -11,14 +11,17 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch.arguments import check_options, epoch_samples, scalar_loss
-from adabatch.controllers import CABS
-from adabatch.coupling import EffectiveLr, MeanLr, PendingFactor, StepFactor, effective_lr_for
+from adabatch.arguments import check_measured, check_options, epoch_samples, reason_to_drop, scalar_loss
+from adabatch.controllers import CABS, Seesaw
+from adabatch.coupling import Coupling, rule_of_optimizer
 from adabatch.diagnostics import Diagnostics
+from adabatch.effective_lr import EffectiveLr, MeanLr, effective_lr_for
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
+from adabatch.estimators.unmeasured import Unmeasured
 from adabatch.sizing import SizeRule
 from adabatch.state import check_version
+from adabatch.stepping import EpochCount, Stepping
 
 CHECKED_STEPS, CHECKED_EVERY = 10, 50  # measured steps whose loss graph is looked at: the first ones, and then some
 logger = logging.getLogger(__name__)
@@ -34,24 +37,34 @@ class BatchSizeScheduler:
 
     NaN or infinite loss or moments, and a batch of one (it has no variance): the measurement is dropped and counted in the diagnostics, the size holds.
 
+    A controller with `needs_moments = False` is asked at every step, measured or not, with whatever moments there are or None. One with an `advance` is told
+    at every step, before it is asked, the samples of the step and how many epochs have ended; one with a `first_batch_size` chooses the first size.
+
     Args:
         optimizer: its step hooks carry the lr factors. A controller that needs an effective lr accepts SGD, or any optimizer with effective_lr=.
         loader: what takes the batch size: an AdaptiveDataLoader or a ResizableBatchSampler. A sampler under a DataLoader with workers runs ahead of the
             training loop; use AdaptiveDataLoader (adabatch.wrap does) for the short-batch rule to meet the right batch.
-        hooks: a GradSampleHooks, or anything with collect() -> GradientMoments, a settable `enabled`, remove(), state_dict() and load_state_dict().
-        controller: propose(moments, loss=, lr=) -> wished batch size; default CABS().
+        hooks: a GradSampleHooks, or anything with collect() -> GradientMoments, a settable `enabled`, remove(), state_dict() and load_state_dict(); None
+            where neither controller nor coupling needs moments: nothing is measured.
+        controller: propose(moments, loss=, lr=) -> wished batch size; default CABS(), with coupling='seesaw' Seesaw().
         min_batch_size, max_batch_size: bounds of the step's size, in samples; no batch is larger than the loader's epoch.
         multiple_of: sizes are multiples of this.
         every: measure at every so many steps; the others add no node to the graph and keep the size.
         dwell, hysteresis: steps between changes, and relative change up to which the size is kept; off by default.
-        spill: 'lr' lowers the lr by max/wish while the wish exceeds max_batch_size, which keeps the noise level asked for; None does nothing.
+        spill: 'lr' lowers the lr by size/wish while the sizes fall short of the wish, by max_batch_size, dwell or hysteresis, which keeps the noise level
+            asked for; None does nothing.
         short_batch: a batch shorter than asked for (the last of an epoch) steps with lr × its size / the size asked for ('scale'; a summed loss does so by
             itself), as it is ('keep'), or is never drawn ('drop').
+        coupling: the factor on the lr of a batch of another size than base_batch_size: 'none', 'linear', 'sqrt', 'adascale', 'seesaw', or a callable (see
+            adabatch.coupling). The controller is told the lr without it.
+        base_batch_size: the size for which the lr was chosen; default the first size.
+        scale_betas: step with Adam's betas to the power batch/base, which keeps their horizon in samples (see adabatch.betas).
         effective_lr: a callable of a param group for optimizers other than SGD.
         diagnostics: a history to append to; default a new one.
 
     Raises:
-        ValueError: bounds out of order, an unknown option, an optimizer whose effective lr is not known, or a summed loss with a controller that needs it.
+        ValueError: bounds out of order, an unknown option, an optimizer whose effective lr is not known, a summed loss with a controller or a coupling for
+            mean losses, or no hooks where moments are needed.
 
     Example:
         >>> import torch, adabatch
@@ -84,27 +97,34 @@ class BatchSizeScheduler:
         hysteresis: float = 0.0,
         spill: str | None = None,
         short_batch: str = "scale",
+        coupling: str | Coupling = "none",
+        base_batch_size: int | None = None,
+        scale_betas: bool = False,
         effective_lr: EffectiveLr | None = None,
         diagnostics: Diagnostics | None = None,
     ):
-        self.controller = CABS() if controller is None else controller
+        hooks = Unmeasured() if hooks is None else hooks
+        controller = CABS() if controller is None and coupling != "seesaw" else controller
         self.accumulate = getattr(hooks, "accumulate", 1)
         size_rule = SizeRule(min_batch_size, max_batch_size, multiple_of, dwell, hysteresis)
         self._summed = getattr(hooks, "loss_reduction", "mean") == "sum"
-        check_options(optimizer, loader, self.controller, summed=self._summed, every=every, spill=spill, short_batch=short_batch)
+        check_options(optimizer, loader, controller, summed=self._summed, every=every, spill=spill, short_batch=short_batch)
         self.size_rule = size_rule.for_steps(self.accumulate, epoch_samples(loader), short_batch == "drop" or loader.drop_last)
+        self._batch_size = self.size_rule.size_for(getattr(controller, "first_batch_size", None) or loader.batch_size * self.accumulate)
+        base_batch_size = self._batch_size if base_batch_size is None else base_batch_size
+        self.controller = Seesaw(base_batch_size, rule_of_optimizer(optimizer)) if controller is None else controller
+        check_measured(hooks, self.controller, coupling)
         self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
-        self.every, self.spill, self.short_batch = every, spill, short_batch
+        self.every, self.short_batch = every, short_batch
         self._base_lr = MeanLr(optimizer, self._choose_effective_lr(effective_lr), getattr(hooks, "parameters", {}).values())
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
         self._steps_since_change = self.size_rule.dwell
-        self._trace = MovingAverage()
-        self._spill = PendingFactor()
+        self._trace, self._epochs = MovingAverage(), EpochCount(loader)
         self._clock: float | None = None
-        self._batch_size = self.size_rule.size_for(loader.batch_size * self.accumulate)
+        factors = {"coupling": coupling, "base_batch_size": base_batch_size, "spill": spill, "short_batch": short_batch, "scale_betas": scale_betas}
+        self._stepping = Stepping(optimizer, loader, accumulate=self.accumulate, summed=self._summed, **factors)
         self._write_batch_size(self._batch_size)
-        self._lr = StepFactor(optimizer, self._lr_factor)
         hooks.enabled = True
         if short_batch == "drop":
             loader.drop_last = True
@@ -125,7 +145,7 @@ class BatchSizeScheduler:
             ValueError: weights without dots=True, or a loss_scale that is no positive number.
         """
         value = scalar_loss(loss)
-        self._lr.restore()
+        self._stepping.restore()
         given = {name: option for name, option in (("weights", weights), ("loss_scale", loss_scale)) if option is not None}
         moments = self.hooks.collect(**given) if self.hooks.enabled else None
         if moments is not None and (self.step_count < CHECKED_STEPS or self.step_count % CHECKED_EVERY == 0):
@@ -133,13 +153,15 @@ class BatchSizeScheduler:
         samples = self._samples_of_step(moments)
         if self._summed:
             value /= max(1, samples)
-        dropped = "" if moments is None else _reason_to_drop(moments, value)
+        dropped = "" if moments is None else reason_to_drop(moments, value)
         lr = self._base_lr({} if moments is None or dropped else {group: part.variance_trace for group, part in moments.by_group.items()})
-        used, wish = self._batch_size, math.nan
-        if moments is not None and not dropped:
-            self._trace.update(moments.variance_trace, moments.n_measured)
-            wish = float(self.controller.propose(moments, loss=value, lr=lr))
-            dropped = "the controller's wish is NaN" if math.isnan(wish) else ""
+        used, usable = self._batch_size, None if dropped else moments
+        if usable is not None:
+            self._trace.update(usable.variance_trace, usable.n_measured)
+            self._stepping.measured(usable)
+        wish = self._ask(usable, value, lr, samples or used)
+        if usable is not None and math.isnan(wish):
+            dropped = "the controller's wish is NaN"
         if math.isnan(wish):
             self._steps_since_change += 1
         else:
@@ -154,8 +176,12 @@ class BatchSizeScheduler:
         return self._batch_size
 
     def get_last_lr(self) -> list[float]:
-        """The lr of each param group as the last optimizer step used it, spill and short-batch factors included."""
-        return list(self._lr.last_lrs)
+        """The lr of each param group as the last optimizer step used it, coupling, spill and short-batch factors included."""
+        return list(self._stepping.lr.last_lrs)
+
+    def get_last_coupling(self) -> float:
+        """The coupling's factor of the last optimizer step; AdaScale's gain is by how many steps of the base batch that step counts in an lr schedule."""
+        return self._stepping.last_coupling
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors: counters, the size, and the states of controller, hooks and diagnostics. The loader's position is the loader's own."""
@@ -165,7 +191,8 @@ class BatchSizeScheduler:
             "samples_seen": self.samples_seen,
             "batch_size": self._batch_size,
             "steps_since_change": self._steps_since_change,
-            "spill": self._spill.latest,
+            "stepping": self._stepping.state_dict(),
+            "epochs": self._epochs.state_dict(),
             "lr_weights": self._base_lr.weights,
             "trace": self._trace.state_dict(),
             "enabled": self.hooks.enabled,
@@ -188,14 +215,15 @@ class BatchSizeScheduler:
         self.step_count, self.samples_seen = state["step_count"], state["samples_seen"]
         self._steps_since_change = state["steps_since_change"]
         self._base_lr.weights = list(state["lr_weights"])
-        self._spill = PendingFactor(state["spill"])
+        self._stepping.load_state_dict(state["stepping"])
+        self._epochs.load_state_dict(state["epochs"])
         self.hooks.enabled = state["enabled"]
         self._clock = None
         self._write_batch_size(self.size_rule.size_for(state["batch_size"]))
 
     def remove(self) -> None:
         """Take all hooks off the optimizer and the model."""
-        self._lr.remove()
+        self._stepping.remove()
         self.hooks.remove()
 
     # -- parts of a step
@@ -209,7 +237,7 @@ class BatchSizeScheduler:
         return chosen
 
     def _samples_of_step(self, moments: GradientMoments | None) -> int:
-        delivered = sum(actual for _, actual in self._recent())
+        delivered = self._stepping.samples()
         if moments is None:
             return delivered or self._batch_size
         if delivered and delivered != moments.batch_size and not getattr(self.loader, "runs_ahead", False):
@@ -220,23 +248,19 @@ class BatchSizeScheduler:
             )
         return moments.batch_size
 
-    def _recent(self) -> list[tuple[int, int]]:
-        """(size asked for, size delivered) of the batches of the present step."""
-        recent = self.loader.recent
-        return [recent[index] for index in range(-min(self.accumulate, len(recent)), 0)]
-
-    def _lr_factor(self) -> float:
-        factor = self._spill.for_batch(self.loader.n_batches)
-        recent = self._recent()
-        if self.short_batch == "scale" and recent and not self._summed:  # a sum over fewer samples is smaller by itself
-            factor *= sum(actual for _, actual in recent) / sum(asked for asked, _ in recent)
-        return factor
+    def _ask(self, moments: GradientMoments | None, loss: float, lr: float, samples: int) -> float:
+        """The controller's wish; NaN where it is not asked."""
+        epoch = self._epochs.after_step()
+        if hasattr(self.controller, "advance"):
+            self.controller.advance(samples=samples, epoch=epoch)
+        if moments is None and getattr(self.controller, "needs_moments", True):
+            return math.nan
+        return float(self.controller.propose(moments, loss=loss, lr=lr))
 
     def _move(self, wish: float) -> None:
         size = self.size_rule.next_size(wish, self._batch_size, self._steps_since_change)
         self._steps_since_change = 0 if size != self._batch_size else self._steps_since_change + 1
-        if self.spill == "lr" and wish < math.inf:  # an infinite wish asks for no noise at all, which no lr gives: the last factor holds
-            self._spill.set(self.size_rule.spill(wish), after_batch=self.loader.n_batches)
+        self._stepping.wished(wish, self.size_rule.is_met(wish, size))
         self._write_batch_size(size)
 
     def _write_batch_size(self, size: int) -> None:
@@ -263,14 +287,6 @@ class BatchSizeScheduler:
             dropped=dropped,
             **fields,
         )
-
-
-def _reason_to_drop(moments: GradientMoments, loss: float) -> str:
-    if moments.batch_size < 2:
-        return "batch of one" if moments.batch_size else "empty batch"
-    if not math.isfinite(loss):
-        return "non-finite loss"
-    return "" if moments.is_finite else "non-finite gradient"
 
 
 def _check_loss(hooks: Any, loss: Tensor | float) -> None:

@@ -90,6 +90,6 @@ class SizeRule:
         kept = steps_since_change < self.dwell or abs(size - present) <= self.hysteresis * present
         return present if kept and self.size_for(present) == present else size
 
-    def spill(self, wish: float) -> float:
-        """Factor on the lr that keeps the noise level of a wish that cannot be met: highest/wish where the wish exceeds it, else 1."""
-        return self.highest / wish if self.highest < wish < math.inf else 1.0
+    def is_met(self, wish: float, size: int) -> bool:
+        """Whether the size is the wish but for rounding, or more: not where a bound, dwell or hysteresis keeps it below."""
+        return wish <= self.highest and size >= self.size_for(wish)

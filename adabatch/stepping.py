@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from adabatch.arguments import epoch_samples
 from adabatch.betas import BetaHorizon
 from adabatch.coupling import Coupling, coupling_for
 from adabatch.diagnostics.record import noise_scale
@@ -205,11 +206,3 @@ class EpochCount:
         check_version(state, 1, "EpochCount")
         self.ended, self._position, self._at_end = state["ended"], state["position"], state["at_end"]
         self._iteration = None
-
-
-def epoch_samples(loader: Any) -> int | None:
-    """Samples of a whole epoch; None if the loader does not know."""
-    try:
-        return loader.num_samples
-    except (AttributeError, TypeError):  # a sampler of the caller's own without a length
-        return None

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from adabatch.effective_lr import EffectiveLr
 from adabatch.data.loader import AdaptiveDataLoader
+from adabatch.effective_lr import EffectiveLr
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.scheduler import BatchSizeScheduler
 

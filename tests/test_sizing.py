@@ -68,14 +68,11 @@ def test_a_nan_wish_is_an_error():
         SizeRule(1, 2).size_for(math.nan)
 
 
-@given(rules(), wishes)
-def test_spill_keeps_the_ratio_of_lr_to_size(rule, wish):
-    factor = rule.spill(wish)
-    assert 0 < factor <= 1 or (factor == 0 and wish > 1e300)
-    if wish <= rule.highest:
-        assert factor == 1
-    elif wish < math.inf:
-        assert factor * wish == pytest.approx(rule.highest, rel=1e-12)
+@given(rules(), wishes, wishes)
+def test_a_wish_is_met_by_its_own_size_unless_the_maximum_lies_below(rule, wish, other):
+    assert rule.is_met(wish, rule.size_for(wish)) == (wish <= rule.highest)
+    held = rule.size_for(other)
+    assert rule.is_met(wish, held) == (wish <= rule.highest and held >= rule.size_for(wish))
 
 
 @given(rules(dwell=3), wishes, st.integers(0, 10))

@@ -9,12 +9,21 @@ import torch
 
 import adabatch.controllers
 from adabatch import CABS, GradientMoments
+from adabatch.controllers import OnlineSelection, Scheduled, Seesaw
+from adabatch.schedules import ExponentialBS, HeldBatchSize
 
 CONTROLLERS = {
     "CABS": lambda: CABS(scale=0.5, f_star=0.1, smoothing=0.9, eps=0.01),
     "CABS.reference": lambda: CABS.reference(scale=0.5, smoothing=0.9, eps=0.01),
+    "Scheduled": lambda: Scheduled(ExponentialBS(None, 1.1, batch_size_manager=HeldBatchSize(10)), every=2),
+    "Scheduled by samples": lambda: Scheduled("0:64 500:128 2K:256", unit="samples"),
+    "Seesaw": lambda: Seesaw(batch_size=48, rule="linear"),
+    "OnlineSelection": lambda: OnlineSelection(lambda: {64: 0.5, 32: 0.4}, candidates=(64, 32), pick="largest"),
 }
 every_controller = pytest.mark.parametrize("make", CONTROLLERS.values(), ids=CONTROLLERS)
+MEASURING = {name: make for name, make in CONTROLLERS.items() if getattr(make(), "needs_moments", True)}
+every_measuring_controller = pytest.mark.parametrize("make", MEASURING.values(), ids=MEASURING)
+REPEATABLE = {name: make for name, make in CONTROLLERS.items() if name in MEASURING or name == "Seesaw"}
 
 
 def run(controller, seed, steps=20):
@@ -25,6 +34,8 @@ def run(controller, seed, steps=20):
         m = int(torch.randint(2, 65, (), generator=generator))
         sq_norms = torch.rand(m, generator=generator) * 30
         uniform = torch.rand(3, generator=generator).tolist()
+        if hasattr(controller, "advance"):
+            controller.advance(samples=m, epoch=0)
         moments = GradientMoments(batch_size=m, sq_norms=sq_norms, grad_sq_norm=uniform[0] * float(sq_norms.mean()))
         wishes.append(controller.propose(moments, loss=0.5 + uniform[1], lr=uniform[2]))
     return wishes
@@ -49,7 +60,7 @@ def test_wishes_are_plain_finite_floats(make):
     assert all(type(wish) is float and math.isfinite(wish) and wish >= 0 for wish in wishes)
 
 
-@every_controller
+@every_measuring_controller
 def test_wishes_are_neither_rounded_nor_bounded(make):
     moments = GradientMoments(batch_size=2, sq_norms=torch.tensor([3e9, 3e9]), grad_sq_norm=0.7)
     assert make().propose(moments, loss=1.0, lr=1.0) > 1e6
@@ -110,9 +121,19 @@ def test_a_state_is_a_snapshot(make):
     assert repr(state) == before
 
 
-@every_controller
+@pytest.mark.parametrize("make", REPEATABLE.values(), ids=REPEATABLE)
 def test_the_repr_builds_the_same_controller(make):
     controller = make()
-    twin = eval(repr(controller), {"CABS": CABS})
+    twin = eval(repr(controller), vars(adabatch.controllers))
     assert type(twin) is type(controller)
     assert run(twin, seed=1) == run(controller, seed=1)
+
+
+@every_controller
+def test_controllers_that_measure_nothing_take_none_for_the_moments(make):
+    controller = make()
+    if getattr(controller, "needs_moments", True):
+        pytest.skip("measures")
+    if hasattr(controller, "advance"):
+        controller.advance(samples=16, epoch=1)
+    assert type(controller.propose(None, loss=math.nan, lr=0.1)) is float
