@@ -37,14 +37,14 @@ class Recipe:
             return parameters[self.name]
         key = id(self.spec)
         if key not in done:
-            self._checkversions_of()
+            self._check_versions()
             leaves = [leaf.run(parameters, done) if isinstance(leaf, Recipe) else leaf for leaf in self.leaves]
             args, kwargs = tree_unflatten(leaves, self.spec.tree)
             done[key] = self.function(*args, **kwargs)
         result = done[key]
         return result if self.index is None else tree_flatten(result)[0][self.index]
 
-    def _checkversions_of(self) -> None:
+    def _check_versions(self) -> None:
         if self.versions != versions_of(self.leaves):
             raise RuntimeError(
                 f"a tensor that {', '.join(sorted(self.parameters))} was combined with has changed in place since: its per-sample gradients cannot be "

@@ -95,7 +95,7 @@ class ParameterTracer(TorchFunctionMode):
     def _traced(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         function, in_place = _out_of_place(function, args)
         original = args[0] if in_place else None
-        if in_place and not _adds(function):  # the operation's own derivative may read what is about to be overwritten
+        if in_place and not (_adds(function) and self.comes_from_samples(original)):  # what is overwritten is read again: by autograd, or by a recipe
             with torch._C.DisableTorchFunction():
                 args = (args[0].clone() if id(args[0]) not in self._recipes else args[0], *args[1:])
             if self.comes_from_samples(original):
@@ -103,6 +103,8 @@ class ParameterTracer(TorchFunctionMode):
         leaves, tree = tree_flatten((args, kwargs))
         found = [self._recipes[id(leaf)][0] if id(leaf) in self._recipes else leaf for leaf in leaves]
         samples = self._batched(function, found)
+        if any(samples) and function is _with_item and not _is_written_to_all_samples(*args[:2]):
+            raise RuntimeError("a tensor computed from parameters is written to chosen samples only: write to all, by tensor[:, index] = value or torch.where")
         output = function(*args, **kwargs)
         outputs, out_tree = tree_flatten(output)
         if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in outputs):
@@ -210,12 +212,16 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 def _with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     """What tensor[index] = value leaves, as a new tensor."""
-    first = index[0] if isinstance(index, tuple) and index else index
-    if not (first is Ellipsis or first == slice(None) if not isinstance(first, Tensor) else first.dtype is torch.bool and first.shape[:1] == tensor.shape[:1]):
-        raise RuntimeError("a tensor computed from parameters is written to chosen samples only: write it to all, by tensor[:, index] = value or torch.where")
     result = tensor.clone()
     result[index] = value
     return result
+
+
+def _is_written_to_all_samples(tensor: Tensor, index: Any) -> bool:
+    first = index[0] if isinstance(index, tuple) and index else index
+    if isinstance(first, Tensor):
+        return first.dtype is torch.bool and first.shape[:1] == tensor.shape[:1]
+    return first is Ellipsis or first == slice(None)
 
 
 def _out_of_place(function: Callable, args: tuple) -> tuple[Callable, bool]:
