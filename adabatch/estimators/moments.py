@@ -118,6 +118,9 @@ class GradientMoments:
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """(low, high), T̂ ∓ t·std_error, t the quantile of Student's distribution with s − 1 degrees of freedom; low is not cut off at 0.
 
+        Where ‖g_i − g‖² is skewed it covers less than its level until s is large: for linear regression on 8 normal inputs 90 % intervals covered .84 of
+        4000 runs at s = 64 and .89 at s = 256.
+
         Raises:
             ValueError: measured without dots, fewer than two samples, or a level outside (0, 1).
 

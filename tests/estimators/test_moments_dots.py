@@ -77,9 +77,9 @@ def test_dots_that_are_not_finite_are_seen(bad):
     assert not moments.is_finite
 
 
-@pytest.mark.parametrize(("m", "samples"), [(64, None), (256, 64)])
+@pytest.mark.parametrize(("m", "samples"), [(256, None), (512, 256)])
 def test_intervals_cover_the_truth(m, samples):
-    """90 % intervals of 500 independent batches, through the hooks. Eight inputs: with fewer the tails are too heavy for t quantiles at this size."""
+    """90 % intervals of 500 independent batches, through the hooks. At s = 64 these fourth powers of normal numbers are too skewed: .84 over 4000 runs."""
     regression = Regression(dimensions=8, distance=0.2)
     model = regression.model()
     hooks = GradSampleHooks(model, samples=samples, dots=True)

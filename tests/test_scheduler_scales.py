@@ -1,0 +1,138 @@
+"""What the scheduler is told of a step's loss: GradScaler's factor, numbers of tokens, and sums that a rule cannot use."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+
+import adabatch
+from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from tests import oracle
+from tests.scripted import Wishes, per_sample_loss, regression, slope_run, squared_error
+
+
+def run(controller=None, dots=False, loss_reduction="mean", grad_scaler=None, every=1):
+    """(model, optimizer, batches of 8, scheduler) of a linear model."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    loader = AdaptiveDataLoader(regression(64), 8)
+    hooks = GradSampleHooks(model, dots=dots, loss_reduction=loss_reduction, grad_scaler=grad_scaler)
+    options = {"min_batch_size": 8, "max_batch_size": 8, "every": every}
+    return model, optimizer, loader, BatchSizeScheduler(optimizer, loader, hooks, controller or Wishes(8), **options)
+
+
+def true_trace(model, batch):
+    """The trace of the per-sample gradients, by the oracle."""
+    bare = nn.Linear(3, 1)
+    bare.load_state_dict(model.state_dict())
+    return float(oracle.variance_trace(oracle.per_sample_grads(bare, per_sample_loss, batch)))
+
+
+@pytest.mark.parametrize("dots", [False, True])
+def test_a_loss_scale_is_undone(dots):
+    model, optimizer, loader, scheduler = run(dots=dots)
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        loss = squared_error(model(inputs), targets)
+        (512 * loss).backward()
+        scheduler.step(loss, loss_scale=512)
+        assert scheduler.diagnostics.latest.variance_trace == pytest.approx(true_trace(model, (inputs, targets)), rel=1e-4)
+        assert scheduler.diagnostics.latest.loss == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("scheduler_first", [False, True])
+@pytest.mark.parametrize("dots", [False, True])
+def test_a_grad_scaler_given_to_wrap_is_read_while_its_scale_holds(dots, scheduler_first):
+    """Its scale doubles at every update: read in step(), the trace would be off by four."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+    options = {"controller": Wishes(8), "min_batch_size": 8, "max_batch_size": 8}
+    wrapped = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8), dots=dots, grad_scaler=scaler, **options)
+    optimizer, loader, scheduler = wrapped
+    for inputs, targets in loader:
+        expected = true_trace(model, (inputs, targets))
+        optimizer.zero_grad()
+        loss = squared_error(model(inputs), targets)
+        scaler.scale(loss).backward()
+        if scheduler_first:
+            scheduler.step(loss)
+        scaler.step(optimizer)
+        scaler.update()
+        if not scheduler_first:
+            scheduler.step(loss)
+        assert scheduler.diagnostics.latest.variance_trace == pytest.approx(expected, rel=1e-4)
+    assert scaler.get_scale() == 64 * 2**8
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_dropped():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    optimizer = SGD(model.parameters(), lr=0.01)
+    loader = AdaptiveDataLoader(regression(64), 8)
+    hooks = GradSampleHooks(model, dots=True, grad_scaler=scaler)
+    scheduler = BatchSizeScheduler(optimizer, loader, hooks, Wishes(8), min_batch_size=8, max_batch_size=8)
+    inputs, targets = next(iter(loader))
+    loss = squared_error(model(1e3 * inputs), targets)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    scheduler.step(loss)
+    assert scheduler.diagnostics.latest.dropped == "non-finite gradient"
+
+
+def test_the_scaler_itself_is_refused_where_its_scale_may_have_changed():
+    model, _, loader, scheduler = run()
+    inputs, targets = next(iter(loader))
+    loss = squared_error(model(inputs), targets)
+    loss.backward()
+    with pytest.raises(ValueError, match=r"loss_scale must be a positive number.*GradSampleHooks\(grad_scaler=\) or wrap\(grad_scaler=\)"):
+        scheduler.step(loss, loss_scale=torch.amp.GradScaler("cpu"))
+
+
+def test_token_counts_reach_the_moments():
+    wishes = Wishes(8)
+    model, optimizer, loader, scheduler = run(wishes, dots=True)
+    for inputs, targets in loader:
+        counts = torch.randint(1, 9, (len(inputs),))
+        shares = counts.double() / counts.sum()
+        bare = nn.Linear(3, 1)
+        bare.load_state_dict(model.state_dict())
+        grads = torch.cat([rows.flatten(1) for rows in oracle.per_sample_grads(bare, per_sample_loss, (inputs, targets)).values()], 1)
+        optimizer.zero_grad()
+        loss = (per_sample_loss(model, (inputs, targets)) * counts).sum() / counts.sum()
+        loss.backward()
+        scheduler.step(loss, weights=counts)
+        expected = 8 / 7 * float((8 * shares.unsqueeze(1) * (grads - shares @ grads)).square().sum(1).mean())
+        assert scheduler.diagnostics.latest.variance_trace == pytest.approx(expected, rel=1e-4)
+        assert wishes.told[-1]["moments"].weights is not None
+
+
+def test_weights_need_dots_on_measuring_steps():
+    model, _, loader, scheduler = run(every=2)
+    for step, (inputs, targets) in enumerate(loader):
+        loss = squared_error(model(inputs), targets)
+        model.zero_grad()
+        loss.backward()
+        if step == 0:
+            with pytest.raises(ValueError, match="dots=True"):
+                scheduler.step(loss, weights=torch.ones(8))
+            return
+
+
+@pytest.mark.parametrize("controller", [CABS(), CABS.reference(), Wishes(8, needs_effective_lr=True), None])
+def test_a_summed_loss_is_refused_by_rules_that_need_the_step_per_unit_of_the_mean_gradient(controller):
+    with pytest.raises(ValueError, match=r"With loss_reduction='sum' that is lr times the batch size.*divide the loss by the batch size"):
+        slope_run(controller, loss_reduction="sum")
+    model = nn.Linear(3, 1)
+    options = {"loss_reduction": "sum", "effective_lr": lambda group: group["lr"], "min_batch_size": 8, "max_batch_size": 16}
+    with pytest.raises(ValueError, match="divide the loss by the batch size"):
+        adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(regression(64), 8), controller=controller, **options)
+    assert not model._forward_hooks
+
+
+def test_a_summed_loss_serves_other_rules():
+    assert slope_run(Wishes(16), loss_reduction="sum")[3].get_last_batch_size() == 16
