@@ -30,10 +30,10 @@ def _config(block_o: int, block_j: int, block_p: int, warps: int, stages: int) -
 # What spilled on sm_80 or sm_90 is not in these lists.
 CONV = [
     _config(64, 64, 32, 8, 3), _config(128, 64, 32, 8, 3), _config(64, 64, 16, 4, 3), _config(64, 32, 32, 4, 2), _config(32, 64, 32, 4, 2),
-    _config(16, 16, 32, 1, 2),
+    _config(16, 16, 32, 4, 2),
 ]  # fmt: skip
-CONV_TF32 = [_config(64, 64, 32, 8, 3), _config(32, 64, 32, 4, 3), _config(16, 16, 32, 1, 2)]
-CONV_IEEE = [_config(32, 64, 16, 4, 2), _config(32, 32, 16, 4, 2), _config(16, 16, 16, 1, 2)]
+CONV_TF32 = [_config(64, 64, 32, 8, 3), _config(32, 64, 32, 4, 3), _config(16, 16, 32, 4, 2)]
+CONV_IEEE = [_config(32, 64, 16, 4, 2), _config(32, 32, 16, 4, 2), _config(16, 16, 16, 4, 2)]
 
 
 @triton.jit

@@ -31,8 +31,7 @@ def check(binaries):
     assert {binary["architecture"] for binary in binaries} == set(SHARED_LIMIT)
     assert {binary["sizes"] for binary in binaries} == {"even", "ones", "huge"}
     for binary in binaries:
-        if binary["sizes"] == "even":
-            assert binary["stack"] == 0, binary
+        assert binary["stack"] == 0, binary
         assert binary["registers"] <= 255, binary
         assert binary["shared"] <= SHARED_LIMIT[binary["architecture"]], binary
         if binary["kernel"] in MATRIX_KERNELS and "ieee" not in binary["variant"]:
