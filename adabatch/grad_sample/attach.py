@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from adabatch.grad_sample.attention import unsupported_attention
+from adabatch.grad_sample.compiled import is_compiled_wrapper
 from adabatch.grad_sample.registry import GradSampler, find_grad_sampler
 
 
@@ -116,7 +116,7 @@ def is_run_again(layer: nn.Module) -> bool:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module below torch.compile's and DistributedDataParallel's wrappers."""
-    while isinstance(model, (DistributedDataParallel, OptimizedModule)):
+    while isinstance(model, DistributedDataParallel) or is_compiled_wrapper(model):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     return model
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
+from adabatch.grad_sample.compiled import is_compiled
 from adabatch.grad_sample.taps import Use
 
 COMPILED = (
@@ -69,7 +69,7 @@ def check_not_compiled(model: nn.Module, parameters: Mapping[str, Tensor]) -> No
         ValueError: naming the parts.
     """
     measured = {id(parameter) for parameter in parameters.values()}
-    parts = {name or "it": part for name, part in model.named_modules() if isinstance(part, OptimizedModule) or part._compiled_call_impl is not None}
+    parts = {name or "it": part for name, part in model.named_modules() if is_compiled(part)}
     compiled = [name for name, part in parts.items() if any(id(parameter) in measured for parameter in part.parameters())]
     if compiled:
         raise ValueError(COMPILED.format(what=", ".join(compiled)))

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.attention import AttentionCall, RandomState, random_state
 from adabatch.grad_sample.calls import ModuleCall, RecurrentCall, uncompiled
+from adabatch.grad_sample.compiled import is_compiled
 from adabatch.grad_sample.entering import batch_size_of_inputs, carries_samples, row_dim
 from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.probe import ProbeSet
@@ -84,7 +84,7 @@ class TapPlacer:
             self._handles.append(site.layer.register_forward_hook(_bound(self._after_layer, site, owner), prepend=True, with_kwargs=True))
             if isinstance(site.layer, nn.MultiheadAttention):
                 self._handles.append(site.layer.register_forward_pre_hook(_bound(self._keep_random_state, site, owner), prepend=True))
-        compiled_parts = any(isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in model.modules())
+        compiled_parts = any(is_compiled(module) for module in model.modules())
         self._tracing = self._must_trace or not compiled_parts
         needs_size = any(not site.layout.tells_size for site in self._sites)
         if not self._tracing and not needs_size:
