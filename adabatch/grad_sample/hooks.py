@@ -145,8 +145,12 @@ class GradSampleHooks:
 
     def _harvest(self) -> None:
         """Runs in the engine's last callback of a backward pass: every layer has reported, and the gradients are complete, also under DDP."""
-        with torch.autocast(self._probes.home.type, enabled=False):
-            self._take_pass()
+        try:
+            with torch.autocast(self._probes.home.type, enabled=False):
+                self._take_pass()
+        except Exception:
+            self.reset()  # half of a pass must not be collected by a caller who goes on
+            raise
 
     def _take_pass(self) -> None:
         norms, reports, moments = self._probes.drain(self._harvested_task)
@@ -220,8 +224,8 @@ class GradSampleHooks:
         unseen = unseen_uses(loss, self.parameters, self._probes.reports)
         if unseen:
             raise RuntimeError(
-                f"the loss uses these parameters outside the model's layers, which no tap sees: {', '.join(unseen)}. A tied weight: apply it inside the model's "
-                "forward. A penalty on the weights: use the optimizer's weight_decay, or add its gradient after backward()"
+                f"the loss uses these parameters outside the model's layers, which no tap sees: {', '.join(unseen)}. A tied weight: apply it inside the "
+                "model's forward. A penalty on the weights: use the optimizer's weight_decay, or add its gradient after backward()"
             )
 
     def reset(self) -> None:

@@ -281,7 +281,8 @@ def test_an_input_buffer_that_is_filled_again_between_passes_is_refused():
     batch[0].copy_(torch.randn(8, 4))
     with pytest.raises(RuntimeError, match=r"0\.weight was run with.*changed in place.*clone"):
         backward(model, batch, divisor=2)
-    hooks.reset()
+    with pytest.raises(RuntimeError, match="no measured backward pass"):
+        hooks.collect()
     subset = GradSampleHooks(fresh := make_mlp(), dots=True, accumulate=2, samples=3)  # holds copies of its rows
     for _ in range(2):
         backward(fresh, batch, divisor=2)
