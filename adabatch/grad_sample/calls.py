@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.factors import Dense, Factor
 from adabatch.grad_sample.layouts import Layout
-from adabatch.grad_sample.per_sample import per_sample_grads
+from adabatch.grad_sample.per_sample import MIXES, per_sample_grads
 
 _UNCOMPILED = "a layer without a grad_sample rule is run again sample by sample, outside compiled graphs: compile without fullgraph=True, or pass ignore=[...]"
 _reason = {"reason": _UNCOMPILED} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}  # torch 2.6 takes none
@@ -113,7 +113,13 @@ class ModuleCall:
         leaves = [next(supply) if tensor else constant for tensor, constant in zip(self._is_tensor, self._constants, strict=True)]
         args, kwargs = tree_unflatten(leaves, self._inputs)
         outputs = tree_flatten(functional_call(self.layer, {**rest, **buffers, **parameters}, args, kwargs))[0]
-        return [layout.split(outputs[index], 1) for index, layout in zip(self.tapped, self._output_layouts, strict=True)]
+        return [self._alone(outputs[index], layout) for index, layout in zip(self.tapped, self._output_layouts, strict=True)]
+
+    def _alone(self, output: Tensor, layout: Layout) -> Tensor:
+        try:
+            return layout.split(output, 1)
+        except ValueError as error:
+            raise RuntimeError(MIXES.format(name=self.name, got=tuple(output.shape), expected=f"a single sample ({layout})")) from error
 
 
 class RecurrentCall(ModuleCall):

@@ -59,6 +59,8 @@ class ParameterTracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or self.suspended:  # asked in this order, so that a compiled part of the model depends on nothing of ours
             return function(*args, **kwargs)
+        if torch.is_grad_enabled() and _draws(function, args, kwargs):
+            args, kwargs = self._spread(args, kwargs)
         values = list(_flat((*args, *kwargs.values())))
         if torch.is_grad_enabled() and any(id(value) in self._recipes for value in values):
             return self._traced(function, args, kwargs)
@@ -91,6 +93,22 @@ class ParameterTracer(TorchFunctionMode):
         everywhere = frozenset((0,))
         consumption = Consumption(f"rows of {names}", itself, [rows], tree_flatten(((rows,), {}))[1], [], [], [], parameters, everywhere, everywhere)
         return self._tap(consumption, [value.transpose(0, dim)])[0].transpose(0, dim)
+
+    def _spread(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of attention with dropout, which cannot be run again: what is the same for all samples gets a tapped row for each before."""
+        leaves, tree = tree_flatten((args, kwargs))
+        for index, leaf in enumerate(leaves):
+            recipe = self.recipe_of(leaf)
+            if recipe is None:
+                continue
+            if not recipe.expanded and leaf.dim() == 4 and leaf.shape[0] == 1:
+                sizes = (self._n_samples, -1, -1, -1)
+                leaf = leaf.expand(sizes)
+                self._remember(Tensor.expand, [recipe, *sizes], tree_flatten(((recipe, *sizes), {}))[1], [leaf])
+            if self.recipe_of(leaf).expanded:
+                leaves[index] = self.tap_rows(leaf, 0)
+                self.add_samples(leaves[index : index + 1])
+        return tree_unflatten(leaves, tree)
 
     def _traced(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         function, in_place = _out_of_place(function, args)
@@ -189,6 +207,12 @@ class ParameterTracer(TorchFunctionMode):
             aligned=frozenset(index for index, leaf in per_sample.items() if leaf.expanded),
             may_align=frozenset(per_sample),
         )
+
+
+def _draws(function: Callable, args: tuple, kwargs: dict) -> bool:
+    if getattr(function, "__name__", "") != "scaled_dot_product_attention":
+        return False
+    return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
 
 
 def _adds(function: Callable) -> bool:

@@ -200,6 +200,24 @@ def test_learned_rows_given_to_layers(cell, shape, forward, samples):
     exact(Around(lambda m, x: m.inner(forward(m, x)), a=shape, cell=cell), torch.randn(N, T, D), samples=samples)
 
 
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("shape", [(1, 2, T, T), (T, T)], ids=["4 dimensions", "2 dimensions"])
+def test_a_learned_attention_bias_with_dropout(shape, samples):
+    """As T5 has it: the attention draws its dropout and cannot be run again, so that the bias gets a row for each sample before."""
+
+    def forward(m, x):
+        heads = m.inner(x).unflatten(-1, (2, 2)).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads, heads, attn_mask=m.a * 2, dropout_p=0.3).transpose(1, 2)
+
+    torch.manual_seed(1)
+    model = Around(forward, a=shape)
+    if len(shape) == 2:
+        with pytest.raises(RuntimeError, match="draws random numbers"):
+            exact(model, torch.randn(N, T, D), samples=samples)
+    else:
+        exact(model, torch.randn(N, T, D), samples=samples)
+
+
 REPARAMETRIZED = {
     "weight norm, by hooks": weight_norm,
     "weight norm": parametrizations.weight_norm,
