@@ -46,7 +46,7 @@ class BetaHorizon:
         if not any("betas" in group for group in optimizer.param_groups):
             raise ValueError(f"scale_betas=True needs an optimizer with betas, as torch.optim.AdamW; {type(optimizer).__name__} has none: leave it False")
         self._exponent = held_weakly(exponent)
-        self.steps, self.exponents, self._applied = 0, 0.0, 1.0
+        self.steps, self.exponents, self._applied, self._stepping = 0, 0.0, 1.0, False
         self._betas: list[tuple[dict[str, Any], Any]] = []
         self._counts: list[tuple[dict[str, Any], Any, Any]] = []
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -83,7 +83,7 @@ class BetaHorizon:
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self.restore()
         exponent = self._exponent()
-        self._applied = 1.0 if exponent is None else exponent()
+        self._applied, self._stepping = 1.0 if exponent is None else exponent(), True
         for group in optimizer.param_groups:
             if "betas" not in group or (self._applied == 1.0 and self.exponents == self.steps):
                 continue
@@ -107,8 +107,10 @@ class BetaHorizon:
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self.restore()
-        self.steps += 1
-        self.exponents += self._applied
+        # torch runs the hooks around each step() of a class: twice where a subclass calls super().step().
+        self.steps += self._stepping
+        self.exponents += self._applied * self._stepping
+        self._stepping = False
 
 
 def _is_tensor(value: Any) -> bool:

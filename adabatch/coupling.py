@@ -80,7 +80,9 @@ class AdaScale:
 
     def __call__(self, batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
         ratio = batch_size / base_batch_size
-        return ratio if math.isinf(noise_scale) else ratio * (noise_scale + base_batch_size) / (noise_scale + batch_size)
+        if noise_scale > 1:  # divided through, for a noise scale that is infinite or near it
+            return ratio * (1 + base_batch_size / noise_scale) / (1 + batch_size / noise_scale)
+        return ratio * (noise_scale + base_batch_size) / (noise_scale + batch_size)
 
 
 def rule_of_optimizer(optimizer: Optimizer) -> str:

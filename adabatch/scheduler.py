@@ -38,7 +38,8 @@ class BatchSizeScheduler:
     NaN or infinite loss or moments, and a batch of one (it has no variance): the measurement is dropped and counted in the diagnostics, the size holds.
 
     A controller with `needs_moments = False` is asked at every step, measured or not, with whatever moments there are or None. One with an `advance` is told
-    at every step, before it is asked, the samples of the step and how many epochs have ended; one with a `first_batch_size` chooses the first size.
+    at every step, before it is asked, the samples of the step and how many epochs have ended; one with a `stepped_with` the base lr of the last optimizer
+    step; one with a `first_batch_size` chooses the first size.
 
     Args:
         optimizer: its step hooks carry the lr factors. A controller that needs an effective lr accepts SGD, or any optimizer with effective_lr=.
@@ -123,7 +124,7 @@ class BatchSizeScheduler:
         self._trace, self._epochs = MovingAverage(), EpochCount(loader)
         self._clock: float | None = None
         factors = {"coupling": coupling, "base_batch_size": base_batch_size, "spill": spill, "short_batch": short_batch, "scale_betas": scale_betas}
-        self._stepping = Stepping(optimizer, loader, accumulate=self.accumulate, summed=self._summed, **factors)
+        self._stepping = Stepping(optimizer, loader, self._base_lr, accumulate=self.accumulate, summed=self._summed, **factors)
         self._write_batch_size(self._batch_size)
         hooks.enabled = True
         if short_batch == "drop":
@@ -253,6 +254,8 @@ class BatchSizeScheduler:
         epoch = self._epochs.after_step()
         if hasattr(self.controller, "advance"):
             self.controller.advance(samples=samples, epoch=epoch)
+        if hasattr(self.controller, "stepped_with") and self._stepping.base_lr is not None:
+            self.controller.stepped_with(self._stepping.base_lr)
         if moments is None and getattr(self.controller, "needs_moments", True):
             return math.nan
         return float(self.controller.propose(moments, loss=loss, lr=lr))

@@ -14,6 +14,7 @@ from adabatch.arguments import epoch_samples
 from adabatch.betas import BetaHorizon
 from adabatch.coupling import Coupling, coupling_for
 from adabatch.diagnostics.record import noise_scale
+from adabatch.effective_lr import MeanLr
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
 from adabatch.state import check_version
@@ -28,6 +29,7 @@ class Stepping:
 
     Args:
         optimizer, loader: as in BatchSizeScheduler.
+        mean_lr: gives the lr that controllers are told.
         accumulate: batches per step.
         coupling: a name or a callable, see `coupling_for`.
         base_batch_size: B₀, in samples.
@@ -38,6 +40,7 @@ class Stepping:
 
     Attributes:
         last_coupling: the coupling's factor of the last step.
+        base_lr: the lr of the last step without any factor; None before.
 
     Raises:
         ValueError: an unknown coupling; a coupling for a summed loss; scale_betas for an optimizer without betas.
@@ -47,6 +50,7 @@ class Stepping:
         self,
         optimizer: Optimizer,
         loader: Any,
+        mean_lr: MeanLr,
         *,
         accumulate: int,
         coupling: str | Coupling,
@@ -67,6 +71,7 @@ class Stepping:
         smoothing = getattr(self._coupling, "smoothing", 0.95)
         self._trace, self._signal = MovingAverage(smoothing), MovingAverage(smoothing)
         self._noise_scale, self._unmet_wish = Pending(0.0), Pending(0.0)
+        self._mean_lr, self.base_lr = mean_lr, None
         self.last_coupling = 1.0
         self.lr = StepFactor(optimizer, self._lr_factor)
         self._betas: BetaHorizon | None = None
@@ -111,6 +116,7 @@ class Stepping:
             "version": 1,
             "base_batch_size": self.base_batch_size,
             "unmet_wish": self._unmet_wish.latest,
+            "base_lr": self.base_lr,
             "noise_scale": self._noise_scale.latest,
             "trace": self._trace.state_dict(),
             "signal": self._signal.state_dict(),
@@ -126,6 +132,7 @@ class Stepping:
         check_version(state, 1, "Stepping")
         self.base_batch_size = state["base_batch_size"]
         self._unmet_wish, self._noise_scale = Pending(state["unmet_wish"]), Pending(state["noise_scale"])
+        self.base_lr = state["base_lr"]
         self._trace.load_state_dict(state["trace"])
         self._signal.load_state_dict(state["signal"])
         if self._betas is not None and state["betas"] is not None:
@@ -143,6 +150,7 @@ class Stepping:
         return sum(asked for asked, _ in recent), sum(delivered for _, delivered in recent)
 
     def _lr_factor(self) -> float:
+        self.base_lr = self._mean_lr({})
         asked, delivered = self._asked_and_delivered()
         batch = self.loader.n_batches
         factor = self._coupling(asked, self.base_batch_size, self._noise_scale.for_batch(batch))

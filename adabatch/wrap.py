@@ -9,8 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from adabatch.arguments import needs_moments
 from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.effective_lr import EffectiveLr
+from adabatch.estimators.unmeasured import Unmeasured
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.scheduler import BatchSizeScheduler
 
@@ -42,7 +44,8 @@ def wrap(
         optimizer: torch.optim.SGD, or another with effective_lr=. The parameters it holds are the ones measured.
         loader: a map-style DataLoader with a batch_size. A shuffling one gets an order keyed by a seed drawn from its generator; sampler,
             collate_fn, workers, pinning, generator and worker_init_fn are kept.
-        controller: default adabatch.CABS().
+        controller: default adabatch.CABS(). Where neither it nor the coupling needs moments (controllers.Scheduled, Seesaw, OnlineSelection), the model is
+            measured only if samples=, dots= or every= asks for it, every=1 for all of it.
         min_batch_size, max_batch_size: bounds of a step's size, in samples.
         loss_reduction: 'mean' or 'sum', of the loss that is differentiated.
         samples: measure so many samples of each batch; None measures all.
@@ -53,7 +56,8 @@ def wrap(
         dots: measure inner products with the mean gradient too, which scheduler.step(loss, weights=...) needs; see GradSampleHooks.
         grad_scaler: the GradScaler that scales the loss under float16; scheduler.step(loss) takes the loss without its scale.
         effective_lr: a callable of a param group, for optimizers other than SGD.
-        scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, spill, short_batch, diagnostics.
+        scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, spill, short_batch, coupling, base_batch_size, scale_betas,
+            diagnostics.
 
     Returns:
         (optimizer, loader, scheduler): the optimizer itself, the adaptive loader to iterate over, and the scheduler.
@@ -79,18 +83,22 @@ def wrap(
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     adaptive = loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
-    hooks = GradSampleHooks(
-        model,
-        loss_reduction=loss_reduction,
-        samples=samples,
-        seed=seed,
-        accumulate=accumulate,
-        ignore=ignore,
-        dots=dots,
-        grad_scaler=grad_scaler,
-        param_groups=[group["params"] for group in optimizer.param_groups],
-        capacity=max_batch_size,
-    )
+    asked = samples is not None or dots or "every" in scheduler_options
+    if asked or needs_moments(controller, scheduler_options.get("coupling", "none")):
+        hooks: Any = GradSampleHooks(
+            model,
+            loss_reduction=loss_reduction,
+            samples=samples,
+            seed=seed,
+            accumulate=accumulate,
+            ignore=ignore,
+            dots=dots,
+            grad_scaler=grad_scaler,
+            param_groups=[group["params"] for group in optimizer.param_groups],
+            capacity=max_batch_size,
+        )
+    else:
+        hooks = Unmeasured(accumulate, loss_reduction)
     try:
         scheduler = BatchSizeScheduler(
             optimizer,

@@ -88,22 +88,17 @@ class Scheduled:
             self._loss_sum += loss * self._latest
             self._loss_samples += self._latest
         due = count // self.every - self._steps_taken
-        if due > 0 and self._takes_samples:
-            self._step()
-        else:
-            for _ in range(due):
-                self._step()
-        self._steps_taken = count // self.every
+        if due > 0:
+            self._step(1 if self.unit == "samples" and isinstance(self.schedule, RampBS) else due)
+            self._steps_taken += due
         return float(self.schedule.batch_size)
 
-    @property
-    def _takes_samples(self) -> bool:
-        return self.unit == "samples" and isinstance(self.schedule, RampBS)
-
-    def _step(self) -> None:
+    def _step(self, times: int) -> None:
         mean = self._loss_sum / self._loss_samples if self._loss_samples else math.nan
-        self.schedule.step(metrics=mean, samples=self._samples)
-        self._samples = 0
+        for _ in range(times):
+            self.schedule.step(metrics=mean, samples=self._samples)
+            self._samples = 0
+        self._loss_sum, self._loss_samples = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, and the schedule's own state."""

@@ -45,6 +45,10 @@ class Seesaw:
         self.rule = choice("rule", rule, EXPONENTS)
         self.largest_lr = 0.0
 
+    def stepped_with(self, lr: float) -> None:
+        """Called by the scheduler before propose with the base lr of the last optimizer step: the lr scheduler may have cut it since."""
+        self.largest_lr = max(self.largest_lr, lr)
+
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         """The size for this lr, in samples; infinity for an lr of 0, and the base before there was any other."""
         self.largest_lr = max(self.largest_lr, lr)
