@@ -10,7 +10,6 @@ from torch.optim import SGD, Adam
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    IterableDataset,
     SequentialSampler,
 )
 
@@ -43,13 +42,7 @@ def test_the_loop_of_the_design_as_it_stands():
     assert scheduler.get_last_batch_size() == pytest.approx(0.1 * 4 * 201, rel=0.15)
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([])
-
-
 ERRORS = {
-    "iterable": ({"loader": lambda: DataLoader(Stream(), batch_size=4)}, ValueError, r"iterable-style \(Stream\).*__getitem__ and __len__"),
     "no-batches": ({"loader": lambda: DataLoader(ones(8), batch_size=None)}, ValueError, r"no batch sampler \(batch_size=None\)"),
     "own-batches": (
         {"loader": lambda: DataLoader(ones(8), batch_sampler=BatchSampler(SequentialSampler(range(8)), 4, False))},

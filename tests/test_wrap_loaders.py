@@ -84,16 +84,15 @@ def test_collate_fn_worker_init_fn_and_the_other_options_are_kept():
     batches = train_epoch(model, optimizer, adaptive, scheduler)
     assert sorted(index for batch in batches for index in batch) == [index + 1000 for index in range(N)]
     assert set(seen) == {0.0, 1.0}
-    inner = adaptive._loader
     for name in ("num_workers", "collate_fn", "worker_init_fn", "pin_memory", "timeout", "prefetch_factor", "persistent_workers", "generator", "dataset"):
-        assert getattr(inner, name) is getattr(loader, name), name
+        assert getattr(adaptive, name) is getattr(loader, name), name
 
 
 def test_pinned_memory_is_asked_for():
     loader = DataLoader(ones(40), batch_size=8, pin_memory=True, multiprocessing_context="fork", num_workers=1)
     _, _, adaptive, _ = wrapped(loader)
-    assert adaptive._loader.pin_memory
-    assert adaptive._loader.multiprocessing_context == loader.multiprocessing_context
+    assert adaptive.pin_memory
+    assert adaptive.multiprocessing_context == loader.multiprocessing_context
 
 
 def test_an_adaptive_loader_and_a_resizable_sampler_are_used_as_they_are():

@@ -1,62 +1,69 @@
-"""AdaptiveDataLoader: a data loader whose batch size may be set while it runs."""
+"""AdaptiveDataLoader: a data loader whose batch size may be set while it runs, and whose runs can be resumed."""
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
+from adabatch.data.adopting import arguments_of
+from adabatch.data.chunks import Reply, Request, Requests
+from adabatch.data.deliveries import Deliveries
+from adabatch.data.epochs import Epoch, StreamOrder
+from adabatch.data.joining import JoinFn, Layout
+from adabatch.data.micro import MicroBatches, free_memory, is_out_of_memory
 from adabatch.data.sampler import ResizableBatchSampler
+from adabatch.data.seeding import mix
+from adabatch.data.workers import Fetcher, StreamFetcher, WorkerStart
+from adabatch.state import check_version
 
-KEPT = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-    "in_order",
-)
+COLLATE_IN = ("worker", "consumer")
 
 
 class AdaptiveDataLoader:
-    """torch's DataLoader around a ResizableBatchSampler: `loader.batch_size = n` holds from the next batch drawn.
+    """A DataLoader whose batches have the size that `loader.batch_size` is when they are asked for, with any number of workers.
 
-    Without workers the next batch drawn is the next batch; with workers torch has up to num_workers · prefetch_factor batches drawn ahead.
+    Workers fetch and collate chunks of the order ahead of time; what comes out is cut and joined to size. So a change holds on the very next batch, and nothing
+    fetched is lost or repeated. While the size stays the same a chunk is a batch, and nothing is copied.
 
     Args:
-        dataset: map-style.
+        dataset: map-style, or iterable (each worker reads its own copy: let it take its share by torch's get_worker_info, as for a DataLoader).
         batch_size: of the first batch.
         shuffle: a new order each epoch, a permutation keyed by (seed, epoch).
         sampler: the caller's own order, taken as it is; excludes shuffle.
-        seed: of the shuffle.
+        seed: of the shuffle, and of random augmentation.
         drop_last: leave out a last batch shorter than asked for.
-        kwargs: of torch.utils.data.DataLoader: num_workers, collate_fn, pin_memory, generator, worker_init_fn, ...
+        collate_in: 'worker', chunk by chunk, or 'consumer', for a collate_fn that must see the whole batch (mixup): workers then hand over samples.
+        join_fn: (tensors, axis, path) -> tensor, joins chunks whose shapes differ beyond the axis that counts samples; adabatch.data.pad_right pads.
+        seed_samples: seed torch's, NumPy's and Python's global generators for each sample by (seed, epoch, position), so that random augmentation does not
+            depend on workers and batch sizes, and repeats on resuming. Data sets that draw no such numbers are noticed, and not slowed down.
+        kwargs: of torch.utils.data.DataLoader: num_workers, collate_fn, pin_memory, timeout, worker_init_fn, multiprocessing_context, generator,
+            prefetch_factor, persistent_workers.
 
     Attributes:
+        batch_sampler: the order and the position in it, counted in samples delivered.
         recent: (size asked for, size delivered) of the last batches delivered, newest last.
         n_batches: batches delivered so far, over all epochs.
         n_iterations: how often an iteration was begun.
-        position: samples of the present epoch delivered so far; those that workers drew ahead do not count.
+        is_stream: whether the data set is iterable.
+        micro_batches: how a batch is cut, where it arrives in parts (adabatch.wrap with max_micro_batch_size).
 
     Raises:
-        ValueError: an iterable-style data set, a sampler together with shuffle, or in_order=False.
+        ValueError, TypeError: arguments of the sampler or of DataLoader that are out of range, a sampler together with shuffle, in_order=False.
 
     Example:
         >>> loader = AdaptiveDataLoader(torch.arange(10), batch_size=4)
         >>> for batch in loader:
-        ...     print(batch.tolist())
+        ...     print(batch.tolist(), loader.samples_left)
         ...     loader.batch_size = 5
-        [0, 1, 2, 3]
-        [4, 5, 6, 7, 8]
-        [9]
+        [0, 1, 2, 3] 6
+        [4, 5, 6, 7, 8] 1
+        [9] 0
     """
 
     def __init__(
@@ -68,63 +75,77 @@ class AdaptiveDataLoader:
         sampler: Sampler | None = None,
         seed: int = 0,
         drop_last: bool = False,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        collate_in: str = "worker",
+        join_fn: JoinFn | None = None,
+        seed_samples: bool = True,
         **kwargs: Any,
     ):
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(f"the data set is iterable-style ({type(dataset).__name__}), which has no indices to batch. Use one with __getitem__ and __len__.")
+        self.is_stream = isinstance(dataset, IterableDataset)
+        if self.is_stream and (shuffle or sampler is not None):
+            raise ValueError(f"the data set is iterable-style ({type(dataset).__name__}) and has an order of its own: leave shuffle and sampler away.")
         if sampler is not None and shuffle:
             raise ValueError("a sampler decides the order: pass either sampler= or shuffle=True")
         if kwargs.get("in_order") is False:
             raise ValueError("in_order=False lets batches overtake each other, so that the size of the one delivered is not known. Leave in_order at True.")
-        self.batch_sampler = ResizableBatchSampler(dataset, batch_size, shuffle=shuffle, sampler=sampler, seed=seed, drop_last=drop_last)
-        self.dataset, self._kwargs = dataset, kwargs
-        self.recent: deque[tuple[int, int]] = deque(maxlen=4096)
-        self.n_batches = self.n_iterations = self.position = 0
-        self._loader = DataLoader(dataset, batch_sampler=self.batch_sampler, **kwargs)
+        if collate_in not in COLLATE_IN:
+            raise ValueError(f"collate_in must be one of {COLLATE_IN}, got {collate_in!r}")
+        order = StreamOrder(dataset) if self.is_stream else sampler
+        self.dataset, self.sampler = dataset, sampler
+        self.batch_sampler = ResizableBatchSampler(dataset, batch_size, shuffle=shuffle, sampler=order, seed=seed, drop_last=drop_last)
+        self.collate_fn = default_collate if collate_fn is None else collate_fn
+        self.collate_in, self.join_fn, self.seed_samples = collate_in, join_fn, seed_samples
+        self.micro_batches = MicroBatches()
+        self.n_iterations = 0
+        self._requests = Requests()
+        self._epoch: Epoch | None = None
+        self._progress: dict[str, Any] | None = None
+        self._layout: Layout = None
+        self._loader = self._engine(**kwargs)
+
+    def _engine(self, *, worker_init_fn: Callable[[int], None] | None = None, generator: torch.Generator | None = None, **kwargs: Any) -> DataLoader:
+        self.worker_init_fn, self.generator = worker_init_fn, generator
+        self.num_workers, self.pin_memory = kwargs.get("num_workers", 0), kwargs.get("pin_memory", False)
+        if self.collate_in == "consumer":
+            kwargs["pin_memory"] = False  # samples are not what is handed over
+        self._fetcher = (StreamFetcher if self.is_stream else Fetcher)(
+            self.dataset, None if self.collate_in == "consumer" else self.collate_fn, learns=self.num_workers > 0, seeded=self.seed_samples
+        )
+        # Its own generator, because a DataLoader draws a number at each iter(): a resumed run draws once more, and would go on with other dropout masks.
+        generator = torch.Generator() if generator is None else generator
+        start = WorkerStart(worker_init_fn)
+        engine = DataLoader(
+            self._fetcher, batch_size=None, sampler=self._requests, collate_fn=_as_it_is, worker_init_fn=start, generator=generator, **kwargs
+        )
+        self.timeout, self.multiprocessing_context = engine.timeout, engine.multiprocessing_context
+        self.prefetch_factor, self.persistent_workers = engine.prefetch_factor, engine.persistent_workers
+        return engine
 
     @classmethod
-    def from_loader(cls, loader: DataLoader) -> AdaptiveDataLoader:
+    def from_loader(cls, loader: DataLoader, **options: Any) -> AdaptiveDataLoader:
         """Take over a plain DataLoader: data set, order, collate_fn, workers, pinning, generator.
 
         A shuffling loader gets the keyed order, seeded from its generator (or from torch's); any other sampler is taken as it is.
 
+        Args:
+            loader: the plain one.
+            options: arguments of AdaptiveDataLoader besides.
+
         Raises:
-            ValueError: an iterable-style data set, batching switched off, or a batch sampler of the caller's own.
+            ValueError: batching switched off, or a batch sampler of the caller's own.
             TypeError: not a DataLoader.
         """
-        if not isinstance(loader, DataLoader):
-            raise TypeError(f"loader must be a torch.utils.data.DataLoader or an adabatch.AdaptiveDataLoader, got {type(loader).__name__}")
-        kwargs = {name: getattr(loader, name) for name in KEPT if hasattr(loader, name)}
-        if not kwargs.get("pin_memory_device"):
-            kwargs.pop("pin_memory_device", None)
-        batch_sampler = loader.batch_sampler
-        if isinstance(loader.dataset, IterableDataset):
-            name = type(loader.dataset).__name__
-            raise ValueError(f"the loader's data set is iterable-style ({name}), which has no indices to batch. Use one with __getitem__ and __len__.")
-        if batch_sampler is None:
-            raise ValueError("the loader has no batch sampler (batch_size=None): there is no batch size to set. Build it with a batch_size.")
-        if not isinstance(batch_sampler, ResizableBatchSampler) and loader.batch_size is None:
-            raise ValueError(
-                f"the loader has a batch sampler of its own ({type(batch_sampler).__name__}), whose batch size cannot be set. "
-                "Build the loader with batch_size= and sampler=, or give it a ResizableBatchSampler."
-            )
-        size, drop_last = batch_sampler.batch_size, batch_sampler.drop_last
-        if _is_plain_shuffle(loader):
-            seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.sampler.generator).item())
-            return cls(loader.dataset, size, True, seed=seed, drop_last=drop_last, **kwargs)
-        own = None if _is_sequential(loader) else loader.sampler
-        adopted = cls(loader.dataset, size, sampler=own, drop_last=drop_last, **kwargs)
-        if isinstance(batch_sampler, ResizableBatchSampler):
-            adopted._adopt(batch_sampler)
+        arguments, batch_sampler = arguments_of(loader)
+        adopted = cls(loader.dataset, **{**arguments, **options})
+        if batch_sampler is not None:
+            adopted.batch_sampler, adopted.sampler = batch_sampler, batch_sampler.sampler
         return adopted
 
-    def _adopt(self, batch_sampler: ResizableBatchSampler) -> None:
-        self.batch_sampler = batch_sampler
-        self._loader = DataLoader(self.dataset, batch_sampler=batch_sampler, **self._kwargs)
+    # -- sizes and positions
 
     @property
     def batch_size(self) -> int:
-        """Size of the batches drawn from now on."""
+        """Size of the batches asked for from now on."""
         return self.batch_sampler.batch_size
 
     @batch_size.setter
@@ -140,39 +161,125 @@ class AdaptiveDataLoader:
     def drop_last(self, drop: bool) -> None:
         self.batch_sampler.drop_last = drop
 
-    def __iter__(self) -> Iterator[Any]:
-        drawn_before = self.batch_sampler.n_batches
-        self.n_iterations += 1
-        self.position = self.batch_sampler.next_start
-        for delivered, batch in enumerate(self._loader, start=1):
-            ahead = self.batch_sampler.n_batches - drawn_before - delivered
-            self.recent.append(self.batch_sampler.recent[-1 - ahead])
-            self.n_batches += 1
-            self.position += self.recent[-1][1]
-            yield batch
+    @property
+    def recent(self) -> deque[tuple[int, int]]:
+        """(size asked for, size delivered) of the last batches delivered, newest last."""
+        return self.batch_sampler.recent
 
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
+    @property
+    def n_batches(self) -> int:
+        """Batches delivered so far, over all epochs."""
+        return self.batch_sampler.n_batches
+
+    @property
+    def position(self) -> int:
+        """Samples of the present epoch delivered so far; those that workers fetched ahead do not count."""
+        return self.batch_sampler.position
 
     @property
     def num_samples(self) -> int:
         """Samples of a whole epoch.
 
         Raises:
-            TypeError: the caller's own sampler has no length.
+            TypeError: an iterable data set, or a sampler of the caller's own, without a length.
         """
         return self.batch_sampler.num_samples
+
+    @property
+    def samples_left(self) -> int:
+        """Samples of the present epoch still to be delivered; TypeError where the length is not known."""
+        return max(0, self.num_samples - self.batch_sampler.position)
+
+    @property
+    def is_last_micro_batch(self) -> bool:
+        """Whether the optimizer is to step after this batch: False only for micro-batches that more of the same batch follow."""
+        return self.micro_batches.is_last
+
+    def __len__(self) -> int:
+        """Batches (where they arrive in parts, micro-batches) still to come in this epoch at the present size; TypeError where the length is not known."""
+        whole, rest = divmod(self.samples_left, self.batch_size)
+        sizes = self.micro_batches.sizes
+        return whole * len(sizes(self.batch_size)) + (len(sizes(rest)) if rest and not self.drop_last else 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, and with it the order, of the next iteration."""
         self.batch_sampler.set_epoch(epoch)
 
+    # -- resuming
 
-def _is_plain_shuffle(loader: DataLoader) -> bool:
-    """Whether the order is a fresh permutation of the whole data set at each epoch."""
-    sampler = loader.sampler
-    return type(sampler) is RandomSampler and sampler.data_source is loader.dataset and not sampler.replacement and sampler.num_samples == len(loader.dataset)
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch begins, counted in samples delivered (not in those that workers fetched), as plain numbers and tensors.
+
+        Raises:
+            RuntimeError: between two micro-batches of one batch.
+            TypeError: in the middle of an iterable data set that has no state_dict.
+        """
+        if not self.is_last_micro_batch:
+            raise RuntimeError(
+                "a checkpoint between two micro-batches would lose their gradients: save where loader.is_last_micro_batch is True, after the step"
+            )
+        sampler_state = self.batch_sampler.state_dict()
+        progress = self._progress
+        if self._epoch is not None:
+            sampler_state, progress = self._epoch.state(sampler_state)
+        return {"version": 1, "sampler": sampler_state, "progress": progress}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on where `state` was saved: the same samples in the same order.
+
+        With a map-style data set the number of workers may differ; an iterable one goes on from its own states, with the same number of workers.
+
+        Raises:
+            ValueError: another version, another kind of order, another number of workers of an iterable data set.
+        """
+        check_version(state, 1, "AdaptiveDataLoader")
+        progress = state["progress"]
+        if self.is_stream and progress is not None and progress["num_workers"] != self.num_workers:
+            raise ValueError(
+                f"the order of an iterable data set depends on the number of workers: saved with {progress['num_workers']}, here {self.num_workers}. "
+                "Resume with the same num_workers."
+            )
+        self.batch_sampler.load_state_dict(state["sampler"])
+        self._epoch, self._progress = None, progress
+
+    # -- iteration
+
+    def __iter__(self) -> Iterator[Any]:
+        self.n_iterations += 1
+        deliveries = Deliveries(self, self.batch_sampler._start())
+        self._epoch = deliveries.epoch
+        yield from deliveries
+
+    def _open(self, requests: Iterator[Request]) -> Iterator[Reply]:
+        """The replies to these requests, in their order."""
+        if self.num_workers == 0 and not self._loader.pin_memory:
+            return map(self._fetcher.__getitem__, requests)
+        self._requests.epoch = requests
+        if self.generator is None:
+            self._loader.generator.manual_seed(mix(self.batch_sampler.seed, self.batch_sampler.epoch))
+        return iter(self._loader)
+
+    @contextmanager
+    def retrying(self) -> Iterator[None]:
+        """Around the body of the training loop: where memory runs out, the micro-batch is halved and the same batch comes again from its start.
+
+        What the failed attempt added to the gradients is dropped; running statistics of batch norm keep what it added to them.
+
+        Raises:
+            RuntimeError: the optimizer does not wait for the last micro-batch: use the one that adabatch.wrap(..., max_micro_batch_size=) returns.
+            The error itself: micro-batches of one sample fail too, or the step was already taken.
+        """
+        if not self.micro_batches.accumulates:
+            raise RuntimeError("retrying() needs an optimizer that steps on the last micro-batch: that of adabatch.wrap(..., max_micro_batch_size=...)")
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error) or not self.micro_batches.shrink():
+                raise
+            traceback.clear_frames(error.__traceback__)
+        if self.micro_batches.failed:
+            free_memory()
 
 
-def _is_sequential(loader: DataLoader) -> bool:
-    return type(loader.sampler) is SequentialSampler and loader.sampler.data_source is loader.dataset
+def _as_it_is(reply: Reply) -> Reply:
+    return reply

@@ -82,8 +82,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        if sampler is None and is_sampler(data_source):
-            sampler = data_source
+        sampler = data_source if sampler is None and is_sampler(data_source) else sampler
         for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r} of type {type(flag).__name__}.")
@@ -95,16 +94,12 @@ class ResizableBatchSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = checked_int("seed", seed, 0, 2**64 - 1)
         self.drop_last = drop_last
-        self.n_batches = 0
+        self.n_batches = self._epoch = self._position = 0
         self.recent: deque[tuple[int, int]] = deque(maxlen=4096)
-        self._epoch = 0
-        self._position = 0
         # Which iterator is the newest, and whether it has drawn anything: an epoch begun is not begun again.
-        self._generation = 0
-        self._begun = False
+        self._generation, self._begun = 0, False
         # Of the caller's own sampler: the state to begin the epoch from (set by load_state_dict), and the one it was begun from.
-        self._restore: torch.Tensor | None = None
-        self._begun_from: torch.Tensor | None = None
+        self._restore = self._begun_from = None
 
     @property
     def batch_size(self) -> int:
@@ -124,11 +119,6 @@ class ResizableBatchSampler(Sampler[list[int]]):
     def position(self) -> int:
         """Samples of the present epoch drawn so far."""
         return self._position
-
-    @property
-    def next_start(self) -> int:
-        """The position from which the next ``iter()`` draws: 0, or inside an epoch after ``load_state_dict``."""
-        return 0 if self._begun else self._position
 
     @property
     def num_samples(self) -> int:
@@ -211,10 +201,10 @@ class ResizableBatchSampler(Sampler[list[int]]):
             raise ValueError(f"Unknown version of the sampler's state: got {version!r}, this adabatch reads {_VERSION}.")
         if state.keys() != _KEYS:
             raise ValueError(f"The sampler's state must have the entries {sorted(_KEYS)}, got {sorted(state)}.")
-        saved = tuple(state[key] for key in ("num_samples", "shuffle")) + tuple(state[key] is not None for key in ("sampler", "generator"))
+        saved = (state["num_samples"], state["shuffle"], state["sampler"] is not None, state["generator"] is not None)
         here = (self._num_samples, self.shuffle, self._stateful, self._generator is not None)
         if saved != here:
-            names = ("num_samples", "shuffle", "sampler with a state_dict", "sampler with a generator")
+            names = "num_samples", "shuffle", "sampler with a state_dict", "sampler with a generator"
             differing = ", ".join(f"{name}: saved {theirs}, here {ours}" for name, theirs, ours in zip(names, saved, here, strict=True) if theirs != ours)
             raise ValueError(f"The state belongs to another order of samples ({differing}). Build the sampler as in the run that saved it.")
         epoch = checked_int("epoch", state["epoch"], 0, 2**64 - 1)

@@ -177,7 +177,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: AdaptiveDataLoader(Stream()), ValueError, r"iterable-style \(Stream\)"),
+        (lambda: AdaptiveDataLoader(Stream(), shuffle=True), ValueError, r"iterable-style \(Stream\).*leave shuffle and sampler away"),
         (lambda: AdaptiveDataLoader(Numbers(3), shuffle=True, sampler=[1]), ValueError, "either sampler= or shuffle=True"),
         (lambda: AdaptiveDataLoader(Numbers(3), num_workers=1, in_order=False), ValueError, "in_order=False lets batches overtake"),
         (lambda: AdaptiveDataLoader(Numbers(3), batch_size=0), ValueError, "batch_size must be an integer >= 1, got 0"),

@@ -1,0 +1,112 @@
+"""How a batch is cut into micro-batches, and which of them is being worked on: what loader, optimizer and scheduler share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from adabatch.data.arguments import checked_int
+from adabatch.data.chunks import split_evenly
+
+_ALLOCATION_FAILED = ("out of memory", "can't allocate memory", "alloc_failed")
+
+
+class MicroBatches:
+    """The micro-batches of the present batch.
+
+    Attributes:
+        limit: the largest micro-batch, in samples; None for whole batches.
+        at_least: parts that a batch of so many samples is cut into anyway.
+        accumulates: whether an optimizer waits for the last micro-batch.
+        index, count: which micro-batch this is, from 0, and how many there are.
+        size, batch_size: samples in it, and in the whole batch.
+        listeners: called at the start of a batch, and again when it is started anew.
+
+    Example:
+        >>> micro = MicroBatches(limit=4)
+        >>> micro.sizes(10)
+        [4, 3, 3]
+    """
+
+    def __init__(self, limit: int | None = None):
+        self.limit = limit
+        self.at_least = 1
+        self.accumulates = self.stepped = self.failed = False
+        self.listeners: list[Callable[[], None]] = []
+        self.index, self.count, self.size, self.batch_size = 0, 1, 0, 0
+
+    @property
+    def limit(self) -> int | None:
+        """The largest micro-batch; may be set at any time and holds from the next batch."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int | None) -> None:
+        self._limit = None if limit is None else checked_int("max_micro_batch_size", limit, 1)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether batches may arrive in parts."""
+        return self.accumulates or self._limit is not None or self.at_least > 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the batch is complete with this micro-batch. True outside a loop."""
+        return self.index == self.count - 1
+
+    @property
+    def share(self) -> float:
+        """Of the batch's samples, the part that is in this micro-batch."""
+        return self.size / self.batch_size if self.count > 1 else 1.0
+
+    def sizes(self, batch_size: int) -> list[int]:
+        """Sizes of the micro-batches of a batch: as few as the limit allows, equal to within one sample."""
+        largest = -(-batch_size // self.at_least) if self.at_least > 1 else None
+        limits = [limit for limit in (self.limit, largest) if limit]
+        return split_evenly(batch_size, min(limits) if limits else None)
+
+    def start(self, batch_size: int) -> list[int]:
+        """Begin a batch, or begin it anew; its sizes."""
+        sizes = self.sizes(batch_size)
+        self.index, self.count, self.size, self.batch_size = 0, len(sizes), sizes[0], batch_size
+        self.stepped = self.failed = False
+        for listener in self.listeners:
+            listener()
+        return sizes
+
+    def goes_on(self, index: int, size: int) -> None:
+        """Micro-batch `index` of `size` samples is the present one."""
+        self.index, self.size = index, size
+
+    def end(self) -> None:
+        """No batch is being worked on."""
+        self.index, self.count = 0, 1
+
+    def shrink(self) -> bool:
+        """Halve the limit after an allocation failed, and have the batch begun anew; False where that is not possible."""
+        if self.stepped or self.size < 2:
+            return False
+        self.limit = (self.size + 1) // 2
+        self.failed = True
+        return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory could not be allocated, on a device or on the host.
+
+    Example:
+        >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")), is_out_of_memory(ValueError("out of range"))
+        (True, False)
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _ALLOCATION_FAILED)
+
+
+def free_memory() -> None:
+    """Give back what a failed attempt left allocated."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
