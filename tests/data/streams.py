@@ -1,0 +1,72 @@
+"""Data sets whose samples say which they are."""
+
+import random
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+
+class Numbers(Dataset):
+    """0 … n − 1."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return index
+
+
+class Augmented(Numbers):
+    """(index, what the three global generators gave)."""
+
+    def __getitem__(self, index):
+        return index, torch.rand(()), np.random.rand(), random.random()  # noqa: NPY002
+
+
+class Counting(IterableDataset):
+    """0 … n − 1, shared out among the workers: worker w of k gives w, w + k, …; can be resumed."""
+
+    def __init__(self, n, restarts=False):
+        self.n, self.restarts, self.at = n, restarts, 0
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        while worker + self.at * workers < self.n:
+            self.at += 1
+            yield worker + (self.at - 1) * workers
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+class Plain(IterableDataset):
+    """0 … n − 1, without a state."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        info = get_worker_info()
+        return iter(range(self.n)) if info is None else iter(range(info.id, self.n, info.num_workers))
+
+
+def drawn(loader, sizes=(), stop=None):
+    """Batches of one epoch as lists, the sizes set in turn after each batch; broken off after `stop` batches."""
+    sizes, batches = iter(sizes), []
+    if stop == 0:
+        return batches
+    for batch in loader:
+        batches.append(batch.tolist())
+        loader.batch_size = next(sizes, loader.batch_size)
+        if len(batches) == stop:
+            break
+    return batches

@@ -1,0 +1,154 @@
+"""Exactly once, exactly the sizes asked for, exactly resumed: random lengths, workers, sizes and kill points."""
+
+import io
+from itertools import accumulate, chain
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from adabatch import AdaptiveDataLoader
+from adabatch.data import KeyedPermutation
+from tests.data.streams import Counting, Numbers, drawn
+
+CASES = st.fixed_dictionaries(
+    {
+        "n": st.integers(0, 60),
+        "workers": st.sampled_from([0, 0, 0, 1, 2]),
+        "prefetch": st.integers(1, 4),
+        "sizes": st.lists(st.integers(1, 25), min_size=1, max_size=12),
+        "drop_last": st.booleans(),
+        "shuffle": st.booleans(),
+        "kill": st.integers(0, 12),
+        "other_workers": st.sampled_from([0, 0, 1, 2]),
+        "collate_in": st.sampled_from(["worker", "consumer"]),
+    }
+)
+RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def expected_sizes(n, sizes, drop_last):
+    """By the definition: each batch of the size current when it is asked for, the last one what is left."""
+    result, at, last = [], 0, sizes[-1]
+    for size in chain(sizes, iter(lambda: last, None)):
+        if n - at < size:
+            return result + ([n - at] if n - at and not drop_last else [])
+        result.append(size)
+        at += size
+
+
+def build(dataset, case, workers):
+    options = {"num_workers": workers, "timeout": 60, "prefetch_factor": case["prefetch"]} if workers else {}
+    options |= {"drop_last": case["drop_last"], "collate_in": case["collate_in"]}
+    if isinstance(dataset, Numbers):
+        options |= {"shuffle": case["shuffle"], "seed": 5}
+    return AdaptiveDataLoader(dataset, case["sizes"][0], **options)
+
+
+def check_map_style(case):
+    n, sizes = case["n"], case["sizes"]
+    loader = build(Numbers(n), case, case["workers"])
+    batches = drawn(loader, sizes[1:])
+    wanted = expected_sizes(n, sizes, case["drop_last"])
+    order = KeyedPermutation(n, 5, 0)(slice(None)).tolist() if case["shuffle"] else list(range(n))
+    assert [len(batch) for batch in batches] == wanted
+    assert list(chain.from_iterable(batches)) == order[: sum(wanted)]
+    assert list(loader.recent) == list(zip([*sizes, *[sizes[-1]] * n][: len(wanted)], wanted, strict=True))
+
+    killed = build(Numbers(n), case, case["workers"])
+    head = drawn(killed, sizes[1:], stop=min(case["kill"], len(wanted)))
+    state = through_a_file(killed.state_dict())
+    del killed
+    resumed = build(Numbers(n), case, case["other_workers"])
+    resumed.load_state_dict(state)
+    if case["kill"] < len(wanted):
+        rest = [*sizes, *[sizes[-1]] * n][len(head) :]
+        resumed.batch_size = rest[0]
+        assert resumed.samples_left == n - sum(wanted[: len(head)])
+        assert head + drawn(resumed, rest[1:]) == batches
+
+
+def check_iterable(case):
+    n, sizes = case["n"], case["sizes"]
+    loader = build(Counting(n), case, case["workers"])
+    batches = drawn(loader, sizes[1:])
+    assert [len(batch) for batch in batches] == expected_sizes(n, sizes, case["drop_last"])
+    seen = list(chain.from_iterable(batches))
+    assert len(set(seen)) == len(seen)
+    assert case["drop_last"] or sorted(seen) == list(range(n))
+
+    killed = build(Counting(n), case, case["workers"])
+    stop = min(case["kill"], len(batches))
+    head = drawn(killed, sizes[1:], stop=stop)
+    for _ in range(2):  # a run that was resumed is killed again at once
+        state = through_a_file(killed.state_dict())
+        killed = build(Counting(n), case, case["workers"])
+        killed.load_state_dict(state)
+    if stop < len(batches):
+        rest = [*sizes, *[sizes[-1]] * n][stop:]
+        killed.batch_size = rest[0]
+        first = drawn(killed, rest[1:], stop=1)
+        state = through_a_file(killed.state_dict())
+        resumed = build(Counting(n), case, case["workers"])
+        resumed.load_state_dict(state)
+        assert head + first + (drawn(resumed, rest[2:]) if len(head + first) < len(batches) else []) == batches
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=RELAXED)
+@given(CASES)
+def test_map_style(case):
+    check_map_style(case)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=RELAXED)
+@given(CASES)
+def test_iterable(case):
+    check_iterable(case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@settings(max_examples=2000, deadline=None, suppress_health_check=RELAXED)
+@given(CASES)
+def test_map_style_at_length(case):
+    check_map_style(case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@settings(max_examples=2000, deadline=None, suppress_health_check=RELAXED)
+@given(CASES)
+def test_iterable_at_length(case):
+    check_iterable(case)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_a_new_size_holds_on_the_very_next_batch(workers, prefetch):
+    sizes = [4, 4, 40, 3, 3, 1, 17, 50, 2, 2, 9]
+    loader = AdaptiveDataLoader(Numbers(sum(sizes)), sizes[0], num_workers=workers, prefetch_factor=prefetch)
+    batches = drawn(loader, sizes[1:])
+    assert [len(batch) for batch in batches] == sizes
+    assert [batch[0] for batch in batches] == [0, *accumulate(sizes[:-1])]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_epochs_broken_off_and_resumed_with_workers(persistent):
+    loader = AdaptiveDataLoader(Numbers(50), 6, True, seed=2, num_workers=2, persistent_workers=persistent)
+    for epoch in range(3):
+        order = KeyedPermutation(50, 2, epoch)(slice(None)).tolist()
+        loader.batch_size = 6
+        head = drawn(loader, [7, 8], stop=3)
+        assert list(chain.from_iterable(head)) == order[:21]
+        other = AdaptiveDataLoader(Numbers(50), 1, True, num_workers=1)
+        other.load_state_dict(loader.state_dict())
+        assert list(chain.from_iterable(drawn(other))) == order[21:]
+        assert other.state_dict()["sampler"]["epoch"] == epoch + 1
