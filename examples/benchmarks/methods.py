@@ -1,0 +1,183 @@
+"""Ways to train a step with the variance trace of its gradient: ours, and those of others where they are installed.
+
+A method is made from a workload's model and answers step(batch) -> trace, or None for a step that measures nothing. The step is a whole one:
+zero_grad, forward, backward, measurement, optimizer.step (plain SGD with lr 0.01).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from models import Batch, Workload
+from torch import Tensor, nn
+
+import adabatch
+
+LR = 0.01
+
+
+class Plain:
+    """The step without any measurement."""
+
+    title = "plain"
+    first_trace: float | None = None
+
+    def __init__(self, work: Workload, model: nn.Module):
+        self.work, self.model = work, model
+        self.optimizer = torch.optim.SGD(model.parameters(), LR)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Set up what the measurement needs."""
+
+    def step(self, batch: Batch) -> float | None:
+        """One optimizer step; returns the trace, if it was measured."""
+        self.optimizer.zero_grad()
+        inputs, targets = batch
+        self.work.losses(self.model(inputs), targets).mean().backward()
+        trace = self.trace()
+        self.optimizer.step()
+        return trace
+
+    def trace(self) -> float | None:
+        """T̂ of the gradient just computed."""
+        return None
+
+    def cycle(self, batch: Batch, seconds: Callable[[Plain, Batch], float]) -> float:
+        """Seconds per step of the way the method is used; `seconds` times one step."""
+        return seconds(self, batch)
+
+
+class Exact(Plain):
+    """Ours, all samples."""
+
+    title = "adabatch, exact"
+
+    def prepare(self) -> None:
+        self.hooks = adabatch.GradSampleHooks(self.model)
+
+    def trace(self) -> float:
+        return self.hooks.collect().variance_trace
+
+
+class Vmap(Plain):
+    """torch.func: vmap of grad, all per-sample gradients at once; the batch gradient is their mean."""
+
+    title = "vmap"
+
+    def step(self, batch: Batch) -> float:
+        from torch.func import functional_call, grad, vmap
+
+        parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+        def loss(parameters: dict[str, Tensor], sample: Tensor, target: Tensor) -> Tensor:
+            return self.work.losses(functional_call(self.model, parameters, (sample.unsqueeze(0),)), target.unsqueeze(0)).mean()
+
+        grads = vmap(grad(loss), (None, 0, 0))(parameters, *batch)
+        sq_norms, mean_sq_norm = 0.0, 0.0
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = grads[name].mean(0)
+            sq_norms = sq_norms + torch.linalg.vector_norm(grads[name].flatten(1), dim=1).square()
+            mean_sq_norm = mean_sq_norm + parameter.grad.square().sum()
+        self.optimizer.step()
+        return _trace(sq_norms, mean_sq_norm)
+
+
+class Opacus(Plain):
+    """Opacus's GradSampleModule; `mode` is its grad_sample_mode."""
+
+    title = "Opacus, hooks"
+    mode = "hooks"
+
+    def prepare(self) -> None:
+        from opacus import GradSampleModule
+        from opacus.grad_sample import GradSampleModuleExpandedWeights
+
+        wrapper = GradSampleModuleExpandedWeights if self.mode == "ew" else GradSampleModule
+        self.model = wrapper(self.model, batch_first=True, loss_reduction="mean")
+
+    def trace(self) -> float:
+        sq_norms, mean_sq_norm = 0.0, 0.0
+        for parameter in self.model.parameters():
+            grads, parameter.grad_sample = parameter.grad_sample, None
+            if parameter.grad is None:  # expanded weights leave the sum to the caller
+                parameter.grad = grads.mean(0)
+            sq_norms = sq_norms + torch.linalg.vector_norm(grads.flatten(1), dim=1).square()
+            mean_sq_norm = mean_sq_norm + parameter.grad.square().sum()
+        return _trace(sq_norms, mean_sq_norm)
+
+
+class OpacusExpandedWeights(Opacus):
+    """Opacus on torch's expanded weights."""
+
+    title = "Opacus, ew"
+    mode = "ew"
+
+
+class OpacusGhost(Plain):
+    """Opacus's fast gradient clipping with ghost norms, one backward pass of it: no clipping, so that the gradient is the plain one."""
+
+    title = "Opacus, ghost"
+
+    def prepare(self) -> None:
+        from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+        self.model = GradSampleModuleFastGradientClipping(self.model, batch_first=True, loss_reduction="mean", max_grad_norm=1.0, use_ghost_clipping=True)
+
+    def trace(self) -> float:
+        norms = [parameter._norm_sample for parameter in self.model.parameters()]
+        return _trace(torch.stack(norms).square().sum(0), sum(parameter.grad.square().sum() for parameter in self.model.parameters()))
+
+
+class BackpackExtension(Plain):
+    """BackPACK on a torch.nn.Sequential; `extension` is the quantity it computes."""
+
+    title = "BackPACK, SumGradSquared"
+    extension = "SumGradSquared"
+
+    def prepare(self) -> None:
+        import backpack
+
+        self.model = backpack.extend(self.model)
+
+    def step(self, batch: Batch) -> float:
+        import backpack
+
+        self.optimizer.zero_grad()
+        inputs, targets = batch
+        samples = inputs.shape[0]
+        loss = self.work.losses(self.model(inputs), targets).mean()
+        with backpack.backpack(getattr(backpack.extensions, self.extension)()):
+            loss.backward()
+        parameters = list(self.model.parameters())
+        trace = self.moments(parameters, samples)
+        self.optimizer.step()
+        return trace
+
+    def moments(self, parameters: list[Any], samples: int) -> float:
+        """T̂ from what the extension left on the parameters; its gradients carry the loss's 1/m."""
+        mean = samples * sum(parameter.sum_grad_squared.sum() for parameter in parameters)
+        grad_sq_norm = sum(parameter.grad.square().sum() for parameter in parameters)
+        return float(mean - grad_sq_norm) / (1 - 1 / samples)
+
+
+class BackpackNorms(BackpackExtension):
+    """BackPACK's per-sample norms."""
+
+    title = "BackPACK, BatchL2"
+    extension = "BatchL2Grad"
+
+    def moments(self, parameters: list[Any], samples: int) -> float:
+        sq_norms = sum(parameter.batch_l2 for parameter in parameters) * samples**2
+        return _trace(sq_norms, sum(parameter.grad.square().sum() for parameter in parameters))
+
+
+def _trace(sq_norms: Tensor, grad_sq_norm: Tensor) -> float:
+    return float(sq_norms.double().mean() - grad_sq_norm) / (1 - 1 / len(sq_norms))
+
+
+OURS: tuple[Callable[..., Plain], ...] = (Plain, Exact)
+PEERS: tuple[Callable[..., Plain], ...] = (Vmap, Opacus, OpacusGhost, OpacusExpandedWeights, BackpackExtension, BackpackNorms)
+METHODS = {method.__name__: method for method in (*OURS, *PEERS)}

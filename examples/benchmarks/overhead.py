@@ -1,0 +1,138 @@
+"""What the variance trace costs: the time of a training step that measures it over that of a plain one, extra peak memory, and the error of the trace.
+
+    python examples/benchmarks/overhead.py                                 # all models, ours and the peers that are installed
+    python examples/benchmarks/overhead.py --models b,c --repeats 41 --peers ""
+
+All methods are interleaved in one run, so that a slow minute of the machine hits them alike; ratios are of steps that follow each other. Memory is
+the peak resident set of one step, in a process of its own for each method. Writes overhead.json and overhead.md into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from memory import peak_memory
+from methods import METHODS, OURS, PEERS, Plain
+from models import WORKLOADS, Workload
+from report import median_interval, table
+from torch import nn
+
+
+def exact_trace(work: Workload) -> float:
+    """tr Cov of the per-sample gradients in float64, divisor m − 1, one backward pass per sample."""
+    model, (inputs, targets) = work.setting()
+    model = model.double()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    targets = targets.double() if targets.is_floating_point() else targets
+    samples, sq_norms = len(inputs), 0.0
+    total = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for row in range(samples):
+        grads = torch.autograd.grad(work.losses(model(inputs[row : row + 1]), targets[row : row + 1]).sum(), list(model.parameters()))
+        sq_norms += sum(float(grad.square().sum()) for grad in grads)
+        total = [sums + grad for sums, grad in zip(total, grads, strict=True)]
+    return (sq_norms - sum(float(sums.square().sum()) for sums in total) / samples) / (samples - 1)
+
+
+def start(work: Workload, names: list[str], device: str) -> tuple[dict[str, Plain], dict[str, str]]:
+    """Each method on a model of its own, and why those that are missing are."""
+    methods, skipped = {}, {}
+    model, batch = work.setting()
+    batch = tuple(tensor.to(device) for tensor in batch)
+    for name in names:
+        own: nn.Module = copy.deepcopy(model).to(device)
+        try:
+            method = METHODS[name](work, own)
+            method.first_trace = method.step(batch)
+        except Exception as error:  # a peer that is absent, or refuses the model, must not end the run
+            if name in {ours.__name__ for ours in OURS}:
+                raise
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+        else:
+            methods[name] = method
+    return methods, skipped
+
+
+def seconds(method: Plain, batch: tuple) -> float:
+    """Of one step."""
+    if batch[0].is_cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    method.step(batch)
+    if batch[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(work: Workload, names: list[str], repeats: int, device: str) -> dict:
+    """Times, ratios and errors of all methods on one model."""
+    methods, skipped = start(work, names, device)
+    _, batch = work.setting()
+    batch = tuple(tensor.to(device) for tensor in batch)
+    truth = exact_trace(work)
+    for method in methods.values():
+        seconds(method, batch)
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    order = list(methods)
+    for repeat in range(repeats):
+        for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
+            times[name].append(methods[name].cycle(batch, seconds))
+    rows = []
+    for name, method in methods.items():
+        ratios = [own / plain for own, plain in zip(times[name], times["Plain"], strict=True)]
+        error = None if method.first_trace is None else abs(method.first_trace / truth - 1)
+        rows.append({"method": name, "title": method.title, "ms": 1e3 * sorted(times[name])[repeats // 2], **median_interval(ratios), "error": error})
+    return {"model": work.name, "title": work.title, "rows": rows, "skipped": skipped, "trace": truth}
+
+
+def add_memory(result: dict, device: str, threads: int) -> None:
+    """Peak memory of each method, of one step in a process of its own."""
+    for row in result["rows"]:
+        command = [sys.executable, __file__, "--memory-of", row["method"], "--models", result["model"], "--device", device, "--threads", str(threads)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        row["memory"] = json.loads(answer.stdout) if answer.returncode == 0 else None
+    plain = result["rows"][0]["memory"]
+    for row in result["rows"]:
+        if plain and row["memory"]:
+            row["extra_mb"] = (row["memory"]["peak"] - plain["peak"]) / 1e6
+            row["extra_share"] = (row["memory"]["peak"] - plain["peak"]) / (plain["peak"] - plain["before"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(WORKLOADS), help="letters with commas between (default all)")
+    parser.add_argument("--repeats", type=int, default=41, help="steps of each method (default 41)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    parser.add_argument("--peers", default=",".join(peer.__name__ for peer in PEERS), help="with commas between; '' for none")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--out", type=Path, default=Path("out/overhead"))
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    works = [WORKLOADS[name] for name in options.models.split(",")]
+    if options.memory_of:
+        print(json.dumps(peak_memory(works[0], METHODS[options.memory_of], options.device)))
+        return
+    names = [ours.__name__ for ours in OURS] + [name for name in options.peers.split(",") if name]
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for work in works:
+        result = measure(work, names, options.repeats, options.device)
+        if not options.no_memory:
+            add_memory(result, options.device, options.threads)
+        results.append(result)
+        print(table([result]), flush=True)
+        setting = {"torch": torch.__version__, "threads": options.threads, "device": options.device, "repeats": options.repeats}
+        (options.out / "overhead.json").write_text(json.dumps({"setting": setting, "results": results}, indent=1))
+        (options.out / "overhead.md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()
