@@ -155,7 +155,7 @@ class GradSampleHooks:
     def _take_pass(self) -> None:
         norms, reports, moments = self._probes.drain(self._harvested_task)
         uses = self._stash.drain(self._harvested_task)
-        batch_size = batch_size_of(reports, self.sites)
+        batch_size = batch_size_of(reports, self.sites, self._placer.input_sizes)
         repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._second_moment, self._probes.bring_home)
         for site in self.sites:
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
@@ -236,6 +236,7 @@ class GradSampleHooks:
         self._n_passes = 0
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self._placer.recomputing_task = -1
+        self._placer.input_sizes.clear()
         self._row_sampler.redraw()
         self._stash.drain(-1)
         self._probes.drain(-1)

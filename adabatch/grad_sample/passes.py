@@ -36,11 +36,12 @@ def add_uses(
     return {name for name, factors in grouped.items() if len(factors) > 1}
 
 
-def batch_size_of(reports: Tensor, sites: Sequence[TapSite]) -> int:
+def batch_size_of(reports: Tensor, sites: Sequence[TapSite], input_sizes: Collection[int] = ()) -> int:
     """The number of samples, from the layers' reports [n_layers, 2] of (uses, rows).
 
     Raises:
-        RuntimeError: a layer was used twice where that cannot be undone, or layers saw different numbers of rows; all are listed.
+        RuntimeError: a layer was used twice where that cannot be undone, or layers saw different numbers of rows, or all the same one which is no dimension of
+            the model's inputs (where some are known): samples and positions were flattened together before the first layer. All are listed.
     """
     problems = []
     rows: dict[str, int] = {}
@@ -57,6 +58,8 @@ def batch_size_of(reports: Tensor, sites: Sequence[TapSite]) -> int:
     if odd:
         listed = ", ".join(f"{name} ({n})" for name, n in odd.items())
         problems.append(f"the first dimension of these layers' outputs is not the batch of {size}: {listed}. Settle the layouts with adabatch.check(...)")
+    if input_sizes and size not in input_sizes:
+        problems.append(f"all layers saw {size} rows, which is no dimension of the model's inputs. Settle the layouts with adabatch.check(...)")
     if problems:
         raise RuntimeError("per-sample gradients of this backward pass are not exact:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return size

@@ -44,6 +44,7 @@ class TapPlacer:
 
     Attributes:
         enabled: whether forward passes are measured.
+        input_sizes: of all dimensions of the tensors that the model was called with since this was last cleared; empty where layouts are given.
         recomputing_task: the backward pass in which activation checkpointing last ran a layer again, or -1.
     """
 
@@ -59,6 +60,7 @@ class TapPlacer:
         second_moment: bool = False,
     ):
         self.enabled, self.recomputing_task = True, -1
+        self.input_sizes: set[int] = set()
         self._sites, self._parameters, self._traced = sites, parameters, traced
         self._probes, self._row_sampler, self._stash = probes, row_sampler, stash
         stash.witness = FirstPassWitness(parameters)
@@ -126,6 +128,8 @@ class TapPlacer:
                 raise RuntimeError(f"a compiled graph cannot measure parameters without a layer of their own: {names}. {cure}")
             return
         self._n_samples = batch_size_of_inputs(self._source, args, kwargs, self._traced)
+        if self._source is None:
+            self.input_sizes.update(size for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) for size in leaf.shape)
         if self._tracing and self._n_samples is not None:
             self._enter_tracing(args, kwargs)
 
