@@ -91,6 +91,18 @@ def check_options(optimizer: Any, loader: Any, controller: Any, *, summed: bool,
         raise ValueError("; ".join(problems))
 
 
+def bind_controller(controller: Any, optimizer: Any, effective_lr: Any) -> frozenset[str]:
+    """Let the controller see the optimizer; what it then needs of the hooks beside norms ('dots', 'second_moment').
+
+    Example:
+        >>> bind_controller(None, None, None)
+        frozenset()
+    """
+    if hasattr(controller, "bind") and isinstance(optimizer, Optimizer):
+        controller.bind(optimizer, effective_lr)
+    return frozenset(getattr(controller, "needs", ()))
+
+
 def needs_moments(controller: Any, coupling: Any) -> bool:
     """Whether the controller (None: not chosen yet) or the coupling reads gradient moments.
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch.arguments import check_measured, check_options, epoch_samples, reason_to_drop, scalar_loss
+from adabatch.arguments import bind_controller, check_measured, check_options, epoch_samples, reason_to_drop
 from adabatch.controllers import CABS, Seesaw
 from adabatch.coupling import Coupling, rule_of_optimizer
 from adabatch.diagnostics import Diagnostics
@@ -19,6 +19,7 @@ from adabatch.effective_lr import EffectiveLr, MeanLr, effective_lr_for
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.unmeasured import Unmeasured
+from adabatch.losses import LossPool
 from adabatch.sizing import SizeRule
 from adabatch.state import check_version
 from adabatch.stepping import EpochCount, Stepping
@@ -109,6 +110,7 @@ class BatchSizeScheduler:
         self.accumulate = getattr(hooks, "accumulate", 1)
         size_rule = SizeRule(min_batch_size, max_batch_size, multiple_of, dwell, hysteresis)
         self._summed = getattr(hooks, "loss_reduction", "mean") == "sum"
+        bind_controller(controller, optimizer, effective_lr)
         check_options(optimizer, loader, controller, summed=self._summed, every=every, spill=spill, short_batch=short_batch)
         self.size_rule = size_rule.for_steps(self.accumulate, epoch_samples(loader), short_batch == "drop" or loader.drop_last)
         self._batch_size = self.size_rule.size_for(getattr(controller, "first_batch_size", None) or loader.batch_size * self.accumulate)
@@ -121,10 +123,10 @@ class BatchSizeScheduler:
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
         self._steps_since_change = self.size_rule.dwell
-        self._trace, self._epochs = MovingAverage(), EpochCount(loader)
+        self._trace, self._epochs, self._losses = MovingAverage(), EpochCount(loader), LossPool(loader, self._summed)
         self._clock: float | None = None
         factors = {"coupling": coupling, "base_batch_size": base_batch_size, "spill": spill, "short_batch": short_batch, "scale_betas": scale_betas}
-        self._stepping = Stepping(optimizer, loader, self._base_lr, accumulate=self.accumulate, summed=self._summed, **factors)
+        self._stepping = Stepping(optimizer, loader, self._base_lr, accumulate=self.accumulate, summed=self._summed, controller=self.controller, **factors)
         self._write_batch_size(self._batch_size)
         hooks.enabled = True
         if short_batch == "drop":
@@ -145,7 +147,9 @@ class BatchSizeScheduler:
             RuntimeError: a measuring step without a backward pass since the last one, or layers that saw another number of rows than the loader delivered.
             ValueError: weights without dots=True, or a loss_scale that is no positive number.
         """
-        value = scalar_loss(loss)
+        value = self._losses.pool(loss)
+        if value is None:
+            return
         self._stepping.restore()
         given = {name: option for name, option in (("weights", weights), ("loss_scale", loss_scale)) if option is not None}
         moments = self.hooks.collect(**given) if self.hooks.enabled else None
@@ -161,6 +165,7 @@ class BatchSizeScheduler:
             self._trace.update(usable.variance_trace, usable.n_measured)
             self._stepping.measured(usable)
         wish = self._ask(usable, value, lr, samples or used)
+        self._stepping.asked()
         if usable is not None and math.isnan(wish):
             dropped = "the controller's wish is NaN"
         if math.isnan(wish):

@@ -37,6 +37,7 @@ class Stepping:
         short_batch: 'scale' multiplies by b/B; anything else does not.
         summed: the loss is a sum, so that a short batch is smaller by itself.
         scale_betas: see `BetaHorizon`; its exponent is b/B₀.
+        controller: its lr_rule(), if it has one, gives one more factor, of B.
 
     Attributes:
         last_coupling: the coupling's factor of the last step.
@@ -59,7 +60,14 @@ class Stepping:
         short_batch: str,
         summed: bool,
         scale_betas: bool,
+        controller: Any = None,
     ):
+        self._controller = controller
+        if self._lr_rule() is not None and (summed or coupling != "none" or spill is not None):
+            raise ValueError(
+                f"{type(controller).__name__} sets the lr by itself, for a loss that is a mean over the batch: leave coupling at 'none' and spill at None, got "
+                f"coupling={coupling!r}, spill={spill!r}{' and a summed loss' if summed else ''}"
+            )
         if summed and coupling != "none":
             raise ValueError(f"coupling={coupling!r} is for a loss that is a mean over the batch; a sum grows with the batch by itself: use coupling='none'")
         if isinstance(base_batch_size, bool) or not isinstance(base_batch_size, int) or base_batch_size < 1:
@@ -70,7 +78,7 @@ class Stepping:
         self._couples_noise = getattr(self._coupling, "needs_moments", False)
         smoothing = getattr(self._coupling, "smoothing", 0.95)
         self._trace, self._signal = MovingAverage(smoothing), MovingAverage(smoothing)
-        self._noise_scale, self._unmet_wish = Pending(0.0), Pending(0.0)
+        self._noise_scale, self._unmet_wish, self._own_rule = Pending(0.0), Pending(0.0), Pending(self._lr_rule())
         self._mean_lr, self.base_lr = mean_lr, None
         self.last_coupling = 1.0
         self.lr = StepFactor(optimizer, self._lr_factor)
@@ -97,6 +105,10 @@ class Stepping:
         """Take a wish, and whether the sizes to come meet it. An infinite one asks for no noise at all, which no lr gives: the last unmet wish holds."""
         if self._spill == "lr" and wish < math.inf:
             self._unmet_wish.set(0.0 if is_met else wish, after_batch=self.loader.n_batches)
+
+    def asked(self) -> None:
+        """The controller has gone on to the next step: take its own factor on the lr, for the batches to come."""
+        self._own_rule.set(self._lr_rule(), after_batch=self.loader.n_batches)
 
     def restore(self) -> None:
         """Undo what a step that raised left behind."""
@@ -133,6 +145,7 @@ class Stepping:
         self.base_batch_size = state["base_batch_size"]
         self._unmet_wish, self._noise_scale = Pending(state["unmet_wish"]), Pending(state["noise_scale"])
         self.base_lr = state["base_lr"]
+        self._own_rule = Pending(self._lr_rule())
         self._trace.load_state_dict(state["trace"])
         self._signal.load_state_dict(state["signal"])
         if self._betas is not None and state["betas"] is not None:
@@ -157,10 +170,15 @@ class Stepping:
         if not 0 <= factor < math.inf:
             raise ValueError(f"the coupling gave the factor {factor!r} for a batch of {asked} and a base of {self.base_batch_size}; it must be finite and >= 0")
         self.last_coupling = factor
+        own_rule = self._own_rule.for_batch(batch)
+        factor *= 1.0 if own_rule is None else own_rule(asked)
         wish = self._unmet_wish.for_batch(batch)
         if wish > asked:
             factor *= asked / wish
         return factor * delivered / asked if self._scales_short else factor
+
+    def _lr_rule(self) -> Any:
+        return self._controller.lr_rule() if hasattr(self._controller, "lr_rule") else None
 
     def _beta_exponent(self) -> float:
         return self._asked_and_delivered()[1] / self.base_batch_size

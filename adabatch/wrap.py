@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from adabatch.arguments import needs_moments
+from adabatch.arguments import bind_controller, needs_moments
+from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.effective_lr import EffectiveLr
 from adabatch.estimators.unmeasured import Unmeasured
@@ -53,7 +54,8 @@ def wrap(
             number of batches in an epoch is not known beforehand: count the passes on from epoch to epoch, so that a step may span two.
         ignore: names of modules to leave out of the measurement.
         seed: of the choice of measured samples.
-        dots: measure inner products with the mean gradient too, which scheduler.step(loss, weights=...) needs; see GradSampleHooks.
+        dots: measure inner products with the mean gradient too, which scheduler.step(loss, weights=...) needs; a controller that
+            needs them asks for them itself. See GradSampleHooks.
         grad_scaler: the GradScaler that scales the loss under float16; scheduler.step(loss) takes the loss without its scale.
         effective_lr: a callable of a param group, for optimizers other than SGD.
         scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, spill, short_batch, coupling, base_batch_size, scale_betas,
@@ -83,8 +85,11 @@ def wrap(
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     adaptive = loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
+    coupling = scheduler_options.get("coupling", "none")
+    controller = CABS() if controller is None and coupling != "seesaw" else controller
+    needs = bind_controller(controller, optimizer, effective_lr)
     asked = samples is not None or dots or "every" in scheduler_options
-    if asked or needs_moments(controller, scheduler_options.get("coupling", "none")):
+    if asked or needs_moments(controller, coupling):
         hooks: Any = GradSampleHooks(
             model,
             loss_reduction=loss_reduction,
@@ -92,7 +97,8 @@ def wrap(
             seed=seed,
             accumulate=accumulate,
             ignore=ignore,
-            dots=dots,
+            dots=dots or "dots" in needs,
+            second_moment="second_moment" in needs,
             grad_scaler=grad_scaler,
             param_groups=[group["params"] for group in optimizer.param_groups],
             capacity=max_batch_size,

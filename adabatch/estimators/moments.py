@@ -138,6 +138,19 @@ class GradientMoments:
         return self.variance_trace - half, self.variance_trace + half
 
     @property
+    def inner_product_variance(self) -> float:
+        """Var_i⟨g_i, g⟩ = mean_S (⟨g_i, g⟩ − ‖g‖²)²/(1 − 1/m_eff), divisor m − 1; with weights ⟨z_i − w_i g, g⟩. The part of the trace along g, times ‖g‖².
+
+        Raises:
+            ValueError: measured without dots, or a batch of one.
+        """
+        if self.dots is None:
+            raise ValueError(NO_DOTS.format(name="inner_product_variance"))
+        self._check_size()
+        squares = (self.dots.double() - (1.0 if self.weights is None else self.weights) * self.grad_sq_norm).square()
+        return float((squares if self.corrections is None else self.corrections * squares).mean()) / (1 - 1 / self._m_eff)
+
+    @property
     def true_grad_sq_norm(self) -> float:
         """Ĝ² = ‖g‖² − T̂/m_eff, unbiased for ‖E g_i‖²; may be negative on one batch: smooth first, clamp after."""
         return self.grad_sq_norm - self.variance_trace / self._m_eff

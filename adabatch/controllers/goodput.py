@@ -1,0 +1,150 @@
+"""Goodput: the batch size with the most statistical progress a second."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from adabatch.controllers.base import Controller, check_positive
+from adabatch.controllers.throughput import StepTime, fit_step_time
+from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.moments import GradientMoments
+
+KEPT_SIZES = 64  # sizes whose times are remembered
+REFIT = 20  # steps between two decisions
+GRID = 512  # sizes tried, evenly spaced on a log scale
+TIME_SMOOTHING = 0.9
+
+
+def efficiency(batch_size: float, base_batch_size: float, noise_scale: float) -> float:
+    """(φ + B₀)/(φ + B): progress of a sample in a batch of B, relative to one in a batch of B₀; 1 for an infinite noise scale φ.
+
+    Example:
+        >>> efficiency(64, 16, 32.0)
+        0.5
+    """
+    return 1.0 if math.isinf(noise_scale) else (noise_scale + base_batch_size) / (noise_scale + batch_size)
+
+
+class Goodput(Controller):
+    """argmax over B of throughput(B) · efficiency(B): samples a second, times the progress a sample makes; moves only for a predicted gain above `gain`.
+
+    Throughput is B/seconds(B), seconds(B) a model fitted by scipy every 20 steps to the times of the steps so far (`StepTime`); efficiency is
+    (φ + B₀)/(φ + B), φ = T/G² from separately smoothed T̂ and Ĝ². Sizes beyond twice the largest one timed are not considered; while all steps had one size
+    their time says nothing of another: the wish is then twice that size, once there are 20 of them. Pair it with coupling='adascale', under which the
+    efficiency is meant.
+
+    A step's time is that between two calls of `advance`, which the scheduler makes at every step; on an accelerator it is right on average, where the loop
+    waits for the device now and then.
+
+    Args:
+        base_batch_size: B₀, for which the lr was chosen.
+        max_batch_size: no larger size is considered; None for no bound.
+        gain: relative gain that a move must promise.
+        replicas: processes that share a batch.
+        smoothing: μ of the averages of T̂ and Ĝ², 0 <= μ < 1.
+        clock: seconds since some moment.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> Goodput(16).best_size(StepTime(per_step=0.01, per_sample=0.0001), noise_scale=100.0, largest=4096)  # √(φ·a/b) = 100
+        100.0
+
+    References:
+        Qiao et al. (2021), "Pollux: co-adaptive cluster scheduling for goodput-optimized deep learning", OSDI.
+    """
+
+    needs_effective_lr = False
+    arguments = ("base_batch_size", "max_batch_size", "gain", "replicas", "smoothing")
+    saved = ("trace", "square", "sizes", "seconds", "counts", "wish", "steps", "decided_at", "samples")
+
+    def __init__(
+        self,
+        base_batch_size: int = 16,
+        max_batch_size: int | None = None,
+        gain: float = 0.05,
+        replicas: int = 1,
+        smoothing: float = 0.95,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        check_positive(base_batch_size=base_batch_size, replicas=replicas)
+        if max_batch_size is not None and not max_batch_size >= base_batch_size:
+            raise ValueError(f"max_batch_size must not be below base_batch_size ({base_batch_size}), got {max_batch_size!r}")
+        if not (math.isfinite(gain) and gain >= 0):
+            raise ValueError(f"gain must be a number >= 0, got {gain!r}")
+        self.base_batch_size, self.max_batch_size, self.gain, self.replicas, self.smoothing = base_batch_size, max_batch_size, gain, replicas, smoothing
+        self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
+        self.sizes: list[int] = []
+        self.seconds: list[float] = []
+        self.counts: list[int] = []
+        self.wish = math.nan
+        self.steps = self.decided_at = self.samples = 0
+        self._clock, self._last = clock, math.nan
+
+    def advance(self, *, samples: int, epoch: int) -> None:
+        """Time the step: see `Controller.advance`. The first step at a size is left out, as it may compile or allocate."""
+        now, before = self._clock(), self._last
+        self._last = now
+        self.steps += 1
+        self.samples = samples
+        if samples not in self.sizes:
+            for values, first in ((self.sizes, samples), (self.seconds, 0.0), (self.counts, 0)):
+                del values[: max(0, len(values) - KEPT_SIZES + 1)]
+                values.append(first)
+            return
+        if math.isnan(before) or not now > before:
+            return
+        place = self.sizes.index(samples)
+        self.counts[place] += 1
+        share = max(1 / self.counts[place], 1 - TIME_SMOOTHING)
+        self.seconds[place] += share * (now - before - self.seconds[place])
+
+    def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
+        """Take one step's raw moments; give the wished batch size, in samples.
+
+        Raises:
+            ValueError: a batch of one has no variance.
+        """
+        self.trace.update(moments.variance_trace, moments.n_measured)
+        self.square.update(moments.true_grad_sq_norm, moments.batch_size)
+        if math.isnan(self.wish):
+            self.wish = float(moments.batch_size)
+        if self.steps - self.decided_at >= REFIT:
+            self.decided_at = self.steps
+            self._decide()
+        return self.wish
+
+    def best_size(self, step_time: StepTime, noise_scale: float, largest: float) -> float:
+        """The size with the greatest goodput among B₀ … largest, in samples, to 0.01 %; the smallest of equals."""
+        low, high = float(self.base_batch_size), max(float(self.base_batch_size), min(float(largest), self._limit))
+        for _ in range(3):
+            grid = np.geomspace(low, high, GRID)
+            best = int(np.argmax([self._goodput(size, step_time, noise_scale) for size in grid]))
+            low, high = grid[max(0, best - 1)], grid[min(GRID - 1, best + 1)]
+        return float(f"{grid[best]:.6g}")
+
+    def _goodput(self, size: float, step_time: StepTime, noise_scale: float) -> float:
+        return size / step_time.seconds(size) * efficiency(size, self.base_batch_size, noise_scale)
+
+    @property
+    def _limit(self) -> float:
+        return math.inf if self.max_batch_size is None else float(self.max_batch_size)
+
+    def _decide(self) -> None:
+        timed = [place for place, count in enumerate(self.counts) if count]
+        if len(timed) < 2:
+            self.wish = min(2 * self.wish, self._limit) if timed else self.wish
+            return
+        sizes, seconds, counts = ([values[place] for place in timed] for values in (self.sizes, self.seconds, self.counts))
+        step_time = fit_step_time(sizes, seconds, counts, self.replicas)
+        square = self.square.average
+        noise_scale = max(0.0, self.trace.average) / square if square > 0 else math.inf
+        best = self.best_size(step_time, noise_scale, 2.0 * max(sizes))
+        present = self._goodput(max(sizes, key=lambda size: -abs(size - self.wish)), step_time, noise_scale)
+        if self._goodput(best, step_time, noise_scale) > (1 + self.gain) * present:
+            self.wish = best

@@ -1,0 +1,65 @@
+"""GradientDiversity: DiveBatch's rule, once an epoch."""
+
+from __future__ import annotations
+
+import math
+
+from adabatch.controllers.base import Controller, check_positive, ratio
+from adabatch.estimators.moments import GradientMoments
+
+
+class GradientDiversity(Controller):
+    """m = δ·n·Δ, with n·Δ = n·Σ‖g_i‖²/‖Σ g_i‖² over n samples = E‖g_i‖²/‖E g_i‖² = 1 + T/G²; once every n samples, the wish holding in between.
+
+    On one batch of m the plain m·Δ cannot exceed m where noise dominates, as ‖g‖² holds the noise T/m. So Σ m·mean‖g_i‖² and Σ m·Ĝ², Ĝ² unbiased, are summed
+    over the epoch and divided at its end: our form of the published rule, which sums the gradients themselves while the parameters move. Before the first
+    epoch has ended the wish is the size in use. Pair it with coupling='linear', as the published rule does.
+
+    Args:
+        delta: δ, > 0.
+        epoch_samples: n, after which the rule is applied; None: at the end of each epoch, as the scheduler counts them.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> moments = GradientMoments(batch_size=2, sq_norms=torch.tensor([4.0, 8.0]), grad_sq_norm=4.0)  # E‖g_i‖² = 6, Ĝ² = 2
+        >>> rule = GradientDiversity(delta=0.5, epoch_samples=2)
+        >>> rule.advance(samples=2, epoch=0)
+        >>> rule.propose(moments, loss=1.0, lr=0.1)
+        1.5
+
+    References:
+        Yin, Pananjady, Lam, Papailiopoulos, Ramchandran, Bartlett (2018), "Gradient diversity", arXiv 1706.05699; DiveBatch (2025), arXiv 2509.16173.
+    """
+
+    needs_effective_lr = False
+    arguments = ("delta", "epoch_samples")
+    saved = ("square_norms", "signals", "wish", "samples", "epoch", "decided_at")
+
+    def __init__(self, delta: float = 1.0, epoch_samples: int | None = None):
+        check_positive(delta=delta, **({} if epoch_samples is None else {"epoch_samples": epoch_samples}))
+        self.delta, self.epoch_samples = delta, epoch_samples
+        self.square_norms = self.signals = 0.0
+        self.wish = math.nan
+        self.samples = self.epoch = self.decided_at = 0
+
+    def advance(self, *, samples: int, epoch: int) -> None:
+        """Count the samples and epochs: see `Controller.advance`."""
+        self.samples += samples
+        self.epoch = epoch
+
+    def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
+        """Take one step's raw moments; give the wished batch size of the last finished epoch, in samples.
+
+        Raises:
+            ValueError: a batch of one has no variance.
+        """
+        self.square_norms += moments.batch_size * moments.mean_sq_norm
+        self.signals += moments.batch_size * moments.true_grad_sq_norm
+        epochs = self.epoch if self.epoch_samples is None else self.samples // self.epoch_samples
+        if epochs > self.decided_at:
+            self.wish, self.decided_at = ratio(self.delta * self.square_norms, self.signals), epochs
+            self.square_norms = self.signals = 0.0
+        return float(moments.batch_size) if math.isnan(self.wish) else self.wish

@@ -1,0 +1,59 @@
+"""The norm test: the batch gradient's error may be a share of the gradient itself."""
+
+from __future__ import annotations
+
+from adabatch.controllers.base import Controller, check_choice, check_positive, ratio
+from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.moments import GradientMoments
+
+SIGNALS = ("raw", "smoothed")
+
+
+class NormTest(Controller):
+    """m = T/(θ²·signal): the batch at which the variance T/m of its gradient is θ² of the gradient's squared norm.
+
+    signal='raw' takes T̂ and ‖g‖² of this one step, as published. ‖g‖² holds the noise T/m itself, so that the wish stays below about m/θ²: a batch can
+    grow only step by step. signal='smoothed' divides the averages of T̂ and of the unbiased Ĝ²; where the latter is not above 0 the wish is infinite.
+
+    The published rule never shrinks the batch: Monotone(NormTest(signal="raw")), whose size is then the larger of the present one and the wish, rounded up.
+
+    Args:
+        theta: θ, the error allowed relative to the gradient, > 0.
+        signal: 'smoothed' or 'raw'.
+        smoothing: μ of the averages for 'smoothed', 0 <= μ < 1.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> moments = GradientMoments(batch_size=2, sq_norms=torch.tensor([4.0, 8.0]), grad_sq_norm=4.0)  # T = 4, Ĝ² = 2
+        >>> NormTest(theta=0.5).propose(moments, loss=1.0, lr=0.1), NormTest(theta=0.5, signal="raw").propose(moments, loss=1.0, lr=0.1)
+        (8.0, 4.0)
+
+    References:
+        Byrd, Chin, Nocedal, Wu (2012), "Sample size selection in optimization methods for machine learning", Mathematical Programming 134.
+    """
+
+    needs_effective_lr = False
+    arguments = ("theta", "signal", "smoothing")
+    saved = ("trace", "square")
+
+    def __init__(self, theta: float = 0.9, signal: str = "smoothed", smoothing: float = 0.95):
+        check_positive(theta=theta)
+        check_choice("signal", signal, SIGNALS)
+        self.theta, self.signal, self.smoothing = theta, signal, smoothing
+        self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
+        if signal == "raw":
+            self.saved = ()
+
+    def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
+        """Take one step's raw moments; give the wished batch size, in samples.
+
+        Raises:
+            ValueError: a batch of one has no variance.
+        """
+        if self.signal == "raw":
+            return ratio(moments.variance_trace, self.theta**2 * moments.grad_sq_norm)
+        trace = self.trace.update(moments.variance_trace, moments.n_measured)
+        return ratio(trace, self.theta**2 * self.square.update(moments.true_grad_sq_norm, moments.batch_size))
