@@ -22,6 +22,9 @@ class MicroBatches:
         accumulates: whether an optimizer waits for the last micro-batch.
         index, count: which micro-batch this is, from 0, and how many there are.
         size, batch_size: samples in it, and in the whole batch.
+        attempt: counts the batches begun, and those begun anew.
+        failed: the batch is to be begun anew.
+        stepped: the optimizer has begun to step on this batch.
         listeners: called at the start of a batch, and again when it is started anew.
 
     Example:
@@ -35,6 +38,7 @@ class MicroBatches:
         self.at_least = 1
         self.accumulates = self.stepped = self.failed = False
         self.listeners: list[Callable[[], None]] = []
+        self.attempt = 0
         self.index, self.count, self.size, self.batch_size = 0, 1, 0, 0
 
     @property
@@ -71,6 +75,7 @@ class MicroBatches:
         """Begin a batch, or begin it anew; its sizes."""
         sizes = self.sizes(batch_size)
         self.index, self.count, self.size, self.batch_size = 0, len(sizes), sizes[0], batch_size
+        self.attempt += 1
         self.stepped = self.failed = False
         for listener in self.listeners:
             listener()
