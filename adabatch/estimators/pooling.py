@@ -50,6 +50,7 @@ def pool_passes(
     group_of_row: Sequence[int] = (0,),
     row_names: Sequence[str] | None = None,
     weights: Tensor | Sequence[float] | None = None,
+    by_samples: bool = False,
 ) -> GradientMoments:
     """Pool the passes of one step.
 
@@ -61,6 +62,7 @@ def pool_passes(
         group_of_row: parameter group of each probe row.
         row_names: parameter name of each row, if each parameter has one.
         weights: of the samples, [m], one pass after another, on any scale: numbers of tokens for instance. None: all alike.
+        by_samples: pass j's share of the gradient is m_j/m, put on after the taps (micro-batches), and not 1/k, divided out of the loss.
 
     Returns:
         GradientMoments with T̂ unbiased: equal passes give m_eff = m, unequal ones m_eff = k²/Σ_j(1/m_j).
@@ -73,12 +75,12 @@ def pool_passes(
     mean = loss_reduction == "mean"
     common = {"batch_size": batch_size, "indices": _indices(passes)}
     if weights is None:
-        per_pass = [(k * step.batch_size if mean else 1) / loss_scale for step in passes]
-        common |= {"effective_batch_size": _effective(passes) if mean else None}
+        per_pass = [(step.batch_size * (1 if by_samples else k) if mean else 1) / loss_scale for step in passes]
+        common |= {"effective_batch_size": _effective(passes) if mean and not by_samples else None}
         common |= {"corrections": _corrections(passes, common["effective_batch_size"])}
     else:
-        per_pass = [batch_size / loss_scale for _ in passes]
-        common |= {"weights": measured_weights(passes, weights, loss_reduction), "corrections": _strata(passes)}
+        per_pass = [(step.batch_size if by_samples else batch_size) / loss_scale for step in passes]
+        common |= {"weights": measured_weights(passes, weights, loss_reduction, by_samples), "corrections": _strata(passes)}
     whole = (1 if mean else 1 / max(1, batch_size)) / loss_scale
     rows = [_row(passes, [scale**2 for scale in per_pass], row) for row in range(len(group_of_row))]
     dots = [_row(passes, [scale * whole for scale in per_pass], row, "dots") for row in range(len(group_of_row))] if passes[0].dots is not None else None
@@ -121,8 +123,8 @@ def _effective(passes: Sequence[BackwardPass]) -> float | None:
     return len(sizes) ** 2 / sum(1 / size for size in sizes)
 
 
-def measured_weights(passes: Sequence[BackwardPass], weights: Tensor | Sequence[float], loss_reduction: str) -> Tensor:
-    """w_i = m·a_i of the measured samples, [s] float64, a_i = n_i/(k·Σ_pass n).
+def measured_weights(passes: Sequence[BackwardPass], weights: Tensor | Sequence[float], loss_reduction: str, by_samples: bool = False) -> Tensor:
+    """w_i = m·a_i of the measured samples, [s] float64, a_i = n_i/(k·Σ_pass n), or by_samples (m_j/m)·n_i/Σ_pass n.
 
     Example:
         >>> measured_weights([BackwardPass(3, [torch.ones(2)], torch.tensor([0, 2]))], [10, 20, 30], "mean")
@@ -140,7 +142,7 @@ def measured_weights(passes: Sequence[BackwardPass], weights: Tensor | Sequence[
     parts = weights.split(sizes)
     if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or not all(float(part.sum()) > 0 for part in parts):
         raise ValueError("weights must be finite numbers >= 0 with a positive sum in each backward pass, numbers of tokens for instance")
-    shares = [sum(sizes) / len(sizes) * part / part.sum() for part in parts]
+    shares = [(size if by_samples else sum(sizes) / len(sizes)) * part / part.sum() for part, size in zip(parts, sizes, strict=True)]
     picked = [share if step.indices is None else share[step.indices.to(share.device)] for share, step in zip(shares, passes, strict=True)]
     return torch.cat(picked).to(_measured(passes[0]).device)
 

@@ -61,6 +61,9 @@ class GradSampleHooks:
             averaged over the processes, g_i are this process's samples.
         grad_scaler: the GradScaler that scales the loss. Its scale is read when a backward pass ends, before scaler.update() can change it.
 
+    Attributes:
+        by_samples: the passes of a step are micro-batches that weigh by their samples (see pool_passes). It and accumulate may be set between steps.
+
     Raises:
         ValueError: on attaching, listing all layers that cannot be measured exactly, with the cure.
         RuntimeError: from loss.backward(), when the pass cannot be measured exactly (layers that saw another number of rows, higher-order gradients).
@@ -97,7 +100,7 @@ class GradSampleHooks:
         _check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
         param_groups = None if param_groups is None else [list(group) for group in param_groups]
         plan = plan_layers(model, ignore, only=None if param_groups is None else {id(parameter) for group in param_groups for parameter in group})
-        self.loss_reduction, self.accumulate = loss_reduction, accumulate
+        self.loss_reduction, self.accumulate, self.by_samples = loss_reduction, accumulate, False
         self.parameters = plan.parameters
         if dots:
             check_not_compiled(model, plan.parameters)
@@ -213,6 +216,7 @@ class GradSampleHooks:
             group_of_row=rows.group_of_row,
             row_names=rows.names,
             weights=weights,
+            by_samples=self.by_samples,
         )
 
     def check_loss(self, loss: Tensor) -> None:
