@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.arguments import bind_controller, needs_moments
+from adabatch.check import CheckReport
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.effective_lr import EffectiveLr
@@ -30,6 +31,7 @@ def wrap(
     samples: int | None = None,
     accumulate: int = 1,
     ignore: Collection[str] = (),
+    layout: CheckReport | None = None,
     seed: int = 0,
     dots: bool = False,
     grad_scaler: Any = None,
@@ -53,6 +55,7 @@ def wrap(
         accumulate: backward passes per optimizer step in the caller's own accumulation; the loader's batches are that much smaller than the step's. The
             number of batches in an epoch is not known beforehand: count the passes on from epoch to epoch, so that a step may span two.
         ignore: names of modules to leave out of the measurement.
+        layout: what adabatch.check(model, batch, loss_fn) found, for models whose layers do not all see their samples along dimension 0.
         seed: of the choice of measured samples.
         dots: measure inner products with the mean gradient too, which scheduler.step(loss, weights=...) needs; a controller that
             needs them asks for them itself. See GradSampleHooks.
@@ -97,6 +100,7 @@ def wrap(
             seed=seed,
             accumulate=accumulate,
             ignore=ignore,
+            layout=layout,
             dots=dots or "dots" in needs,
             second_moment="second_moment" in needs,
             grad_scaler=grad_scaler,

@@ -5,7 +5,6 @@ Legend: N samples in the batch, S of them compared.
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterable
@@ -88,12 +87,9 @@ def compare_with_taps(
     Returns:
         {parameter's name: the taps' ‖g_i‖² less the exact ones, [S]}; {layer's name: why the hooks cannot measure it}; an error that names no layer, or ''.
     """
-    options = {"layout": layouts} if "layout" in inspect.signature(GradSampleHooks).parameters else {}
-    if not options and any(str(layout) != "batch_first" for layout in layouts.layouts.values()):
-        return {}, {}, ""
     refused: dict[str, str] = {}
     while True:
-        found, problem = _measure(model, batch, loss_fn, ignore=list(refused), **options)
+        found, problem = _measure(model, batch, loss_fn, ignore=list(refused), layout=layouts)
         about = {owner.name: lines_about([owner.title, *owner.parameters], problem) for owner in owners if owner.name not in refused}
         named = {name: lines for name, lines in about.items() if lines}
         if not named:

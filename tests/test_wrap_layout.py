@@ -1,0 +1,51 @@
+"""wrap(layout=): what adabatch.check found carries a model whose samples do not lie along dimension 0."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import adabatch
+from tests import oracle
+
+
+class TimeFirst(nn.Module):
+    """Runs its layers over [T, N, ...]."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.outer = nn.Linear(4, 1)
+
+    def forward(self, inputs):
+        return self.outer(torch.tanh(self.inner(inputs.transpose(0, 1)))).mean(0)
+
+
+def losses(model, batch):
+    return model(batch[0]).square().sum(1)
+
+
+def test_a_time_first_model_is_measured_exactly_with_the_layout_that_check_found():
+    torch.manual_seed(0)
+    model, inputs = TimeFirst(), torch.randn(48, 5, 3)
+    truth = oracle.variance_trace(oracle.per_sample_grads(model, losses, (inputs[:16],)))
+    layout = adabatch.check(model, (inputs[:6],), losses, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(TensorDataset(inputs), 16), layout=layout)
+    batch = next(iter(loader))
+    loss = losses(model, batch).mean()
+    loss.backward()
+    scheduler.step(loss)
+    assert scheduler.diagnostics.latest.variance_trace == pytest.approx(float(truth), rel=1e-5)
+
+
+def test_without_the_layout_the_step_is_refused():
+    model, inputs = TimeFirst(), torch.randn(48, 5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(TensorDataset(inputs), 16))
+    loss = losses(model, next(iter(loader))).mean()
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"adabatch\.check"):
+        scheduler.step(loss)
