@@ -156,7 +156,7 @@ class Warmup(Controller):
         """Raise the limit by the samples of the step: see `Controller.advance`."""
         super().advance(samples=samples, epoch=epoch)
         # The exponent is bounded: a step of many times `samples` must not overflow.
-        self.limit = min(1e300, max(self.limit, float(samples)) * self.growth ** min(samples / self.samples, 300 / math.log2(self.growth)))
+        self.limit = min(1e300, max(self.limit, float(samples)) * self.growth ** min(samples / self.samples, 990 / math.log2(self.growth)))
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         """Ask the member; give its wish or the limit, in samples."""

@@ -1,0 +1,104 @@
+"""Combinators: properties that hold whatever the parts wish."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adabatch.controllers import CABS, AdaDamp, Annealed, AtLeast, AtMost, Average, InnerProductTest, Monotone, NoiseScale, PadaDamp, Warmup
+from tests.scripted import Wishes
+
+wish = st.floats(0, 1e9) | st.just(math.inf)
+wishes = st.lists(wish, min_size=1, max_size=12)
+positive = st.floats(0.5, 1e9)
+
+
+def asked(controller, steps, samples=16):
+    given_ = []
+    for _ in range(steps):
+        controller.advance(samples=samples, epoch=0)
+        given_.append(controller.propose(None, loss=1.0, lr=0.1))
+    return given_
+
+
+@given(wishes, wishes, positive)
+def test_bounds_are_the_largest_and_the_smallest(one, two, number):
+    steps = max(len(one), len(two))
+    first, second = (one + one[-1:] * steps)[:steps], (two + two[-1:] * steps)[:steps]
+    assert asked(AtLeast(Wishes(*one), number, Wishes(*two)), steps) == [max(a, number, b) for a, b in zip(first, second, strict=True)]
+    assert asked(AtMost(Wishes(*one), number, Wishes(*two)), steps) == [min(a, number, b) for a, b in zip(first, second, strict=True)]
+
+
+@given(wish, wish, positive, positive)
+def test_the_average_lies_between_and_weighs(one, two, weight_one, weight_two):
+    mean = Average(Wishes(one), Wishes(two), weights=(weight_one, weight_two)).propose(None, loss=1.0, lr=0.1)
+    assert min(one, two) * (1 - 1e-12) <= mean <= max(one, two) * (1 + 1e-12)
+    if one == two:
+        assert mean == pytest.approx(one)
+    elif math.isfinite(mean):
+        assert mean == pytest.approx((weight_one * one + weight_two * two) / (weight_one + weight_two))
+
+
+@given(wishes, st.integers(1, 1000))
+def test_monotone_never_shrinks_and_never_exceeds_what_was_wished_or_used(one, samples):
+    got = asked(Monotone(Wishes(*one)), len(one), samples)
+    assert got == sorted(got)
+    assert got == [max(samples, *one[: n + 1]) for n in range(len(one))]
+
+
+@given(wishes, st.floats(1.01, 4), st.integers(1, 1000), st.integers(1, 1000))
+def test_warmup_grows_no_faster_than_told_and_falls_at_once(one, growth, pace, samples):
+    got = asked(Warmup(Wishes(*one), growth=growth, samples=pace), len(one), samples)
+    before = 0.0
+    for now, wished in zip(got, one, strict=True):
+        limit = 10 ** min(300.0, math.log10(max(before, samples)) + samples / pace * math.log10(growth))
+        assert now == pytest.approx(min(wished, limit), rel=1e-9)
+        before = now
+
+
+def test_warmup_over_many_steps_grows_by_its_factor_per_samples():
+    rule = Warmup(1e12, growth=2.0, samples=160)
+    assert asked(rule, 30, samples=16)[-1] == pytest.approx(16 * 2**3)
+
+
+@settings(max_examples=20)
+@given(st.sampled_from([AtLeast, AtMost, Monotone, Warmup]))
+def test_needs_and_first_sizes_are_those_of_the_parts(make):
+    assert make(InnerProductTest()).needs == {"dots"}
+    assert make(CABS()).needs_effective_lr
+    assert not make(NoiseScale()).needs_effective_lr
+    assert make(NoiseScale()).needs_moments
+    assert not make(PadaDamp(16, 1.0)).needs_moments
+    assert make(AdaDamp(24)).first_batch_size == 24
+    assert make(NoiseScale()).first_batch_size is None
+    annealed = make(Annealed(100, 16, rule="linear"))
+    annealed.advance(samples=50, epoch=0)
+    assert annealed.lr_rule()(16) == 0.5
+    assert make(CABS()).lr_rule() is None
+
+
+def test_nan_is_handed_on():
+    for make in (Monotone, Warmup):
+        rule = make(Wishes(math.nan, 20.0))
+        assert math.isnan(asked(rule, 1)[0]) and asked(rule, 1) == [20.0] if make is Monotone else True
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (AtLeast, "at least one controller or number"),
+        (lambda: AtMost(-3), "size must be a positive number, got -3"),
+        (lambda: Average(1, 2, weights=(1,)), "weights must have one number for each of the 2 members, got 1"),
+        (lambda: Average(1, 2, weights=(1, 0)), "weight must be a positive number, got 0"),
+        (lambda: Warmup(CABS(), growth=1.0), "growth must be above 1, got 1.0"),
+    ],
+)
+def test_arguments_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_state_of_other_parts_is_refused():
+    with pytest.raises(ValueError, match="has 1 parts, not 2"):
+        AtLeast(CABS(), NoiseScale()).load_state_dict(AtLeast(CABS()).state_dict())
