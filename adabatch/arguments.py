@@ -91,6 +91,16 @@ def check_options(optimizer: Any, loader: Any, controller: Any, *, summed: bool,
         raise ValueError("; ".join(problems))
 
 
+def check_loss(hooks: Any, loss: Tensor | float) -> None:
+    """Let hooks that can look whether the loss uses parameters where no tap sees it.
+
+    Example:
+        >>> check_loss(None, 0.5)
+    """
+    if isinstance(loss, Tensor) and loss.grad_fn is not None and hasattr(hooks, "check_loss"):
+        hooks.check_loss(loss)
+
+
 def bind_controller(controller: Any, optimizer: Any, effective_lr: Any) -> frozenset[str]:
     """Let the controller see the optimizer; what it then needs of the hooks beside norms ('dots', 'second_moment').
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch.arguments import bind_controller, check_measured, check_options, epoch_samples, reason_to_drop
+from adabatch.arguments import bind_controller, check_loss, check_measured, check_options, epoch_samples, reason_to_drop
 from adabatch.controllers import CABS, Seesaw
 from adabatch.coupling import Coupling, rule_of_optimizer
 from adabatch.diagnostics import Diagnostics
@@ -154,7 +154,7 @@ class BatchSizeScheduler:
         given = {name: option for name, option in (("weights", weights), ("loss_scale", loss_scale)) if option is not None}
         moments = self.hooks.collect(**given) if self.hooks.enabled else None
         if moments is not None and (self.step_count < CHECKED_STEPS or self.step_count % CHECKED_EVERY == 0):
-            _check_loss(self.hooks, loss)
+            check_loss(self.hooks, loss)
         samples = self._samples_of_step(moments)
         if self._summed:
             value /= max(1, samples)
@@ -295,9 +295,3 @@ class BatchSizeScheduler:
             dropped=dropped,
             **fields,
         )
-
-
-def _check_loss(hooks: Any, loss: Tensor | float) -> None:
-    """Let hooks that can look whether the loss uses parameters where no tap sees it."""
-    if isinstance(loss, Tensor) and loss.grad_fn is not None and hasattr(hooks, "check_loss"):
-        hooks.check_loss(loss)
