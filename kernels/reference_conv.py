@@ -118,7 +118,9 @@ def conv_grad_sample(
     """
     dtype = accumulation_dtype(activations, backprops)
     a, b = activations.to(dtype), backprops.to(dtype)
-    if torch.compiler.is_compiling():
+    # One-wide images pass for channels-last ones, and in float64 torch refuses its own gradient of that order.
+    one_wide = max(a.shape[2:], default=1) == 1
+    if torch.compiler.is_compiling() or one_wide:
         return _products_by_kernel_position(a, b, weight_shape, stride, padding, dilation, groups)
     samples, (width_out, *weight_rest) = a.shape[0], weight_shape
     if samples == 0:
