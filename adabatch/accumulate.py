@@ -10,6 +10,7 @@ a GradScaler and measurements see the gradient they would see without micro-batc
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,8 @@ LR_CHANGED = (
     "Give it to wrap(lr_scheduler=), or step it only if loader.is_last_micro_batch."
 )
 CLOSURE = "step(closure) would evaluate one micro-batch only: call loss.backward() and optimizer.step() in the loop, or leave max_micro_batch_size away"
-SCALER = "scaler.step(optimizer) on a micro-batch that is not the batch's last: give the scaler to wrap(grad_scaler=) and call optimizer.step()"
-TWO_SCALERS = "optimizer.step() runs the scaler that was given to wrap(grad_scaler=), and its update(): call optimizer.step() instead of scaler.step(optimizer)"
+SCALER = "scaler.unscale_ or scaler.step on a micro-batch that is not the batch's last: give the scaler to wrap(grad_scaler=) and call optimizer.step()"
+TWO_SCALERS = "optimizer.step() runs the scaler that was given to wrap(grad_scaler=), its unscale_ and update() too: leave scaler.step(optimizer) and them away"
 UNWEIGHED = (
     "no gradient passed the hooks that give each micro-batch its share: backward() was not called, or gradients do not go through the parameters' own "
     "autograd nodes (fully_shard). Train without max_micro_batch_size."
@@ -111,6 +112,9 @@ class AccumulatingOptimizer(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Those of the inner optimizer."""
+        # GradScaler.unscale_ asks an optimizer for nothing else, and leaves no mark on the gradients that could be seen afterwards.
+        if self._micro.count > 1 and sys._getframe(1).f_code.co_name == "_unscale_grads_":
+            self._check_scaler()
         return self.optimizer.param_groups
 
     @property
@@ -126,10 +130,7 @@ class AccumulatingOptimizer(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # A GradScaler asks for this attribute at the start of its step().
-        if self._grad_scaler is not None:
-            raise RuntimeError(TWO_SCALERS)
-        if not self._micro.is_last:
-            raise RuntimeError(SCALER)
+        self._check_scaler()
         return getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -204,6 +205,12 @@ class AccumulatingOptimizer(Optimizer):
             self.optimizer.zero_grad()
             self._pending = False
         self._forget()
+
+    def _check_scaler(self) -> None:
+        if self._grad_scaler is not None:
+            raise RuntimeError(TWO_SCALERS)
+        if not self._micro.is_last:
+            raise RuntimeError(SCALER)
 
     def _forget(self) -> None:
         self._lrs: list[float] | None = None

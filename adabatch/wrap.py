@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from adabatch.arguments import bind_controller, needs_moments
@@ -14,8 +15,11 @@ from adabatch.check import CheckReport
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.effective_lr import EffectiveLr
+from adabatch.estimators.micro_batch import MicroBatchMoments
 from adabatch.estimators.unmeasured import Unmeasured
 from adabatch.grad_sample import GradSampleHooks
+from adabatch.micro_batching import MicroBatching
+from adabatch.micro_search import LossFn
 from adabatch.scheduler import BatchSizeScheduler
 
 
@@ -36,6 +40,11 @@ def wrap(
     dots: bool = False,
     grad_scaler: Any = None,
     effective_lr: EffectiveLr | None = None,
+    max_micro_batch_size: int | str | None = None,
+    loss_fn: LossFn | None = None,
+    estimator: str = "per_sample",
+    lr_scheduler: LRScheduler | None = None,
+    max_grad_norm: float | None = None,
     **scheduler_options: Any,
 ) -> tuple[Optimizer, AdaptiveDataLoader, BatchSizeScheduler]:
     """Let a training loop choose its own batch size.
@@ -61,11 +70,18 @@ def wrap(
             needs them asks for them itself. See GradSampleHooks.
         grad_scaler: the GradScaler that scales the loss under float16; scheduler.step(loss) takes the loss without its scale.
         effective_lr: a callable of a param group, for optimizers other than SGD.
+        max_micro_batch_size: a larger batch arrives as nearly equal micro-batches, through the same loop: optimizer.step() steps on the last of them,
+            scheduler.step(loss) pools their losses and moments. 'auto' finds the largest that fits (see find_micro_batch_size), with loss_fn.
+        loss_fn: (model, batch) -> the loss that is differentiated, for 'auto'.
+        estimator: 'per_sample', or 'micro_batch': from the gradients of micro-batches, at least two a batch, for models that cannot be measured per sample.
+        lr_scheduler, max_grad_norm: run by optimizer.step() after the last micro-batch's step, and before it. So is grad_scaler's whole part, where any of
+            these or max_micro_batch_size is given.
         scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, spill, short_batch, coupling, base_batch_size, scale_betas,
             diagnostics.
 
     Returns:
-        (optimizer, loader, scheduler): the optimizer itself, the adaptive loader to iterate over, and the scheduler.
+        (optimizer, loader, scheduler): the optimizer itself, or around it one that waits for the last micro-batch; the adaptive loader to iterate over; and
+        the scheduler.
 
     Raises:
         ValueError: layers that cannot be measured exactly (all listed), an iterable-style loader, bounds out of order.
@@ -92,8 +108,12 @@ def wrap(
     controller = CABS() if controller is None and coupling != "seesaw" else controller
     needs = bind_controller(controller, optimizer, effective_lr)
     asked = samples is not None or dots or "every" in scheduler_options
-    if asked or needs_moments(controller, coupling):
-        hooks: Any = GradSampleHooks(
+    micro = MicroBatching(adaptive, max_micro_batch_size, accumulate, estimator, loss_fn)
+    if estimator == "micro_batch":
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        hooks: Any = MicroBatchMoments(parameters, adaptive.micro_batches, loss_reduction=loss_reduction, grad_scaler=grad_scaler)
+    elif asked or needs_moments(controller, coupling):
+        hooks = GradSampleHooks(
             model,
             loss_reduction=loss_reduction,
             samples=samples,
@@ -110,6 +130,7 @@ def wrap(
     else:
         hooks = Unmeasured(accumulate, loss_reduction)
     try:
+        micro.find_limit(model, optimizer, hooks, max_batch_size)
         scheduler = BatchSizeScheduler(
             optimizer,
             adaptive,
@@ -120,7 +141,9 @@ def wrap(
             effective_lr=effective_lr,
             **scheduler_options,
         )
+        optimizer = micro.accumulating(optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)
     except Exception:
         hooks.remove()
+        micro.undo()
         raise
     return optimizer, adaptive, scheduler

@@ -131,7 +131,7 @@ class Deliveries:
             self._ask(n, [])
         self._fill(n)
         samples = self._buffer.take(n)
-        if len(self._micro.sizes(n)) > 1 and loader._layout is None:
+        if self._micro.is_cut and loader._layout is None:
             loader._layout = learn_layout(loader.collate_fn, samples[0])
         batch = loader.collate_fn(samples)
         if loader.pin_memory and torch.cuda.is_available():

@@ -201,6 +201,10 @@ class AdaptiveDataLoader:
         sizes = self.micro_batches.sizes
         return whole * len(sizes(self.batch_size)) + (len(sizes(rest)) if rest and not self.drop_last else 0)
 
+    def learn_layout(self) -> None:
+        """Learn how batches are cut although there are no workers: for batches that are begun anew in smaller micro-batches."""
+        self._fetcher.learns = self._layout is None
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, and with it the order, of the next iteration."""
         self.batch_sampler.set_epoch(epoch)

@@ -22,6 +22,8 @@ class MicroBatches:
         accumulates: whether an optimizer waits for the last micro-batch.
         index, count: which micro-batch this is, from 0, and how many there are.
         size, batch_size: samples in it, and in the whole batch.
+        sizes_now: sizes of the present batch's micro-batches.
+        anew: the present batch was begun before, and memory ran out.
         attempt: counts the batches begun, and those begun anew.
         failed: the batch is to be begun anew.
         stepped: the optimizer has begun to step on this batch.
@@ -38,7 +40,8 @@ class MicroBatches:
         self.at_least = 1
         self.accumulates = self.stepped = self.failed = False
         self.listeners: list[Callable[[], None]] = []
-        self.attempt = 0
+        self.attempt, self.anew = 0, False
+        self.sizes_now: list[int] = []
         self.index, self.count, self.size, self.batch_size = 0, 1, 0, 0
 
     @property
@@ -73,7 +76,8 @@ class MicroBatches:
 
     def start(self, batch_size: int) -> list[int]:
         """Begin a batch, or begin it anew; its sizes."""
-        sizes = self.sizes(batch_size)
+        sizes = self.sizes_now = self.sizes(batch_size)
+        self.anew = self.failed
         self.index, self.count, self.size, self.batch_size = 0, len(sizes), sizes[0], batch_size
         self.attempt += 1
         self.stepped = self.failed = False

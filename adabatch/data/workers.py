@@ -31,7 +31,7 @@ class Fetcher(Dataset):
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, *, learns: bool, seeded: bool):
         self.dataset, self._collate_fn = dataset, collate_fn
-        self._learns, self._seeded = learns, seeded
+        self.learns, self._seeded = learns, seeded
         self._seeds: SampleSeeds | None = None
 
     def __getitem__(self, request: Request) -> Reply:
@@ -58,8 +58,8 @@ class Fetcher(Dataset):
 
     def _reply(self, samples: list[Any], **fields: Any) -> Reply:
         layout: Layout = None
-        if samples and self._learns:
-            self._learns = False
+        if samples and self.learns:
+            self.learns = False
             layout = COLUMN if self._collate_fn is None else learn_layout(self._collate_fn, samples[0])
         # Counted before collating: a collate_fn may take the list apart.
         n = len(samples)
