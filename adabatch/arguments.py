@@ -101,7 +101,7 @@ def check_loss(hooks: Any, loss: Tensor | float) -> None:
         hooks.check_loss(loss)
 
 
-def bind_controller(controller: Any, optimizer: Any, effective_lr: Any) -> frozenset[str]:
+def bind_controller(controller: Any, optimizer: Any, effective_lr: Any, hooks: Any = None) -> frozenset[str]:
     """Let the controller see the optimizer; what it then needs of the hooks beside norms ('dots', 'second_moment').
 
     Example:
@@ -109,7 +109,7 @@ def bind_controller(controller: Any, optimizer: Any, effective_lr: Any) -> froze
         frozenset()
     """
     if hasattr(controller, "bind") and isinstance(optimizer, Optimizer):
-        controller.bind(optimizer, effective_lr)
+        controller.bind(optimizer, effective_lr, getattr(hooks, "parameters", None))
     return frozenset(getattr(controller, "needs", ()))
 
 
@@ -135,4 +135,11 @@ def check_measured(hooks: Any, controller: Any, coupling: Any) -> None:
         name = type(controller).__name__ if getattr(controller, "needs_moments", True) else f"coupling={coupling!r}"
         raise ValueError(
             f"{name} needs gradient moments, but hooks is None: pass adabatch.GradSampleHooks(model), or use what needs none, as controllers.Scheduled(...)"
+        )
+    missing = sorted(getattr(controller, "needs", frozenset()) - getattr(hooks, "measures", frozenset(getattr(controller, "needs", ()))))
+    if missing:
+        options = ", ".join(f"{name}=True" for name in missing)
+        raise ValueError(
+            f"{type(controller).__name__} with this optimizer needs {' and '.join(missing)}: measure with GradSampleHooks(model, {options}), as adabatch.wrap "
+            "does; or, for CABS, pass effective_lr=, a callable of a param group"
         )

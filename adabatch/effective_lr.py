@@ -39,7 +39,8 @@ def effective_lr_for(optimizer: Optimizer, given: EffectiveLr | None = None) -> 
     if isinstance(optimizer, torch.optim.SGD):
         return sgd_effective_lr
     raise ValueError(
-        f"no effective learning rate is known for {type(optimizer).__name__}: the rule holds for SGD steps w - lr*g. Use torch.optim.SGD, "
+        f"no effective learning rate is known for {type(optimizer).__name__}: the rule holds for SGD steps w - lr*g. Use torch.optim.SGD (for "
+        "CABS also Adam, AdamW, RMSprop, Adagrad, or an optimizer given to adabatch.preconditioners.register_preconditioner), "
         "or pass effective_lr=, a callable of a param group that returns its step per unit of gradient, e.g. effective_lr=lambda group: group['lr']"
     )
 

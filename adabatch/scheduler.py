@@ -110,7 +110,7 @@ class BatchSizeScheduler:
         self.accumulate = getattr(hooks, "accumulate", 1)
         size_rule = SizeRule(min_batch_size, max_batch_size, multiple_of, dwell, hysteresis)
         self._summed = getattr(hooks, "loss_reduction", "mean") == "sum"
-        bind_controller(controller, optimizer, effective_lr)
+        bind_controller(controller, optimizer, effective_lr, hooks)
         check_options(optimizer, loader, controller, summed=self._summed, every=every, spill=spill, short_batch=short_batch)
         self.size_rule = size_rule.for_steps(self.accumulate, epoch_samples(loader), short_batch == "drop" or loader.drop_last)
         self._batch_size = self.size_rule.size_for(getattr(controller, "first_batch_size", None) or loader.batch_size * self.accumulate)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adadelta, Adam
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -53,7 +53,7 @@ ERRORS = {
     "not-a-loader": ({"loader": lambda: [torch.ones(3, 3)]}, TypeError, "loader must be a torch.utils.data.DataLoader .* got list"),
     "not-an-optimizer": ({"optimizer": lambda model: "sgd"}, TypeError, "optimizer must be a torch.optim.Optimizer, got str"),
     "frozen": ({"model": lambda: nn.Linear(3, 1).requires_grad_(False)}, ValueError, "no trainable parameters"),
-    "adam": ({"optimizer": lambda model: Adam(model.parameters())}, ValueError, "known for Adam.*effective_lr="),
+    "adadelta": ({"optimizer": lambda model: Adadelta(model.parameters())}, ValueError, "known for Adadelta.*effective_lr="),
     "bounds": ({"min_batch_size": 100}, ValueError, "min_batch_size .100. must not exceed max_batch_size .64."),
     "reduction": ({"loss_reduction": "none"}, ValueError, r"loss_reduction must be one of \('mean', 'sum'\), got 'none'"),
     "unknown-option": ({"spil": "lr"}, TypeError, "spil"),

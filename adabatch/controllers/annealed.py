@@ -107,9 +107,9 @@ class Annealed(Controller):
         """η/η₀ of the step to come."""
         return self.final + (1 - self.final) * decay(self.samples_seen / self.budget, self.shape, self.power)
 
-    def bind(self, optimizer: Optimizer, effective_lr: Any = None) -> None:
+    def bind(self, optimizer: Optimizer, effective_lr: Any = None, parameters: dict[str, Any] | None = None) -> None:
         """Settle the rule by the optimizer, if it was left open: see `Controller.bind`."""
-        super().bind(optimizer, effective_lr)
+        super().bind(optimizer, effective_lr, parameters)
         self.rule = rule_of_optimizer(optimizer) if self.rule is None else self.rule
 
     def advance(self, *, samples: int, epoch: int) -> None:

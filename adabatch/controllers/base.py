@@ -62,16 +62,17 @@ class Controller:
         """The size to start with, that of the first part; None leaves it to the loader."""
         return getattr(self.parts[0], "first_batch_size", None) if self.parts else None
 
-    def bind(self, optimizer: Optimizer, effective_lr: Any = None) -> None:
+    def bind(self, optimizer: Optimizer, effective_lr: Any = None, parameters: dict[str, Any] | None = None) -> None:
         """Called by wrap() and the scheduler before anything is measured.
 
         Args:
             optimizer: what steps; its class may decide the rule, its state a preconditioner. It is never written to.
             effective_lr: what the user gave, or None.
+            parameters: {name: parameter} of what is measured, once that is known.
         """
         for part in self.parts:
             if hasattr(part, "bind"):
-                part.bind(optimizer, effective_lr)
+                part.bind(optimizer, effective_lr, parameters)
 
     def lr_rule(self) -> Callable[[int], float] | None:
         """A function of the batch size, giving the factor on the lr of the steps to come, which stays as it is when the controller goes on; or None."""

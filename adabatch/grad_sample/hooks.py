@@ -127,6 +127,11 @@ class GradSampleHooks:
         self._attached = True
 
     @property
+    def measures(self) -> frozenset[str]:
+        """What is measured beside norms: 'dots', 'second_moment'."""
+        return frozenset(name for name, wanted in (("dots", self._dots), ("second_moment", self._second_moment)) if wanted)
+
+    @property
     def enabled(self) -> bool:
         """Whether forward passes are measured; may be set between steps."""
         return self._placer.enabled

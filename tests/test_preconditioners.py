@@ -1,0 +1,163 @@
+"""tr(PΣ) and CABS beyond SGD against float64 sums over full per-sample gradients, the preconditioner from the optimizer's update itself."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import adabatch
+from adabatch import CABS, GradSampleHooks
+from adabatch.preconditioners import preconditioned_trace, preconditioner_of
+from tests import oracle
+
+OPTIMIZERS = {
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-3),
+    "amsgrad": lambda groups: torch.optim.Adam(groups, lr=0.01, amsgrad=True, weight_decay=0.1),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, alpha=0.9),
+    "rmsprop centered": lambda groups: torch.optim.RMSprop(groups, lr=0.01, alpha=0.9, centered=True, momentum=0.5, eps=1e-2),
+    "adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.05, lr_decay=0.1),
+}
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def loss_fn(model, batch):
+    return (model(batch[0]) - batch[1]).square().sum(1) / 2
+
+
+def trained(make, steps=4, seed=0, groups=1):
+    """A model a few steps into its training, and the optimizer."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    parameters = list(model.parameters())
+    optimizer = make([{"params": parameters}] if groups == 1 else [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.003}])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model, batch_of(9)).mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def batch_of(size):
+    return torch.randn(size, 3), torch.randn(size, 2) + 1
+
+
+def measured(model, batch, **options):
+    hooks = GradSampleHooks(model, second_moment=True, **options)
+    model.zero_grad()
+    losses = loss_fn(model, batch)
+    (losses.sum() if options.get("loss_reduction") == "sum" else losses.mean()).backward()
+    moments = hooks.collect()
+    hooks.remove()
+    return moments
+
+
+def update_per_gradient(optimizer, parameter):
+    """P by torch's documented updates, in float64, a momentum summed up as a series."""
+    group = next(group for group in optimizer.param_groups if any(parameter is one for one in group["params"]))
+    state = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in optimizer.state[parameter].items()}
+    if "betas" in group:
+        squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        return 1 / (squares.sqrt() / (1 - group["betas"][1] ** float(state["step"])) ** 0.5 + group["eps"])
+    if "alpha" in group:
+        variance = state["square_avg"] - (state["grad_avg"] ** 2 if group["centered"] else 0)
+        return sum(group["momentum"] ** k for k in range(200)) / (variance.sqrt() + group["eps"])
+    return 1 / (state["sum"].sqrt() + group["eps"]) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
+
+
+def expected_trace(model, optimizer, batch, lr):
+    grads = oracle.per_sample_grads(model, loss_fn, batch)
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        group = next(group for group in optimizer.param_groups if any(parameter is one for one in group["params"]))
+        total += float((update_per_gradient(optimizer, parameter) * grads[name].var(0, correction=1)).sum()) * group["lr"] / lr
+    return total
+
+
+@every_optimizer
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+def test_the_trace_is_that_of_full_per_sample_gradients(make, groups, loss_reduction):
+    model, optimizer = trained(make, groups=groups)
+    batch = batch_of(11)
+    expected = expected_trace(model, optimizer, batch, lr=0.007)
+    moments = measured(model, batch, loss_reduction=loss_reduction)
+    assert preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.007) == pytest.approx(expected, rel=1e-4)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.007) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_subset_is_unbiased():
+    model, optimizer = trained(OPTIMIZERS["adam"])
+    batch = batch_of(24)
+    expected = expected_trace(model, optimizer, batch, lr=0.01)
+    hooks = GradSampleHooks(model, second_moment=True, samples=8)
+    traces = []
+    for _ in range(300):
+        model.zero_grad()
+        loss_fn(model, batch).mean().backward()
+        traces.append(preconditioned_trace(hooks.collect(), dict(model.named_parameters()), optimizer, 0.01))
+    assert np.mean(traces) == pytest.approx(expected, abs=4 * np.std(traces) / len(traces) ** 0.5)
+
+
+@every_optimizer
+def test_cabs_wishes_lr_times_the_trace_over_the_loss(make):
+    model, optimizer = trained(make)
+    batch = batch_of(11)
+    expected = expected_trace(model, optimizer, batch, lr=0.02)
+    rule = CABS(scale=2.0, f_star=0.1)
+    rule.bind(optimizer, None, dict(model.named_parameters()))
+    assert rule.needs == {"second_moment"}
+    assert not rule.needs_effective_lr
+    assert rule.propose(measured(model, batch), loss=0.6, lr=0.02) == pytest.approx(2 * 0.02 * expected / 0.5, rel=1e-4)
+
+
+@every_optimizer
+def test_wrap_trains_with_any_of_them_and_measures_what_is_needed(make):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = make(model.parameters())
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch_of(200)), batch_size=10)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, min_batch_size=4, max_batch_size=50)
+    for batch in loader:
+        optimizer.zero_grad()
+        loss = loss_fn(model, batch).mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+    assert np.isfinite(scheduler.diagnostics.column("proposed_batch_size")).all()
+    assert scheduler.diagnostics.latest.lr == optimizer.param_groups[0]["lr"]
+
+
+def test_before_the_first_step_the_wish_is_nan_and_the_size_holds():
+    model, optimizer = trained(OPTIMIZERS["adam"], steps=0)
+    rule = CABS()
+    rule.bind(optimizer, None, dict(model.named_parameters()))
+    assert np.isnan(rule.propose(measured(model, batch_of(5)), loss=1.0, lr=0.1))
+    assert rule.trace.count == 0
+
+
+def test_an_effective_lr_of_the_users_own_wins():
+    model, optimizer = trained(OPTIMIZERS["adam"])
+    rule = CABS()
+    rule.bind(optimizer, lambda group: group["lr"], dict(model.named_parameters()))
+    assert rule.needs_effective_lr
+    assert not rule.needs
+
+
+def test_gradients_that_are_gone_and_missing_moments_are_explained():
+    model, optimizer = trained(OPTIMIZERS["adam"])
+    moments = measured(model, batch_of(5))
+    model.zero_grad()
+    with pytest.raises(ValueError, match="before zero_grad"):
+        preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.1)
+    bare = adabatch.GradientMoments(4, torch.ones(4), 0.5)
+    with pytest.raises(ValueError, match="second_moment=True"):
+        preconditioned_trace(bare, {}, optimizer, 0.1)
+    assert preconditioner_of(torch.optim.Adadelta(model.parameters())) is None
+
+
+@pytest.mark.parametrize("norm", [0.5, 100.0])
+def test_clipping_lowers_the_effective_lr(norm):
+    moments = adabatch.GradientMoments(2, torch.tensor([8.0, 8.0]), 4.0)  # T = 8, ‖g‖ = 2
+    assert CABS(max_grad_norm=norm).propose(moments, loss=1.0, lr=0.1) == pytest.approx(0.1 * min(1, norm / 2) * 8, rel=1e-5)
