@@ -1,6 +1,7 @@
 """The scripts as a user runs them."""
 
 import compare
+import controllers
 import digits
 import fashion_mnist
 import pytest
@@ -61,3 +62,13 @@ def test_compare_on_both_data_sets(mnist_folder, tmp_path, capsys):
     for name in ("digits", "fashion"):
         assert (tmp_path / "out" / name / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("fixed-20") == 2
+
+
+def test_controllers_tune_and_tabulate_every_row(mnist_folder, tmp_path, capsys):
+    controllers.main(["--budget", "300", "--out", str(tmp_path / "out")])
+    table = (tmp_path / "out" / "digits" / "controllers.txt").read_text().splitlines()
+    assert len(table) == 1 + len(controllers.methods())
+    fashion = ["--data", "fashion", "--data-dir", str(mnist_folder), "--network", "small", "--budget", "128", "--only", "annealed", "16 (1-p)^2"]
+    controllers.main([*fashion, "--lrs", "0.1", "0.001", "--seeds", "0", "1", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "fashion" / "controllers.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("±") == 2

@@ -1,0 +1,173 @@
+"""Trains with every controller, and at fixed batch sizes with constant and decaying rates, for the same number of samples, each at its own best lr.
+
+    python examples/controllers.py
+    python examples/controllers.py --lrs 0.03 0.1 0.3 1 --seeds 0 1 2
+    python examples/controllers.py --data fashion --network small --budget 3epochs --only annealed "16 (1-p)^2"
+
+The lr of each row is the one of --lrs with the best last accuracy on the first seed; the table gives mean and standard error over the seeds, the figure
+the first one. The annealed controller (the row "annealed") spends the decay of "16 (1-p)^2" on growing the batch: by theory and simulation the same
+accuracy in fewer steps. No row that only picks the batch size is expected to beat a well-shaped decay at equal samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import digits
+import fashion_mnist
+import torch
+from matplotlib.figure import Figure
+from networks import digits_network
+from options import Budget, add_fashion_data, shared_options
+from torch.utils.data import DataLoader
+from training import ImageSets, Run, train_loop
+
+import adabatch
+from adabatch import CABS, controllers
+
+BASE, LARGEST = 16, 1024
+DECAYS = {
+    "constant": lambda p: 1.0,
+    "linear": lambda p: 1 - p,
+    "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
+    "(1-p)^2": lambda p: (1 - p) ** 2,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: a controller made for a budget, or a fixed size with a decay of the lr over the share of the budget seen."""
+
+    controller: Callable[[int, int], Any] | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    size: int = BASE
+    decay: Callable[[float], float] = DECAYS["constant"]
+
+
+def methods() -> dict[str, Method]:
+    """Every row of the table; a controller is made from (budget, samples of an epoch)."""
+    coupled = (("coupling", "adascale"),)
+    spilled = (("spill", "lr"),)
+    adaptive = {
+        "annealed": Method(lambda budget, _: controllers.Annealed(budget, BASE, shape="power")),
+        "annealed, noise cap": Method(lambda budget, _: controllers.Annealed(budget, BASE, shape="power", cap=controllers.NoiseScale(scale=2.0))),
+        "CABS": Method(lambda budget, _: CABS()),
+        "CABS, spill": Method(lambda budget, _: CABS(), spilled),
+        "CABS, f_star auto": Method(lambda budget, _: CABS(f_star="auto"), spilled),
+        "NormTest": Method(lambda budget, _: controllers.NormTest(), spilled),
+        "InnerProductTest": Method(lambda budget, _: controllers.InnerProductTest(), spilled),
+        "augmented": Method(lambda budget, _: controllers.InnerProductTest.augmented(), spilled),
+        "NoiseScale": Method(lambda budget, _: controllers.NoiseScale(), spilled),
+        "GradientDiversity": Method(lambda budget, epoch: controllers.GradientDiversity(), (("coupling", "linear"),)),
+        "AdaDamp": Method(lambda budget, _: controllers.AdaDamp(BASE), spilled),
+        "PadaDamp": Method(lambda budget, epoch: controllers.PadaDamp(BASE, rate=BASE**2 / epoch), spilled),
+        "GeoDamp": Method(lambda budget, _: controllers.GeoDamp(BASE), spilled),
+        "AdaScale": Method(lambda budget, _: controllers.AdaScale(8 * BASE, BASE)),
+        "Goodput": Method(lambda budget, _: controllers.Goodput(BASE, LARGEST), coupled),
+    }
+    fixed = {f"{size} {name}": Method(size=size, decay=decay) for size in (BASE, 8 * BASE) for name, decay in DECAYS.items()}
+    return {**adaptive, **fixed}
+
+
+def train(name: str, method: Method, make_network: Callable, data: ImageSets, *, lr: float, budget: int, seed: int) -> Run:
+    """One run from fresh weights; the same seed gives the same run, Goodput's apart, which follows the clock."""
+    torch.manual_seed(seed)
+    network = make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+    loader = DataLoader(data[0], batch_size=method.size, shuffle=True, drop_last=method.controller is None, generator=torch.Generator().manual_seed(seed))
+    if method.controller is not None:
+        controller = method.controller(budget, len(data[0]))
+        bounds = {"min_batch_size": BASE, "max_batch_size": min(LARGEST, len(data[0]))}
+        optimizer, loader, scheduler = adabatch.wrap(network, optimizer, loader, controller=controller, **bounds, **dict(method.options))
+        run = Run(name, scheduler.diagnostics)
+        train_loop(network, optimizer, loader, scheduler, run, budget, data[1])
+        scheduler.remove()
+        return run
+    run = Run(name, adabatch.Diagnostics())
+
+    def decay(optimizer, args, kwargs):
+        seen = run.history.latest.samples_seen if len(run.history) else 0
+        optimizer.param_groups[0]["lr"] = lr * method.decay(min(1.0, seen / budget))
+
+    optimizer.register_step_pre_hook(decay)
+    train_loop(network, optimizer, loader, None, run, budget, data[1])
+    return run
+
+
+def row(name: str, method: Method, make_network: Callable, data: ImageSets, lrs: list[float], seeds: list[int], budget: int) -> tuple[list[Run], float]:
+    """The runs of all seeds at the lr that is best on the first seed, and that lr."""
+    tried = {lr: train(name, method, make_network, data, lr=lr, budget=budget, seed=seeds[0]) for lr in lrs}
+    best = max(lrs, key=lambda lr: tried[lr].accuracy[-1])
+    return [tried[best], *(train(name, method, make_network, data, lr=best, budget=budget, seed=seed) for seed in seeds[1:])], best
+
+
+def table(rows: dict[str, tuple[list[Run], float]]) -> str:
+    """One line a row: accuracy at the end (mean and standard error over the seeds), steps and seconds (means), sizes of the first seed."""
+    lines = [f"{'run':<22}{'lr':>8}{'accuracy':>18}{'steps':>9}{'seconds':>9}  batch size"]
+    for name, (runs, lr) in rows.items():
+        shares = torch.tensor([run.accuracy[-1] for run in runs], dtype=torch.float64)
+        error = f"± {float(shares.std()) / len(runs) ** 0.5:.2%}" if len(runs) > 1 else ""
+        steps, seconds = (sum(values) / len(runs) for values in ([run.history.n_steps for run in runs], [run.seconds[-1] for run in runs]))
+        lines.append(f"{name:<22}{lr:>8g}{f'{float(shares.mean()):.2%} {error}':>18}{steps:>9,.0f}{seconds:>9.1f}  {runs[0].batch_sizes()}")
+    return "\n".join(lines)
+
+
+def draw(rows: dict[str, tuple[list[Run], float]]) -> Figure:
+    """Accuracy over samples, steps and seconds, and batch size over samples, of the first seed; fixed sizes thin and grey."""
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for number, (name, (runs, _)) in enumerate(rows.items()):
+        history, accuracy = runs[0].history, [100 * share for share in runs[0].accuracy]
+        seen = history.column("samples_seen")
+        steps = [int((seen <= samples).sum()) for samples in runs[0].samples]
+        fixed = name[0].isdigit()
+        style = {"color": "0.6", "linewidth": 0.8, "linestyle": ("-", "--", ":", "-.")[number % 4]} if fixed else {"color": f"C{number % 10}", "linewidth": 1.4}
+        style |= {"color": "black", "linewidth": 2.4} if name == "annealed" else {}
+        for panel, across in zip(panels, (runs[0].samples, steps, runs[0].seconds), strict=False):
+            panel.plot(across, accuracy, label=name, **style)
+        panels[3].step(seen, history.column("batch_size"), **style)
+    settled = [100 * share for runs, _ in rows.values() for share in runs[0].accuracy[len(runs[0].accuracy) // 5 :]]
+    for panel, label in zip(panels, ("samples seen", "steps", "seconds of training", "samples seen"), strict=True):
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+        panel.set_ylabel("held-out accuracy (%)")
+        panel.set_ylim(max(0, min(settled) - 1), min(100, max(settled) + 1))
+    panels[1].set_xscale("log")
+    panels[3].set_ylabel("batch size (samples)")
+    panels[3].set_ylim(BASE / 1.5, LARGEST * 1.5)
+    panels[3].set_yscale("log", base=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = shared_options(__doc__, budget=None, out="out/controllers")
+    parser.add_argument("--data", choices=("digits", "fashion"), default="digits", help="which data to train on (default digits)")
+    parser.add_argument("--lrs", type=float, nargs="+", default=None, metavar="LR", help="rates to choose from, for each row by itself (default --lr)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, metavar="N", help="seeds; the lr is chosen on the first (default --seed)")
+    parser.add_argument("--only", nargs="+", choices=list(methods()), metavar="ROW", help=f"rows to run, of: {', '.join(methods())}".replace("%", "%%"))
+    add_fashion_data(parser)
+    options = parser.parse_args(arguments)
+    if options.data == "digits":
+        data, network, default_budget = digits.load_data(), digits_network, digits.BUDGET
+    else:
+        data, network, default_budget = fashion_mnist.load_data(options.data_dir), fashion_mnist.NETWORKS[options.network], fashion_mnist.BUDGET
+    budget = (options.budget or Budget.parse(default_budget)).samples(len(data[0]))
+    out: Path = options.out / options.data
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = {name: method for name, method in methods().items() if options.only is None or name in options.only}
+    rows = {}
+    for name, method in chosen.items():
+        rows[name] = row(name, method, network, data, options.lrs or [options.lr], options.seeds or [options.seed], budget)
+    draw(rows).savefig(out / "controllers.png", dpi=120)
+    (out / "controllers.txt").write_text(table(rows) + "\n")
+    print(table(rows))
+    print(f"The curves are in {out / 'controllers.png'}")
+
+
+if __name__ == "__main__":
+    main()
