@@ -1,6 +1,7 @@
 """adabatch: training that chooses its own batch size."""
 
 from adabatch.check import check
+from adabatch.checkpoint import load_state_dict, state_dict
 from adabatch.controllers import CABS
 from adabatch.data import AdaptiveDataLoader, ResizableBatchSampler
 from adabatch.diagnostics import Diagnostics
@@ -20,6 +21,8 @@ __all__ = [
     "GradientMoments",
     "ResizableBatchSampler",
     "check",
+    "load_state_dict",
     "register_grad_sampler",
+    "state_dict",
     "wrap",
 ]

@@ -53,6 +53,7 @@ class BatchSizeScheduler:
         multiple_of: sizes are multiples of this.
         every: measure at every so many steps; the others add no node to the graph and keep the size.
         dwell, hysteresis: steps between changes, and relative change up to which the size is kept; off by default.
+        ladder: e.g. 1.25, for few sizes, each so many times the one below; see SizeRule.
         spill: 'lr' lowers the lr by size/wish while the sizes fall short of the wish, by max_batch_size, dwell or hysteresis, which keeps the noise level
             asked for; None does nothing.
         short_batch: a batch shorter than asked for (the last of an epoch) steps with lr × its size / the size asked for ('scale'; a summed loss does so by
@@ -97,6 +98,7 @@ class BatchSizeScheduler:
         every: int = 1,
         dwell: int = 0,
         hysteresis: float = 0.0,
+        ladder: float | None = None,
         spill: str | None = None,
         short_batch: str = "scale",
         coupling: str | Coupling = "none",
@@ -108,7 +110,7 @@ class BatchSizeScheduler:
         hooks = Unmeasured() if hooks is None else hooks
         controller = CABS() if controller is None and coupling != "seesaw" else controller
         self.accumulate = getattr(hooks, "accumulate", 1)
-        size_rule = SizeRule(min_batch_size, max_batch_size, multiple_of, dwell, hysteresis)
+        size_rule = SizeRule(min_batch_size, max_batch_size, multiple_of, dwell, hysteresis, ladder)
         self._summed = getattr(hooks, "loss_reduction", "mean") == "sum"
         bind_controller(controller, optimizer, effective_lr, hooks)
         check_options(optimizer, loader, controller, summed=self._summed, every=every, spill=spill, short_batch=short_batch)

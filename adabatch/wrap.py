@@ -76,7 +76,7 @@ def wrap(
         estimator: 'per_sample', or 'micro_batch': from the gradients of micro-batches, at least two a batch, for models that cannot be measured per sample.
         lr_scheduler, max_grad_norm: run by optimizer.step() after the last micro-batch's step, and before it. So is grad_scaler's whole part, where any of
             these or max_micro_batch_size is given.
-        scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, spill, short_batch, coupling, base_batch_size, scale_betas,
+        scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, ladder, spill, short_batch, coupling, base_batch_size, scale_betas,
             diagnostics.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -140,3 +141,54 @@ def test_steps_of_equal_batches_no_larger_than_an_epoch(rule, accumulate, epoch)
             rule.for_steps(accumulate, epoch, drop_last=True)
     else:
         assert rule.for_steps(accumulate, epoch, drop_last=True) == bounded
+
+
+# A ladder of sizes
+
+
+@st.composite
+def ladders(draw):
+    return draw(rules(ladder=draw(st.floats(1.01, 4.0)), hysteresis=draw(st.floats(0, 0.5))))
+
+
+@given(ladders(), wishes)
+def test_sizes_on_a_ladder_are_rungs(rule, wish):
+    rungs = rule.rungs
+    assert (rungs[0], rungs[-1]) == (rule.lowest, rule.highest)
+    assert all(low < high for low, high in pairwise(rungs))
+    assert all(rung % rule.multiple_of == 0 for rung in rungs)
+    assert rule.size_for(wish) in rungs
+    assert all(rule.size_for(rung) == rung for rung in rungs)
+
+
+@given(ladders(), st.floats(1, 2e4))
+def test_no_rung_is_nearer_by_ratio(rule, wish):
+    chosen = abs(math.log(rule.size_for(wish) / wish))
+    assert chosen <= min(abs(math.log(rung / wish)) for rung in rule.rungs) + 1e-9
+
+
+def test_a_ladder_has_few_rungs():
+    rule = SizeRule(16, 2048, ladder=1.25)
+    assert len(rule.rungs) == 23
+    assert max(high / low for low, high in pairwise(rule.rungs)) < 1.29
+    assert SizeRule(1, 8, ladder=1.25).rungs == (1, 2, 3, 4, 5, 6, 8)
+    assert SizeRule(10, 100, 8, ladder=1.5).rungs == (16, 24, 32, 56, 80, 96)
+
+
+def test_hysteresis_keeps_a_ladder_from_fluttering():
+    rule = SizeRule(16, 2048, ladder=1.25, hysteresis=0.05)
+    low, high = rule.rungs[8:10]
+    middle = math.sqrt(low * high)
+    sizes, size = [], low
+    for step in range(40):
+        size = rule.next_size(middle * (1.04 if step % 2 else 0.96), size, step)
+        sizes.append(size)
+    assert set(sizes) == {low}
+    assert rule.next_size(1.2 * middle, low, 1) == high
+    assert rule.next_size(0.8 * middle, high, 1) == low
+
+
+@pytest.mark.parametrize("ladder", [1.0, 0.5, math.inf, math.nan])
+def test_a_wrong_ladder(ladder):
+    with pytest.raises(ValueError, match="ladder must be a number > 1"):
+        SizeRule(16, 2048, ladder=ladder)
