@@ -103,6 +103,8 @@ def wrap(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if layout is not None:
+        _check_layout(layout, ignore)
     adaptive = loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
     coupling = scheduler_options.get("coupling", "none")
     controller = CABS() if controller is None and coupling != "seesaw" else controller
@@ -147,3 +149,11 @@ def wrap(
         micro.undo()
         raise
     return optimizer, adaptive, scheduler
+
+
+def _check_layout(layout: CheckReport, ignore: Collection[str]) -> None:
+    """Refuse a model some of whose layers check refused, unless they are left out."""
+    refused = {name: why for name, why in layout.refused.items() if not any(name == prefix or name.startswith(prefix + ".") for prefix in ignore)}
+    if refused:
+        lines = "\n".join(f"  - {name}: {why}" for name, why in refused.items())
+        raise ValueError(f"adabatch.check refused these layers; mend them, or leave them out with ignore={sorted(refused)}:\n{lines}")

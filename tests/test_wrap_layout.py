@@ -49,3 +49,25 @@ def test_without_the_layout_the_step_is_refused():
     loss.backward()
     with pytest.raises(RuntimeError, match=r"adabatch\.check"):
         scheduler.step(loss)
+
+
+class Mixing(nn.Module):
+    """Its second layer sees a mean over the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, inputs):
+        hidden = self.inner(inputs)
+        return self.outer((hidden - hidden.roll(1, 0)).flip(0))
+
+
+def test_layers_that_check_refused_are_refused_unless_ignored():
+    torch.manual_seed(0)
+    model, inputs = Mixing(), torch.randn(48, 3)
+    layout = adabatch.check(model, (inputs[:6],), losses, verbose=False)
+    assert layout.refused
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=rf"leave them out with ignore=.*{next(iter(layout.refused))}"):
+        adabatch.wrap(model, optimizer, DataLoader(TensorDataset(inputs), 16), layout=layout)
