@@ -7,7 +7,11 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 EXAMPLES = ["scikit-learn", "matplotlib", "tqdm"]
-TEST = [*EXAMPLES, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "bs-scheduler", "linearlr", "transformers", "triton>=3.7.1; platform_system == 'Linux'"]
+TEST = [
+    *EXAMPLES,
+    *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"),
+    *("bs-scheduler", "linearlr", "transformers", "triton>=3.7.1; platform_system == 'Linux'"),
+]
 
 setup(
     name="adabatch",

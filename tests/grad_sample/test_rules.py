@@ -128,7 +128,11 @@ def test_embedding_options_that_are_unsupported_name_their_cure(option, cure):
     assert find_grad_sampler(layer).unsupported(layer) is None
 
 
-@pytest.mark.parametrize("layer_types", [(), (3,), (nn.Linear(2, 2),), (nn.ReLU, torch.relu), (int,)], ids=lambda types: ",".join(type(each).__name__ for each in types) or "none")
+@pytest.mark.parametrize(
+    "layer_types",
+    [(), (3,), (nn.Linear(2, 2),), (nn.ReLU, torch.relu), (int,)],
+    ids=["none", "a number", "a layer", "a type and a function", "another type"],
+)
 def test_registering_what_is_no_module_type_is_a_type_error(layer_types):
     before = registered_layer_types()
     with pytest.raises(TypeError, match="register_grad_sampler"):
