@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable
 from types import ModuleType
 
-from adabatch.kernels import operators, reference
+from adabatch.kernels import cpu, operators, reference
 
 __all__ = [
     "affine_sq_norms",
@@ -45,7 +45,7 @@ __all__ = [
 
 # Device type -> the modules asked for an operation, first come first served; what none of them has is the reference's.
 # ROCm calls its devices "cuda" as well.
-BACKENDS: dict[str, tuple[ModuleType, ...]] = {"cuda": (operators,)}
+BACKENDS: dict[str, tuple[ModuleType, ...]] = {"cpu": (cpu,), "cuda": (operators,)}
 FORCED = os.environ.get("ADABATCH_KERNELS", "")
 if FORCED not in ("", "reference"):
     raise ValueError(f"ADABATCH_KERNELS is {FORCED!r}; allowed are 'reference' and nothing. Unset it, or set it to 'reference', before importing adabatch.")

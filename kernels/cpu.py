@@ -1,0 +1,165 @@
+"""Forms of the kernels that are fastest on a CPU. Each agrees with its definition in reference.py, and is that definition where nothing faster is known.
+
+Legend: N samples, T positions, I in, O out, C channels, S' positions out, K kernel, P positions out in all, g groups.
+
+Weight gradients come out of the per-sample gradients: a chunk of samples is multiplied while it lies in the cache, added to the weight gradient and squared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adabatch.kernels import operators, reference
+from adabatch.kernels.chunks import CHUNK_BYTES, accumulation_dtype, sample_chunks
+from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
+
+__all__ = ["conv_sq_norms", "conv_weight_grad_moments", "gram_is_cheaper", "weight_grad_moments", "windows_are_cheaper"]
+
+# One pass over memory per element of G_n costs about as much as this many multiplications of a matrix product.
+PASS = 4
+# From this size on, one product a sample into one buffer beat batches of them.
+ALONE_BYTES = 2**19
+
+
+def gram_is_cheaper(positions: int, width_in: int, width_out: int) -> bool:
+    """Whether norms by Gram matrices, T² (I + O), cost less than two passes over each G_n, I O, when the weight gradient is made by one product anyhow.
+
+    Example:
+        >>> gram_is_cheaper(8, 256, 1024), gram_is_cheaper(128, 256, 1024)
+        (True, False)
+    """
+    return positions**2 * (width_in + width_out) < 2 * PASS * width_in * width_out
+
+
+def weight_grad_moments(
+    activations: Tensor, backprops: Tensor, *, second_moment: bool = False, deterministic: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`reference.weight_grad_moments`: one product and norms without G_n where T is small, else a product a sample.
+
+    Example:
+        >>> weight_grad_moments(torch.ones(2, 3, 2), torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 3, 1))[0]
+        tensor([[9., 9.]])
+    """
+    if torch.compiler.is_compiling():
+        return operators.weight_grad_moments(activations, backprops, second_moment=second_moment, deterministic=deterministic)
+    samples, positions, width_in = activations.shape
+    width_out = backprops.shape[2]
+    dtype = accumulation_dtype(activations, backprops)
+    if not second_moment and gram_is_cheaper(positions, width_in, width_out):
+        grad = backprops.flatten(0, 1).to(dtype).T @ activations.flatten(0, 1).to(dtype)
+        return grad, reference.outer_sq_norms(activations, backprops), None
+    grads = _products(activations, backprops, dtype)
+    return _moments(grads, samples, activations.new_zeros(width_out, width_in, dtype=dtype), second_moment)
+
+
+def _products(activations: Tensor, backprops: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """G_n, a chunk [n, O, I] at a time; a chunk is overwritten by the next."""
+    numel = activations.shape[2] * backprops.shape[2]
+    if numel * dtype.itemsize >= ALONE_BYTES:
+        buffer = activations.new_empty(1, backprops.shape[2], activations.shape[2], dtype=dtype)
+        for a_TI, b_TO in zip(activations, backprops, strict=True):
+            torch.mm(b_TO.to(dtype).T, a_TI.to(dtype), out=buffer[0])
+            yield buffer
+        return
+    for a_NTI, b_NTO in sample_chunks(numel, dtype, activations, backprops):
+        yield torch.bmm(b_NTO.to(dtype).mT, a_NTI.to(dtype))
+
+
+def windows_are_cheaper(weight_shape: Sequence[int], positions: int, groups: int) -> bool:
+    """Whether products with copied windows of the input beat a weight-gradient call with the samples as groups: few channels, few positions, or 1 × 1.
+
+    Example:
+        >>> windows_are_cheaper((32, 3, 3, 3), 1024, 1), windows_are_cheaper((32, 32, 3, 3), 1024, 1), windows_are_cheaper((128, 128, 3, 3), 64, 1)
+        (True, False, True)
+    """
+    return groups == 1 and (weight_shape[1] <= 4 or positions <= 64 or math.prod(weight_shape[2:]) == 1)
+
+
+def conv_weight_grad_moments(
+    activations: Tensor,
+    backprops: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    second_moment: bool = False,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`reference.conv_weight_grad_moments`, by copied windows where those are cheaper.
+
+    Example:
+        >>> geometry = dict(stride=(1,), padding=(0,), dilation=(1,), groups=1)
+        >>> conv_weight_grad_moments(torch.ones(2, 1, 4), torch.ones(2, 1, 3), (1, 1, 2), **geometry)[0]
+        tensor([[[6., 6.]]])
+    """
+    geometry = (stride, padding, dilation, groups)
+    if torch.compiler.is_compiling():
+        return operators.conv_weight_grad_moments(
+            activations, backprops, weight_shape, *geometry, second_moment=second_moment, deterministic=deterministic
+        )
+    dtype, samples = accumulation_dtype(activations, backprops), activations.shape[0]
+    if not windows_are_cheaper(weight_shape, math.prod(backprops.shape[2:]), groups):
+        chunks = sample_chunks(math.prod(weight_shape), dtype, activations, backprops, longest=LONGEST_CHUNK)
+        grads = (conv_grad_sample(a, b, weight_shape, *geometry) for a, b in chunks)
+        return _moments(grads, samples, activations.new_zeros(tuple(weight_shape), dtype=dtype), second_moment)
+    width_out, channels, *kernel = weight_shape
+    grads = _window_products(activations, backprops, kernel, stride, padding, dilation, dtype)
+    total = activations.new_zeros(math.prod(kernel) * channels, width_out, dtype=dtype)
+    grad, sq_norms, second = _moments(grads, samples, total, second_moment)
+
+    def restored(moment: Tensor) -> Tensor:
+        return moment.view(*kernel, channels, width_out).movedim((-1, -2), (0, 1)).contiguous()
+
+    return restored(grad), sq_norms, None if second is None else restored(second)
+
+
+def conv_sq_norms(
+    activations: Tensor, backprops: Tensor, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """`reference.conv_sq_norms`, by copied windows where those are cheaper.
+
+    Example:
+        >>> conv_sq_norms(torch.ones(2, 1, 6), torch.ones(2, 1, 3), (1, 1, 4), stride=(1,), padding=(0,), dilation=(1,), groups=1)
+        tensor([36., 36.])
+    """
+    if torch.compiler.is_compiling() or not windows_are_cheaper(weight_shape, math.prod(backprops.shape[2:]), groups) or not len(activations):
+        return reference.conv_sq_norms(activations, backprops, weight_shape, stride, padding, dilation, groups)
+    dtype = accumulation_dtype(activations, backprops)
+    grads = _window_products(activations, backprops, weight_shape[2:], stride, padding, dilation, dtype)
+    return torch.cat([torch.linalg.vector_norm(chunk.flatten(1), dim=1).square() for chunk in grads])
+
+
+def _window_products(
+    activations: Tensor, backprops: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """G_n as [n, K C, O], a chunk at a time: the windows that the kernel meets, [P, K C], copied from the input with its channels last."""
+    positions, channels, spots = math.prod(backprops.shape[2:]), activations.shape[1], math.prod(kernel)
+    length = max(1, CHUNK_BYTES // (dtype.itemsize * max(1, spots * channels * (positions + backprops.shape[1]))))
+    for a, b in zip(activations.split(length), backprops.split(length), strict=True):
+        last = F.pad(a.to(dtype).movedim(1, -1), [0, 0, *(amount for amount in reversed(padding) for _ in range(2))]).contiguous()
+        batch, *steps, unit = last.stride()
+        size = (len(a), *backprops.shape[2:], *kernel, channels)
+        strides = (batch, *(by * step for by, step in zip(stride, steps, strict=True)), *(by * step for by, step in zip(dilation, steps, strict=True)), unit)
+        windows = last.as_strided(size, strides).reshape(len(a), positions, spots * channels)
+        yield torch.bmm(windows.mT, b.to(dtype).flatten(2).mT)
+
+
+def _moments(grads: Iterator[Tensor], samples: int, total: Tensor, second_moment: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Σ G_n, ‖G_n‖² and Σ G_n² of chunks [n, *shape], which may be changed."""
+    second = torch.zeros_like(total) if second_moment else None
+    sq_norms, start = total.new_empty(samples), 0
+    for chunk in grads:
+        count = len(chunk)
+        total += chunk[0] if count == 1 else chunk.sum(0)
+        sq_norms[start : start + count] = torch.linalg.vector_norm(chunk.flatten(1), dim=1).square()
+        start += count
+        if second is not None:
+            second += chunk.square_().sum(0)
+    return total, sq_norms, second

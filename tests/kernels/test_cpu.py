@@ -1,0 +1,60 @@
+"""The CPU's forms of the kernels against their definitions."""
+
+import itertools
+
+import pytest
+import torch
+
+from adabatch.kernels import cpu, reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}
+CONVOLUTIONS = [
+    # samples, channels, inputs, width_out, kernel, stride, padding, dilation, groups
+    (5, 3, (9, 8), 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (5, 3, (9, 8), 4, (3, 2), (2, 3), (2, 1), (2, 1), 1),
+    (3, 6, (20, 21), 4, (3, 3), (1, 1), (0, 0), (1, 1), 1),
+    (3, 6, (7, 7), 4, (1, 1), (2, 2), (0, 0), (1, 1), 1),
+    (3, 4, (7, 7), 6, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    (4, 2, (11,), 3, (4,), (3,), (1,), (2,), 1),
+    (2, 2, (4, 5, 3), 3, (2, 3, 1), (1, 2, 1), (1, 1, 0), (1, 1, 1), 1),
+    (0, 3, (6, 6), 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+]
+
+
+def close(actual, expected, rtol):
+    largest = float(expected.abs().max()) if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * largest)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(5, 1, 7, 3), (4, 2, 64, 32), (4, 13, 6, 5), (3, 9, 400, 400), (1, 5, 3, 2), (0, 4, 3, 2)], ids=str)
+@pytest.mark.parametrize("second_moment", [False, True])
+def test_linear(shape, dtype, second_moment):
+    samples, positions, width_in, width_out = shape
+    torch.manual_seed(0)
+    a, b = torch.randn(samples, positions, width_in).to(dtype), torch.randn(samples, positions, width_out).to(dtype)
+    actual = cpu.weight_grad_moments(a, b, second_moment=second_moment)
+    per_sample = torch.einsum("nto,nti->noi", b.double(), a.double())
+    expected = per_sample.sum(0), per_sample.flatten(1).square().sum(1), per_sample.square().sum(0)
+    for got, wanted in itertools.islice(zip(actual, expected, strict=True), 2 + second_moment):
+        close(got.double(), wanted.double(), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolution(case, dtype):
+    samples, channels, sizes, width_out, kernel, stride, padding, dilation, groups = case
+    torch.manual_seed(0)
+    a = torch.randn(samples, channels, *sizes).to(dtype)
+    weight_shape = (width_out, channels // groups, *kernel)
+    reaches = [gap * (length - 1) for gap, length in zip(dilation, kernel, strict=True)]
+    outputs = [(size + 2 * pad - reach - 1) // step + 1 for size, pad, reach, step in zip(sizes, padding, reaches, stride, strict=True)]
+    b = torch.randn(samples, width_out, *outputs).to(dtype)
+    geometry = (weight_shape, stride, padding, dilation, groups)
+    grad, sq_norms, second = cpu.conv_weight_grad_moments(a, b, *geometry, second_moment=True)
+    per_sample = reference.conv_grad_sample(a.double(), b.double(), *geometry)
+    close(grad.double(), per_sample.sum(0), TOLERANCE[dtype])
+    close(sq_norms.double(), per_sample.flatten(1).square().sum(1), TOLERANCE[dtype])
+    close(second.double(), per_sample.square().sum(0), TOLERANCE[dtype])
+    if samples:
+        close(cpu.conv_sq_norms(a, b, *geometry).double(), sq_norms.double(), TOLERANCE[dtype])
