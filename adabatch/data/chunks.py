@@ -141,14 +141,14 @@ class ChunkBuffer:
     """
 
     def __init__(self, replies: Iterator[Reply], cut: Callable, join: Callable, received: Callable[[Reply], Reply] = lambda reply: reply):
-        self._replies, self._cut, self._join, self._received = replies, cut, join, received
+        self.replies, self._cut, self._join, self._received = replies, cut, join, received
         self._parts: deque[tuple[Any, int, int]] = deque()
         self._held = 0
 
     def fill(self, size: int) -> int:
         """Wait until `size` samples are here or no more come; the smaller of `size` and what is here."""
         while self._held < size:
-            reply = next(self._replies, None)
+            reply = next(self.replies, None)
             if reply is None:
                 break
             reply = self._received(reply)
@@ -173,7 +173,7 @@ class ChunkBuffer:
 
     def finish(self) -> None:
         """Let the engine come to its end, so that its workers do too; what it still gives is dropped."""
-        for _ in self._replies:
+        for _ in self.replies:
             pass
 
     def put_back(self, batch: Any, size: int) -> None:

@@ -51,8 +51,13 @@ class Deliveries:
                 self._buffer.finish()
             sampler._go_to(sampler.epoch + 1)
         finally:
-            # It holds this object's methods: without the cycle, loader and workers go as soon as they are let go of.
-            self._buffer = None
+            self._close()
+
+    def _close(self) -> None:
+        buffer, self._buffer = self._buffer, None  # it holds this object's methods: the cycle would keep loader and workers
+        if buffer is not None and not self._loader.persistent_workers:
+            # At once, and not when the last traceback that holds the engine's iterator is let go of.
+            getattr(buffer.replies, "_shutdown_workers", lambda: None)()
 
     def _new_epoch(self) -> Epoch:
         loader = self._loader

@@ -1,0 +1,201 @@
+"""Cutting and joining: whatever collate_fn makes, what comes out of chunks is what one whole batch would have been."""
+
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, default_collate
+
+from adabatch import AdaptiveDataLoader
+from adabatch.data import pad_right
+from adabatch.data.joining import cut, join, learn_layout
+
+Pair = namedtuple("Pair", "first second")
+
+
+@dataclass
+class Record:
+    values: torch.Tensor
+    names: list
+
+
+@dataclass(frozen=True)
+class Frozen:
+    values: torch.Tensor
+    n_classes: int
+
+
+def images(samples):
+    """As detection models take them: a tuple of images, three channels each, and a tuple of dicts."""
+    return tuple(torch.full((3, 2, 2), float(s)) for s in samples), tuple({"box": torch.tensor([s, s])} for s in samples)
+
+
+COLLATES = {
+    "tensor": default_collate,
+    "numpy": lambda samples: np.stack([np.full((2, 2), s) for s in samples]),
+    "tuple": lambda samples: (torch.tensor(samples), torch.tensor(samples).float()),
+    "fields": lambda samples: [torch.tensor(samples), [torch.tensor(samples) + 1]],
+    "namedtuple": lambda samples: Pair(torch.tensor(samples), [str(s) for s in samples]),
+    "dict": lambda samples: {"x": torch.tensor(samples), "deep": {"y": torch.tensor(samples)[:, None] * torch.ones(3)}},
+    "ordered": lambda samples: OrderedDict(b=torch.tensor(samples), a=tuple(str(s) for s in samples)),
+    "user-dict": lambda samples: UserDict(x=torch.tensor(samples), n=3),
+    "strings": lambda samples: [str(s) for s in samples],
+    "dataclass": lambda samples: Record(torch.tensor(samples), [str(s) for s in samples]),
+    "frozen": lambda samples: Frozen(torch.tensor(samples), 10),
+    "detection": images,
+    "time-first": lambda samples: torch.tensor(samples).expand(5, -1),
+    "samples-and-channels": lambda samples: {"image": torch.tensor(samples)[:, None, None] * torch.ones(3, 3), "none": None},
+}
+
+
+def same(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, np.ndarray):
+        assert np.array_equal(one, other)
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            same(mine, theirs)
+    elif hasattr(one, "keys"):
+        assert list(one) == list(other)
+        for key in one:
+            same(one[key], other[key])
+    elif hasattr(one, "__dataclass_fields__"):
+        same(vars(one), vars(other))
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("collate", COLLATES.values(), ids=COLLATES)
+@pytest.mark.parametrize("sizes", [[3, 2, 4], [2, 2], [1, 3], [3, 3, 3]])
+def test_joined_and_cut_batches_are_whole_ones(collate, sizes):
+    samples = list(range(10, 10 + sum(sizes)))
+    layout = learn_layout(collate, samples[0])
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    joined = join([collate(samples[start : start + size]) for start, size in zip(starts, sizes, strict=True)], layout)
+    same(joined, collate(samples))
+    for start in range(len(samples)):
+        for stop in range(start + 1, len(samples) + 1):
+            same(cut(joined, layout, start, stop), collate(samples[start:stop]))
+
+
+class Given(Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return index
+
+
+@pytest.mark.parametrize("collate", [COLLATES["dict"], images, COLLATES["dataclass"], COLLATES["namedtuple"]])
+def test_through_workers(collate):
+    loader = AdaptiveDataLoader(Given(), 4, num_workers=1, collate_fn=collate)
+    sizes, at = [4, 9, 2, 2, 17, 3, 3], 0
+    for size, batch in zip(sizes, loader, strict=True):
+        same(batch, collate(list(range(at, at + size))))
+        at += size
+        loader.batch_size = sizes[min(len(loader.recent), len(sizes) - 1)]
+
+
+def test_slices_of_a_chunk_may_be_changed_in_place():
+    loader = AdaptiveDataLoader(torch.ones(8, 2), 8, num_workers=1)
+    iterator = iter(loader)
+    loader.batch_size = 4
+    first = next(iterator)
+    weight = torch.ones(2, requires_grad=True)
+    loss = (first * weight).sum()
+    second = next(iterator)
+    second += 1
+    loss.backward()
+    assert torch.equal(first, torch.ones(4, 2))
+
+
+def ragged(samples):
+    return {
+        "tokens": pad_sequence([torch.arange(1, s % 5 + 2) for s in samples], batch_first=True),
+        "labels": pad_sequence([torch.arange(1, s % 5 + 2) for s in samples], batch_first=True, padding_value=-100),
+        "length": torch.tensor([s % 5 + 1 for s in samples]),
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_padded_sequences_are_padded_to_one_length(workers):
+    join_fn = partial(pad_right, padding_value={"labels": -100})
+    loader = AdaptiveDataLoader(Given(), 3, num_workers=workers, collate_fn=ragged, join_fn=join_fn)
+    at = 0
+    for batch in loader:
+        n = len(batch["length"])
+        whole = ragged(list(range(at, at + n)))
+        width = whole["tokens"].shape[1]
+        for name, padding in (("tokens", 0), ("labels", -100)):
+            assert torch.equal(batch[name][:, :width], whole[name])
+            assert bool((batch[name][:, width:] == padding).all())
+        at += n
+        loader.batch_size = 3 + at % 7
+    assert at == 40
+
+
+def test_padded_sequences_without_a_join_fn_are_refused_with_the_cure():
+    loader = AdaptiveDataLoader(Given(), 3, num_workers=1, collate_fn=ragged)
+
+    def loop():
+        for _ in loader:
+            loader.batch_size = 8
+
+    with pytest.raises(ValueError, match=r"at \['tokens'\]: shapes .* differ beyond axis 0.*join_fn=.*pad_right.*collate_in='consumer'"):
+        loop()
+
+
+def mixup(samples):
+    """Needs the whole batch: each sample with the one from the other end."""
+    values = torch.tensor(samples).float()
+    return values + values.flip(0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_collate_fn_that_sees_the_whole_batch(workers):
+    loader = AdaptiveDataLoader(Given(), 4, num_workers=workers, collate_fn=mixup, collate_in="consumer")
+    at = 0
+    for size in (4, 11, 3, 22):
+        loader.batch_size = size
+        if at == 0:
+            iterator = iter(loader)
+        assert torch.equal(next(iterator), mixup(list(range(at, at + size))))
+        at += size
+
+
+REFUSED = {
+    "square": (lambda samples: torch.ones(len(samples), len(samples)), r"a batch of one has shape \(1, 1\), a batch of two \(2, 2\)"),
+    "raises": (lambda samples: 1 / 0 if len(samples) < 3 else torch.tensor(samples), "raised ZeroDivisionError"),
+    "shared": (lambda samples: {"x": torch.tensor(samples), "first": samples[0]}, r"at \['first'\]: what does not grow with the batch differs"),
+}
+
+
+@pytest.mark.parametrize(("collate", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_joined_is_explained(collate, message):
+    loader = AdaptiveDataLoader(Given(), 4, num_workers=1, collate_fn=collate, timeout=60)
+
+    def loop():
+        for _ in loader:
+            loader.batch_size = 7
+
+    with pytest.raises(ValueError, match=message):
+        loop()
+
+
+def test_a_collate_fn_that_takes_samples_apart_is_not_disturbed():
+    def collate(samples):
+        return torch.tensor([sample.pop("x") for sample in samples])
+
+    class Dicts(Given):
+        def __getitem__(self, index):
+            return {"x": index}
+
+    loader = AdaptiveDataLoader(Dicts(), 4, num_workers=1, collate_fn=collate)
+    assert torch.cat(list(loader)).tolist() == list(range(40))
