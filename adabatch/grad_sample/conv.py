@@ -41,14 +41,25 @@ def conv_grad_sample(layer: _Conv, activations: Tensor, backprops: Tensor) -> di
         )
     factors: dict[str, Factor] = {}
     if layer.weight.requires_grad:
-        padding = tuple(left for left, right in _padding_sides(layer))
-        if layer.padding_mode != "zeros" or any(left != right for left, right in _padding_sides(layer)):
+        padding = symmetric_padding(layer)
+        if padding is None:
             activations, padding = _pad(layer, activations), (0,) * dims
         shape = tuple(layer.weight.shape)
         factors["weight"] = ConvOuter(activations, backprops, shape, tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
     if layer.bias is not None and layer.bias.requires_grad:
         factors["bias"] = Dense(backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops)))
     return factors
+
+
+def symmetric_padding(layer: _Conv) -> tuple[int, ...] | None:
+    """The layer's padding with zeros, one number per dimension, or None where it is of another kind or unequal on the two sides.
+
+    Example:
+        >>> symmetric_padding(nn.Conv1d(1, 1, 3, padding="same")), symmetric_padding(nn.Conv1d(1, 1, 4, padding="same"))
+        ((1,), None)
+    """
+    sides = _padding_sides(layer)
+    return None if layer.padding_mode != "zeros" or any(left != right for left, right in sides) else tuple(left for left, right in sides)
 
 
 def _padding_sides(layer: _Conv) -> list[tuple[int, int]]:

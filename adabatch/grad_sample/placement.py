@@ -21,7 +21,8 @@ from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.probe import ProbeSet
 from adabatch.grad_sample.recipes import Consumption
 from adabatch.grad_sample.rows import RowSampler
-from adabatch.grad_sample.taps import CallTap, ListeningTap, Stash, TapSite
+from adabatch.grad_sample.taking import take, takes_over
+from adabatch.grad_sample.taps import CallTap, Stash, TapSite, listen
 from adabatch.grad_sample.tracing import READS_OUTPUT, ParameterTracer
 from adabatch.grad_sample.witness import FirstPassWitness
 
@@ -237,12 +238,9 @@ class TapPlacer:
         inputs = args[0] if args else next(iter(kwargs.values()))
         n_samples = self._samples_in(site, output)
         rows, length = self._rows(n_samples, output.device)
-        activations = site.layout.split(inputs.detach(), n_samples)
-        if rows is not None and not site.mixes_samples:
-            activations = activations.index_select(0, rows)
         probe = self._probes.on(output.device)
-        told = None if site.layout.tells_size else n_samples
-        return ListeningTap.apply(output, activations, rows, probe.report(site.index), site, told, *self._extras(site, probe, length))
+        tap = take if takes_over(site, layer, inputs, output, rows, n_samples, self._second_moment) else listen
+        return tap(site, inputs, output, rows, n_samples, probe.report(site.index), self._extras(site, probe, length))
 
     @uncompiled
     def _tap_call(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -87,6 +87,8 @@ class TapSite:
         deferred: True when a parameter of this layer has several uses: factors are stashed, squared when the pass has ended.
         layout: how the samples lie in its input and output.
         calls: forward passes through the layer since the last harvest (eager mode).
+        takes: whether its last tap was a taking one, so that activation checkpointing places the same again.
+        shapes: of its last input and output, samples first (eager mode), for the cost model.
     """
 
     name: str
@@ -99,6 +101,8 @@ class TapSite:
     layout: Layout = Layout.BATCH_FIRST
     deferred: bool = False
     calls: int = 0
+    takes: bool = False
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @classmethod
     def all_of(cls, plan: Plan, row_of: Mapping[str, int], stash: Stash, layouts: Mapping[str, Layout]) -> list[TapSite]:
@@ -142,27 +146,42 @@ class TapSite:
 
 def _extras(site: TapSite, factors: dict[str, Factor], dtype: torch.dtype, n_extras: int) -> list[Tensor | None]:
     """Gradients of a tap's extra inputs: the probe rows, then the second moments if they were asked for."""
-    extras = _probe_gradients(site, factors, dtype)
+    extras = sums_by_row(site, {name: factor.sq_norms() for name, factor in factors.items()}, dtype)
     if n_extras > len(extras):
         extras += [factors[name].second_moment() if name in factors else None for name in site.parameters]
     return extras
 
 
-def _probe_gradients(site: TapSite, factors: dict[str, Factor], dtype: torch.dtype) -> list[Tensor | None]:
+def sums_by_row(site: TapSite, sq_norms: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor | None]:
     """Squared norms [S] of each of the site's probe rows: the sum over the parameters that share the row, None where all of them are frozen."""
     norms: dict[int, Tensor] = {}
-    for name, factor in factors.items():
-        row, value = site.rows[name], factor.sq_norms().to(dtype)
+    for name, value in sq_norms.items():
         if value.dim() != 1:
             raise RuntimeError(f"the rule of {site.name} gave squared norms of shape {tuple(value.shape)}; one value per sample was expected")
-        norms[row] = norms[row] + value if row in norms else value
+        row = site.rows[name]
+        norms[row] = norms[row] + value.to(dtype) if row in norms else value.to(dtype)
     return [norms.get(row) for row in site.probe_rows]
 
 
-def _report(backprops: Tensor, dtype: torch.dtype, n_samples: int) -> Tensor:
+def keep_uses(site: TapSite, factors: dict[str, Factor], rows: Tensor | None) -> None:
+    """Put the factors of a layer aside until the pass has ended."""
+    if rows is None and site.stash.witness is not None:
+        site.stash.witness.hear(site.parameters, factors)
+    site.stash.add([Use(site.parameters[name], factor) for name, factor in factors.items()])
+
+
+def report_of(backprops: Tensor, dtype: torch.dtype, n_samples: int) -> Tensor:
     """(1, N) as a tensor [2]: this use of the layer, and how many samples its output has."""
     one = backprops.new_ones((1,), dtype=dtype)
     return torch.cat((one, one.new_full((1,), n_samples)))
+
+
+def listen(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, n_samples: int, report: Tensor, extras: list[Tensor]) -> Tensor:
+    """The layer's output behind a listening tap."""
+    activations = site.layout.split(inputs.detach(), n_samples)
+    if rows is not None and not site.mixes_samples:
+        activations = activations.index_select(0, rows)
+    return ListeningTap.apply(output, activations, rows, report, site, None if site.layout.tells_size else n_samples, *extras)
 
 
 class ListeningTap(torch.autograd.Function):
@@ -200,13 +219,11 @@ class ListeningTap(torch.autograd.Function):
             n_samples = site.layout.size(backprops) if ctx.n_samples is None else ctx.n_samples
             factors = site.factors(activations, backprops, rows, n_samples)
             if site.deferred or site.calls > 1:
-                if rows is None and site.stash.witness is not None:
-                    site.stash.witness.hear(site.parameters, factors)
-                site.stash.add([Use(site.parameters[name], factor) for name, factor in factors.items()])
+                keep_uses(site, factors, rows)
                 extras = [None] * ctx.n_extras
             else:
                 extras = _extras(site, factors, ctx.dtype, ctx.n_extras)
-        return backprops, None, None, _report(backprops, ctx.dtype, n_samples), None, None, *extras
+        return backprops, None, None, report_of(backprops, ctx.dtype, n_samples), None, None, *extras
 
 
 class CallTap(torch.autograd.Function):
@@ -242,4 +259,4 @@ class CallTap(torch.autograd.Function):
                 extras = [None] * ctx.n_extras
             else:
                 extras = _extras(site, factors, ctx.dtype, ctx.n_extras)
-        return None, None, None, None, _report(backprops[0], ctx.dtype, ctx.n_samples), None, None, *backprops, *[None] * ctx.n_inputs, *extras
+        return None, None, None, None, report_of(backprops[0], ctx.dtype, ctx.n_samples), None, None, *backprops, *[None] * ctx.n_inputs, *extras
