@@ -34,6 +34,7 @@ class GradientMoments:
         indices: rows of the batch that were measured, [s] (passes one after another), or None for all.
         by_group: {index of the parameter group: its GradientMoments}, when there are several groups.
         by_parameter: {name: ‖g_i‖² of that parameter, [s]}, on request.
+        parameter_grad_sq_norms, parameter_dots: ‖g‖² {name: number} and ⟨g_i, g⟩ {name: [s]} of each parameter alone, with by_parameter; the latter with dots.
         second_moment: {name: Σ_i g_i² over the measured samples, elementwise, of the parameter's shape}, on request.
         dots: ⟨g_i, g⟩ [s], on request. With them T̂ is never negative, and far steadier where s < m and the signal is strong.
         weights: w_i [s], float64, where the samples weigh unequally; None for all 1. They need dots.
@@ -56,6 +57,8 @@ class GradientMoments:
     indices: Tensor | None = None
     by_group: dict[int, GradientMoments] = field(default_factory=dict)
     by_parameter: dict[str, Tensor] = field(default_factory=dict)
+    parameter_grad_sq_norms: dict[str, float] = field(default_factory=dict)
+    parameter_dots: dict[str, Tensor] = field(default_factory=dict)
     second_moment: dict[str, Tensor] = field(default_factory=dict)
     dots: Tensor | None = None
     weights: Tensor | None = None
@@ -104,38 +107,48 @@ class GradientMoments:
 
     @property
     def std_error(self) -> float:
-        """Standard error of T̂ as an estimate of the data's tr Cov(g_i): c·sd_S(d_i)/√s, sd with divisor s − 1.
+        """Standard error of T̂ as an estimate of the data's tr Cov(g_i): c·√(var_S(d_i)/s · ((m − 1)² + s − 1)/(m(m − 2))), var with divisor s − 1.
+
+        The last factor takes out that all d_i share one g, so that they spread less than independent ones would: exact for normal gradients (8 % of the error
+        at m = s = 8), to first order in 1/m for others.
 
         Raises:
-            ValueError: measured without dots, or fewer than two samples.
+            ValueError: measured without dots, fewer than two measured samples, or a batch of two, in which both lie at the same distance from their mean.
         """
         terms = self._terms("std_error")
         self._check_size()
         if self.n_measured < 2:
             raise ValueError("the standard error needs at least 2 measured samples, got 1: measure more (samples=)")
-        return float(terms.std()) / math.sqrt(self.n_measured) / (1 - 1 / self._m_eff)
+        m, s = self._m_eff, self.n_measured
+        if m <= 2:
+            raise ValueError(f"the standard error needs a batch of at least 3 samples, got {self.batch_size}: of two, both lie at one distance from their mean")
+        shared = ((m - 1) ** 2 + s - 1) / (m * (m - 2))
+        return float(terms.std()) * math.sqrt(shared / s) / (1 - 1 / m)
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """(low, high), T̂ ∓ t·std_error, t the quantile of Student's distribution with s − 1 degrees of freedom; low is not cut off at 0.
+        """(low, high) = (T̂/(1 + t·r), T̂/(1 − t·r)), r = std_error/T̂, t the quantile of Student's distribution with s − 1 degrees of freedom.
 
-        Where ‖g_i − g‖² is skewed it covers less than its level until s is large: for linear regression on 8 normal inputs 90 % intervals covered .84 of
-        4000 runs at s = 64 and .89 at s = 256.
+        The error of a variance grows with the variance: r is taken to hold at the true T, so that T̂ is compared with T at an error of r·T. T̂ ∓ t·std_error
+        would be too low too often, as a T̂ that is low by chance brings a low error with it (.73 against .82 of 4,000 runs for linear regression on 8 normal
+        inputs at s = 8). high is infinite where t·r >= 1. Where ‖g_i − g‖² has heavy tails it covers less than its level until s is large: there .82, .87 and
+        .89 for s = 8, 64 and 256; for normal gradients .88 to .90 from s = 8 on.
 
         Raises:
-            ValueError: measured without dots, fewer than two samples, or a level outside (0, 1).
+            ValueError: measured without dots, too few samples for an error, or a level outside (0, 1).
 
         Example:
             >>> import torch
             >>> grads = torch.tensor([1.0, 2.0, 3.0, 6.0])
             >>> moments = GradientMoments(4, sq_norms=grads**2, grad_sq_norm=9.0, dots=3 * grads)
             >>> moments.variance_trace, [round(end, 2) for end in moments.interval(0.5)]
-            (4.666666666666667, [2.61, 6.73])
+            (4.666666666666667, [2.96, 11.04])
         """
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, both excluded, got {level!r}; 0.9 is usual")
-        error = self.std_error
-        half = float(stdtrit(self.n_measured - 1, (1 + level) / 2)) * error
-        return self.variance_trace - half, self.variance_trace + half
+        trace, half = self.variance_trace, float(stdtrit(self.n_measured - 1, (1 + level) / 2)) * self.std_error
+        if not trace > 0:
+            return 0.0, half
+        return trace**2 / (trace + half), trace**2 / (trace - half) if half < trace else math.inf
 
     @property
     def inner_product_variance(self) -> float:

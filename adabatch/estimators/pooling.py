@@ -101,6 +101,8 @@ def pool_passes(
         dots=None if dots is None else torch.stack(dots).sum(0),
         by_group=by_group if len(groups) > 1 else {},
         by_parameter=dict(zip(row_names, rows, strict=True)) if row_names else {},
+        parameter_grad_sq_norms=dict(zip(row_names, batch_norms, strict=True)) if row_names else {},
+        parameter_dots=dict(zip(row_names, dots, strict=True)) if row_names and dots is not None else {},
         second_moment=_second_moments(passes, per_pass),
         **common,
     )
