@@ -141,7 +141,7 @@ class GradientMoments:
             >>> grads = torch.tensor([1.0, 2.0, 3.0, 6.0])
             >>> moments = GradientMoments(4, sq_norms=grads**2, grad_sq_norm=9.0, dots=3 * grads)
             >>> moments.variance_trace, [round(end, 2) for end in moments.interval(0.5)]
-            (4.666666666666667, [2.96, 11.04])
+            (4.666666666666667, [3.03, 10.16])
         """
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, both excluded, got {level!r}; 0.9 is usual")
