@@ -75,7 +75,7 @@ def wrap(
         loss_fn: (model, batch) -> the loss that is differentiated, for 'auto'.
         estimator: 'per_sample', or 'micro_batch': from the gradients of micro-batches, at least two a batch, for models that cannot be measured per sample.
         lr_scheduler, max_grad_norm: run by optimizer.step() after the last micro-batch's step, and before it. So is grad_scaler's whole part, where any of
-            these or max_micro_batch_size is given.
+            these or max_micro_batch_size is given. CABS is told of the clipping.
         scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, ladder, spill, short_batch, coupling, base_batch_size, scale_betas,
             diagnostics.
 
@@ -108,6 +108,8 @@ def wrap(
     adaptive = loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
     coupling = scheduler_options.get("coupling", "none")
     controller = CABS() if controller is None and coupling != "seesaw" else controller
+    if max_grad_norm is not None and hasattr(controller, "clips"):
+        controller.clips(max_grad_norm)
     needs = bind_controller(controller, optimizer, effective_lr)
     asked = samples is not None or dots or "every" in scheduler_options
     micro = MicroBatching(adaptive, max_micro_batch_size, accumulate, estimator, loss_fn)

@@ -74,6 +74,12 @@ class Controller:
             if hasattr(part, "bind"):
                 part.bind(optimizer, effective_lr, parameters)
 
+    def clips(self, max_grad_norm: float) -> None:
+        """Called by wrap(max_grad_norm=): optimizer.step() clips the gradient to this norm."""
+        for part in self.parts:
+            if hasattr(part, "clips"):
+                part.clips(max_grad_norm)
+
     def lr_rule(self) -> Callable[[int], float] | None:
         """A function of the batch size, giving the factor on the lr of the steps to come, which stays as it is when the controller goes on; or None."""
         rules = [part.lr_rule() for part in self.parts if hasattr(part, "lr_rule")]

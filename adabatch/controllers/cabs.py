@@ -43,7 +43,7 @@ class CABS(Controller):
         f_star: floor of the loss, F*; 0 as published. Losses with an entropy floor, label smoothing or weight decay inside need their own; or 'auto'.
         smoothing: μ of both averages, 0 <= μ < 1.
         eps: added to the denominator, >= 0.
-        max_grad_norm: what the loop clips the gradient's norm to (clip_grad_norm_), None if it does not.
+        max_grad_norm: what the loop clips the gradient's norm to (clip_grad_norm_), None if it does not; wrap(max_grad_norm=) hands its own on.
 
     Raises:
         ValueError: an argument out of range.
@@ -72,8 +72,6 @@ class CABS(Controller):
         self.trace, self.loss = MovingAverage(smoothing), MovingAverage(smoothing)
         self.clipping = None if max_grad_norm is None else MovingAverage(smoothing)
         self.floor = LossFloor() if f_star == "auto" else None
-        parts = {"trace": self.trace, "loss": self.loss, "clipping": self.clipping, "floor": self.floor}
-        self.saved = tuple(name for name, part in parts.items() if part is not None)
         self._optimizer: Optimizer | None = None
         self._parameters: dict[str, Any] = {}
 
@@ -81,6 +79,22 @@ class CABS(Controller):
     def reference(cls, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0) -> ReferenceCABS:
         """The authors' TensorFlow code, number for number: see `ReferenceCABS`."""
         return ReferenceCABS(scale, smoothing, eps)
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """The averages in use."""
+        return tuple(name for name in ("trace", "loss", "clipping", "floor") if getattr(self, name) is not None)
+
+    def clips(self, max_grad_norm: float) -> None:
+        """Take what optimizer.step() clips the gradient's norm to: see `Controller.clips`.
+
+        Raises:
+            ValueError: another norm was given before.
+        """
+        if self.max_grad_norm not in (None, max_grad_norm):
+            raise ValueError(f"CABS(max_grad_norm={self.max_grad_norm!r}) but wrap(max_grad_norm={max_grad_norm!r}): give it to wrap alone")
+        self.max_grad_norm = max_grad_norm
+        self.clipping = MovingAverage(self.smoothing) if self.clipping is None else self.clipping
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
         """Take one step's raw moments and raw loss, and the base effective lr (the plain one where there is a preconditioner); give the wish in samples.
