@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from scipy.special import stdtrit
 from torch import Tensor
 
+from adabatch.estimators.totals import Totals
+
 NO_DOTS = (
     "{name} needs the inner products of the per-sample gradients with their mean: the spread of the norms alone is not the error of the trace, as the noise "
     "of ‖g‖² is correlated with it. Measure with GradSampleHooks(model, dots=True), or take the error of the smoothed trace from its residuals from step to "
@@ -39,6 +41,10 @@ class GradientMoments:
         dots: ⟨g_i, g⟩ [s], on request. With them T̂ is never negative, and far steadier where s < m and the signal is strong.
         weights: w_i [s], float64, where the samples weigh unequally; None for all 1. They need dots.
         corrections: factors [s] on the terms of T̂ where accumulated passes had unequal sizes; None for all 1.
+        share: the part of the step's samples that this process had, where several processes share a batch and `totals` is still to come; grad_sq_norm is
+            then this process's part of ‖g‖².
+        totals: where several processes share a batch: means over the samples of all of them, from which T̂ and the rest are then worked out. batch_size,
+            grad_sq_norm and n_measured are those of the whole batch, the same on every process; tensors with one value a sample are of this process's alone.
 
     Raises:
         ValueError: weights without dots.
@@ -63,6 +69,8 @@ class GradientMoments:
     dots: Tensor | None = None
     weights: Tensor | None = None
     corrections: Tensor | None = None
+    share: float = 1.0
+    totals: Totals | None = None
 
     def __post_init__(self):
         if self.weights is not None and self.dots is None:
@@ -71,17 +79,17 @@ class GradientMoments:
     @property
     def n_measured(self) -> int:
         """s, the number of measured samples."""
-        return len(self.sq_norms)
+        return len(self.sq_norms) if self.totals is None else self.totals.n_measured
 
     @property
     def mean_sq_norm(self) -> float:
         """mean over the measured samples of ‖g_i‖²."""
-        return float(self.sq_norms.double().mean())
+        return float(self.sq_norms.double().mean()) if self.totals is None else self.totals.mean_sq_norm
 
     @property
     def biased_variance_trace(self) -> float:
         """mean ‖g_i‖² − ‖g‖², with dots mean_S d_i: the trace with divisor m, as reference implementations of CABS use it."""
-        return self.mean_sq_norm - self.grad_sq_norm if self.dots is None else float(self._terms("biased_variance_trace").mean())
+        return self.mean_sq_norm - self.grad_sq_norm if self.dots is None else self._mean_term()
 
     @property
     def centred_sq_norms(self) -> Tensor:
@@ -112,18 +120,24 @@ class GradientMoments:
         The last factor takes out that all d_i share one g, so that they spread less than independent ones would: exact for normal gradients (8 % of the error
         at m = s = 8), to first order in 1/m for others.
 
+        Of an estimate from the gradients of k processes (totals.degrees_of_freedom: f = k − 1) T̂·√(2/f): that of noise in one direction; noise in many
+        directions of like size has less.
+
         Raises:
             ValueError: measured without dots, fewer than two measured samples, or a batch of two, in which both lie at the same distance from their mean.
         """
-        terms = self._terms("std_error")
         self._check_size()
+        if self.totals is not None and self.totals.degrees_of_freedom:
+            return self.variance_trace * math.sqrt(2 / self.totals.degrees_of_freedom)
+        if self.dots is None:
+            raise ValueError(NO_DOTS.format(name="std_error"))
         if self.n_measured < 2:
             raise ValueError("the standard error needs at least 2 measured samples, got 1: measure more (samples=)")
         m, s = self._m_eff, self.n_measured
         if m <= 2:
             raise ValueError(f"the standard error needs a batch of at least 3 samples, got {self.batch_size}: of two, both lie at one distance from their mean")
         shared = ((m - 1) ** 2 + s - 1) / (m * (m - 2))
-        return float(terms.std()) * math.sqrt(shared / s) / (1 - 1 / m)
+        return self._term_spread() * math.sqrt(shared / s) / (1 - 1 / m)
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """(low, high) = (T̂/(1 + t·r), T̂/(1 − t·r)), r = std_error/T̂, t the quantile of Student's distribution with s − 1 degrees of freedom.
@@ -160,6 +174,8 @@ class GradientMoments:
         if self.dots is None:
             raise ValueError(NO_DOTS.format(name="inner_product_variance"))
         self._check_size()
+        if self.totals is not None:
+            return self.totals.mean_inner / (1 - 1 / self._m_eff)
         squares = (self.dots.double() - (1.0 if self.weights is None else self.weights) * self.grad_sq_norm).square()
         return float((squares if self.corrections is None else self.corrections * squares).mean()) / (1 - 1 / self._m_eff)
 
@@ -181,14 +197,24 @@ class GradientMoments:
     @property
     def is_finite(self) -> bool:
         """Whether all moments are finite numbers."""
+        if self.totals is not None:
+            return math.isfinite(self.grad_sq_norm) and math.isfinite(self.mean_sq_norm)
         parts = (self.sq_norms,) if self.dots is None else (self.sq_norms, self.dots)
         return math.isfinite(self.grad_sq_norm) and all(bool(part.isfinite().all()) for part in parts)
 
-    def _terms(self, name: str) -> Tensor:
+    def _terms(self) -> Tensor:
         """Values [s] whose mean is T̂·(1 − 1/m_eff)."""
-        if self.dots is None:
-            raise ValueError(NO_DOTS.format(name=name))
         return self.centred_sq_norms if self.corrections is None else self.corrections * self.centred_sq_norms
+
+    def _mean_term(self) -> float:
+        return float(self._terms().mean()) if self.totals is None else self.totals.mean_term
+
+    def _term_spread(self) -> float:
+        """Their standard deviation, divisor s − 1."""
+        if self.totals is None:
+            return float(self._terms().std())
+        s = self.n_measured
+        return math.sqrt(max(0.0, self.totals.mean_square_term - self.totals.mean_term**2) * s / (s - 1))
 
     def _check_size(self) -> None:
         if self._m_eff <= 1:

@@ -32,6 +32,7 @@ class BackwardPass:
         indices: the measured rows [s], or None for all.
         second_moments: {parameter name: Σ_i contribution_i²}, on request.
         dots: for each probe row ⟨contribution of sample i, the step's finished gradient⟩ [s], or None where no parameter of the row took part; on request.
+        share: where processes share a batch, the part of the pass's samples over all processes that this one had.
     """
 
     batch_size: int
@@ -39,6 +40,12 @@ class BackwardPass:
     indices: Tensor | None
     second_moments: dict[str, Tensor] = field(default_factory=dict)
     dots: list[Tensor | None] | None = None
+    share: float = 1.0
+
+    @property
+    def whole(self) -> float:
+        """m_j, samples in the pass over all processes."""
+        return self.batch_size / self.share
 
 
 def pool_passes(
@@ -51,6 +58,7 @@ def pool_passes(
     row_names: Sequence[str] | None = None,
     weights: Tensor | Sequence[float] | None = None,
     by_samples: bool = False,
+    world_size: int = 1,
 ) -> GradientMoments:
     """Pool the passes of one step.
 
@@ -63,6 +71,8 @@ def pool_passes(
         row_names: parameter name of each row, if each parameter has one.
         weights: of the samples, [m], one pass after another, on any scale: numbers of tokens for instance. None: all alike.
         by_samples: pass j's share of the gradient is m_j/m, put on after the taps (micro-batches), and not 1/k, divided out of the loss.
+        world_size: W processes share each pass, of which this one had `share`: its gradients were multiplied by W·share (by W for a summed loss) before they
+            were averaged over the processes.
 
     Returns:
         GradientMoments with T̂ unbiased: equal passes give m_eff = m, unequal ones m_eff = k²/Σ_j(1/m_j).
@@ -70,18 +80,21 @@ def pool_passes(
     Raises:
         ValueError: weights that are no m numbers >= 0 with a positive sum in each pass; weights under a summed loss, or without dots.
     """
-    batch_size = sum(step.batch_size for step in passes)
+    whole_size = sum(step.whole for step in passes)
+    batch_size = round(whole_size)
     k = len(passes)
     mean = loss_reduction == "mean"
-    common = {"batch_size": batch_size, "indices": _indices(passes)}
+    loss_scale *= world_size
+    share = sum(step.batch_size for step in passes) / whole_size if batch_size else 1.0
+    common = {"batch_size": batch_size, "indices": _indices(passes), "share": share}
     if weights is None:
-        per_pass = [(step.batch_size * (1 if by_samples else k) if mean else 1) / loss_scale for step in passes]
+        per_pass = [(step.whole * (1 if by_samples else k) if mean else 1) / loss_scale for step in passes]
         common |= {"effective_batch_size": _effective(passes) if mean and not by_samples else None}
         common |= {"corrections": _corrections(passes, common["effective_batch_size"])}
     else:
-        per_pass = [(step.batch_size if by_samples else batch_size) / loss_scale for step in passes]
+        per_pass = [(step.whole if by_samples else whole_size) / loss_scale for step in passes]
         common |= {"weights": measured_weights(passes, weights, loss_reduction, by_samples), "corrections": _strata(passes)}
-    whole = (1 if mean else 1 / max(1, batch_size)) / loss_scale
+    whole = (1 if mean else 1 / max(1, batch_size)) * world_size / loss_scale
     rows = [_row(passes, [scale**2 for scale in per_pass], row) for row in range(len(group_of_row))]
     dots = [_row(passes, [scale * whole for scale in per_pass], row, "dots") for row in range(len(group_of_row))] if passes[0].dots is not None else None
     batch_norms = [float(value) * whole**2 for value in grad_sq_norms.tolist()]
@@ -119,7 +132,7 @@ def _row(passes: Sequence[BackwardPass], scales: Sequence[float], row: int, kind
 
 
 def _effective(passes: Sequence[BackwardPass]) -> float | None:
-    sizes = [step.batch_size for step in passes]
+    sizes = [round(step.whole) for step in passes]
     if len(set(sizes)) <= 1 or 0 in sizes:
         return None
     return len(sizes) ** 2 / sum(1 / size for size in sizes)
@@ -144,7 +157,9 @@ def measured_weights(passes: Sequence[BackwardPass], weights: Tensor | Sequence[
     parts = weights.split(sizes)
     if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or not all(float(part.sum()) > 0 for part in parts):
         raise ValueError("weights must be finite numbers >= 0 with a positive sum in each backward pass, numbers of tokens for instance")
-    shares = [(size if by_samples else sum(sizes) / len(sizes)) * part / part.sum() for part, size in zip(parts, sizes, strict=True)]
+    whole = sum(step.whole for step in passes)
+    scales = [step.batch_size if by_samples else whole / len(passes) * step.share for step in passes]
+    shares = [scale * part / part.sum() for part, scale in zip(parts, scales, strict=True)]
     picked = [share if step.indices is None else share[step.indices.to(share.device)] for share, step in zip(shares, passes, strict=True)]
     return torch.cat(picked).to(_measured(passes[0]).device)
 
@@ -166,7 +181,7 @@ def _corrections(passes: Sequence[BackwardPass], m_eff: float | None) -> Tensor 
     """(1 − 1/m_eff)/(1 − 2a_i + 1/m_eff) for each measured sample, [s], as E‖g_i − g‖² = T·(1 − 2a_i + 1/m_eff): for passes of unequal sizes with dots."""
     if m_eff is None or passes[0].dots is None:
         return None
-    factors = [(1 - 1 / m_eff) / (1 - 2 / (len(passes) * step.batch_size) + 1 / m_eff) for step in passes]
+    factors = [(1 - 1 / m_eff) / (1 - 2 / (len(passes) * step.whole) + 1 / m_eff) for step in passes]
     return _by_pass(passes, factors)
 
 

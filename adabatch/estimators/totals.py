@@ -1,0 +1,85 @@
+"""Sums over the samples of all processes: what each adds to one small vector, and the moments read from the sum of these vectors.
+
+Legend: m samples in the step over all processes, m_r of them and s_r measured ones on process r, G = ‖g‖²; per measured sample its norm n_i = ‖g_i‖², its
+dot p_i = ⟨g_i, g⟩, its weight w_i and its correction c_i (see GradientMoments).
+
+The mean over S of any x_i is (1/m) Σ_r m_r · mean over r's measured samples, so that processes that measured another part of their samples count as they
+should. A term of T̂ is c_i‖g_i − w_i g‖² = c_i(n_i − 2 w_i p_i) + c_i w_i² G = a_i + b_i G, whose sums are known before G is: one round of communication
+serves ‖g‖² in shards, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from adabatch.estimators.moments import GradientMoments
+
+N_SUMS = 10
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Means over the measured samples of all processes.
+
+    Attributes:
+        n_measured: s, measured samples of all processes; of an estimate from gradients of whole processes, their number.
+        mean_sq_norm: mean ‖g_i‖².
+        mean_term, mean_square_term: mean and mean square of the terms of T̂; None without dots.
+        mean_inner: mean of c_i(⟨g_i, g⟩ − w_i‖g‖²)²; None without dots.
+        degrees_of_freedom: of T̂, where it does not come from samples: k − 1 for k processes.
+    """
+
+    n_measured: int
+    mean_sq_norm: float
+    mean_term: float | None = None
+    mean_square_term: float | None = None
+    mean_inner: float | None = None
+    degrees_of_freedom: int | None = None
+
+
+def sums_of(moments: GradientMoments, share: float) -> list[float]:
+    """What one process adds to the vector: N_SUMS numbers, of which those that need dots are 0 without.
+
+    Args:
+        moments: of the process's samples; grad_sq_norm is its part of ‖g‖², such that the parts of all processes add up.
+        share: m_r/m.
+
+    Example:
+        >>> from adabatch.estimators.moments import GradientMoments
+        >>> sums_of(GradientMoments(batch_size=2, sq_norms=torch.tensor([1.0, 3.0]), grad_sq_norm=1.0), share=1.0)[:3]
+        [1.0, 2.0, 4.0]
+    """
+    norms = moments.sq_norms.double()
+    measured, rows = len(norms), moments.batch_size * share
+    per_sample = [norms]
+    if moments.dots is not None:
+        dots = moments.dots.double()
+        weights = torch.ones_like(norms) if moments.weights is None else moments.weights.double()
+        factors = torch.ones_like(norms) if moments.corrections is None else moments.corrections.double()
+        a, b = factors * (norms - 2 * weights * dots), factors * weights**2
+        per_sample += [a, b, a * a, a * b, b * b, factors * dots**2, factors * weights * dots]
+    sums = (torch.stack(per_sample).mean(1) * rows).tolist() if measured else [0.0]
+    return [moments.grad_sq_norm, float(measured), *sums, *[0.0] * (N_SUMS - 2 - len(sums))]
+
+
+def totals_of(sums: Sequence[float] | Tensor, batch_size: int, has_dots: bool) -> tuple[float, Totals]:
+    """(‖g‖², the means), from the vectors of all processes added up.
+
+    Example:
+        >>> totals_of([1.0, 2.0, 4.0] + [0.0] * 7, batch_size=2, has_dots=False)
+        (1.0, Totals(n_measured=2, mean_sq_norm=2.0, mean_term=None, mean_square_term=None, mean_inner=None, degrees_of_freedom=None))
+    """
+    whole, measured, *rest = [float(value) for value in sums]
+    norms, a, b, aa, ab, bb, pp, wp = (value / batch_size for value in rest)
+    if not has_dots:
+        return whole, Totals(round(measured), norms)
+    # Below 0 only by rounding, as are the squares.
+    term, square = a + b * whole, aa + 2 * ab * whole + bb * whole**2
+    inner = pp - 2 * whole * wp + b * whole**2
+    return whole, Totals(round(measured), norms, max(0.0, term), max(0.0, square), max(0.0, inner))
