@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +20,63 @@ def grad_sq_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
         >>> grad_sq_norms([[p], []])
         tensor([25.,  0.])
     """
-    norms = [_group_norm([parameter.grad for parameter in group if parameter.grad is not None]) for group in groups]
-    device = next((norm.device for norm in norms if norm.numel() and norm.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([norm.to(device) for norm in norms]).square()
+    return _stacked([_group_norm([parameter.grad for parameter in group if parameter.grad is not None]) for group in groups]).square()
+
+
+def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) -> Tensor:
+    """What this process adds to Σ ‖p.grad‖² of each group, [K]: the parts of all `world_size` processes add up to it, without a collective per parameter.
+
+    A gradient that every process holds whole counts 1/world_size on each. Of a sharded one (a DTensor of fully_shard) the own shard counts, divided by the
+    number of processes that hold the same one (the replicas of a hybrid mesh). A DTensor on a mesh of more processes than share the batch (tensor parallel
+    beside data parallel) is gathered to its norm, by a collective.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> parts_of_grad_sq_norms([[p], []], world_size=2)
+        tensor([12.5000,  0.0000])
+    """
+    parts = []
+    for group in groups:
+        whole: dict[float, list[Tensor]] = {}
+        for grad in (parameter.grad for parameter in group if parameter.grad is not None):
+            local, share = _own_part(grad, world_size)
+            whole.setdefault(share, []).append(local)
+        squares = [_group_norm(grads).square() * share for share, grads in whole.items()]
+        parts.append(sum(squares[1:], squares[0]) if squares else torch.zeros(()))
+    return _stacked(parts)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether the tensor is a DTensor, of which this process holds a part.
+
+    Example:
+        >>> is_sharded(torch.zeros(2))
+        False
+    """
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def _own_part(grad: Tensor, world_size: int) -> tuple[Tensor, float]:
+    """(a tensor whose squared norm counts, the factor by which it counts)."""
+    if not is_sharded(grad):
+        return grad, 1 / world_size
+    mesh = grad.device_mesh
+    if any(placement.is_partial() for placement in grad.placements) or mesh.size() != world_size:
+        return _group_norm([grad]), 1 / world_size
+    replicas = math.prod(mesh.size(dim) for dim, placement in enumerate(grad.placements) if placement.is_replicate())
+    return grad.to_local(), 1 / replicas
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    device = next((value.device for value in values if value.numel() and value.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([value.to(device) for value in values])
 
 
 def _group_norm(grads: Sequence[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(())
+    grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
     grads = [grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad for grad in grads]
     norm = get_total_norm(grads)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
