@@ -14,6 +14,7 @@ from adabatch.estimators.unmeasured import Unmeasured
 
 SHORT_BATCH = ("scale", "keep", "drop")
 SPILL = (None, "lr")
+CHECKED_STEPS, CHECKED_EVERY = 10, 50  # measured steps whose loss graph is looked at: the first ones, and then some
 
 
 def scalar_loss(loss: Tensor | float) -> float:
@@ -91,13 +92,14 @@ def check_options(optimizer: Any, loader: Any, controller: Any, *, summed: bool,
         raise ValueError("; ".join(problems))
 
 
-def check_loss(hooks: Any, loss: Tensor | float) -> None:
-    """Let hooks that can look whether the loss uses parameters where no tap sees it.
+def check_loss(hooks: Any, loss: Tensor | float, step: int) -> None:
+    """Let hooks that can look whether the loss uses parameters where no tap sees it, at the first steps and at some later ones.
 
     Example:
-        >>> check_loss(None, 0.5)
+        >>> check_loss(None, 0.5, step=0)
     """
-    if isinstance(loss, Tensor) and loss.grad_fn is not None and hasattr(hooks, "check_loss"):
+    looks = step < CHECKED_STEPS or step % CHECKED_EVERY == 0
+    if looks and isinstance(loss, Tensor) and loss.grad_fn is not None and hasattr(hooks, "check_loss"):
         hooks.check_loss(loss)
 
 

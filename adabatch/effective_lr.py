@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 EffectiveLr = Callable[[dict[str, Any]], float]
+logger = logging.getLogger(__name__)
 
 
 def sgd_effective_lr(group: dict[str, Any]) -> float:
@@ -45,6 +47,24 @@ def effective_lr_for(optimizer: Optimizer, given: EffectiveLr | None = None) -> 
     )
 
 
+def effective_lr_of_controller(controller: Any, optimizer: Optimizer, given: EffectiveLr | None) -> EffectiveLr:
+    """What a controller is told: the lr as it stands, unless the controller needs a step per unit of gradient.
+
+    Raises:
+        ValueError, TypeError: as effective_lr_for.
+
+    Example:
+        >>> effective_lr_of_controller(None, None, None)({"lr": 0.1, "momentum": 0.9})
+        0.1
+    """
+    if given is None and not getattr(controller, "needs_effective_lr", False):
+        return lambda group: float(group["lr"])
+    chosen = effective_lr_for(optimizer, given)
+    if given is None and any(group.get("momentum") for group in optimizer.param_groups):
+        logger.info("SGD with momentum: the controller is handed the effective lr, lr*(1 - dampening)/(1 - momentum)")
+    return chosen
+
+
 class MeanLr:
     """One effective lr for all param groups: Σ lr_k T_k / Σ T_k, T_k the variance trace of group k, 0 where it is negative.
 
@@ -71,10 +91,14 @@ class MeanLr:
         self._measured = {id(parameter) for parameter in measured}
         self.weights: list[float] = []
 
-    def __call__(self, traces: dict[int, float]) -> float:
-        """The lr of this moment, given {index of the group: its variance trace} of the step or nothing."""
+    def read(self) -> list[float]:
+        """The effective lr of each group at this moment."""
+        return [self._of_group(group) for group in self._optimizer.param_groups]
+
+    def __call__(self, traces: dict[int, float], lrs: Sequence[float] | None = None) -> float:
+        """The mean of the groups' lrs (read() at some moment; None: of this one), given {index of the group: its variance trace} of the step or nothing."""
         groups = self._optimizer.param_groups
-        lrs = [self._of_group(group) for group in groups]
+        lrs = self.read() if lrs is None else lrs
         if len(lrs) == 1:
             return lrs[0]
         latest = [max(0.0, traces.get(index, 0.0)) for index in range(len(lrs))]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,18 +12,17 @@ from torch.optim import Optimizer
 from adabatch.arguments import bind_controller, check_loss, check_measured, check_options, epoch_samples, reason_to_drop
 from adabatch.controllers import CABS, Seesaw
 from adabatch.coupling import Coupling, rule_of_optimizer
+from adabatch.deciding import ask, check_rows
 from adabatch.diagnostics import Diagnostics
-from adabatch.effective_lr import EffectiveLr, MeanLr, effective_lr_for
-from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.moments import GradientMoments
+from adabatch.effective_lr import EffectiveLr, MeanLr, effective_lr_of_controller
 from adabatch.estimators.unmeasured import Unmeasured
 from adabatch.losses import LossPool
+from adabatch.observing import Observation, Pipeline
+from adabatch.recording import Recorder, StepClock
+from adabatch.size_in_force import SizeInForce
 from adabatch.sizing import SizeRule
 from adabatch.state import check_version
 from adabatch.stepping import EpochCount, Stepping
-
-CHECKED_STEPS, CHECKED_EVERY = 10, 50  # measured steps whose loss graph is looked at: the first ones, and then some
-logger = logging.getLogger(__name__)
 
 
 class BatchSizeScheduler:
@@ -115,21 +112,20 @@ class BatchSizeScheduler:
         bind_controller(controller, optimizer, effective_lr, hooks)
         check_options(optimizer, loader, controller, summed=self._summed, every=every, spill=spill, short_batch=short_batch)
         self.size_rule = size_rule.for_steps(self.accumulate, epoch_samples(loader), short_batch == "drop" or loader.drop_last)
-        self._batch_size = self.size_rule.size_for(getattr(controller, "first_batch_size", None) or loader.batch_size * self.accumulate)
-        base_batch_size = self._batch_size if base_batch_size is None else base_batch_size
+        first = self.size_rule.size_for(getattr(controller, "first_batch_size", None) or loader.batch_size * self.accumulate)
+        base_batch_size = first if base_batch_size is None else base_batch_size
         self.controller = Seesaw(base_batch_size, rule_of_optimizer(optimizer)) if controller is None else controller
         check_measured(hooks, self.controller, coupling)
         self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
         self.every, self.short_batch = every, short_batch
-        self._base_lr = MeanLr(optimizer, self._choose_effective_lr(effective_lr), getattr(hooks, "parameters", {}).values())
+        self._base_lr = MeanLr(optimizer, effective_lr_of_controller(self.controller, optimizer, effective_lr), getattr(hooks, "parameters", {}).values())
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
-        self._steps_since_change = self.size_rule.dwell
-        self._trace, self._epochs, self._losses = MovingAverage(), EpochCount(loader), LossPool(loader, self._summed)
-        self._clock: float | None = None
+        self._epochs, self._losses, self._clock = EpochCount(loader), LossPool(loader, self._summed), StepClock()
+        self._pipeline, self._recorder = Pipeline(), Recorder(self.diagnostics)
         factors = {"coupling": coupling, "base_batch_size": base_batch_size, "spill": spill, "short_batch": short_batch, "scale_betas": scale_betas}
         self._stepping = Stepping(optimizer, loader, self._base_lr, accumulate=self.accumulate, summed=self._summed, controller=self.controller, **factors)
-        self._write_batch_size(self._batch_size)
+        self._force = SizeInForce(loader, self.accumulate, first, self.size_rule.dwell)
         hooks.enabled = True
         if short_batch == "drop":
             loader.drop_last = True
@@ -149,39 +145,21 @@ class BatchSizeScheduler:
             RuntimeError: a measuring step without a backward pass since the last one, or layers that saw another number of rows than the loader delivered.
             ValueError: weights without dots=True, or a loss_scale that is no positive number.
         """
-        value = self._losses.pool(loss)
-        if value is None:
+        pooled = self._losses.pool(loss)
+        if pooled is None:
             return
-        self._stepping.restore()
         given = {name: option for name, option in (("weights", weights), ("loss_scale", loss_scale)) if option is not None}
-        moments = self.hooks.collect(**given) if self.hooks.enabled else None
-        if moments is not None and (self.step_count < CHECKED_STEPS or self.step_count % CHECKED_EVERY == 0):
-            check_loss(self.hooks, loss)
-        samples = self._samples_of_step(moments)
-        if self._summed:
-            value /= max(1, samples)
-        dropped = "" if moments is None else reason_to_drop(moments, value)
-        lr = self._base_lr({} if moments is None or dropped else {group: part.variance_trace for group, part in moments.by_group.items()})
-        used, usable = self._batch_size, None if dropped else moments
-        if usable is not None:
-            self._trace.update(usable.variance_trace, usable.n_measured)
-            self._stepping.measured(usable)
-        wish = self._ask(usable, value, lr, samples or used)
-        self._stepping.asked()
-        if usable is not None and math.isnan(wish):
-            dropped = "the controller's wish is NaN"
-        if math.isnan(wish):
-            self._steps_since_change += 1
-        else:
-            self._move(wish)
-        self.samples_seen += samples
-        self._record(samples or used, wish, lr, value, moments, dropped)
-        self.step_count += 1
-        self.hooks.enabled = self.step_count % self.every == 0
+        for observation in self._pipeline.push(self._observe(loss, pooled, given)):
+            self._decide(observation)
+
+    def flush(self) -> None:
+        """Decide now on the steps that are under way; on the CPU there are none."""
+        for observation in self._pipeline.flush():
+            self._decide(observation)
 
     def get_last_batch_size(self) -> int:
         """The size of a step's batch from the next one drawn, in samples (all accumulated passes together)."""
-        return self._batch_size
+        return self._force.size
 
     def get_last_lr(self) -> list[float]:
         """The lr of each param group as the last optimizer step used it, coupling, spill and short-batch factors included."""
@@ -193,20 +171,16 @@ class BatchSizeScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors: counters, the size, and the states of controller, hooks and diagnostics. The loader's position is the loader's own."""
+        self.flush()
         return {
             "version": 1,
             "step_count": self.step_count,
             "samples_seen": self.samples_seen,
-            "batch_size": self._batch_size,
-            "steps_since_change": self._steps_since_change,
-            "stepping": self._stepping.state_dict(),
-            "epochs": self._epochs.state_dict(),
+            "batch_size": self._force.size,
+            "steps_since_change": self._force.steps_since_change,
             "lr_weights": self._base_lr.weights,
-            "trace": self._trace.state_dict(),
             "enabled": self.hooks.enabled,
-            "controller": self.controller.state_dict(),
-            "hooks": self.hooks.state_dict(),
-            "diagnostics": self.diagnostics.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -216,84 +190,67 @@ class BatchSizeScheduler:
             ValueError: unknown version, here or in a part.
         """
         check_version(state, 1, "BatchSizeScheduler")
-        self.controller.load_state_dict(state["controller"])
-        self.hooks.load_state_dict(state["hooks"])
-        self.diagnostics.load_state_dict(state["diagnostics"])
-        self._trace.load_state_dict(state["trace"])
+        self._pipeline.clear()
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self.step_count, self.samples_seen = state["step_count"], state["samples_seen"]
-        self._steps_since_change = state["steps_since_change"]
+        self._force.steps_since_change = state["steps_since_change"]
         self._base_lr.weights = list(state["lr_weights"])
-        self._stepping.load_state_dict(state["stepping"])
-        self._epochs.load_state_dict(state["epochs"])
         self.hooks.enabled = state["enabled"]
-        self._clock = None
-        self._write_batch_size(self.size_rule.size_for(state["batch_size"]))
+        self._clock.reset()
+        self._force.write(self.size_rule.size_for(state["batch_size"]))
 
     def remove(self) -> None:
         """Take all hooks off the optimizer and the model."""
         self._stepping.remove()
         self.hooks.remove()
 
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own; the controller before the stepping, which asks it for its rule."""
+        parts = {"controller": self.controller, "hooks": self.hooks, "diagnostics": self.diagnostics, "trace": self._recorder.trace}
+        return {**parts, "stepping": self._stepping, "epochs": self._epochs}
+
     # -- parts of a step
 
-    def _choose_effective_lr(self, given: EffectiveLr | None) -> EffectiveLr:
-        if given is None and not getattr(self.controller, "needs_effective_lr", False):
-            return lambda group: float(group["lr"])
-        chosen = effective_lr_for(self.optimizer, given)
-        if given is None and any(group.get("momentum") for group in self.optimizer.param_groups):
-            logger.info("SGD with momentum: the controller is handed the effective lr, lr*(1 - dampening)/(1 - momentum)")
-        return chosen
-
-    def _samples_of_step(self, moments: GradientMoments | None) -> int:
-        delivered = self._stepping.samples()
-        if moments is None:
-            return delivered or self._batch_size
-        if delivered and delivered != moments.batch_size and not getattr(self.loader, "runs_ahead", False):
-            raise RuntimeError(
-                f"the layers saw {moments.batch_size} rows in this step, but the loader delivered {delivered} samples. If the model puts another dimension "
-                "first (time first, or samples and positions flattened together), settle its layout with adabatch.check(...); if one step uses several "
-                "batches, pass accumulate=; if the loop fetches a batch before it has stepped the last one, leave that to workers (num_workers=)"
-            )
-        return moments.batch_size
-
-    def _ask(self, moments: GradientMoments | None, loss: float, lr: float, samples: int) -> float:
-        """The controller's wish; NaN where it is not asked."""
-        epoch = self._epochs.after_step()
-        if hasattr(self.controller, "advance"):
-            self.controller.advance(samples=samples, epoch=epoch)
-        if hasattr(self.controller, "stepped_with") and self._stepping.base_lr is not None:
-            self.controller.stepped_with(self._stepping.base_lr)
-        if moments is None and getattr(self.controller, "needs_moments", True):
-            return math.nan
-        return float(self.controller.propose(moments, loss=loss, lr=lr))
-
-    def _move(self, wish: float) -> None:
-        size = self.size_rule.next_size(wish, self._batch_size, self._steps_since_change)
-        self._steps_since_change = 0 if size != self._batch_size else self._steps_since_change + 1
-        self._stepping.wished(wish, self.size_rule.is_met(wish, size))
-        self._write_batch_size(size)
-
-    def _write_batch_size(self, size: int) -> None:
-        self._batch_size = size
-        self.loader.batch_size = size // self.accumulate
-
-    def _record(self, samples: int, wish: float, lr: float, loss: float, moments: GradientMoments | None, dropped: str) -> None:
-        now, before = time.perf_counter(), self._clock
-        self._clock = now
-        fields = {}
-        if moments is not None and not dropped:
-            fields = {name: getattr(moments, name) for name in ("variance_trace", "grad_sq_norm", "true_grad_sq_norm")}
-            fields["variance_trace_std_error"] = self._trace.std_error()
-        self.diagnostics.append(
+    def _observe(self, loss: Tensor | float, pooled: Tensor | float, given: dict[str, Any]) -> Observation:
+        """Take what the step leaves behind, and make the hooks ready for the next one. Nothing here may wait for an accelerator."""
+        self._stepping.restore()
+        moments = self.hooks.collect(**given) if self.hooks.enabled else None
+        if moments is not None:
+            check_loss(self.hooks, loss, self.step_count)
+        observation = Observation(
             step=self.step_count,
-            samples_seen=self.samples_seen,
-            batch_size=samples,
-            proposed_batch_size=wish,
-            next_batch_size=self._batch_size,
-            lr=lr,
-            loss=loss,
-            seconds=math.nan if before is None else now - before,
-            measured=moments is not None,
-            dropped=dropped,
-            **fields,
+            loss=pooled,
+            moments=moments,
+            delivered=self._stepping.samples(),
+            batch_size=self._force.size,
+            lrs=self._base_lr.read(),
+            base_lr=self._stepping.base_lr,
+            epoch=self._epochs.after_step(),
+            seconds=self._clock.lap(),
         )
+        self.step_count += 1
+        self.hooks.enabled = self.step_count % self.every == 0
+        return observation
+
+    def _decide(self, seen: Observation) -> None:
+        """Use or drop what was seen, ask the controller, move, and record."""
+        seen.settle()
+        moments, samples = seen.moments, seen.samples
+        check_rows(seen, self.loader)
+        loss = seen.loss / max(1, samples) if self._summed else seen.loss
+        dropped = "" if moments is None else reason_to_drop(moments, loss)
+        usable = None if dropped else moments
+        lr = self._base_lr({} if usable is None else {group: part.variance_trace for group, part in usable.by_group.items()}, seen.lrs)
+        if usable is not None:
+            self._stepping.measured(usable)
+        wish = ask(self.controller, seen, usable, loss=loss, lr=lr)
+        self._stepping.asked()
+        if usable is not None and math.isnan(wish):
+            dropped = "the controller's wish is NaN"
+        is_met = self._force.move(wish, self.size_rule)
+        if not math.isnan(wish):
+            self._stepping.wished(wish, is_met)
+        self.samples_seen += samples
+        decided = {"samples_seen": self.samples_seen, "proposed_batch_size": wish, "next_batch_size": self._force.size, "dropped": dropped}
+        self._recorder.record(seen, usable, lr=lr, loss=loss, **decided)

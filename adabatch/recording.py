@@ -1,0 +1,66 @@
+"""The scheduler's part of the history: one record a step."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from adabatch.diagnostics import Diagnostics
+from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.moments import GradientMoments
+from adabatch.observing import Observation
+
+
+class StepClock:
+    """Seconds from step to step.
+
+    Example:
+        >>> clock = StepClock()
+        >>> math.isnan(clock.lap()), clock.lap() >= 0
+        (True, True)
+    """
+
+    def __init__(self) -> None:
+        self._before = math.nan
+
+    def lap(self) -> float:
+        """Seconds since the last call; NaN at the first."""
+        before, self._before = self._before, time.perf_counter()
+        return self._before - before
+
+    def reset(self) -> None:
+        """The next lap is a first one."""
+        self._before = math.nan
+
+
+class Recorder:
+    """Writes what was seen and decided in a step into the history.
+
+    Args:
+        diagnostics: the history.
+
+    Attributes:
+        trace: the moving average whose standard error the records show.
+    """
+
+    def __init__(self, diagnostics: Diagnostics):
+        self.diagnostics, self.trace = diagnostics, MovingAverage()
+
+    def record(self, seen: Observation, usable: GradientMoments | None, **decided: Any) -> None:
+        """Append one record.
+
+        Args:
+            seen: the step, settled.
+            usable: its moments, unless they were dropped.
+            decided: samples_seen, proposed_batch_size, next_batch_size, lr, loss (a mean over the samples), dropped.
+        """
+        fields = {}
+        if usable is not None:
+            self.trace.update(usable.variance_trace, usable.n_measured)
+        if usable is not None and not decided["dropped"]:
+            fields = {name: getattr(usable, name) for name in ("variance_trace", "grad_sq_norm", "true_grad_sq_norm")}
+            fields["variance_trace_std_error"] = self.trace.std_error()
+        self.diagnostics.append(
+            step=seen.step, batch_size=seen.samples or seen.batch_size, seconds=seen.seconds, measured=seen.measured, **decided, **fields
+        )
