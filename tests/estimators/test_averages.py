@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from adabatch.estimators.averages import MovingAverage
 
@@ -11,10 +12,11 @@ from adabatch.estimators.averages import MovingAverage
 def by_definition(values, weights, smoothing):
     """Average and standard error from the sums in the class's docstring, all values at once."""
     k = smoothing ** np.arange(len(values) - 1, -1, -1, dtype=float)
-    w, x = np.asarray(weights, float), np.asarray(values, float)
-    average = (k * w * x).sum() / (k * w).sum()
-    variance = (k * w * (x - average) ** 2).sum() / (k.sum() - (k**2 * w).sum() / (k * w).sum())
-    return average, math.sqrt(variance * (k**2 * w).sum()) / (k * w).sum()
+    x = np.asarray(values, float)
+    p = k * np.asarray(weights, float) / (k * weights).sum()
+    average = (p * x).sum()
+    variance = (p**2 * (x - average) ** 2).sum() / (1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum())
+    return average, math.sqrt(variance)
 
 
 @pytest.mark.parametrize("smoothing", [0.3, 0.95, 0.999])
@@ -31,29 +33,68 @@ def test_matches_the_sums(smoothing, steps):
 
 
 def test_effective_number_of_steps_at_equal_weights():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=2000)
-    average = MovingAverage(0.95)
-    for value in values:
-        average.update(float(value), 16)
-    k = 0.95 ** np.arange(1999, -1, -1)
-    mean = np.average(values, weights=k)
+    """The average is as good as the mean of 39 values, in truth and by its error."""
+    rng, runs, steps = np.random.default_rng(0), 600, 200
+    k = 0.95 ** np.arange(steps - 1, -1, -1.0)
     n_eff = k.sum() ** 2 / (k**2).sum()
     assert n_eff == pytest.approx(39, rel=1e-3)
-    unbiased = np.average((values - mean) ** 2, weights=k) / (1 - 1 / n_eff)
-    assert average.std_error() == pytest.approx(math.sqrt(unbiased / n_eff), rel=1e-9)
+    squares, ends = [], []
+    for values in rng.normal(size=(runs, steps)):
+        average = MovingAverage(0.95)
+        for value in values:
+            average.update(float(value), 16)
+        squares.append(average.std_error() ** 2)
+        ends.append(average.average)
+    assert average.effective_steps == pytest.approx(n_eff, rel=1e-9)
+    assert np.mean(squares) == pytest.approx(1 / n_eff, rel=0.05)
+    assert np.var(ends) == pytest.approx(1 / n_eff, rel=0.15)
+    # The spread of the squared errors is that of a variance from ν + 1 values.
+    assert 2 / (np.std(squares) / np.mean(squares)) ** 2 == pytest.approx(average.freedom, rel=0.2)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
 @pytest.mark.parametrize("sizes", [(16,), (4, 64), tuple(range(16, 256, 2))])
-def test_intervals_cover_the_truth(sizes):
+def test_intervals_cover_the_truth(sizes, power):
+    """Of values whose standard deviation falls as the square root of the size, as T̂'s does, or as the size, as that of ‖g‖² − T̂/m does under noise."""
     rng, hits, runs = np.random.default_rng(1), 0, 500
     for _ in range(runs):
         average = MovingAverage(0.95)
         for step in range(120):
             size = sizes[step % len(sizes)]
-            average.update(rng.normal(3.0, 4.0 / math.sqrt(size)), size)
-        hits += abs(average.average - 3.0) < 1.6849 * average.std_error()
+            average.update(rng.normal(3.0, 4.0 / size**power), size)
+        low, high = average.interval(0.9)
+        hits += low < 3.0 < high
     assert 0.85 < hits / runs < 0.95
+
+
+@pytest.mark.parametrize("sizes", [(16,), (4, 64)])
+def test_errors_of_the_values_take_the_place_of_residuals(sizes):
+    rng, average, smoothing = np.random.default_rng(3), MovingAverage(0.9), 0.9
+    weights = np.array([sizes[step % len(sizes)] for step in range(50)], float)
+    errors, freedom = rng.uniform(0.5, 2, 50), weights - 1
+    for weight, error, ν in zip(weights, errors, freedom, strict=True):
+        average.update(float(rng.normal()), weight, error, ν)
+    p = smoothing ** np.arange(49, -1, -1, dtype=float) * weights
+    p /= p.sum()
+    parts = p**2 * errors**2
+    assert average.std_error() == pytest.approx(math.sqrt(parts.sum()), rel=1e-12)
+    assert average.freedom == pytest.approx(parts.sum() ** 2 / (parts**2 / freedom).sum(), rel=1e-12)
+    low, high = average.interval(0.8)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.9, average.freedom) * average.std_error(), rel=1e-9)
+    average.update(0.0, 16)  # one value without an error: from the residuals from now on
+    assert average.std_error() == average.residual_error()
+    assert average.freedom < 50
+
+
+def test_an_interval_without_an_error_is_infinitely_long():
+    average = MovingAverage()
+    average.update(2.0, 16)
+    assert average.interval() == (-math.inf, math.inf)
+    average.update(2.0, 16)
+    assert average.interval() == (2.0, 2.0)
+    for level in (0, 1, 90, math.nan):
+        with pytest.raises(ValueError, match="level must lie between 0 and 1"):
+            average.interval(level)
 
 
 def test_first_value_and_what_is_skipped():
