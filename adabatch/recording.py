@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from adabatch.diagnostics import Diagnostics
+from adabatch.diagnostics.layers import LayerStatistics
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
 from adabatch.observing import Observation
@@ -55,12 +56,13 @@ class Recorder:
             usable: its moments, unless they were dropped.
             decided: samples_seen, proposed_batch_size, next_batch_size, lr, loss (a mean over the samples), dropped.
         """
-        fields = {}
+        fields: dict[str, Any] = {}
         if usable is not None:
             self.trace.update(usable.variance_trace, usable.n_measured)
         if usable is not None and not decided["dropped"]:
             fields = {name: getattr(usable, name) for name in ("variance_trace", "grad_sq_norm", "true_grad_sq_norm")}
             fields["variance_trace_std_error"] = self.trace.std_error()
+            fields["layers"] = LayerStatistics.of_step(usable)
         self.diagnostics.append(
             step=seen.step, batch_size=seen.samples or seen.batch_size, seconds=seen.seconds, measured=seen.measured, **decided, **fields
         )

@@ -45,6 +45,7 @@ def wrap(
     estimator: str = "per_sample",
     lr_scheduler: LRScheduler | None = None,
     max_grad_norm: float | None = None,
+    per_parameter: bool = False,
     **scheduler_options: Any,
 ) -> tuple[Optimizer, AdaptiveDataLoader, BatchSizeScheduler]:
     """Let a training loop choose its own batch size.
@@ -76,6 +77,7 @@ def wrap(
         estimator: 'per_sample', or 'micro_batch': from the gradients of micro-batches, at least two a batch, for models that cannot be measured per sample.
         lr_scheduler, max_grad_norm: run by optimizer.step() after the last micro-batch's step, and before it. So is grad_scaler's whole part, where any of
             these or max_micro_batch_size is given. CABS is told of the clipping.
+        per_parameter: record each parameter's moments too, for scheduler.diagnostics.layers(); with a controller that needs none, this asks to measure.
         scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, ladder, spill, short_batch, coupling, base_batch_size, scale_betas,
             diagnostics.
 
@@ -111,7 +113,9 @@ def wrap(
     if max_grad_norm is not None and hasattr(controller, "clips"):
         controller.clips(max_grad_norm)
     needs = bind_controller(controller, optimizer, effective_lr)
-    asked = samples is not None or dots or "every" in scheduler_options
+    asked = samples is not None or dots or per_parameter or "every" in scheduler_options
+    if per_parameter and estimator != "per_sample":
+        raise ValueError(f"per_parameter=True needs estimator='per_sample', got {estimator!r}: the other estimators see the gradient as a whole")
     micro = MicroBatching(adaptive, max_micro_batch_size, accumulate, estimator, loss_fn)
     if estimator == "micro_batch":
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -130,6 +134,7 @@ def wrap(
             grad_scaler=grad_scaler,
             param_groups=[group["params"] for group in optimizer.param_groups],
             capacity=max_batch_size,
+            per_parameter=per_parameter,
         )
     else:
         hooks = Unmeasured(accumulate, loss_reduction)

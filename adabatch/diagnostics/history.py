@@ -14,6 +14,8 @@ from typing import Any, overload
 import numpy as np
 
 from adabatch.diagnostics import jsonl
+from adabatch.diagnostics.layer_history import LayerHistory
+from adabatch.diagnostics.layers import Layers, LayerStatistics
 from adabatch.diagnostics.plot import plot as plot_history
 from adabatch.diagnostics.record import FIELDS, INDEX, Record, noise_scale, snr
 from adabatch.diagnostics.summary import summary
@@ -21,7 +23,7 @@ from adabatch.estimators.averages import MovingAverage
 
 _STATE_VERSION = 1
 _AVERAGED = ("loss", "variance_trace", "grad_sq_norm", "true_grad_sq_norm")
-_STEP, _BATCH_SIZE, _MEASURED, _DROPPED = (INDEX[name] for name in ("step", "batch_size", "measured", "dropped"))
+_STEP, _SEEN, _BATCH_SIZE, _MEASURED, _DROPPED = (INDEX[name] for name in ("step", "samples_seen", "batch_size", "measured", "dropped"))
 _NUMPY_TYPES = {"int": np.int64, "float": np.float64, "bool": np.bool_, "str": np.str_}
 
 
@@ -61,6 +63,7 @@ class Diagnostics:
         self._measured = 0
         self._dropped: Counter[str] = Counter()
         self._writer: jsonl.JsonlWriter | None = None
+        self._layers = LayerHistory()
 
     def append(
         self,
@@ -79,12 +82,13 @@ class Diagnostics:
         seconds: float = math.nan,
         measured: bool = False,
         dropped: str = "",
+        layers: LayerStatistics | None = None,
     ) -> None:
         """Adds one step; arguments as the fields of `Record`.
 
         variance_trace_std_error is the standard error of the SMOOTHED trace (not of this step's); None takes it from the residuals of the traces
         around their average. Where `measured` is False or `dropped` gives a reason, the moments are recorded as NaN and enter no average.
-        Values that are not finite enter no average either.
+        Values that are not finite enter no average either. layers: the step's moments by layer, where they were measured apart.
         """
         measured = bool(measured) and not dropped
         size, loss, seconds = int(batch_size), float(loss), float(seconds)
@@ -99,21 +103,24 @@ class Diagnostics:
             noise_scale(trace, signal), noise_scale(trace_ema, signal_ema), snr(size, trace, signal), snr(size, trace_ema, signal_ema),
             seconds, size / seconds if seconds > 0 else math.nan, measured, str(dropped),
         )  # fmt: skip
-        self._keep(row)
+        layers = layers if measured and layers is not None and layers.is_finite else None
+        self._keep(row, layers)
         if self._writer is not None:
-            self._write(row)
+            self._write(row, layers)
 
-    def _keep(self, row: tuple) -> None:
+    def _keep(self, row: tuple, layers: LayerStatistics | None) -> None:
         self._rows.append(row)
+        if layers is not None:
+            self._layers.append(layers, row[_SEEN])
         self._last_step = row[_STEP]
         self._steps += 1
         self._measured += row[_MEASURED]
         if row[_DROPPED]:
             self._dropped[row[_DROPPED]] += 1
 
-    def _write(self, row: tuple) -> None:
+    def _write(self, row: tuple, layers: LayerStatistics | None) -> None:
         try:
-            self._writer.write([row])
+            self._writer.write([row], layers)
         except OSError as error:
             # A full disk must not end a training run; the records stay in memory.
             message = f"The history is no longer written to {self._writer.path}: {error}. Free the disk and call to_jsonl again."
@@ -183,6 +190,14 @@ class Diagnostics:
         position = INDEX[name]
         return np.array([row[position] for row in self._rows], dtype=_NUMPY_TYPES[FIELDS[name]])
 
+    def layers(self, by: str | None = None) -> Layers:
+        """Each layer's share of the variance trace and its signal-to-noise ratio over the samples seen; print it, or see `Layers.plot` and `to_csv`.
+
+        Recorded where the model is measured by parameter (wrap(..., per_parameter=True)) or the optimizer has several parameter groups, in memory of a fixed
+        size whatever the length of the run, and in the lines of to_jsonl from its call on. For `by` and the errors see `LayerHistory.view`.
+        """
+        return self._layers.view(by)
+
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the records in memory as a table with a header line; NaN and the infinities as nan, inf, -inf."""
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -226,10 +241,10 @@ class Diagnostics:
             ValueError: the file is no history of this version, or a line other than the torn last one is malformed; the line is named.
             OSError: the file cannot be read.
         """
-        header, rows = jsonl.read(path)
+        header, rows, layers = jsonl.read(path)
         history = cls(header.get("smoothing", 0.95))
-        for row in rows:
-            history._keep(row)
+        for row, apart in zip(rows, layers, strict=True):
+            history._keep(row, apart)
             for name, average in history._averages.items():
                 average.update(row[INDEX[name]], row[_BATCH_SIZE])
         if rows:
@@ -245,7 +260,7 @@ class Diagnostics:
         plot_history(self, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages and counts, plain numbers, a few hundred bytes; not the records, which `to_jsonl` keeps."""
+        """The averages and counts, plain numbers, a few hundred bytes; the layers' history; not the records, which `to_jsonl` keeps."""
         return {
             "version": _STATE_VERSION,
             "last_step": self._last_step,
@@ -254,6 +269,7 @@ class Diagnostics:
             "dropped": dict(self._dropped),
             "std_error": self._std_error,
             "averages": {name: average.state_dict() for name, average in self._averages.items()},
+            "layers": self._layers.state_dict() if len(self._layers) else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,6 +286,7 @@ class Diagnostics:
             raise ValueError(f"The diagnostics' state lacks the averages {sorted(missing)}; pass what Diagnostics.state_dict() returned.")
         for name, average in averages.items():
             average.load_state_dict(state["averages"][name])
+        self._layers.load_state_dict(state.get("layers"))
         self._averages = averages
         self._std_error = state["std_error"]
         self._last_step = state["last_step"]

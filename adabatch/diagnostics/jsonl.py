@@ -1,6 +1,7 @@
 """The history as a file of JSON lines, readable at any moment, also after a kill.
 
-The first line is a header {"format", "version", "smoothing"}; every further line is one record, an object keyed by the record's fields.
+The first line is a header {"format", "version", "smoothing"}; every further line is one record, an object keyed by the record's fields, and by "layers"
+where the layers were measured apart.
 JSON has no NaN and no infinity: NaN is written as null, the infinities as the strings "inf" and "-inf".
 """
 
@@ -13,18 +14,21 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from adabatch.diagnostics.record import FIELDS
+from adabatch.diagnostics.layers import LayerStatistics
+from adabatch.diagnostics.record import FIELDS, INDEX
 
 FORMAT = "adabatch.diagnostics"
 VERSION = 1
+LAYERS = "layers"
 _KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
 _FROM_TEXT = {"inf": math.inf, "-inf": -math.inf}
 
 
-def encode(row: tuple) -> str:
+def encode(row: tuple, layers: LayerStatistics | None = None) -> str:
     """One record as a line of valid JSON, without the line's end."""
     values = (_encode_float(value) if isinstance(value, float) else value for value in row)
-    return json.dumps(dict(zip(FIELDS, values, strict=True)), allow_nan=False)
+    fields = dict(zip(FIELDS, values, strict=True))
+    return json.dumps(fields if layers is None else fields | {LAYERS: layers.to_json()}, allow_nan=False)
 
 
 def _encode_float(value: float) -> float | str | None:
@@ -82,9 +86,9 @@ class JsonlWriter:
         if fresh:
             self._write([json.dumps({"format": FORMAT, "version": VERSION, "smoothing": smoothing})])
 
-    def write(self, rows: Iterable[tuple]) -> None:
-        """Writes the rows, one line each."""
-        self._write([encode(row) for row in rows])
+    def write(self, rows: Iterable[tuple], layers: LayerStatistics | None = None) -> None:
+        """Writes the rows, one line each, the layers with each of them."""
+        self._write([encode(row, layers) for row in rows])
 
     def _write(self, lines: list[str]) -> None:
         data = memoryview("".join(f"{line}\n" for line in lines).encode())
@@ -117,8 +121,8 @@ def _check_header(path: str, line: bytes) -> dict:
     return header
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict, list[tuple]]:
-    """The header and the rows of a file; a last line without its end that cannot be read was torn by a kill and is left out.
+def read(path: str | os.PathLike[str]) -> tuple[dict, list[tuple], list[LayerStatistics | None]]:
+    """The header, the rows and the layers of each row of a file; a last line without its end that cannot be read was torn by a kill and is left out.
 
     A record whose step is not above the one before it comes from a run resumed at an earlier checkpoint: it replaces all records from that step on.
 
@@ -128,6 +132,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict, list[tuple]]:
     """
     path = os.fspath(path)
     rows: list[tuple] = []
+    layers: list[LayerStatistics | None] = []
     header: dict = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -135,12 +140,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict, list[tuple]]:
                 header = _check_header(path, line)
                 continue
             try:
-                row = decode(json.loads(line))
+                record = json.loads(line)
+                apart = record.pop(LAYERS, None) if isinstance(record, dict) else None
+                row = decode(record)
+                apart = None if apart is None else LayerStatistics.from_json(apart, row[INDEX["batch_size"]])
             except ValueError as error:
                 if not line.endswith(b"\n"):
                     break
                 raise ValueError(f"{path}, line {number}: {error}. Remove the line, or restore the file from a copy.") from None
             while rows and rows[-1][0] >= row[0]:
-                rows.pop()
-            rows.append(row)
-    return header, rows
+                rows.pop(), layers.pop()
+            rows.append(row), layers.append(apart)
+    return header, rows, layers

@@ -51,7 +51,7 @@ class LayerHistory:
 
     def append(self, statistics: LayerStatistics, samples_seen: int) -> None:
         """Adds one measured step; samples_seen includes it. Moments that are not finite are left out."""
-        if not (np.isfinite(statistics.traces).all() and np.isfinite(statistics.signals).all()):
+        if not statistics.is_finite:
             return
         if (statistics.names, statistics.of) != (self.names, self.of):
             self._begin(statistics.names, statistics.of)

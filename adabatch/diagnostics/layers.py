@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -83,9 +83,29 @@ class LayerStatistics:
         trace = terms.mean(1) / (1 - 1 / m_eff)
         return cls(names, "parameter", trace.cpu().numpy(), (squares[:, 0] - trace / m_eff).cpu().numpy(), **sizes)
 
-    def as_dict(self) -> dict[str, list[float]]:
-        """{name: [T̂_k, Ĝ²_k]}, to seven digits, as the history's file holds it."""
-        return {name: [float(f"{trace:.7g}"), float(f"{signal:.7g}")] for name, trace, signal in zip(self.names, self.traces, self.signals, strict=True)}
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it are finite numbers."""
+        return bool(np.isfinite(self.traces).all() and np.isfinite(self.signals).all())
+
+    def to_json(self) -> dict[str, Any]:
+        """{"of", "measured": s, "moments": {name: [T̂_k, Ĝ²_k]}}, to seven digits, as a line of the history's file holds it."""
+        pairs = zip(self.names, self.traces, self.signals, strict=True)
+        moments = {name: [float(f"{trace:.7g}"), float(f"{signal:.7g}")] for name, trace, signal in pairs}
+        return {"of": self.of, "measured": self.n_measured, "moments": moments}
+
+    @classmethod
+    def from_json(cls, value: Any, batch_size: int) -> LayerStatistics:
+        """From what `to_json` gave.
+
+        Raises:
+            ValueError: anything else.
+        """
+        try:
+            values = np.array(list(value["moments"].values()), dtype=float).reshape(-1, 2)
+            return cls(tuple(value["moments"]), str(value["of"]), values[:, 0], values[:, 1], batch_size, int(value["measured"]))
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError('layers must be {"of", "measured", "moments": {name: [trace, signal]}}, got ' + f"{value!r:.100}") from error
 
 
 @dataclass(frozen=True)

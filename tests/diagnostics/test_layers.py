@@ -1,6 +1,7 @@
 """The layer view: each step's statistics against the oracle, the sums of a run against sums made here."""
 
 import csv
+import dataclasses
 import io
 import math
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from adabatch import GradSampleHooks
+import adabatch
+from adabatch import Diagnostics, GradSampleHooks
+from adabatch.controllers import Annealed
 from adabatch.diagnostics.layer_history import LayerHistory
 from adabatch.diagnostics.layers import Layers, LayerStatistics
 from tests import oracle
@@ -204,3 +207,122 @@ def test_a_convolution_and_its_norm_are_seen_apart():
     assert view.names == ("0", "1", "3")
     for k, name in enumerate(view.names):
         assert view.variance_trace[0, k] == pytest.approx(sum(trace for key, (trace, _) in truth.items() if key.startswith(name)))
+
+
+def recorded(made, path=None):
+    """A history of these steps."""
+    history = Diagnostics()
+    if path is not None:
+        history.to_jsonl(path)
+    for step, (statistics, seen) in enumerate(made):
+        fields = {"variance_trace": float(statistics.traces.sum()), "true_grad_sq_norm": 1.0, "grad_sq_norm": 1.0, "measured": True}
+        history.append(step=step, samples_seen=seen, batch_size=statistics.batch_size, next_batch_size=8, lr=0.1, loss=1.0, layers=statistics, **fields)
+    return history
+
+
+def same(view, other, rel=1e-12):
+    assert view.names == other.names
+    assert (view.edges == other.edges).all()
+    assert view.variance_trace == pytest.approx(other.variance_trace, rel=rel)
+    assert view.true_grad_sq_norm == pytest.approx(other.true_grad_sq_norm, rel=rel, abs=rel)
+
+
+def test_the_file_of_a_run_holds_its_layers(tmp_path):
+    made = drawn(30)
+    history = recorded(made, tmp_path / "run.jsonl")
+    same(Diagnostics.from_jsonl(tmp_path / "run.jsonl").layers("parameter"), history.layers("parameter"), rel=1e-6)
+    with open(tmp_path / "run.jsonl") as file:
+        text = file.read().splitlines()
+    with open(tmp_path / "run.jsonl", "w") as file:
+        file.write("\n".join([*text[:21], *text[11:31]]) + "\n")  # resumed ten steps back
+    same(Diagnostics.from_jsonl(tmp_path / "run.jsonl").layers(), history.layers(), rel=1e-6)
+
+
+def test_a_malformed_line_is_named(tmp_path):
+    recorded(drawn(3), tmp_path / "run.jsonl")
+    text = (tmp_path / "run.jsonl").read_text().replace('"measured": ', '"counted": ', 1)
+    text = text.replace('"of": "parameter"', '"kind": "parameter"', 1)
+    (tmp_path / "run.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"line 2: "):
+        Diagnostics.from_jsonl(tmp_path / "run.jsonl")
+
+
+def test_a_resumed_history_goes_on_with_its_layers():
+    made = drawn(30)
+    whole, resumed = recorded(made), recorded(made[:20])
+    state = resumed.state_dict()
+    resumed = recorded(made[:25])  # further than the state: what came after it is forgotten
+    resumed.load_state_dict(state)
+    for step, (statistics, seen) in enumerate(made[20:], start=20):
+        resumed.append(step=step, samples_seen=seen, batch_size=statistics.batch_size, next_batch_size=8, lr=0.1, measured=True, layers=statistics)
+    same(resumed.layers(), whole.layers())
+
+
+def test_dropped_steps_and_moments_that_are_not_finite_leave_no_layers(tmp_path):
+    history = Diagnostics()
+    history.to_jsonl(tmp_path / "run.jsonl")
+    statistics = drawn(1)[0][0]
+    common = {"samples_seen": 8, "batch_size": 8, "next_batch_size": 8, "lr": 0.1}
+    history.append(step=0, measured=True, dropped="non-finite loss", layers=statistics, **common)
+    history.append(step=1, measured=True, layers=dataclasses.replace(statistics, traces=np.full(3, math.nan)), **common)
+    with pytest.raises(LookupError, match=r"per_parameter=True to adabatch\.wrap"):
+        history.layers()
+    assert len(Diagnostics.from_jsonl(tmp_path / "run.jsonl")) == 2
+
+
+def trained(n_steps, state=None, **options):
+    """A run over two batches' worth of steps through wrap; its scheduler."""
+    model = make_mlp()
+    data = torch.utils.data.TensorDataset(*make_batch(64))
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.01), torch.utils.data.DataLoader(data, batch_size=8), min_batch_size=4, max_batch_size=16,
+        every=1, **options,
+    )  # fmt: skip
+    done = 0
+    while done < n_steps:
+        for batch in loader:
+            optimizer.zero_grad()
+            loss = squared_error(model, batch).mean()
+            loss.backward()
+            optimizer.step()
+            scheduler.step(loss)
+            done += 1
+            if done == n_steps:
+                break
+    scheduler.remove()
+    return scheduler
+
+
+@pytest.mark.parametrize("dots", [False, True])
+def test_wrap_records_layers_that_add_up_to_the_records(dots):
+    history = trained(12, per_parameter=True, dots=dots).diagnostics
+    layers = history.layers()
+    assert layers.names == ("0", "2")
+    assert layers.variance_trace.sum(1) == pytest.approx(history.column("variance_trace"), rel=1e-4)
+    assert layers.true_grad_sq_norm.sum(1) == pytest.approx(history.column("true_grad_sq_norm"), rel=1e-3, abs=1e-3)
+    assert layers.edges[-1] == history.latest.samples_seen
+    assert history.layers("parameter").names == ("0.weight", "0.bias", "2.weight", "2.bias")
+
+
+def test_the_state_of_a_run_with_layers_loads_from_plain_tensors():
+    scheduler = trained(6, per_parameter=True)
+    file = io.BytesIO()
+    torch.save(scheduler.state_dict(), file)
+    file.seek(0)
+    other = trained(1, per_parameter=True)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    same(other.diagnostics.layers(), scheduler.diagnostics.layers())
+
+
+def test_without_per_parameter_the_error_says_what_to_pass():
+    with pytest.raises(LookupError, match=r"Pass per_parameter=True to adabatch.wrap"):
+        trained(2).diagnostics.layers()
+
+
+def test_a_run_of_a_controller_that_measures_nothing_is_measured_for_its_layers():
+    assert len(trained(4, controller=Annealed(1000, 8), per_parameter=True).diagnostics.layers()) == 2
+
+
+def test_the_micro_batch_estimator_has_no_layers():
+    with pytest.raises(ValueError, match="per_parameter=True needs estimator='per_sample', got 'micro_batch'"):
+        trained(1, per_parameter=True, estimator="micro_batch")
