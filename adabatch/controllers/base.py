@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from adabatch.estimators.confidence import NO_INTERVAL
 from adabatch.state import check_version
 
 
@@ -85,6 +86,23 @@ class Controller:
         rules = [part.lr_rule() for part in self.parts if hasattr(part, "lr_rule")]
         return next((rule for rule in rules if rule is not None), None)
 
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """(low, high) of the latest wish: which sizes the rule may ask for, as far as is known what it measures. (NaN, NaN): the wish has no error, or none
+        that is known. (0, ∞): it has one, which is not known yet.
+
+        Ratios of averages have Fieller's interval (`adabatch.estimators.confidence.fieller`), with t quantiles and the covariance of the averages; powers are
+        taken to first order. Where theory is thin: a drift of what is averaged, a falling loss above all, counts as noise where errors come from residuals,
+        which makes the interval too long; that a rule's own past sizes depend on the same measurements is left out.
+
+        Args:
+            level: probability with which intervals of this kind hold what the rule would ask for if it knew its averages without error.
+        """
+        return NO_INTERVAL
+
+    def readings(self) -> dict[str, float]:
+        """What the rule estimates beside its wish, for the history: f_star, preconditioned_trace_ema and their _std_error, where it has them."""
+        return {name: value for part in self.parts if hasattr(part, "readings") for name, value in part.readings().items()}
+
     def advance(self, *, samples: int, epoch: int) -> None:
         """Called by the scheduler at every step, before propose.
 
@@ -124,6 +142,16 @@ class Controller:
     def __repr__(self) -> str:
         given = [*map(repr, self.members), *(f"{name}={getattr(self, name)!r}" for name in self.arguments)]
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+def interval_of(controller: Any, level: float = 0.9) -> tuple[float, float]:
+    """The interval of a controller's latest wish; (NaN, NaN) for any object that has none.
+
+    Example:
+        >>> interval_of(object())
+        (nan, nan)
+    """
+    return controller.proposal_interval(level) if hasattr(controller, "proposal_interval") else NO_INTERVAL
 
 
 def ratio(numerator: float, denominator: float) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from adabatch.controllers.base import Controller
-from adabatch.estimators.averages import MovingAverage, check_smoothing
+from adabatch.estimators.averages import MovingAverage, check_smoothing, student_quantile
+from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, fieller, trace_error
 from adabatch.estimators.floor import LossFloor
 from adabatch.estimators.moments import GradientMoments
 from adabatch.preconditioners import preconditioned_trace, preconditioner_of
@@ -70,10 +71,12 @@ class CABS(Controller):
             raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
         self.scale, self.f_star, self.smoothing, self.eps, self.max_grad_norm = scale, f_star, smoothing, eps, max_grad_norm
         self.trace, self.loss = MovingAverage(smoothing), MovingAverage(smoothing)
+        self.joint = JointAverages(self.trace, self.loss)
         self.clipping = None if max_grad_norm is None else MovingAverage(smoothing)
         self.floor = LossFloor() if f_star == "auto" else None
         self._optimizer: Optimizer | None = None
         self._parameters: dict[str, Any] = {}
+        self._lr = math.nan
 
     @classmethod
     def reference(cls, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0) -> ReferenceCABS:
@@ -83,7 +86,7 @@ class CABS(Controller):
     @property
     def saved(self) -> tuple[str, ...]:
         """The averages in use."""
-        return tuple(name for name in ("trace", "loss", "clipping", "floor") if getattr(self, name) is not None)
+        return tuple(name for name in ("trace", "loss", "joint", "clipping", "floor") if getattr(self, name) is not None)
 
     def clips(self, max_grad_norm: float) -> None:
         """Take what optimizer.step() clips the gradient's norm to: see `Controller.clips`.
@@ -105,26 +108,60 @@ class CABS(Controller):
         Raises:
             ValueError: a batch of one has no variance; what the preconditioned trace needs is missing.
         """
-        raw = moments.variance_trace if self._optimizer is None else preconditioned_trace(moments, self._parameters, self._optimizer, lr)
+        if self._optimizer is None:
+            raw = (moments.variance_trace, moments.n_measured, *trace_error(moments))
+        else:
+            raw = (preconditioned_trace(moments, self._parameters, self._optimizer, lr), moments.n_measured)
         if self.clipping is not None:
             norm = math.sqrt(moments.grad_sq_norm)
             lr *= self.clipping.update(min(1.0, self.max_grad_norm / (norm + CLIP_EPS)), moments.batch_size)
-        trace, gap = self.trace.update(raw, moments.n_measured), self._gap(loss, moments.batch_size, lr)
+        self._lr = lr
+        trace, average = self.joint.update(raw, (loss, moments.batch_size))
+        if self.floor is not None:
+            self.floor.update(loss, moments.batch_size, lr)
         if math.isnan(trace):
             return math.nan
-        numerator = self.scale * lr * max(0.0, trace)
+        numerator, gap = self.scale * lr * max(0.0, trace), self._gap(average)
         if gap <= 0:
             return math.inf if numerator else 0.0
         return numerator / gap
 
-    def _gap(self, loss: float, samples: int, lr: float) -> float:
-        average = self.loss.update(loss, samples)
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """Fieller's of scale·lr·T/(F − f_star + eps): see `Controller.proposal_interval`.
+
+        The errors of T (tr(PΣ), for which they come from residuals), of F and their covariance, and with f_star='auto' that of the fit, as if independent of
+        F's; with max_grad_norm that of κ, as if independent of T's. It has no upper end where the loss might be at its floor. Where theory is thin: the floor
+        is fitted to the very losses that F averages, its error holds if the form of the fit does, and P and the lr count as known.
+        """
+        if math.isnan(self._lr) or not self.trace.count:
+            return NO_INTERVAL
+        quantile = student_quantile(level, min(self.trace.freedom, self.loss.freedom))
+        floor, floor_error = self._floor()
+        trace_variance, scale = self.trace.std_error() ** 2, self.scale * self._lr
+        if self.clipping is not None and self.clipping.average > 0:
+            trace_variance += (self.trace.average * self.clipping.std_error() / self.clipping.average) ** 2
+        variances = scale**2 * trace_variance, self.loss.std_error() ** 2 + floor_error**2
+        return fieller(scale * self.trace.average, self.loss.average - floor + self.eps, variances, scale * self.joint.covariance(), quantile)
+
+    def readings(self) -> dict[str, float]:
+        """See `Controller.readings`."""
+        floor, error = self._floor() if self.floor is None else (self.floor.bounded, self.floor.std_error)
+        read = {"f_star": floor, "f_star_std_error": error}
+        if self._optimizer is not None:
+            read |= {"preconditioned_trace_ema": self.trace.average, "preconditioned_trace_std_error": self.trace.std_error()}
+        return read
+
+    def _floor(self) -> tuple[float, float]:
+        """F* as the rule takes it, and its standard error."""
         if self.floor is None:
-            return average - self.f_star + self.eps
-        floor = self.floor.update(loss, samples, lr)
-        if math.isnan(floor):
-            return average + self.eps
-        errors = [error for error in (self.loss.std_error(), self.floor.std_error) if math.isfinite(error)]
+            return float(self.f_star), 0.0
+        return (0.0, 0.0) if math.isnan(self.floor.bounded) else (self.floor.bounded, self.floor.std_error)
+
+    def _gap(self, average: float) -> float:
+        floor, error = self._floor()
+        if self.floor is None or math.isnan(self.floor.bounded):
+            return average - floor + self.eps
+        errors = [part for part in (self.loss.std_error(), error) if math.isfinite(part)]
         return max(average - floor, math.hypot(*errors)) + self.eps
 
     @property

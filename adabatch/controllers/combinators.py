@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from adabatch.controllers.base import Controller, check_positive
+from adabatch.controllers.base import Controller, check_positive, interval_of
+from adabatch.estimators.confidence import NO_INTERVAL
 from adabatch.estimators.moments import GradientMoments
 
 
@@ -26,7 +28,12 @@ class AtLeast(Controller):
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         """Ask all members; give the largest wish, in samples."""
-        return max(_wishes(self.members, moments, loss, lr))
+        self.wishes = _wishes(self.members, moments, loss, lr)
+        return max(self.wishes)
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """From the largest low end of the members to their largest high one: see `Controller.proposal_interval`."""
+        return _combined(self, level, max)
 
 
 class AtMost(Controller):
@@ -46,7 +53,12 @@ class AtMost(Controller):
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         """Ask all members; give the smallest wish, in samples."""
-        return min(_wishes(self.members, moments, loss, lr))
+        self.wishes = _wishes(self.members, moments, loss, lr)
+        return min(self.wishes)
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """From the smallest low end of the members to their smallest high one: see `Controller.proposal_interval`."""
+        return _combined(self, level, min)
 
 
 class Average(Controller):
@@ -81,9 +93,16 @@ class Average(Controller):
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         """Ask all members; give the mean of their wishes, in samples."""
-        wishes = _wishes(self.members, moments, loss, lr)
-        weights = self.weights or (1,) * len(wishes)
-        return sum(weight * wish for weight, wish in zip(weights, wishes, strict=True)) / sum(weights)
+        self.wishes = _wishes(self.members, moments, loss, lr)
+        return self._mean(self.wishes)
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """The mean of the members' ends, as if all erred to one side at once: members measure the same gradients. See `Controller.proposal_interval`."""
+        return _combined(self, level, self._mean)
+
+    def _mean(self, values: Sequence[float]) -> float:
+        weights = self.weights or (1,) * len(values)
+        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
 
 class Monotone(Controller):
@@ -103,7 +122,7 @@ class Monotone(Controller):
 
     def __init__(self, member: Any):
         self.members, self.parts = _checked((member,))
-        self.largest = 0.0
+        self.largest = self._before = 0.0
 
     def advance(self, *, samples: int, epoch: int) -> None:
         """Take the size in use: see `Controller.advance`."""
@@ -112,11 +131,15 @@ class Monotone(Controller):
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         """Ask the member; give the largest wish so far, in samples. A wish that is NaN is handed on."""
-        wish = _wishes(self.members, moments, loss, lr)[0]
+        self.wishes = [wish] = _wishes(self.members, moments, loss, lr)
         if math.isnan(wish):
             return wish
-        self.largest = max(self.largest, wish)
+        self._before, self.largest = self.largest, max(self.largest, wish)
         return self.largest
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """The member's, cut off at what the largest wish was before: see `Controller.proposal_interval`."""
+        return _combined(self, level, lambda ends: max(self._before, *ends))
 
 
 class Warmup(Controller):
@@ -150,7 +173,7 @@ class Warmup(Controller):
             raise ValueError(f"growth must be above 1, got {growth!r}")
         self.members, self.parts = _checked((member,))
         self.growth, self.samples = growth, samples
-        self.limit = 0.0
+        self.limit, self._before = 0.0, math.inf
 
     def advance(self, *, samples: int, epoch: int) -> None:
         """Raise the limit by the samples of the step: see `Controller.advance`."""
@@ -160,11 +183,25 @@ class Warmup(Controller):
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         """Ask the member; give its wish or the limit, in samples."""
-        wish = _wishes(self.members, moments, loss, lr)[0]
+        self.wishes = [wish] = _wishes(self.members, moments, loss, lr)
         if math.isnan(wish):
             return wish
-        self.limit = min(wish, self.limit) if self.limit else wish
+        self._before = self.limit if self.limit else math.inf
+        self.limit = min(wish, self._before)
         return self.limit
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """The member's, cut off at the limit: see `Controller.proposal_interval`."""
+        return _combined(self, level, lambda ends: min(self._before, *ends))
+
+
+def _combined(rule: Any, level: float, combine: Callable[[Sequence[float]], float]) -> tuple[float, float]:
+    """Both ends by the rule that combines the wishes; a member's wish that has no error stands for both. Without any error there is no interval."""
+    intervals = [interval_of(member, level) for member in rule.members]
+    if not hasattr(rule, "wishes") or all(math.isnan(low) for low, _ in intervals):
+        return NO_INTERVAL
+    ends = [(wish, wish) if math.isnan(interval[0]) else interval for wish, interval in zip(rule.wishes, intervals, strict=True)]
+    return combine([low for low, _ in ends]), combine([high for _, high in ends])
 
 
 def _wishes(members: tuple[Any, ...], moments: GradientMoments | None, loss: float, lr: float) -> list[float]:

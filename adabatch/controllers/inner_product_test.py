@@ -5,6 +5,7 @@ from __future__ import annotations
 from adabatch.controllers.base import Controller, check_choice, check_positive, ratio
 from adabatch.controllers.norm_test import SIGNALS
 from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.confidence import NO_INTERVAL, JointAverages
 from adabatch.estimators.moments import GradientMoments
 
 
@@ -43,13 +44,14 @@ class InnerProductTest(Controller):
     needs = frozenset({"dots"})
     needs_effective_lr = False
     arguments = ("theta", "nu", "signal", "smoothing")
-    saved = ("along", "across", "square")
+    saved = ("along", "across", "square", "joint")
 
     def __init__(self, theta: float = 0.9, nu: float | None = None, signal: str = "smoothed", smoothing: float = 0.95):
         check_positive(theta=theta, **({} if nu is None else {"nu": nu}))
         check_choice("signal", signal, SIGNALS)
         self.theta, self.nu, self.signal, self.smoothing = theta, nu, signal, smoothing
         self.along, self.across, self.square = MovingAverage(smoothing), MovingAverage(smoothing), MovingAverage(smoothing)
+        self.joint = JointAverages(self.along, self.across, self.square)
         if signal == "raw":
             self.saved = ()
 
@@ -67,8 +69,18 @@ class InnerProductTest(Controller):
         variance, square = moments.inner_product_variance, moments.grad_sq_norm
         across = moments.variance_trace - (variance / square if square else 0.0)
         if self.signal == "smoothed":
-            variance = self.along.update(variance, moments.n_measured)
-            across = self.across.update(across, moments.n_measured)
-            square = self.square.update(moments.true_grad_sq_norm, moments.batch_size)
+            measured, signal = moments.n_measured, (moments.true_grad_sq_norm, moments.batch_size)
+            variance, across, square = self.joint.update((variance, measured), (across, measured), signal)
         wish = ratio(variance, self.theta**2 * square**2 if square > 0 else 0.0)
         return wish if self.nu is None else max(wish, ratio(across, self.nu**2 * square))
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """That of V/(θ²G⁴), with 2·Ĝ²·SE(Ĝ²) for the error of Ĝ⁴; augmented the larger ends of both tests'; none for the raw signal: see
+        `Controller.proposal_interval`."""
+        if self.signal == "raw":
+            return NO_INTERVAL
+        along = self.joint.ratio_interval(level, denominator=2, scale=1 / self.theta**2, power=2)
+        if self.nu is None:
+            return along
+        across = self.joint.ratio_interval(level, numerator=1, denominator=2, scale=1 / self.nu**2)
+        return max(along[0], across[0]), max(along[1], across[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from adabatch.controllers.base import Controller, check_positive, ratio
 from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.confidence import JointAverages, trace_and_signal
 from adabatch.estimators.moments import GradientMoments
 
 
@@ -36,12 +37,13 @@ class NoiseScale(Controller):
 
     needs_effective_lr = False
     arguments = ("scale", "smoothing")
-    saved = ("trace", "square")
+    saved = ("trace", "square", "joint")
 
     def __init__(self, scale: float = 1.0, smoothing: float = 0.95):
         check_positive(scale=scale)
         self.scale, self.smoothing = scale, smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
+        self.joint = JointAverages(self.trace, self.square)
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
         """Take one step's raw moments; give the wished batch size, in samples.
@@ -49,5 +51,9 @@ class NoiseScale(Controller):
         Raises:
             ValueError: a batch of one has no variance.
         """
-        trace = self.trace.update(moments.variance_trace, moments.n_measured)
-        return ratio(self.scale * trace, self.square.update(moments.true_grad_sq_norm, moments.batch_size))
+        trace, square = self.joint.update(*trace_and_signal(moments))
+        return ratio(self.scale * trace, square)
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """scale times the noise scale's, which has no upper end where G² might be 0: see `Controller.proposal_interval`."""
+        return self.joint.ratio_interval(level, scale=self.scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from adabatch.controllers.base import Controller, check_choice, check_positive, ratio
 from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, trace_and_signal
 from adabatch.estimators.moments import GradientMoments
 
 SIGNALS = ("raw", "smoothed")
@@ -37,13 +38,14 @@ class NormTest(Controller):
 
     needs_effective_lr = False
     arguments = ("theta", "signal", "smoothing")
-    saved = ("trace", "square")
+    saved = ("trace", "square", "joint")
 
     def __init__(self, theta: float = 0.9, signal: str = "smoothed", smoothing: float = 0.95):
         check_positive(theta=theta)
         check_choice("signal", signal, SIGNALS)
         self.theta, self.signal, self.smoothing = theta, signal, smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
+        self.joint = JointAverages(self.trace, self.square)
         if signal == "raw":
             self.saved = ()
 
@@ -55,5 +57,9 @@ class NormTest(Controller):
         """
         if self.signal == "raw":
             return ratio(moments.variance_trace, self.theta**2 * moments.grad_sq_norm)
-        trace = self.trace.update(moments.variance_trace, moments.n_measured)
-        return ratio(trace, self.theta**2 * self.square.update(moments.true_grad_sq_norm, moments.batch_size))
+        trace, square = self.joint.update(*trace_and_signal(moments))
+        return ratio(trace, self.theta**2 * square)
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """That of T/(θ²G²); none for the raw signal, which is of one step and means to follow its noise: see `Controller.proposal_interval`."""
+        return NO_INTERVAL if self.signal == "raw" else self.joint.ratio_interval(level, scale=1 / self.theta**2)

@@ -111,8 +111,8 @@ class JointAverages:
         correlation = products / lost / (x.weights * y.weights) / residuals if lost > 1e-12 else 0.0
         return min(1.0, max(-1.0, correlation)) * errors
 
-    def ratio_interval(self, level: float = 0.9, *, numerator: int = 0, denominator: int = 1, scale: float = 1.0) -> tuple[float, float]:
-        """`fieller` of scale·X/Y, with the smaller of the two averages' degrees of freedom.
+    def ratio_interval(self, level: float = 0.9, *, numerator: int = 0, denominator: int = 1, scale: float = 1.0, power: int = 1) -> tuple[float, float]:
+        """`fieller` of scale·X/Y^power, with the smaller of the two averages' degrees of freedom, and p·Y^(p−1)·SE_Y for the error of Y^p.
 
         Raises:
             ValueError: a level outside (0, 1).
@@ -121,8 +121,10 @@ class JointAverages:
         quantile = student_quantile(level, min(x.freedom, y.freedom))
         if not (x.count and y.count):
             return UNKNOWN
-        variances = (scale * x.std_error()) ** 2, y.std_error() ** 2
-        return fieller(scale * x.average, y.average, variances, scale * self.covariance(*sorted((numerator, denominator))), quantile)
+        slope = power * y.average ** (power - 1)
+        variances = (scale * x.std_error()) ** 2, (slope * y.std_error()) ** 2
+        covariance = scale * slope * self.covariance(*sorted((numerator, denominator)))
+        return fieller(scale * x.average, y.average**power if y.average > 0 else y.average, variances, covariance, quantile)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of products, as plain numbers; not the averages, which are the caller's."""
@@ -151,6 +153,17 @@ def trace_error(moments: GradientMoments) -> tuple[float, float]:
         return moments.std_error, moments.n_measured - 1.0
     except ValueError:
         return math.nan, 0.0
+
+
+def trace_and_signal(moments: GradientMoments) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """T̂ with s and its error, and Ĝ² with m: what JointAverages.update takes.
+
+    Example:
+        >>> import torch
+        >>> trace_and_signal(GradientMoments(2, sq_norms=torch.tensor([4.0, 8.0]), grad_sq_norm=4.0))
+        ((4.0, 2, nan, 0.0), (2.0, 2))
+    """
+    return (moments.variance_trace, moments.n_measured, *trace_error(moments)), (moments.true_grad_sq_norm, moments.batch_size)
 
 
 def _shift(sums: list[float], dx: float, dy: float) -> None:

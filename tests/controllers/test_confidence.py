@@ -1,0 +1,172 @@
+"""The intervals of wishes, against Fieller's inequality on averages worked out here with NumPy, and on runs where what the rules should ask for is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from adabatch import CABS, GradientMoments
+from adabatch.controllers import (
+    AdaScale,
+    AtLeast,
+    AtMost,
+    Average,
+    InnerProductTest,
+    Monotone,
+    NoiseScale,
+    NormTest,
+    PadaDamp,
+    Scheduled,
+    Warmup,
+)
+from adabatch.controllers.base import interval_of
+
+SMOOTHING, STEPS = 0.9, 60
+
+
+class Run:
+    """A run of moments of normal gradients, losses and sizes, with what the rules average."""
+
+    def __init__(self, seed=0, dots=False, steps=STEPS):
+        generator = torch.Generator().manual_seed(seed)
+        self.moments, self.losses = [], []
+        for step in range(steps):
+            m = (8, 32, 16)[step % 3]
+            grads = 0.4 + torch.randn(m, 6, generator=generator, dtype=torch.float64)
+            mean = grads.mean(0)
+            self.moments.append(GradientMoments(m, grads.square().sum(1), float(mean @ mean), dots=grads @ mean if dots else None))
+            self.losses.append(1.5 + float(torch.randn((), generator=generator)) / m**0.5)
+        self.sizes = np.array([moments.batch_size for moments in self.moments], float)
+        self.traces = np.array([moments.variance_trace for moments in self.moments])
+        self.signals = np.array([moments.true_grad_sq_norm for moments in self.moments])
+
+    def feed(self, rule, lr=0.3):
+        for moments, loss in zip(self.moments, self.losses, strict=True):
+            if hasattr(rule, "advance"):
+                rule.advance(samples=moments.batch_size, epoch=0)
+            wish = rule.propose(moments, loss=loss, lr=lr)
+        return wish
+
+
+def covered_ratios(run, x, y, errors=None):
+    """A function of a ratio: whether a 90 % test on the averages of x and y keeps it."""
+    p = SMOOTHING ** np.arange(len(x) - 1, -1, -1.0) * run.sizes
+    p /= p.sum()
+    dx, dy = x - p @ x, y - p @ y
+    lost = 1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum()
+    cov = np.array([[(p**2 * a * b).sum() / lost for a in (dx, dy)] for b in (dx, dy)])
+    if errors is not None:
+        factor = math.sqrt((p**2 * errors**2).sum() / cov[0, 0])
+        cov *= np.array([[factor**2, factor], [factor, 1]])
+    quantile = stats.t.ppf(0.95, (p**2).sum() ** 2 / (p**4).sum() - 1)
+    return lambda ratio: (p @ x - ratio * (p @ y)) ** 2 <= quantile**2 * (cov[0, 0] - 2 * ratio * cov[0, 1] + ratio**2 * cov[1, 1])
+
+
+def is_interval(inside, low, high, scale=1.0):
+    """The test keeps what lies just within the interval and rejects what lies just beyond it."""
+    return all(inside(end * (1 + shift) / scale) == (shift * side > 0) for end, side in ((low, 1), (high, -1)) for shift in (1e-6, -1e-6))
+
+
+@pytest.mark.parametrize("dots", [False, True])
+@pytest.mark.parametrize(
+    ("make", "scale"),
+    [(lambda: NoiseScale(scale=0.7, smoothing=SMOOTHING), 0.7), (lambda: NormTest(theta=0.5, smoothing=SMOOTHING), 4.0)],
+    ids=["NoiseScale", "NormTest"],
+)
+def test_noise_scale_and_norm_test(make, scale, dots):
+    run, rule = Run(dots=dots), make()
+    wish = run.feed(rule)
+    low, high = rule.proposal_interval(0.9)
+    errors = np.array([moments.std_error for moments in run.moments]) if dots else None
+    assert low < wish < high
+    assert is_interval(covered_ratios(run, run.traces, run.signals, errors), low, high, scale)
+
+
+def test_cabs():
+    run, rule = Run(), CABS(scale=2.0, f_star=0.4, eps=0.1, smoothing=SMOOTHING)
+    wish = run.feed(rule, lr=0.3)
+    low, high = rule.proposal_interval(0.9)
+    assert low < wish < high
+    assert is_interval(covered_ratios(run, run.traces, np.array(run.losses) - 0.3), low, high, 0.6)
+    assert rule.readings() == {"f_star": 0.4, "f_star_std_error": 0.0}
+
+
+def test_cabs_near_its_floor_has_no_upper_end():
+    rule = CABS(f_star=1.5, smoothing=SMOOTHING)
+    Run().feed(rule)
+    low, high = rule.proposal_interval()
+    assert low > 0
+    assert high == math.inf
+
+
+def test_cabs_counts_the_errors_of_clipping_and_of_an_estimated_floor():
+    run = Run()
+    plain, clipped = CABS(smoothing=SMOOTHING), CABS(smoothing=SMOOTHING, max_grad_norm=1.0)
+    wishes = [run.feed(rule) for rule in (plain, clipped)]
+    lengths = [(high - low) / wish for (low, high), wish in zip([rule.proposal_interval() for rule in (plain, clipped)], wishes, strict=True)]
+    assert lengths[1] > 1.02 * lengths[0]
+    auto = CABS(f_star="auto", smoothing=SMOOTHING)
+    run.feed(auto)
+    assert all(math.isnan(value) for value in CABS(f_star="auto").readings().values())
+    known = CABS(f_star=auto.floor.bounded, smoothing=SMOOTHING)
+    run.feed(known)
+    assert auto.floor.std_error > 0
+    assert auto.proposal_interval()[0] < known.proposal_interval()[0]
+    assert auto.readings() == {"f_star": auto.floor.bounded, "f_star_std_error": auto.floor.std_error}
+
+
+def test_inner_product_test_is_the_larger_of_its_two_tests():
+    run = Run(dots=True)
+    along, both, across = (InnerProductTest(theta=theta, nu=nu, smoothing=SMOOTHING) for theta, nu in ((0.5, None), (0.5, 0.3), (1e3, 0.3)))
+    wishes = [run.feed(rule) for rule in (along, both, across)]
+    intervals = [rule.proposal_interval() for rule in (along, both, across)]
+    assert all(low < wish < high for (low, high), wish in zip(intervals, wishes, strict=True))
+    assert intervals[1] == tuple(np.maximum(intervals[0], intervals[2]))
+    squares, variances = np.array([moments.grad_sq_norm for moments in run.moments]), np.array([moments.inner_product_variance for moments in run.moments])
+    assert is_interval(covered_ratios(run, run.traces - variances / squares, run.signals), *intervals[2], 1 / 0.09)
+
+
+@pytest.mark.parametrize("rule", [NormTest(signal="raw"), PadaDamp(16, 1.0), AdaScale(64, 16), Scheduled("0:16 1K:32"), AtMost(PadaDamp(16, 1.0), 64)])
+def test_rules_without_an_error_have_no_interval(rule):
+    Run().feed(rule)
+    assert all(math.isnan(end) for end in interval_of(rule))
+
+
+@pytest.mark.parametrize("make", [CABS, NoiseScale, NormTest])
+def test_after_one_step_nothing_is_known(make):
+    rule = make()
+    Run(steps=1).feed(rule)
+    assert rule.proposal_interval() == (0.0, math.inf)
+
+
+def test_combinations_combine_the_ends():
+    def made(build):
+        rule = build(NoiseScale(smoothing=SMOOTHING))
+        Run().feed(rule)
+        return rule.proposal_interval()
+
+    low, high = made(lambda rule: AtLeast(rule))
+    middle = (low + high) / 2
+    assert made(lambda rule: AtLeast(rule, middle)) == (middle, high)
+    assert made(lambda rule: AtMost(rule, middle)) == (low, middle)
+    assert made(lambda rule: Average(rule, 10.0, weights=(1, 3))) == pytest.approx(((low + 30) / 4, (high + 30) / 4))
+    assert made(lambda rule: Monotone(AtMost(rule, 1000.0)))[0] >= low
+    fast, slow = made(lambda rule: Warmup(rule, growth=1e6, samples=1)), made(lambda rule: Warmup(AtLeast(rule, 1e9), growth=1.1, samples=1000))
+    assert fast == (low, high)
+    assert slow[0] == slow[1] < 1e9
+
+
+def test_a_saved_rule_has_the_interval_it_had():
+    run = Run()
+    for make in (lambda: CABS(smoothing=SMOOTHING), lambda: NoiseScale(smoothing=SMOOTHING), lambda: InnerProductTest(smoothing=SMOOTHING)):
+        whole, resumed = make(), make()
+        dotted = Run(dots=True)
+        for rule, moments, loss in ((whole, m, x) for m, x in zip(dotted.moments[:30], run.losses, strict=False)):
+            rule.propose(moments, loss=loss, lr=0.3)
+        resumed.load_state_dict(whole.state_dict())
+        for rule in (whole, resumed):
+            for moments, loss in zip(dotted.moments[30:], run.losses[30:], strict=True):
+                rule.propose(moments, loss=loss, lr=0.3)
+        assert resumed.proposal_interval() == whole.proposal_interval()
