@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -12,7 +13,7 @@ from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.data.micro import MicroBatches
 from adabatch.micro_search import LossFn, find_micro_batch_size
 
-ESTIMATORS = ("per_sample", "micro_batch")
+ESTIMATORS = ("per_sample", "micro_batch", "cross_rank")
 
 
 class MicroBatching:
@@ -57,7 +58,10 @@ class MicroBatching:
         limit = self._limit
         if limit == "auto":
             state = hooks.state_dict()
-            limit = find_micro_batch_size(model, optimizer, self._loader, self._loss_fn, largest=largest)
+            processes = self._loader.batch_sampler.processes
+            limit = find_micro_batch_size(model, optimizer, self._loader, self._loss_fn, largest=-(-largest // processes.world_size))
+            if processes.world_size > 1:
+                limit = smallest_of_all(limit, next(model.parameters()).device)
             hooks.reset()
             hooks.load_state_dict(state)
         self._loader.micro_batches.limit = limit
@@ -81,6 +85,15 @@ class MicroBatching:
         """Leave the loader as it was."""
         micro = self._loader.micro_batches
         micro.limit, micro.at_least, micro.accumulates, micro.listeners = self._before
+
+
+def smallest_of_all(limit: int, device: torch.device) -> int:
+    """The smallest of the processes' limits: all must cut their batches into equally many parts."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return limit
+    value = torch.tensor([limit], device=device)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN)
+    return int(value)
 
 
 class _PassesOfBatch:

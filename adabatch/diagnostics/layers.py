@@ -69,6 +69,11 @@ class LayerStatistics:
             traces, signals = (np.array([getattr(part, name) for part in parts]) for name in ("variance_trace", "true_grad_sq_norm"))
             return cls(tuple(f"group {index}" for index in moments.by_group), "group", traces, signals, **sizes)
         names = tuple(moments.by_parameter)
+        m_eff = moments.batch_size if moments.effective_batch_size is None else moments.effective_batch_size
+        if moments.totals is not None:  # of many processes, whose samples are not all here
+            traces = np.array([moments.totals.parameter_terms[name] for name in names]) / (1 - 1 / m_eff)
+            signals = np.array([moments.parameter_grad_sq_norms[name] for name in names]) - traces / m_eff
+            return cls(names, "parameter", traces, signals, **sizes)
         # All parameters at once: a step of a large model would else spend milliseconds on hundreds of short sums.
         terms = torch.stack([moments.by_parameter[name] for name in names]).double()
         squares = torch.tensor([[moments.parameter_grad_sq_norms[name]] for name in names], dtype=torch.float64, device=terms.device)
@@ -79,7 +84,6 @@ class LayerStatistics:
             terms = terms if moments.corrections is None else moments.corrections * terms
         else:
             terms = terms - squares
-        m_eff = moments.batch_size if moments.effective_batch_size is None else moments.effective_batch_size
         trace = terms.mean(1) / (1 - 1 / m_eff)
         return cls(names, "parameter", trace.cpu().numpy(), (squares[:, 0] - trace / m_eff).cpu().numpy(), **sizes)
 

@@ -11,7 +11,7 @@ serves ‖g‖² in shards, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +32,7 @@ class Totals:
         mean_sq_norm: mean ‖g_i‖².
         mean_term, mean_square_term: mean and mean square of the terms of T̂; None without dots.
         mean_inner: mean of c_i(⟨g_i, g⟩ − w_i‖g‖²)²; None without dots.
+        parameter_terms: {name: mean of that parameter's terms of T̂}, on request.
         degrees_of_freedom: of T̂, where it does not come from samples: k − 1 for k processes.
     """
 
@@ -40,6 +41,7 @@ class Totals:
     mean_term: float | None = None
     mean_square_term: float | None = None
     mean_inner: float | None = None
+    parameter_terms: dict[str, float] = field(default_factory=dict)
     degrees_of_freedom: int | None = None
 
 
@@ -73,7 +75,7 @@ def totals_of(sums: Sequence[float] | Tensor, batch_size: int, has_dots: bool) -
 
     Example:
         >>> totals_of([1.0, 2.0, 4.0] + [0.0] * 7, batch_size=2, has_dots=False)
-        (1.0, Totals(n_measured=2, mean_sq_norm=2.0, mean_term=None, mean_square_term=None, mean_inner=None, degrees_of_freedom=None))
+        (1.0, Totals(n_measured=2, mean_sq_norm=2.0, mean_term=None, mean_square_term=None, mean_inner=None, parameter_terms={}, degrees_of_freedom=None))
     """
     whole, measured, *rest = [float(value) for value in sums]
     norms, a, b, aa, ab, bb, pp, wp = (value / batch_size for value in rest)
@@ -83,3 +85,19 @@ def totals_of(sums: Sequence[float] | Tensor, batch_size: int, has_dots: bool) -
     term, square = a + b * whole, aa + 2 * ab * whole + bb * whole**2
     inner = pp - 2 * whole * wp + b * whole**2
     return whole, Totals(round(measured), norms, max(0.0, term), max(0.0, square), max(0.0, inner))
+
+
+def between_processes(totals: Totals, grad_sq_norm: float, batch_size: int) -> Totals:
+    """Totals of k processes' gradients g_r of b_r samples each, with mean_sq_norm = Σ b_r‖g_r‖²/m, as Totals that give the trace between them:
+
+        T̂ = Σ_r b_r‖g_r − ḡ‖²/(k − 1) = (Σ_r b_r‖g_r‖² − m‖ḡ‖²)/(k − 1)
+
+    unbiased for tr Cov(g_i) for equal and unequal b_r, with the spread of k − 1 degrees of freedom.
+
+    Example:
+        >>> between_processes(Totals(2, mean_sq_norm=2.0), grad_sq_norm=1.0, batch_size=4)
+        Totals(n_measured=2, mean_sq_norm=4.0, mean_term=None, mean_square_term=None, mean_inner=None, parameter_terms={}, degrees_of_freedom=1)
+    """
+    freedom = totals.n_measured - 1
+    trace = batch_size * (totals.mean_sq_norm - grad_sq_norm) / freedom
+    return replace(totals, mean_sq_norm=grad_sq_norm + (1 - 1 / batch_size) * trace, degrees_of_freedom=freedom)
