@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -58,13 +59,21 @@ class MicroBatching:
         limit = self._limit
         if limit == "auto":
             state = hooks.state_dict()
-            processes = self._loader.batch_sampler.processes
-            limit = find_micro_batch_size(model, optimizer, self._loader, self._loss_fn, largest=-(-largest // processes.world_size))
-            if processes.world_size > 1:
-                limit = smallest_of_all(limit, next(model.parameters()).device)
+            limit = self._search(model, optimizer, largest)
             hooks.reset()
             hooks.load_state_dict(state)
         self._loader.micro_batches.limit = limit
+
+    def _search(self, model: nn.Module, optimizer: Optimizer, largest: int) -> int:
+        world_size = self._loader.batch_sampler.processes.world_size
+        if world_size == 1:
+            return find_micro_batch_size(model, optimizer, self._loader, self._loss_fn, largest=largest)
+        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            raise ValueError("max_micro_batch_size='auto' cannot try sizes on a sharded model, whose processes wait for each other: give a number")
+        # No process waits for another whose memory ran out.
+        with getattr(model, "no_sync", nullcontext)():
+            limit = find_micro_batch_size(model, optimizer, self._loader, self._loss_fn, largest=-(-largest // world_size))
+        return smallest_of_all(limit, next(model.parameters()).device)
 
     def accumulating(self, optimizer: Optimizer, hooks: Any, *, grad_scaler: Any, lr_scheduler: Any, max_grad_norm: float | None) -> Optimizer:
         """The optimizer that waits for the last micro-batch, or `optimizer` itself where there is nothing to wait for or to run."""

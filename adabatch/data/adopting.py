@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from adabatch.data.sampler import ResizableBatchSampler
 
+logger = logging.getLogger(__name__)
 KEPT = (
     "num_workers",
     "collate_fn",
@@ -27,10 +29,11 @@ KEPT = (
 def arguments_of(loader: DataLoader) -> tuple[dict[str, Any], ResizableBatchSampler | None]:
     """(arguments of an AdaptiveDataLoader that does what this loader does, its batch sampler if that can be used as it is).
 
-    A shuffling loader gets the keyed order, seeded from its generator (or from torch's); any other sampler is taken as it is.
+    A shuffling loader gets the keyed order, seeded from its generator (or from torch's); a DistributedSampler gives way to the global order, of its seed, that
+    all its processes share, with world_size times the batch size; any other sampler is taken as it is.
 
     Raises:
-        ValueError: batching switched off, or a batch sampler of the caller's own.
+        ValueError: batching switched off, a batch sampler of the caller's own, or a DistributedSampler that is of another kind or data set.
         TypeError: not a DataLoader.
 
     Example:
@@ -56,6 +59,8 @@ def arguments_of(loader: DataLoader) -> tuple[dict[str, Any], ResizableBatchSamp
     arguments |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
     if isinstance(loader.dataset, IterableDataset):
         return arguments, None
+    if isinstance(loader.sampler, DistributedSampler):
+        return {**arguments, **_of_distributed(loader)}, None
     if _is_plain_shuffle(loader):
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.sampler.generator).item())
         return {**arguments, "shuffle": True, "seed": seed}, None
@@ -70,3 +75,23 @@ def _is_plain_shuffle(loader: DataLoader) -> bool:
 
 def _is_sequential(loader: DataLoader) -> bool:
     return type(loader.sampler) is SequentialSampler and loader.sampler.data_source is loader.dataset
+
+
+def _of_distributed(loader: DataLoader) -> dict[str, Any]:
+    sampler = loader.sampler
+    if type(sampler) is not DistributedSampler or len(sampler.dataset) != len(loader.dataset):
+        raise ValueError(
+            f"the loader's sampler ({type(sampler).__name__}) shares its samples out by rules of its own, or those of another data set. Leave it away: "
+            "the processes then share one order (rank= and world_size=)."
+        )
+    logger.info(
+        "DistributedSampler is taken over: %s processes of global batches of %s x %s samples share one order, in which each sample comes once an epoch",
+        *(sampler.num_replicas, sampler.num_replicas, loader.batch_size),
+    )
+    return {
+        "batch_size": loader.batch_size * sampler.num_replicas,
+        "shuffle": sampler.shuffle,
+        "seed": sampler.seed,
+        "rank": sampler.rank,
+        "world_size": sampler.num_replicas,
+    }

@@ -18,6 +18,7 @@ class Request(NamedTuple):
         stream: 64-bit key of (seed, epoch) for random augmentation.
         start: position in the order of the first sample.
         indices: of the samples; of an iterable data set only their number counts.
+        stride: from each sample's position to the next one's, the number of processes.
         restore: an iterable data set's state to go on from.
     """
 
@@ -26,6 +27,7 @@ class Request(NamedTuple):
     stream: int
     start: int
     indices: Sequence[Any]
+    stride: int = 1
     restore: Any = None
 
 
@@ -47,14 +49,13 @@ class Reply(NamedTuple):
     state: Any = None
 
 
-def split_evenly(total: int, largest: int | None) -> list[int]:
-    """Sizes that add up to `total`, none above `largest`, as few and as equal as possible, larger ones first.
+def split_into(total: int, parts: int) -> list[int]:
+    """`parts` sizes that add up to `total`, as equal as possible, larger ones first.
 
     Example:
-        >>> split_evenly(10, 4), split_evenly(8, 4), split_evenly(3, None)
-        ([4, 3, 3], [4, 4], [3])
+        >>> split_into(10, 3), split_into(3, 1)
+        ([4, 3, 3], [3])
     """
-    parts = 1 if largest is None else max(1, -(-total // largest))
     small, more = divmod(total, parts)
     return [small + 1] * more + [small] * (parts - more)
 

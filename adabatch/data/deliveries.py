@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from adabatch.data.sampler import ResizableBatchSampler
 if TYPE_CHECKING:
     from adabatch.data.loader import AdaptiveDataLoader
 
+# Shares that are not all equal repeat after world_size batches at most; workers fetch no more than a few ahead.
+_PLANNED = 16
+
 
 class Deliveries:
     """One epoch's batches, drawn through the loader's engine.
@@ -31,9 +35,11 @@ class Deliveries:
     def __init__(self, loader: AdaptiveDataLoader, generation: int):
         self._loader, self._sampler, self._micro = loader, loader.batch_sampler, loader.micro_batches
         self._generation = generation
+        if self._micro.is_cut:
+            loader.learn_layout()
         self._whole = loader.collate_in == "consumer"
-        self._sized = self._sampler._num_samples is not None
-        self._plan = ChunkPlan(loader.num_workers, _sizes_ahead(self._sampler, self._micro, in_parts=self._sized and not self._whole))
+        self._sized, self._processes = self._sampler.is_sized, self._sampler.processes
+        self._plan = ChunkPlan(loader.num_workers, SizesAhead(self._sampler, self._micro, in_parts=self._sized and not self._whole))
         self.epoch = self._new_epoch()
         self._buffer: ChunkBuffer | None = None
 
@@ -43,7 +49,7 @@ class Deliveries:
             while True:
                 size = sampler.batch_size
                 n = self._upcoming(size)
-                if n == 0 or (sampler.drop_last and n < size):
+                if n == 0:
                     break
                 sampler._count(size, n)
                 yield from self._batch(n)
@@ -69,21 +75,26 @@ class Deliveries:
         return Epoch(self._sampler, self._generation, self._plan, progress)
 
     def _upcoming(self, size: int) -> int:
-        """Samples of the next batch: known beforehand where the epoch's length is, otherwise when they are here."""
+        """Samples of the next batch, 0 at the end: known beforehand where the epoch's length is, otherwise when they are here."""
+        sampler, world = self._sampler, self._processes.world_size
         if self._sized:
-            return min(size, self._sampler.num_samples - self._sampler.position)
-        self._ask(size, [])
-        return self._buffer.fill(size)
+            return sampler._upcoming(size)
+        # Equal shares: nobody knows how much is left, and all processes must come to the end together.
+        share = size // world
+        self._ask(share, [])
+        got = self._buffer.fill(share)
+        return 0 if sampler.drop_last and got < share else got * world
 
     def _batch(self, n: int) -> Iterator[Any]:
-        pieces = self._cut_whole(n) if self._whole else self._take_parts(n)
+        share = self._sampler._draws(n)
+        pieces = self._cut_whole(share) if self._whole else self._take_parts(share)
         if not self._micro.is_cut:
-            batch = pieces(0, n, [])
-            self._advance(n)
+            batch = pieces(0, share, [])
+            self._advance(n, share)
             yield batch
             self._sampler._check_newest(self._generation)
             return
-        sizes, part, at = self._micro.start(n), 0, 0
+        sizes, part, at = self._micro.start(n, self._processes, share), 0, 0
         advanced, kept = False, []
         while part < len(sizes):
             size = sizes[part]
@@ -91,19 +102,19 @@ class Deliveries:
             kept.append((batch, size, _versions(batch)))
             self._micro.goes_on(part, size)
             if self._micro.is_last and not advanced:
-                self._advance(n)
+                self._advance(n, share)
                 advanced = True
             yield batch
             self._sampler._check_newest(self._generation)
             part, at = part + 1, at + size
             if self._micro.failed:
                 self._put_back(kept)
-                sizes, part, at, kept = self._micro.start(n), 0, 0, []
+                sizes, part, at, kept = self._micro.start(n, self._processes, share), 0, 0, []
         self._micro.end()
 
-    def _advance(self, n: int) -> None:
+    def _advance(self, n: int, share: int) -> None:
         self._sampler._position += n
-        self.epoch.delivered(n)
+        self.epoch.delivered(share)
 
     def _put_back(self, kept: list[tuple[Any, int, list[int]]]) -> None:
         if any(_versions(batch) != versions for batch, _, versions in kept):
@@ -167,9 +178,21 @@ class Deliveries:
         return join(parts, COLUMN if self._whole else self._loader._layout, self._loader.join_fn, self._loader.pin_memory)
 
 
-def _sizes_ahead(sampler: ResizableBatchSampler, micro: MicroBatches, in_parts: bool) -> Callable[[], list[int]]:
-    """What batches of the present size will be asked for in. No method: the plan outlives the epoch, and must not keep the loader."""
-    return lambda: micro.sizes(sampler.batch_size) if in_parts else [sampler.batch_size]
+class SizesAhead:
+    """What this process will ask for in the batches after the present one, if the size stays. Keeps no loader: the plan outlives the epoch."""
+
+    def __init__(self, sampler: ResizableBatchSampler, micro: MicroBatches, in_parts: bool):
+        self._sampler, self._micro, self._in_parts = sampler, micro, in_parts
+
+    def __call__(self) -> list[int]:
+        sampler, processes = self._sampler, self._sampler.processes
+        size, world = sampler.batch_size, processes.world_size
+        if not sampler.is_sized or size % world == 0:
+            shares = [size // world]
+        else:
+            at = sampler.position + sampler.last_size
+            shares = [processes.share(at + batch * size, size) for batch in range(min(world // math.gcd(size, world), _PLANNED))]
+        return [part for share in shares for part in self._micro.sizes(size, processes, share)] if self._in_parts else shares
 
 
 def _versions(batch: Any) -> list[int]:

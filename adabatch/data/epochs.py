@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
-from torch.utils.data import IterableDataset, Sampler
-
 from adabatch.data.chunks import ChunkPlan, Reply, Request
+from adabatch.data.orders import is_stateful
 from adabatch.data.sampler import ResizableBatchSampler
 from adabatch.data.seeding import mix
 
@@ -20,12 +19,16 @@ Cut = Callable[[Any, int, int], Any]
 
 @dataclass
 class _Drawn:
-    """A chunk that was asked for and is not yet wholly delivered; `state` is that of what it came from, before it (map-style) or after it (iterable)."""
+    """A chunk that was asked for and is not yet wholly delivered.
+
+    `state` is that of what it came from, before it (map-style; `start` is the position in the order that it stands at) or after it (iterable).
+    """
 
     size: int
     worker: int = 0
     state: Any = None
     arrived: bool = False
+    start: int = 0
 
 
 class Epoch:
@@ -38,6 +41,9 @@ class Epoch:
         progress: what state() gave in the run that is resumed.
     """
 
+    # The last chunk's state is kept when it is delivered: an exhausted sampler's own may already be that of the next epoch.
+    _keeps = 1
+
     def __init__(self, sampler: ResizableBatchSampler, generation: int, plan: ChunkPlan, progress: dict[str, Any] | None = None):
         self.plan = plan
         self._sampler, self._generation = sampler, generation
@@ -45,23 +51,26 @@ class Epoch:
         self._stream = mix(sampler.seed, sampler.epoch)
         self._outstanding: deque[_Drawn] = deque()
         self._offset = 0
+        self._processes = sampler.processes
+        # The next position to ask for, and up to where a sampler of the caller's own has been gone through.
+        self._next, self._reached = self._processes.first(sampler.position), sampler.position - self._skip
 
     def requests(self) -> Iterator[Request]:
         """The chunks in the sampler's order, each drawn when the engine has room for it."""
-        sampler, own = self._sampler, self._sampler.sampler if self._sampler._stateful else None
-        start, epoch = sampler.position, sampler.epoch
-        order = sampler._begin(self._generation)
-        for _ in islice(order, self._skip):
-            pass
+        sampler, stateful, world = self._sampler, is_stateful(self._sampler.sampler), self._processes.world_size
+        epoch = sampler.epoch
+        order = sampler._begin(self._generation, self._skip)
         while True:
-            before = None if own is None else copy.deepcopy(own.state_dict())
+            before = copy.deepcopy(sampler.sampler.state_dict()) if stateful else None
             indices = list(islice(order, self.plan.next_size()))
             if not indices:
                 return
-            if own is not None:
-                self._outstanding.append(_Drawn(len(indices), state=before, arrived=True))
-            yield Request(self._generation, epoch, self._stream, start, indices)
-            start += len(indices)
+            if stateful:
+                self._outstanding.append(_Drawn(len(indices), state=before, arrived=True, start=self._reached))
+            at, self._next = self._next, self._next + len(indices) * world
+            # This process's last index is the last one taken.
+            self._reached = self._next - world + 1
+            yield Request(self._generation, epoch, self._stream, at, indices, world)
 
     def received(self, reply: Reply, cut: Cut) -> Reply:
         """A chunk arrived; what of it is to be delivered."""
@@ -70,7 +79,7 @@ class Epoch:
     def delivered(self, n: int) -> None:
         """So many samples more are the training loop's."""
         self._offset += n
-        while self._outstanding and self._outstanding[0].arrived and self._offset >= self._outstanding[0].size:
+        while len(self._outstanding) > self._keeps and self._outstanding[0].arrived and self._offset >= self._outstanding[0].size:
             drawn = self._outstanding.popleft()
             self._offset -= drawn.size
             self._passed(drawn)
@@ -80,22 +89,26 @@ class Epoch:
 
     def state(self, sampler_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """(the sampler's state, what besides it says where to go on), at the samples delivered."""
-        if not self._outstanding:
+        if sampler_state["sampler"] is None or self._sampler._generation != self._generation:
             return sampler_state, None
-        return {**sampler_state, "sampler": self._outstanding[0].state}, {"skip": self._offset}
+        if self._outstanding:
+            front = self._outstanding[0]
+            return {**sampler_state, "sampler": front.state}, {"skip": sampler_state["position"] - front.start}
+        return sampler_state, {"skip": sampler_state["position"] - self._reached}
 
 
-class StreamOrder(Sampler):
-    """The order of an iterable data set, which only it knows: its indices count its samples."""
+def check_same_streams(progress: dict[str, Any], **here: int) -> None:
+    """Refuse to resume an iterable data set where its workers or processes would share it otherwise.
 
-    def __init__(self, dataset: IterableDataset):
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[int]:
-        return count()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+    Raises:
+        ValueError: another number of workers or processes than saved.
+    """
+    for name, number in here.items():
+        if progress.get(name, 1) != number:
+            raise ValueError(
+                f"the order of an iterable data set depends on the number of workers and processes: saved with {progress.get(name, 1)}, here {number}. "
+                f"Resume with the same {name}."
+            )
 
 
 class StreamEpoch(Epoch):
@@ -105,6 +118,8 @@ class StreamEpoch(Epoch):
     delivered are drawn again in their sizes, so that the rest of the order is the same.
     """
 
+    _keeps = 0
+
     def __init__(self, sampler: ResizableBatchSampler, generation: int, plan: ChunkPlan, progress: dict[str, Any] | None, workers: int):
         super().__init__(sampler, generation, plan)
         self._workers = max(1, workers)
@@ -112,11 +127,6 @@ class StreamEpoch(Epoch):
         self._ended: set[int] = set()
         self._turn, self._again, self._drop = 0, [], 0
         if progress is not None:
-            if progress["num_workers"] != workers:
-                raise ValueError(
-                    f"the order of an iterable data set depends on the number of workers: saved with {progress['num_workers']}, here {workers}. "
-                    "Resume with the same num_workers."
-                )
             self._states = list(progress["states"])
             self._turn, self._again, self._drop = progress["worker"], list(progress["chunks"]), progress["offset"]
             plan.asked, plan.drawn = progress["asked"], progress["drawn"]
@@ -137,7 +147,7 @@ class StreamEpoch(Epoch):
             self._awaited.append((drawn, size))
             if turn >= self._turn:
                 self._outstanding.append(drawn)
-            yield Request(self._generation, epoch, self._stream, 0, range(size), self._first[worker] if turn < self._workers else None)
+            yield Request(self._generation, epoch, self._stream, 0, range(size), restore=self._first[worker] if turn < self._workers else None)
 
     def received(self, reply: Reply, cut: Cut) -> Reply:
         drawn, asked = self._awaited.popleft()
@@ -163,6 +173,7 @@ class StreamEpoch(Epoch):
         front = self._outstanding[0] if self._outstanding else None
         return sampler_state, {
             "num_workers": self._num_workers,
+            "world_size": self._processes.world_size,
             "states": list(self._states),
             "worker": 0 if front is None else front.worker,
             "chunks": [drawn.size for drawn in self._outstanding],

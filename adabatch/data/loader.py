@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import traceback
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,10 +12,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from adabatch.data.adopting import arguments_of
 from adabatch.data.chunks import Reply, Request, Requests
 from adabatch.data.deliveries import Deliveries
-from adabatch.data.epochs import Epoch, StreamOrder
+from adabatch.data.epochs import Epoch, check_same_streams
 from adabatch.data.joining import JoinFn, Layout
-from adabatch.data.micro import MicroBatches, free_memory, is_out_of_memory
+from adabatch.data.micro import MicroBatches, retrying
+from adabatch.data.orders import StreamOrder
 from adabatch.data.sampler import ResizableBatchSampler
+from adabatch.data.sampler_view import SamplerView
 from adabatch.data.seeding import mix
 from adabatch.data.workers import Fetcher, StreamFetcher, WorkerStart
 from adabatch.state import check_version
@@ -25,7 +25,7 @@ from adabatch.state import check_version
 COLLATE_IN = ("worker", "consumer")
 
 
-class AdaptiveDataLoader:
+class AdaptiveDataLoader(SamplerView):
     """A DataLoader whose batches have the size that `loader.batch_size` is when they are asked for, with any number of workers.
 
     Workers fetch and collate chunks of the order ahead of time; what comes out is cut and joined to size. So a change holds on the very next batch, and nothing
@@ -38,6 +38,10 @@ class AdaptiveDataLoader:
         sampler: the caller's own order, taken as it is; excludes shuffle.
         seed: of the shuffle, and of random augmentation.
         drop_last: leave out a last batch shorter than asked for.
+        rank, world_size: of this process among those that share one order. batch_size, recent, position, num_samples, len() and the state are global and the
+            same in all; each gets its share of every batch, within one sample of the others', and all have equally many (see ResizableBatchSampler). A sampler
+            of the caller's own must give the same order in all; an iterable data set the whole stream: each process keeps every world_size-th sample, so that
+            its batches are multiples of world_size.
         collate_in: 'worker', chunk by chunk, or 'consumer', for a collate_fn that must see the whole batch (mixup): workers then hand over samples.
         join_fn: (tensors, axis, path) -> tensor, joins chunks whose shapes differ beyond the axis that counts samples; adabatch.data.pad_right pads.
         seed_samples: seed torch's, NumPy's and Python's global generators for each sample by (seed, epoch, position), so that random augmentation does not
@@ -75,6 +79,8 @@ class AdaptiveDataLoader:
         sampler: Sampler | None = None,
         seed: int = 0,
         drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         collate_in: str = "worker",
         join_fn: JoinFn | None = None,
@@ -92,7 +98,8 @@ class AdaptiveDataLoader:
             raise ValueError(f"collate_in must be one of {COLLATE_IN}, got {collate_in!r}")
         order = StreamOrder(dataset) if self.is_stream else sampler
         self.dataset, self.sampler = dataset, sampler
-        self.batch_sampler = ResizableBatchSampler(dataset, batch_size, shuffle=shuffle, sampler=order, seed=seed, drop_last=drop_last)
+        options = {"shuffle": shuffle, "seed": seed, "drop_last": drop_last, "rank": rank, "world_size": world_size}
+        self.batch_sampler = ResizableBatchSampler(dataset, batch_size, sampler=order, **options)
         self.collate_fn = default_collate if collate_fn is None else collate_fn
         self.collate_in, self.join_fn, self.seed_samples = collate_in, join_fn, seed_samples
         self.micro_batches = MicroBatches()
@@ -111,6 +118,7 @@ class AdaptiveDataLoader:
         self._fetcher = (StreamFetcher if self.is_stream else Fetcher)(
             self.dataset, None if self.collate_in == "consumer" else self.collate_fn, learns=self.num_workers > 0, seeded=self.seed_samples
         )
+        self._fetcher.processes = self.batch_sampler.processes
         # Its own generator, because a DataLoader draws a number at each iter(): a resumed run draws once more, and would go on with other dropout masks.
         generator = torch.Generator() if generator is None else generator
         start = WorkerStart(worker_init_fn)
@@ -125,14 +133,15 @@ class AdaptiveDataLoader:
     def from_loader(cls, loader: DataLoader, **options: Any) -> AdaptiveDataLoader:
         """Take over a plain DataLoader: data set, order, collate_fn, workers, pinning, generator.
 
-        A shuffling loader gets the keyed order, seeded from its generator (or from torch's); any other sampler is taken as it is.
+        A shuffling loader gets the keyed order, seeded from its generator (or from torch's); torch's DistributedSampler gives way to the global order, with its
+        seed and the same global batch; any other sampler is taken as it is.
 
         Args:
             loader: the plain one.
-            options: arguments of AdaptiveDataLoader besides.
+            options: arguments of AdaptiveDataLoader besides, or instead: with world_size= also seed=, which must be the same in all processes.
 
         Raises:
-            ValueError: batching switched off, or a batch sampler of the caller's own.
+            ValueError: batching switched off, a batch sampler of the caller's own, or a sampler that shares samples out otherwise.
             TypeError: not a DataLoader.
         """
         arguments, batch_sampler = arguments_of(loader)
@@ -141,55 +150,6 @@ class AdaptiveDataLoader:
             adopted.batch_sampler, adopted.sampler = batch_sampler, batch_sampler.sampler
         return adopted
 
-    # -- sizes and positions
-
-    @property
-    def batch_size(self) -> int:
-        """Size of the batches asked for from now on."""
-        return self.batch_sampler.batch_size
-
-    @batch_size.setter
-    def batch_size(self, size: int) -> None:
-        self.batch_sampler.batch_size = size
-
-    @property
-    def drop_last(self) -> bool:
-        """Whether a last batch shorter than asked for is left out."""
-        return self.batch_sampler.drop_last
-
-    @drop_last.setter
-    def drop_last(self, drop: bool) -> None:
-        self.batch_sampler.drop_last = drop
-
-    @property
-    def recent(self) -> deque[tuple[int, int]]:
-        """(size asked for, size delivered) of the last batches delivered, newest last."""
-        return self.batch_sampler.recent
-
-    @property
-    def n_batches(self) -> int:
-        """Batches delivered so far, over all epochs."""
-        return self.batch_sampler.n_batches
-
-    @property
-    def position(self) -> int:
-        """Samples of the present epoch delivered so far; those that workers fetched ahead do not count."""
-        return self.batch_sampler.position
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of a whole epoch.
-
-        Raises:
-            TypeError: an iterable data set, or a sampler of the caller's own, without a length.
-        """
-        return self.batch_sampler.num_samples
-
-    @property
-    def samples_left(self) -> int:
-        """Samples of the present epoch still to be delivered; TypeError where the length is not known."""
-        return max(0, self.num_samples - self.batch_sampler.position)
-
     @property
     def is_last_micro_batch(self) -> bool:
         """Whether the optimizer is to step after this batch: False only for micro-batches that more of the same batch follow."""
@@ -197,9 +157,9 @@ class AdaptiveDataLoader:
 
     def __len__(self) -> int:
         """Batches (where they arrive in parts, micro-batches) still to come in this epoch at the present size; TypeError where the length is not known."""
-        whole, rest = divmod(self.samples_left, self.batch_size)
-        sizes = self.micro_batches.sizes
-        return whole * len(sizes(self.batch_size)) + (len(sizes(rest)) if rest and not self.drop_last else 0)
+        whole, others = self.batch_sampler._to_come()
+        parts, processes = self.micro_batches.sizes, self.batch_sampler.processes
+        return whole * len(parts(self.batch_size, processes)) + sum(len(parts(size, processes)) for size in others)
 
     def learn_layout(self) -> None:
         """Learn how batches are cut although there are no workers: for batches that are begun anew in smaller micro-batches."""
@@ -238,11 +198,8 @@ class AdaptiveDataLoader:
         """
         check_version(state, 1, "AdaptiveDataLoader")
         progress = state["progress"]
-        if self.is_stream and progress is not None and progress["num_workers"] != self.num_workers:
-            raise ValueError(
-                f"the order of an iterable data set depends on the number of workers: saved with {progress['num_workers']}, here {self.num_workers}. "
-                "Resume with the same num_workers."
-            )
+        if self.is_stream and progress is not None:
+            check_same_streams(progress, num_workers=self.num_workers, world_size=self.batch_sampler.processes.world_size)
         self.batch_sampler.load_state_dict(state["sampler"])
         self._epoch, self._progress = None, progress
 
@@ -260,29 +217,20 @@ class AdaptiveDataLoader:
             return map(self._fetcher.__getitem__, requests)
         self._requests.epoch = requests
         if self.generator is None:
-            self._loader.generator.manual_seed(mix(self.batch_sampler.seed, self.batch_sampler.epoch))
+            self._loader.generator.manual_seed(mix(self.batch_sampler.seed, self.batch_sampler.epoch, self.batch_sampler.processes.rank))
         return iter(self._loader)
 
-    @contextmanager
-    def retrying(self) -> Iterator[None]:
+    def retrying(self) -> AbstractContextManager[None]:
         """Around the body of the training loop: where memory runs out, the micro-batch is halved and the same batch comes again from its start.
 
         What the failed attempt added to the gradients is dropped; running statistics of batch norm keep what it added to them.
 
         Raises:
-            RuntimeError: the optimizer does not wait for the last micro-batch: use the one that adabatch.wrap(..., max_micro_batch_size=) returns.
+            RuntimeError: the optimizer does not wait for the last micro-batch: use the one that adabatch.wrap(..., max_micro_batch_size=) returns. Or there
+                are other processes, which would wait for this one.
             The error itself: micro-batches of one sample fail too, or the step was already taken.
         """
-        if not self.micro_batches.accumulates:
-            raise RuntimeError("retrying() needs an optimizer that steps on the last micro-batch: that of adabatch.wrap(..., max_micro_batch_size=...)")
-        try:
-            yield
-        except Exception as error:
-            if not is_out_of_memory(error) or not self.micro_batches.shrink():
-                raise
-            traceback.clear_frames(error.__traceback__)
-        if self.micro_batches.failed:
-            free_memory()
+        return retrying(self.micro_batches, self.batch_sampler.processes.world_size)
 
 
 def _as_it_is(reply: Reply) -> Reply:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from adabatch.data.arguments import checked_int
-from adabatch.data.chunks import split_evenly
+from adabatch.data.chunks import split_into
+from adabatch.data.processes import Processes
 
+ALONE = Processes()
 _ALLOCATION_FAILED = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
@@ -21,7 +25,7 @@ class MicroBatches:
         at_least: parts that a batch of so many samples is cut into anyway.
         accumulates: whether an optimizer waits for the last micro-batch.
         index, count: which micro-batch this is, from 0, and how many there are.
-        size, batch_size: samples in it, and in the whole batch.
+        size, batch_size: samples in it, and in the whole batch, of this process.
         sizes_now: sizes of the present batch's micro-batches.
         anew: the present batch was begun before, and memory ran out.
         attempt: counts the batches begun, and those begun anew.
@@ -68,17 +72,26 @@ class MicroBatches:
         """Of the batch's samples, the part that is in this micro-batch."""
         return self.size / self.batch_size if self.count > 1 else 1.0
 
-    def sizes(self, batch_size: int) -> list[int]:
-        """Sizes of the micro-batches of a batch: as few as the limit allows, equal to within one sample."""
-        largest = -(-batch_size // self.at_least) if self.at_least > 1 else None
-        limits = [limit for limit in (self.limit, largest) if limit]
-        return split_evenly(batch_size, min(limits) if limits else None)
+    def sizes(self, batch_size: int, processes: Processes = ALONE, share: int | None = None) -> list[int]:
+        """Sizes of this process's micro-batches of a batch: as few as the limit allows, equal to within one sample.
 
-    def start(self, batch_size: int) -> list[int]:
-        """Begin a batch, or begin it anew; its sizes."""
-        sizes = self.sizes_now = self.sizes(batch_size)
+        Every process has equally many, as many as the largest share needs. (With a limit of 1 and unequal shares some have one of two samples.)
+
+        Args:
+            batch_size: of the batch, of all processes together.
+            processes: that share it.
+            share: this process's samples of it; None for the largest share.
+        """
+        largest = -(-batch_size // processes.world_size)
+        limits = [limit for limit in (self.limit, -(-largest // self.at_least) if self.at_least > 1 else None) if limit]
+        parts = -(-largest // min(limits)) if limits else 1
+        return split_into(largest if share is None else share, max(1, min(parts, batch_size // processes.world_size)))
+
+    def start(self, batch_size: int, processes: Processes = ALONE, share: int | None = None) -> list[int]:
+        """Begin a batch, or begin it anew; the sizes(...) of its micro-batches."""
+        sizes = self.sizes_now = self.sizes(batch_size, processes, share)
         self.anew = self.failed
-        self.index, self.count, self.size, self.batch_size = 0, len(sizes), sizes[0], batch_size
+        self.index, self.count, self.size, self.batch_size = 0, len(sizes), sizes[0], sum(sizes)
         self.attempt += 1
         self.stepped = self.failed = False
         for listener in self.listeners:
@@ -119,3 +132,20 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def retrying(micro_batches: MicroBatches, world_size: int) -> Iterator[None]:
+    """See AdaptiveDataLoader.retrying."""
+    if not micro_batches.accumulates:
+        raise RuntimeError("retrying() needs an optimizer that steps on the last micro-batch: that of adabatch.wrap(..., max_micro_batch_size=...)")
+    if world_size > 1:
+        raise RuntimeError(f"retrying() in one of {world_size} processes would leave the others waiting for it: set max_micro_batch_size low enough, or 'auto'")
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error) or not micro_batches.shrink():
+            raise
+        traceback.clear_frames(error.__traceback__)
+    if micro_batches.failed:
+        free_memory()

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
-import torch
-from torch.utils.data import RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import Sampler
 
 from adabatch.data.arguments import checked_int, checked_sampler, is_sampler, sample_count
+from adabatch.data.orders import StreamOrder, check_shared, generator_of, indices, is_stateful
 from adabatch.data.permutation import KeyedPermutation
-
-_VERSION = 1
-# Indices worked out at a time: enough to make NumPy's cost per call small, few enough for the first batch to come at once.
-_BLOCK = 1024
-_KEYS = {"version", "epoch", "position", "batch_size", "num_samples", "shuffle", "seed", "sampler", "generator"}
+from adabatch.data.processes import Processes
+from adabatch.data.sampler_state import VERSION, checked_state, warn_of_new_order
 
 
 class ResizableBatchSampler(Sampler[list[int]]):
@@ -41,17 +37,20 @@ class ResizableBatchSampler(Sampler[list[int]]):
         sampler: the caller's own order of indices, taken as it is, any iterable (a list too); excludes ``shuffle``.
         seed: of the shuffle, 0 … 2⁶⁴ − 1. Not used otherwise.
         drop_last: leave out a last batch shorter than asked for. Settable at any time.
+        rank, world_size: of this process among those that share the order. Sizes and positions are global, the same in all; what is drawn is this process's
+            share, within one sample of any other's. All have equally many batches, a sample in each: the last ones may differ a little from what is asked for.
 
     Attributes:
         sampler: the caller's own sampler, or None.
         shuffle, seed: as given; load_state_dict sets the seed to the saved one.
         n_batches: batches drawn so far, over all epochs.
         recent: (size asked for, size drawn) of the last batches drawn, newest last.
+        share: of the last batch drawn, the samples that are this process's.
         runs_ahead: batches are drawn before they are delivered, where a DataLoader has workers.
 
     Raises:
         TypeError: an argument of the wrong type, a data set without length, an iterator that is used up after one epoch, a batch sampler.
-        ValueError: a number out of range, or a sampler together with ``shuffle``.
+        ValueError: a number out of range, a sampler together with ``shuffle``, fewer samples than processes, or a sampler that processes cannot share.
 
     Example:
         >>> batches = ResizableBatchSampler(10, batch_size=4)
@@ -81,6 +80,8 @@ class ResizableBatchSampler(Sampler[list[int]]):
         sampler: Iterable[int] | None = None,
         seed: int = 0,
         drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         sampler = data_source if sampler is None and is_sampler(data_source) else sampler
         for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
@@ -90,11 +91,14 @@ class ResizableBatchSampler(Sampler[list[int]]):
             raise ValueError(f"shuffle=True, but the order is the sampler's own ({type(sampler).__name__}). Pass either a sampler or shuffle=True.")
         self.sampler = None if sampler is None else checked_sampler(sampler)
         self._num_samples = sample_count(data_source) if sampler is None else None
+        self.processes = Processes(rank, world_size)
+        if world_size > 1 and not isinstance(sampler, StreamOrder):
+            self.processes.check_epoch(check_shared(sampler) if sampler is not None else self._num_samples)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = checked_int("seed", seed, 0, 2**64 - 1)
         self.drop_last = drop_last
-        self.n_batches = self._epoch = self._position = 0
+        self.n_batches = self.share = self._epoch = self._position = 0
         self.recent: deque[tuple[int, int]] = deque(maxlen=4096)
         # Which iterator is the newest, and whether it has drawn anything: an epoch begun is not begun again.
         self._generation, self._begun = 0, False
@@ -103,12 +107,12 @@ class ResizableBatchSampler(Sampler[list[int]]):
 
     @property
     def batch_size(self) -> int:
-        """Samples of the batches drawn from now on."""
+        """Samples of the batches drawn from now on, of all processes together."""
         return self._batch_size
 
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
-        self._batch_size = checked_int("batch_size", batch_size, 1)
+        self._batch_size = self.processes.check_size(batch_size)
 
     @property
     def epoch(self) -> int:
@@ -119,6 +123,11 @@ class ResizableBatchSampler(Sampler[list[int]]):
     def position(self) -> int:
         """Samples of the present epoch drawn so far."""
         return self._position
+
+    @property
+    def last_size(self) -> int:
+        """Samples of the last batch drawn, of all processes together; 0 before the first."""
+        return self.recent[-1][1] if self.recent else 0
 
     @property
     def num_samples(self) -> int:
@@ -141,8 +150,8 @@ class ResizableBatchSampler(Sampler[list[int]]):
         Raises:
             TypeError: the caller's own sampler has no length.
         """
-        left = max(0, self.num_samples - self._position)
-        return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
+        whole, others = self._to_come()
+        return whole + len(others)
 
     def __iter__(self) -> Iterator[list[int]]:
         return self._batches(self._start())
@@ -168,22 +177,23 @@ class ResizableBatchSampler(Sampler[list[int]]):
         Of the caller's own sampler, its ``state_dict()`` is kept if it has one, otherwise the state its ``generator`` had when the epoch began if it has one.
         """
         generator = self._begun_from if self._begun else self._restore
-        if generator is None and self._generator is not None:
-            generator = self._generator.get_state()
+        if generator is None and generator_of(self.sampler) is not None:
+            generator = generator_of(self.sampler).get_state()
         return {
-            "version": _VERSION,
+            "version": VERSION,
             "epoch": self._epoch,
             "position": self._position,
             "batch_size": self.batch_size,
             "num_samples": self._num_samples,
             "shuffle": self.shuffle,
             "seed": self.seed,
-            "sampler": self.sampler.state_dict() if self._stateful else None,
+            "sampler": self.sampler.state_dict() if is_stateful(self.sampler) else None,
             "generator": generator,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next ``iter()`` go on where ``state`` was saved. Batch size and seed become the saved ones; ``drop_last`` stays.
+        """Let the next ``iter()`` go on where ``state`` was saved, with any number of processes. Batch size (of at least a sample for each process) and seed
+        become the saved ones; ``drop_last`` stays.
 
         The built-in orders are resumed exactly. A sampler of the caller's own that has ``state_dict`` and ``load_state_dict`` goes on by itself; any other
         starts its epoch again, from the saved state of its ``generator`` if it has one, and ``position`` indices are drawn and dropped: the same samples
@@ -196,45 +206,19 @@ class ResizableBatchSampler(Sampler[list[int]]):
         Warns:
             UserWarning: a random sampler of torch's without a generator cannot repeat its order.
         """
-        version = state.get("version")
-        if version != _VERSION:
-            raise ValueError(f"Unknown version of the sampler's state: got {version!r}, this adabatch reads {_VERSION}.")
-        if state.keys() != _KEYS:
-            raise ValueError(f"The sampler's state must have the entries {sorted(_KEYS)}, got {sorted(state)}.")
-        saved = (state["num_samples"], state["shuffle"], state["sampler"] is not None, state["generator"] is not None)
-        here = (self._num_samples, self.shuffle, self._stateful, self._generator is not None)
-        if saved != here:
-            names = "num_samples", "shuffle", "sampler with a state_dict", "sampler with a generator"
-            differing = ", ".join(f"{name}: saved {theirs}, here {ours}" for name, theirs, ours in zip(names, saved, here, strict=True) if theirs != ours)
-            raise ValueError(f"The state belongs to another order of samples ({differing}). Build the sampler as in the run that saved it.")
-        epoch = checked_int("epoch", state["epoch"], 0, 2**64 - 1)
-        position = checked_int("position", state["position"], 0)
-        batch_size = checked_int("batch_size", state["batch_size"], 1)
-        self.seed = checked_int("seed", state["seed"], 0, 2**64 - 1)
-        self.batch_size = batch_size
+        epoch, position, batch_size, self.seed = checked_state(state, self._num_samples, self.shuffle, self.sampler)
+        own = generator_of(self.sampler)
+        self.batch_size = max(batch_size, self.processes.world_size)
         self._go_to(epoch, position)
-        if self._stateful:
+        if is_stateful(self.sampler):
             self.sampler.load_state_dict(state["sampler"])
-        elif position == 0 and self._generator is not None:
+        elif position == 0 and own is not None:
             # Now, not at the first draw: a DataLoader may share the generator and draw from it in between, as it did in the run that saved the state.
-            self._generator.set_state(state["generator"])
+            own.set_state(state["generator"])
         else:
             self._restore = state["generator"]
-            if position and self._restore is None and isinstance(self.sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
-                warnings.warn(
-                    f"{type(self.sampler).__name__} has no generator, so its order cannot be repeated: resumed at position {position} of a new order, the "
-                    "epoch repeats some samples and leaves out others. Give the sampler a generator, or use shuffle=True of ResizableBatchSampler.",
-                    stacklevel=2,
-                )
-
-    @property
-    def _stateful(self) -> bool:
-        return hasattr(self.sampler, "state_dict") and hasattr(self.sampler, "load_state_dict")
-
-    @property
-    def _generator(self) -> torch.Generator | None:
-        generator = getattr(self.sampler, "generator", None)
-        return generator if isinstance(generator, torch.Generator) and not self._stateful else None
+            if position and self._restore is None:
+                warn_of_new_order(self.sampler, position)
 
     def _go_to(self, epoch: int, position: int = 0) -> None:
         self._epoch, self._position = epoch, position
@@ -245,15 +229,34 @@ class ResizableBatchSampler(Sampler[list[int]]):
     def _batches(self, generation: int) -> Iterator[list[int]]:
         order = self._begin(generation)
         while True:
-            size = self.batch_size
-            batch = list(islice(order, size))
-            if not batch or (self.drop_last and len(batch) < size):
+            asked = self.batch_size
+            size = self._upcoming(asked)
+            batch = list(islice(order, self._draws(size)))
+            if not batch or (self.drop_last and self._num_samples is None and len(batch) < size):
                 break
-            self._count(size, len(batch))
-            self._position += len(batch)
+            self._count(asked, len(batch) if self.processes.world_size == 1 else size)
+            self._position += self.last_size
             yield batch
             self._check_newest(generation)
         self._go_to(self._epoch + 1)
+
+    def _to_come(self) -> tuple[int, list[int]]:
+        return self.processes.sizes_to_come(self.batch_size, max(0, self.num_samples - self._position), self.drop_last)
+
+    def _upcoming(self, asked: int) -> int:
+        """Samples of the next batch: what is asked for where the epoch's length need not be known."""
+        if not self.is_sized:
+            return asked
+        return self.processes.size_at(asked, max(0, self.num_samples - self._position), self.drop_last)
+
+    def _draws(self, size: int) -> int:
+        """Samples of this process in the next batch; one at least, see Processes.positions."""
+        return size if self.processes.world_size == 1 else max(min(1, size), self.processes.share(self._position, size))
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether the epoch's length is known beforehand and kept to."""
+        return self._num_samples is not None or (self.processes.world_size > 1 and not isinstance(self.sampler, StreamOrder))
 
     # AdaptiveDataLoader draws through these itself, and counts what it delivers: position and recent are then those of delivered batches.
 
@@ -263,15 +266,16 @@ class ResizableBatchSampler(Sampler[list[int]]):
         self._generation += 1
         return self._generation
 
-    def _begin(self, generation: int) -> Iterator[int]:
+    def _begin(self, generation: int, skip: int = 0) -> Iterator[int]:
         self._check_newest(generation)
-        order = self._order()
+        order = self._order(skip)
         # Not before: iterators that draw nothing begin no epoch.
         self._begun = True
         return order
 
     def _count(self, asked: int, n: int) -> None:
         self.n_batches += 1
+        self.share = self.processes.share(self._position, n)
         self.recent.append((asked, n))
 
     def _check_newest(self, generation: int) -> None:
@@ -281,20 +285,16 @@ class ResizableBatchSampler(Sampler[list[int]]):
                 "position. For two loops at once build two samplers (and two loaders)."
             )
 
-    def _order(self) -> Iterator[int]:
-        """The indices of the present epoch from the present position on."""
+    def _order(self, skip: int) -> Iterator[int]:
+        """This process's indices of the present epoch from the present position on; `skip` are between the state of a sampler of the caller's own and there."""
         start, n = self._position, self._num_samples
-        if n is None:
-            return self._order_of_sampler(start)
-        if not self.shuffle:
-            return iter(range(start, n))
-        permutation = KeyedPermutation(n, self.seed, self._epoch)
-        return chain.from_iterable(permutation(range(at, min(at + _BLOCK, n))).tolist() for at in range(start, n, _BLOCK))
-
-    def _order_of_sampler(self, start: int) -> Iterator[int]:
-        if self._generator is not None:
+        if n is not None:
+            return indices(self.processes.positions(start, n), KeyedPermutation(n, self.seed, self._epoch) if self.shuffle else None)
+        generator = generator_of(self.sampler)
+        if generator is not None:
             if self._restore is not None:
-                self._generator.set_state(self._restore)
-            self._begun_from = self._generator.get_state()
+                generator.set_state(self._restore)
+            self._begun_from = generator.get_state()
         self._restore = None
-        return islice(self.sampler, 0 if self._stateful else start, None)
+        order = islice(self.sampler, skip if is_stateful(self.sampler) else start, None)
+        return self.processes.of_order(order, start, self.num_samples if self.is_sized else None)

@@ -57,16 +57,22 @@ class SampleSeeds:
         self._sources = (_Torch(), _NumPy(), _PythonInWorker() if in_worker else _Python())
 
     def fetch(
-        self, fetch_all: Callable[[Sequence[Any]], list[Any]], fetch_one: Callable[[Any], Any], stream: int, start: int, indices: Sequence[Any]
+        self,
+        fetch_all: Callable[[Sequence[Any]], list[Any]],
+        fetch_one: Callable[[Any], Any],
+        stream: int,
+        start: int,
+        indices: Sequence[Any],
+        stride: int = 1,
     ) -> list[Any]:
-        """The samples of these indices, the first of them at position `start` of the order."""
+        """The samples of these indices, at the positions start, start + stride, … of the order."""
         first, second, third = self._sources
         while True:
             used = [source for source in self._sources if source.used]
             first.begin(len(indices)), second.begin(len(indices)), third.begin(len(indices))
             try:
                 if used:
-                    samples = [self._fetch_seeded(used, fetch_one, mix(stream, start + row), index) for row, index in enumerate(indices)]
+                    samples = [self._fetch_seeded(used, fetch_one, mix(stream, start + row * stride), index) for row, index in enumerate(indices)]
                 else:
                     samples = fetch_all(indices)
                 moved = first.find(), second.find(), third.find()

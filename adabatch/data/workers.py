@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from adabatch.data.chunks import Reply, Request
 from adabatch.data.joining import COLUMN, Layout, learn_layout
+from adabatch.data.processes import Processes
 from adabatch.data.seeding import SampleSeeds, mix
 
 
@@ -41,7 +42,7 @@ class Fetcher(Dataset):
     def _samples(self, request: Request) -> list[Any]:
         if not self._seeded:
             return self._fetch_all(request.indices)
-        return self._own_seeds().fetch(self._fetch_all, self.dataset.__getitem__, request.stream, request.start, request.indices)
+        return self._own_seeds().fetch(self._fetch_all, self.dataset.__getitem__, request.stream, request.start, request.indices, request.stride)
 
     def _own_seeds(self) -> SampleSeeds:
         if self._seeds is None:
@@ -70,10 +71,14 @@ class Fetcher(Dataset):
 class StreamFetcher(Fetcher):
     """The same for an iterable data set: each request takes so many samples from this process's iterator.
 
+    Of many processes each goes through all samples, and keeps one of every world_size; those after the last full round are left out, because all must come
+    to the end together.
+
     Random augmentation is seeded for each request: (seed, epoch, worker, samples taken before).
     """
 
     _run = -1
+    processes = Processes()
 
     def __getitem__(self, request: Request) -> Reply:
         if request.run != self._run:
@@ -102,7 +107,9 @@ class StreamFetcher(Fetcher):
 
     def _samples(self, request: Request) -> list[Any]:
         def take() -> list[Any]:
-            return list(islice(self._iterator, len(request.indices)))
+            rank, world = self.processes.rank, self.processes.world_size
+            taken = list(islice(self._iterator, len(request.indices) * world))
+            return taken[rank : len(taken) // world * world : world]
 
         if not self._seeded:
             return take()

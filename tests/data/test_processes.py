@@ -1,0 +1,381 @@
+"""Many processes, one order: every sample once over all ranks, shares within one, equally many batches, any other number of processes on resuming."""
+
+import logging
+import resource
+import time
+import tracemalloc
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+import adabatch
+from adabatch import AdaptiveDataLoader, ResizableBatchSampler
+from adabatch.data import KeyedPermutation
+from tests.data.streams import Augmented, Counting, Numbers, Plain
+from tests.data.test_loader_exact import through_a_file
+
+CASES = st.fixed_dictionaries(
+    {
+        "world": st.integers(1, 6),
+        "n": st.integers(0, 80),
+        "sizes": st.lists(st.integers(0, 25), min_size=1, max_size=10),
+        "drop_last": st.booleans(),
+        "shuffle": st.booleans(),
+        "kill": st.integers(0, 10),
+        "other_world": st.integers(1, 6),
+        "limit": st.sampled_from([None, 1, 3]),
+        "collate_in": st.sampled_from(["worker", "consumer"]),
+        "own_sampler": st.booleans(),
+    }
+)
+
+
+class Restartable:
+    """An order of its own that can be saved: 7, 8, …, n − 1, 0, …, 6."""
+
+    def __init__(self, n):
+        self.n, self.at = n, 0
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        while self.at < self.n:
+            self.at += 1
+            yield (self.at - 1 + 7) % self.n
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def loaders_of(case, world, **options):
+    n = case["n"] + max(case["world"], case["other_world"])
+    options |= {"drop_last": case["drop_last"], "collate_in": case["collate_in"]}
+    result = []
+    for rank in range(world):
+        order = {"sampler": Restartable(n)} if case["own_sampler"] else {"shuffle": case["shuffle"], "seed": 3}
+        loader = AdaptiveDataLoader(Numbers(n), world, rank=rank, world_size=world, **order, **options)
+        loader.micro_batches.limit = case["limit"]
+        result.append(loader)
+    return result
+
+
+def together(loaders, sizes, stop=None):
+    """Batches of one epoch, asked for in these sizes in turn, each as the lists of all ranks; checks what must hold between ranks."""
+    world, steps = len(loaders), []
+    iterators = [iter(loader) for loader in loaders]
+    while stop is None or len(steps) < stop:
+        left = loaders[0].samples_left
+        size = max(world, sizes[len(steps) % len(sizes)])
+        for loader in loaders:
+            loader.batch_size = size
+        parts = []
+        for loader, iterator in zip(loaders, iterators, strict=True):
+            batch = next(iterator, None)
+            pieces = [] if batch is None else [batch]
+            while not loader.is_last_micro_batch:
+                pieces.append(next(iterator))
+            parts.append(pieces)
+        assert len({len(pieces) for pieces in parts}) == 1
+        if not parts[0]:
+            assert left < (size if loaders[0].drop_last else 1)
+            break
+        batches = [torch.cat(pieces).tolist() for pieces in parts]
+        shares = [loader.share for loader in loaders]
+        assert max(shares) - min(shares) <= 1
+        assert {loader.last_size for loader in loaders} == {sum(shares)}
+        assert len({(loader.position, loader.samples_left, len(loader), tuple(loader.recent[-1])) for loader in loaders}) == 1
+        assert loaders[0].recent[-1] == (size, sum(shares))
+        if left >= world:
+            assert [len(batch) for batch in batches] == shares
+            assert min(shares) >= 1
+            if left - size >= world or loaders[0].drop_last:
+                assert sum(shares) == size
+        else:
+            assert [max(1, share) for share in shares] == [len(batch) for batch in batches]
+        steps.append([batch[:share] for batch, share in zip(batches, shares, strict=True)])
+    return steps
+
+
+def in_order(steps, start=0):
+    """The samples of these batches at their positions in the global order: this rank's are those at positions of its residue."""
+    world = len(steps[0]) if steps else 1
+    for parts in steps:
+        total = sum(map(len, parts))
+        queues = [iter(part) for part in parts]
+        yield from (next(queues[position % world]) for position in range(start, start + total))
+        start += total
+
+
+def check(case):
+    world, sizes = case["world"], case["sizes"]
+    n = case["n"] + max(world, case["other_world"])
+    order = list(Restartable(n)) if case["own_sampler"] else KeyedPermutation(n, 3, 0)(slice(None)).tolist() if case["shuffle"] else list(range(n))
+    loaders = loaders_of(case, world)
+    expected_batches = len(loaders[0]) if len(sizes) == 1 and case["limit"] is None and sizes[0] >= world else None
+    if expected_batches is not None:
+        loaders[0].batch_size = sizes[0]
+        expected_batches = len(loaders[0])
+    steps = together(loaders, sizes)
+    assert expected_batches is None or expected_batches == len(steps)
+    seen = list(in_order(steps))
+    assert seen == order[: len(seen)]
+    assert case["drop_last"] or len(seen) == n
+
+    killed = loaders_of(case, world)
+    head = list(in_order(together(killed, sizes, stop=case["kill"])))
+    states = [through_a_file(loader.state_dict()) for loader in killed]
+    assert case["own_sampler"] or all(state == states[0] for state in states)
+    resumed = loaders_of(case, case["other_world"])
+    for rank, loader in enumerate(resumed):
+        loader.load_state_dict(states[rank % world])
+        assert loader.samples_left == (n - len(head) if case["kill"] <= len(steps) and killed[0].position else n)
+    if killed[0].position:
+        again = together(resumed, sizes)
+        rest = list(in_order(again, len(head)))
+        assert head + rest == order[: len(head) + len(rest)]
+        assert case["drop_last"] or len(head) + len(rest) == n
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(CASES)
+def test_one_order_whatever_sizes_and_processes(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(CASES)
+def test_one_order_at_length(case):
+    check(case)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5), st.integers(5, 60), st.lists(st.integers(5, 20), min_size=1, max_size=6), st.booleans(), st.integers(1, 5))
+def test_the_sampler_alone(world, n, sizes, drop_last, other):
+    samplers = [ResizableBatchSampler(n, sizes[0], shuffle=True, seed=1, drop_last=drop_last, rank=rank, world_size=world) for rank in range(world)]
+    iterators, seen, step = [iter(sampler) for sampler in samplers], [], 0
+    while True:
+        for sampler in samplers:
+            sampler.batch_size = sizes[step % len(sizes)]
+        batches = [next(iterator, None) for iterator in iterators]
+        if None in batches:
+            break
+        seen += chain.from_iterable(batches)
+        assert samplers[0].last_size == sum(map(len, batches))
+        state, step = samplers[0].state_dict(), step + 1
+    assert set(batches) == {None} if batches[0] is None else not batches
+    assert sorted(seen) == sorted(set(seen))
+    assert drop_last or len(seen) == n
+    if seen:
+        rest = []
+        for rank in range(other):
+            sampler = ResizableBatchSampler(n, other, shuffle=True, rank=rank, world_size=other)
+            sampler.load_state_dict(state)
+            rest += chain.from_iterable(sampler)
+        assert not drop_last or len(set(seen + rest)) == n
+
+
+@pytest.mark.parametrize("collate_in", ["worker", "consumer"])
+def test_with_workers_augmentation_and_micro_batches_as_with_one_process(collate_in):
+    def epoch(world, workers):
+        rows = []
+        for rank in range(world):
+            loader = AdaptiveDataLoader(Augmented(101), 12, True, seed=4, num_workers=workers, rank=rank, world_size=world, collate_in=collate_in)
+            loader.micro_batches.limit = 4
+            counts = []
+            for batch in loader:
+                counts.append(len(batch[0]))
+                rows += [tuple(float(column[row]) for column in batch) for row in range(len(batch[0]))]
+                loader.batch_size = 7 + loader.n_batches % 9
+            assert max(counts) <= 4
+        return sorted(rows)
+
+    alone = epoch(1, 0)
+    assert [row[0] for row in alone] == list(range(101))
+    assert epoch(2, 0) == alone
+    assert epoch(3, 2) == alone
+
+
+def test_micro_batches_are_equally_many_in_all_processes():
+    for batch_size, limit in ((13, 3), (10, 5), (7, 1), (3, 1)):
+        counts, sizes = set(), []
+        for rank in range(3):
+            loader = AdaptiveDataLoader(Numbers(batch_size), batch_size, rank=rank, world_size=3)
+            loader.micro_batches.limit = limit
+            pieces = [len(piece) for piece in loader]
+            counts.add(len(pieces))
+            sizes += pieces
+        assert len(counts) == 1
+        assert sum(sizes) == batch_size
+        assert max(sizes) <= max(limit, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [Counting, Plain])
+def test_iterable_data_sets_keep_one_of_every_world_size(kind, workers):
+    seen, batches = [], set()
+    for rank in range(3):
+        loader = AdaptiveDataLoader(kind(49), 8, rank=rank, world_size=3, num_workers=workers)
+        mine = []
+        for batch in loader:
+            mine.append(len(batch))
+            assert (loader.share, loader.last_size) == (len(batch), 3 * len(batch))
+            seen += batch.tolist()
+            loader.batch_size = 3 + 5 * (loader.n_batches % 3)
+        batches.add(tuple(mine))
+    assert len(batches) == 1
+    # Full rounds of three of each worker's stream.
+    rounds = 16 if workers == 0 else 25 // 3 + 24 // 3
+    assert len(seen) == len(set(seen)) == 3 * rounds
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_iterable_data_sets_resume(workers):
+    for rank in range(2):
+        def build(rank=rank, world_size=2):
+            return AdaptiveDataLoader(Counting(60), 6, rank=rank, world_size=world_size, num_workers=workers)
+
+        whole = [batch.tolist() for batch in build()]
+        killed, head = build(), []
+        for batch in killed:
+            head.append(batch.tolist())
+            if len(head) == 4:
+                break
+        state = through_a_file(killed.state_dict())
+        resumed = build()
+        resumed.load_state_dict(state)
+        assert head + [batch.tolist() for batch in resumed] == whole
+        with pytest.raises(ValueError, match="saved with 2, here 3"):
+            build(world_size=3).load_state_dict(state)
+
+
+class Huge:
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, index):
+        return 3 * index + 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_billion_samples_take_no_memory_and_no_time(shuffle, workers):
+    list(AdaptiveDataLoader(Numbers(64), 64, True, num_workers=workers))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    begin = time.perf_counter()
+    loader = AdaptiveDataLoader(Huge(), 1024, shuffle, rank=3, world_size=8, num_workers=workers)
+    first = next(iter(loader))
+    seconds = time.perf_counter() - begin
+    resumed = AdaptiveDataLoader(Huge(), 1024, shuffle, rank=0, world_size=3)
+    state = loader.state_dict()
+    state["sampler"]["position"] = 987_654_321
+    resumed.load_state_dict(state)
+    later = next(iter(resumed))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 1
+    assert peak < 20e6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    order = KeyedPermutation(10**9, 0, 0) if shuffle else lambda positions: torch.tensor(list(positions))
+    assert ((first - 1) // 3).tolist() == order(range(3, 1024, 8)).tolist()
+    assert ((later - 1) // 3).tolist() == order(range(987_654_321, 987_654_321 + 1024, 3)).tolist()
+
+
+@pytest.mark.parametrize(("shuffle", "rank"), [(True, 0), (False, 1)])
+def test_a_distributed_sampler_is_taken_over(shuffle, rank, caplog):
+    data = Numbers(23)
+    plain = DataLoader(data, 4, sampler=DistributedSampler(data, 2, rank, shuffle=shuffle, seed=6), num_workers=0)
+    with caplog.at_level(logging.INFO, "adabatch"):
+        loader = AdaptiveDataLoader.from_loader(plain)
+    assert "DistributedSampler is taken over" in caplog.text
+    assert (loader.batch_size, loader.batch_sampler.shuffle, loader.batch_sampler.seed) == (8, shuffle, 6)
+    order = KeyedPermutation(23, 6, 0)(slice(None)).tolist() if shuffle else list(range(23))
+    assert list(chain.from_iterable(batch.tolist() for batch in loader)) == order[rank::2]
+
+
+def test_other_distributed_samplers_are_refused():
+    class Other(DistributedSampler):
+        pass
+
+    for sampler in (Other(Numbers(8), 2, 0), DistributedSampler(Numbers(6), 2, 0)):
+        with pytest.raises(ValueError, match="rules of its own, or those of another data set"):
+            AdaptiveDataLoader.from_loader(DataLoader(Numbers(8), 4, sampler=sampler))
+
+
+class NoLength:
+    def __iter__(self):
+        return iter(range(9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch_size": 3}, ValueError, "each of the 4 processes needs a sample of it: it must be an integer >= 4, got 3"),
+        ({"dataset": Numbers(3)}, ValueError, "an epoch of 3 samples gives not every one of 4 processes"),
+        ({"sampler": [1, 2, 0]}, ValueError, "an epoch of 3 samples"),
+        ({"rank": 4}, ValueError, "rank must be an integer from 0 to 3, got 4"),
+        ({"rank": -1}, ValueError, "rank must be an integer from 0 to 3, got -1"),
+        ({"world_size": 0}, ValueError, "world_size must be an integer >= 1, got 0"),
+        ({"world_size": 2.0}, TypeError, "world_size must be an integer"),
+        ({"sampler": NoLength()}, ValueError, "has no length"),
+        ({"sampler": RandomSampler(Numbers(9))}, ValueError, "RandomSampler has no generator"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        AdaptiveDataLoader(**{"dataset": Numbers(9), "batch_size": 4, "rank": 0, "world_size": 4, **arguments})
+
+
+def test_a_size_below_the_number_of_processes_is_refused_and_nothing_changes():
+    loader = AdaptiveDataLoader(Numbers(20), 8, rank=1, world_size=4)
+    with pytest.raises(ValueError, match=">= 4, got 3"):
+        loader.batch_size = 3
+    assert loader.batch_size == 8
+    alone = AdaptiveDataLoader(Numbers(20), 2)
+    loader.load_state_dict(alone.state_dict())
+    assert loader.batch_size == 4
+
+
+def test_retrying_is_refused_in_one_of_many():
+    loader = AdaptiveDataLoader(Numbers(20), 8, rank=1, world_size=4)
+    loader.micro_batches.accumulates = True
+    with pytest.raises(RuntimeError, match="would leave the others waiting"), loader.retrying():
+        pass
+
+
+class Sharded(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+        self.weight.full_tensor = lambda: None
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Sharded])
+def test_the_largest_micro_batch_of_one_in_many(kind):
+    loader = AdaptiveDataLoader(torch.ones(40, 1), 12, rank=1, world_size=3)
+    model = kind(1, 1) if kind is torch.nn.Linear else kind()
+    optimizer, tried = torch.optim.SGD(model.parameters(), lr=0.1), []
+
+    def loss_fn(model, batch):
+        tried.append(len(batch))
+        return model(batch).mean()
+
+    def build():
+        return adabatch.wrap(model, optimizer, loader, min_batch_size=3, max_batch_size=32, max_micro_batch_size="auto", loss_fn=loss_fn)
+
+    if kind is Sharded:
+        with pytest.raises(ValueError, match="on a sharded model"):
+            build()
+        return
+    build()
+    assert max(tried) == loader.micro_batches.limit == 11
