@@ -23,6 +23,7 @@ from types import ModuleType
 from adabatch.kernels import cpu, operators, reference
 
 __all__ = [
+    "affine_grad_sample",
     "affine_sq_norms",
     "conv_dot",
     "conv_grad_sample",
@@ -89,5 +90,6 @@ conv_dot = _dispatched(reference.conv_dot)
 conv_grad_sample = _dispatched(reference.conv_grad_sample)
 weight_grad_moments = _dispatched(reference.weight_grad_moments)
 conv_weight_grad_moments = _dispatched(reference.conv_weight_grad_moments)
+affine_grad_sample = _dispatched(reference.affine_grad_sample)
 affine_sq_norms = _dispatched(reference.affine_sq_norms)
 preconditioned_trace = _dispatched(reference.preconditioned_trace)

@@ -18,7 +18,15 @@ from adabatch.kernels import operators, reference
 from adabatch.kernels.chunks import CHUNK_BYTES, accumulation_dtype, sample_chunks
 from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
 
-__all__ = ["conv_sq_norms", "conv_weight_grad_moments", "gram_is_cheaper", "weight_grad_moments", "windows_are_cheaper"]
+__all__ = [
+    "affine_grad_sample",
+    "affine_sq_norms",
+    "conv_sq_norms",
+    "conv_weight_grad_moments",
+    "gram_is_cheaper",
+    "weight_grad_moments",
+    "windows_are_cheaper",
+]
 
 # One pass over memory per element of G_n costs about as much as this many multiplications of a matrix product.
 PASS = 4
@@ -68,6 +76,39 @@ def _products(activations: Tensor, backprops: Tensor, dtype: torch.dtype) -> Ite
         return
     for a_NTI, b_NTO in sample_chunks(numel, dtype, activations, backprops):
         yield torch.bmm(b_NTO.to(dtype).mT, a_NTI.to(dtype))
+
+
+def affine_grad_sample(activations: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`reference.affine_grad_sample`; without statistics the products of all chunks share one buffer.
+
+    Example:
+        >>> affine_grad_sample(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]]), None, None)
+        (tensor([[2., 3.]]), tensor([[2., 1.]]))
+    """
+    if torch.compiler.is_compiling() or not (mean is None and rstd is None):
+        return reference.affine_grad_sample(activations, backprops, mean, rstd)
+    dtype = accumulation_dtype(activations, backprops)
+    if activations.shape[1] == 1:
+        shift = backprops[:, 0].to(dtype)
+        return activations[:, 0].to(dtype) * shift, shift
+    scale = activations.new_empty(activations.shape[0], activations.shape[2], dtype=dtype)
+    chunks = sample_chunks(activations[:1].numel(), dtype, activations, backprops, scale)
+    buffer = torch.empty_like(chunks[0][0], dtype=dtype)
+    for a_NTP, b_NTP, sums_NP in chunks:
+        products = torch.mul(a_NTP.to(dtype), b_NTP, out=buffer[: len(a_NTP)])
+        torch.sum(products, 1, out=sums_NP)
+    return scale, backprops.sum(1, dtype=dtype)
+
+
+def affine_sq_norms(activations: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`reference.affine_sq_norms`, from the sums above.
+
+    Example:
+        >>> affine_sq_norms(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]]), None, None)
+        (tensor([13.]), tensor([5.]))
+    """
+    scale, shift = affine_grad_sample(activations, backprops, mean, rstd)
+    return torch.linalg.vector_norm(scale, dim=1).square(), torch.linalg.vector_norm(shift, dim=1).square()
 
 
 def windows_are_cheaper(weight_shape: Sequence[int], positions: int, groups: int) -> bool:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from adabatch.kernels.chunks import accumulation_dtype, sample_chunks
 from adabatch.kernels.reference_conv import conv_dot, conv_grad_sample, conv_second_moment, conv_sq_norms
-from adabatch.kernels.reference_moments import affine_sq_norms, conv_weight_grad_moments, preconditioned_trace, weight_grad_moments
+from adabatch.kernels.reference_moments import affine_grad_sample, affine_sq_norms, conv_weight_grad_moments, preconditioned_trace, weight_grad_moments
 
 __all__ = [
+    "affine_grad_sample",
     "affine_sq_norms",
     "conv_dot",
     "conv_grad_sample",

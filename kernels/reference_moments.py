@@ -15,7 +15,7 @@ from torch import Tensor
 from adabatch.kernels.chunks import accumulation_dtype, sample_chunks
 from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
 
-__all__ = ["affine_sq_norms", "conv_weight_grad_moments", "preconditioned_trace", "weight_grad_moments"]
+__all__ = ["affine_grad_sample", "affine_sq_norms", "conv_weight_grad_moments", "preconditioned_trace", "weight_grad_moments"]
 
 
 def weight_grad_moments(
@@ -123,16 +123,35 @@ def affine_sq_norms(activations: Tensor, backprops: Tensor, mean: Tensor | None,
         >>> affine_sq_norms(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[2.0]]]), torch.tensor([[[1.0]]]))
         (tensor([5.]), tensor([5.]))
     """
+    sums = affine_grad_sample(activations, backprops, mean, rstd)
+    return tuple(torch.linalg.vector_norm(sums_NP, dim=1).square() for sums_NP in sums)
+
+
+def affine_grad_sample(activations: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients themselves of a normalization layer's scale and shift: Σ_t b_nt ∘ x̂_nt and Σ_t b_nt; the product is stored a chunk of samples at a time.
+
+    Args:
+        activations, backprops, mean, rstd: as for affine_sq_norms.
+
+    Returns:
+        [N, P] each, float32 or float64.
+
+    Example:
+        >>> affine_grad_sample(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]]), None, None)
+        (tensor([[2., 3.]]), tensor([[2., 1.]]))
+    """
     check_statistics(activations, mean, rstd)
     dtype = accumulation_dtype(activations, backprops)
-    mean = activations.new_zeros((), dtype=dtype) if mean is None else mean.to(dtype)
-    rstd = activations.new_ones((), dtype=dtype) if rstd is None else rstd.to(dtype)
-    statistics = mean.expand_as(activations), rstd.expand_as(activations)
+    statistics = tuple(value.to(dtype).expand_as(activations) for value in (mean, rstd) if value is not None)
     scale, shift = [], []
-    for a_NTP, b_NTP, mean_NTP, rstd_NTP in sample_chunks(math.prod(activations.shape[1:]), dtype, activations, backprops, *statistics):
-        b_NTP = b_NTP.to(dtype)
-        scale.append(((a_NTP.to(dtype) - mean_NTP) * rstd_NTP * b_NTP).sum(1).square().sum(1))
-        shift.append(b_NTP.sum(1).square().sum(1))
+    for a_NTP, b_NTP, *values in sample_chunks(math.prod(activations.shape[1:]), dtype, activations, backprops, *statistics):
+        a_NTP, b_NTP = a_NTP.to(dtype), b_NTP.to(dtype)
+        if mean is not None:
+            a_NTP = a_NTP - values[0]
+        if rstd is not None:
+            a_NTP = a_NTP * values[-1]
+        scale.append((a_NTP * b_NTP).sum(1))
+        shift.append(b_NTP.sum(1))
     return torch.cat(scale), torch.cat(shift)
 
 

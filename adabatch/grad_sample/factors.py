@@ -57,6 +57,10 @@ class Factor:
         """The same for the samples at indices [s] only."""
         raise NotImplementedError
 
+    def compact(self) -> Factor:
+        """The same gradients in the form that is small to keep and cheap to ask more than once."""
+        return self
+
 
 @dataclass(frozen=True)
 class Outer(Factor):

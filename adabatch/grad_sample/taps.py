@@ -146,6 +146,8 @@ class TapSite:
 
 def _extras(site: TapSite, factors: dict[str, Factor], dtype: torch.dtype, n_extras: int) -> list[Tensor | None]:
     """Gradients of a tap's extra inputs: the probe rows, then the second moments if they were asked for."""
+    if n_extras > len(site.probe_rows):
+        factors = {name: factor.compact() for name, factor in factors.items()}
     extras = sums_by_row(site, {name: factor.sq_norms() for name, factor in factors.items()}, dtype)
     if n_extras > len(extras):
         extras += [factors[name].second_moment() if name in factors else None for name in site.parameters]
@@ -165,6 +167,7 @@ def sums_by_row(site: TapSite, sq_norms: Mapping[str, Tensor], dtype: torch.dtyp
 
 def keep_uses(site: TapSite, factors: dict[str, Factor], rows: Tensor | None) -> None:
     """Put the factors of a layer aside until the pass has ended."""
+    factors = {name: factor.compact() for name, factor in factors.items()}
     if rows is None and site.stash.witness is not None:
         site.stash.witness.hear(site.parameters, factors)
     site.stash.add([Use(site.parameters[name], factor) for name, factor in factors.items()])

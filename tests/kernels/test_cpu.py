@@ -58,3 +58,17 @@ def test_convolution(case, dtype):
     close(second.double(), per_sample.square().sum(0), TOLERANCE[dtype])
     if samples:
         close(cpu.conv_sq_norms(a, b, *geometry).double(), sq_norms.double(), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(5, 4, 7), (3, 1, 6), (2, 9, 1), (40, 300, 64), (0, 3, 4), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_scale_and_shift(shape, dtype, channels_first):
+    torch.manual_seed(0)
+    samples, positions, width = shape
+    a, b = torch.randn(2, samples, width, positions).to(dtype).mT if channels_first else torch.randn(2, *shape).to(dtype)
+    expected = (a.double() * b.double()).sum(1), b.double().sum(1)
+    for actual, wanted in zip(cpu.affine_grad_sample(a, b, None, None), expected, strict=True):
+        close(actual.double(), wanted, TOLERANCE[dtype])
+    for actual, wanted in zip(cpu.affine_sq_norms(a, b, None, None), expected, strict=True):
+        close(actual.double(), wanted.square().sum(1), TOLERANCE[dtype])
