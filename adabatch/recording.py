@@ -9,6 +9,7 @@ from typing import Any
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.layers import LayerStatistics
 from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.confidence import trace_error
 from adabatch.estimators.moments import GradientMoments
 from adabatch.observing import Observation
 
@@ -42,7 +43,7 @@ class Recorder:
         diagnostics: the history.
 
     Attributes:
-        trace: the moving average whose standard error the records show.
+        trace: the moving average of the variance trace.
     """
 
     def __init__(self, diagnostics: Diagnostics):
@@ -54,14 +55,15 @@ class Recorder:
         Args:
             seen: the step, settled.
             usable: its moments, unless they were dropped.
-            decided: samples_seen, proposed_batch_size, next_batch_size, lr, loss (a mean over the samples), dropped.
+            decided: samples_seen, proposed_batch_size, next_batch_size, lr, loss (a mean over the samples), dropped; proposed_low, proposed_high, and what
+                the controller reads (`Controller.readings`).
         """
         fields: dict[str, Any] = {}
         if usable is not None:
-            self.trace.update(usable.variance_trace, usable.n_measured)
+            self.trace.update(usable.variance_trace, usable.n_measured, *trace_error(usable))
         if usable is not None and not decided["dropped"]:
             fields = {name: getattr(usable, name) for name in ("variance_trace", "grad_sq_norm", "true_grad_sq_norm")}
-            fields["variance_trace_std_error"] = self.trace.std_error()
+            fields |= {"n_measured": usable.n_measured, "variance_trace_step_error": trace_error(usable)[0]}
             fields["layers"] = LayerStatistics.of_step(usable)
         self.diagnostics.append(
             step=seen.step, batch_size=seen.samples or seen.batch_size, seconds=seen.seconds, measured=seen.measured, **decided, **fields

@@ -17,13 +17,12 @@ from adabatch.diagnostics import jsonl
 from adabatch.diagnostics.layer_history import LayerHistory
 from adabatch.diagnostics.layers import Layers, LayerStatistics
 from adabatch.diagnostics.plot import plot as plot_history
-from adabatch.diagnostics.record import FIELDS, INDEX, Record, noise_scale, snr
+from adabatch.diagnostics.record import FIELDS, INDEX, Record
+from adabatch.diagnostics.smoothed import Smoothed
 from adabatch.diagnostics.summary import summary
-from adabatch.estimators.averages import MovingAverage
 
 _STATE_VERSION = 1
-_AVERAGED = ("loss", "variance_trace", "grad_sq_norm", "true_grad_sq_norm")
-_STEP, _SEEN, _BATCH_SIZE, _MEASURED, _DROPPED = (INDEX[name] for name in ("step", "samples_seen", "batch_size", "measured", "dropped"))
+_STEP, _SEEN, _MEASURED, _DROPPED = (INDEX[name] for name in ("step", "samples_seen", "measured", "dropped"))
 _NUMPY_TYPES = {"int": np.int64, "float": np.float64, "bool": np.bool_, "str": np.str_}
 
 
@@ -31,12 +30,12 @@ class Diagnostics:
     """A sequence of `Record`, filled by the scheduler, read by everyone else.
 
     The caller of `append` gives what a step was and what it measured; the averages, the noise scale, the signal-to-noise ratio and the speed
-    are worked out here. Averages: Σ μ^(n−i) m_i x_i / Σ μ^(n−i) m_i over the steps that have the value, m_i the step's batch size
-    (`MovingAverage`); they are for display, a controller keeps its own.
+    are worked out here, with their errors. Averages: Σ μ^(n−i) m_i x_i / Σ μ^(n−i) m_i over the steps that have the value, m_i the step's batch
+    size, for T̂ the samples measured (`MovingAverage`); they are for display, a controller keeps its own.
 
     Args:
         smoothing: μ of the averages, 0 <= μ < 1.
-        max_records: keep at most so many records in memory, the latest ones (about 0.7 kB each); None keeps all. Counts go over the whole run.
+        max_records: keep at most so many records in memory, the latest ones (about 1 kB each); None keeps all. Counts go over the whole run.
 
     Raises:
         ValueError: smoothing outside [0, 1), or max_records below 1.
@@ -55,8 +54,7 @@ class Diagnostics:
     def __init__(self, smoothing: float = 0.95, max_records: int | None = None):
         if max_records is not None and max_records < 1:
             raise ValueError(f"max_records is {max_records!r}, but must be at least 1, or None to keep all records.")
-        self._averages = {name: MovingAverage(smoothing) for name in _AVERAGED}
-        self._std_error = math.nan
+        self._smoothed = Smoothed(smoothing)
         self._rows: deque[tuple] = deque(maxlen=max_records)
         self._last_step: int | None = None
         self._steps = 0
@@ -78,7 +76,14 @@ class Diagnostics:
         variance_trace: float = math.nan,
         grad_sq_norm: float = math.nan,
         true_grad_sq_norm: float = math.nan,
-        variance_trace_std_error: float | None = None,
+        n_measured: int = 0,
+        variance_trace_step_error: float = math.nan,
+        proposed_low: float = math.nan,
+        proposed_high: float = math.nan,
+        f_star: float = math.nan,
+        f_star_std_error: float = math.nan,
+        preconditioned_trace_ema: float = math.nan,
+        preconditioned_trace_std_error: float = math.nan,
         seconds: float = math.nan,
         measured: bool = False,
         dropped: str = "",
@@ -86,22 +91,22 @@ class Diagnostics:
     ) -> None:
         """Adds one step; arguments as the fields of `Record`.
 
-        variance_trace_std_error is the standard error of the SMOOTHED trace (not of this step's); None takes it from the residuals of the traces
-        around their average. Where `measured` is False or `dropped` gives a reason, the moments are recorded as NaN and enter no average.
-        Values that are not finite enter no average either. layers: the step's moments by layer, where they were measured apart.
+        n_measured 0 says that all samples were measured. Where `measured` is False or `dropped` gives a reason, the moments are recorded as NaN and enter no
+        average. Values that are not finite enter no average either. layers: the step's moments by layer, where they were measured apart.
         """
         measured = bool(measured) and not dropped
-        size, loss, seconds = int(batch_size), float(loss), float(seconds)
-        trace, square, signal = (float(variance_trace), float(grad_sq_norm), float(true_grad_sq_norm)) if measured else (math.nan, math.nan, math.nan)
-        averages = self._averages
-        trace_ema, signal_ema = averages["variance_trace"].update(trace, size), averages["true_grad_sq_norm"].update(signal, size)
-        if measured:
-            self._std_error = averages["variance_trace"].std_error() if variance_trace_std_error is None else float(variance_trace_std_error)
+        size, loss, seconds, nothing = int(batch_size), float(loss), float(seconds), math.nan
+        trace, square, signal = (float(variance_trace), float(grad_sq_norm), float(true_grad_sq_norm)) if measured else (nothing, nothing, nothing)
+        samples, error = (int(n_measured) or size, float(variance_trace_step_error)) if measured else (0, nothing)
+        now = self._smoothed.update(size, samples, loss, trace, square, signal, error)
         row = (
-            int(step), int(samples_seen), size, float(proposed_batch_size), int(next_batch_size), float(lr), loss, averages["loss"].update(loss, size),
-            trace, trace_ema, self._std_error, square, averages["grad_sq_norm"].update(square, size), signal, signal_ema,
-            noise_scale(trace, signal), noise_scale(trace_ema, signal_ema), snr(size, trace, signal), snr(size, trace_ema, signal_ema),
-            seconds, size / seconds if seconds > 0 else math.nan, measured, str(dropped),
+            int(step), int(samples_seen), size, float(proposed_batch_size), float(proposed_low), float(proposed_high), int(next_batch_size), float(lr),
+            loss, now["loss_ema"], now["loss_std_error"], float(f_star), float(f_star_std_error),
+            samples, trace, error, now["variance_trace_ema"], now["variance_trace_std_error"],
+            square, now["grad_sq_norm_ema"], signal, now["true_grad_sq_norm_ema"], now["true_grad_sq_norm_std_error"],
+            now["noise_scale"], now["noise_scale_ema"], now["noise_scale_low"], now["noise_scale_high"], now["snr"], now["snr_ema"],
+            float(preconditioned_trace_ema), float(preconditioned_trace_std_error),
+            seconds, size / seconds if seconds > 0 else nothing, measured, str(dropped),
         )  # fmt: skip
         layers = layers if measured and layers is not None and layers.is_finite else None
         self._keep(row, layers)
@@ -221,7 +226,7 @@ class Diagnostics:
             OSError: the file cannot be written.
         """
         self.close()
-        self._writer = jsonl.JsonlWriter(path, self._averages["loss"].smoothing, append)
+        self._writer = jsonl.JsonlWriter(path, self._smoothed.smoothing, append)
         self._writer.write(self._rows)
 
     def close(self) -> None:
@@ -245,10 +250,7 @@ class Diagnostics:
         history = cls(header.get("smoothing", 0.95))
         for row, apart in zip(rows, layers, strict=True):
             history._keep(row, apart)
-            for name, average in history._averages.items():
-                average.update(row[INDEX[name]], row[_BATCH_SIZE])
-        if rows:
-            history._std_error = rows[-1][INDEX["variance_trace_std_error"]]
+            history._smoothed.take_row(row)
         return history
 
     def summary(self) -> str:
@@ -267,8 +269,7 @@ class Diagnostics:
             "steps": self._steps,
             "measured": self._measured,
             "dropped": dict(self._dropped),
-            "std_error": self._std_error,
-            "averages": {name: average.state_dict() for name, average in self._averages.items()},
+            **self._smoothed.state_dict(),
             "layers": self._layers.state_dict() if len(self._layers) else None,
         }
 
@@ -280,15 +281,8 @@ class Diagnostics:
         """
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"The diagnostics' state has version {state.get('version')!r}, but this adabatch reads version {_STATE_VERSION}; update adabatch.")
-        averages = {name: MovingAverage() for name in _AVERAGED}
-        missing = averages.keys() - state["averages"].keys()
-        if missing:
-            raise ValueError(f"The diagnostics' state lacks the averages {sorted(missing)}; pass what Diagnostics.state_dict() returned.")
-        for name, average in averages.items():
-            average.load_state_dict(state["averages"][name])
+        self._smoothed.load_state_dict(state)
         self._layers.load_state_dict(state.get("layers"))
-        self._averages = averages
-        self._std_error = state["std_error"]
         self._last_step = state["last_step"]
         self._steps, self._measured, self._dropped = state["steps"], state["measured"], Counter(state["dropped"])
         while self._rows and (self._last_step is None or self._rows[-1][_STEP] > self._last_step):

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from adabatch.diagnostics.layers import LayerStatistics
-from adabatch.diagnostics.record import FIELDS, INDEX
+from adabatch.diagnostics.record import ADDED, FIELDS, INDEX
 
 FORMAT = "adabatch.diagnostics"
 VERSION = 1
@@ -41,10 +41,11 @@ def decode(record: Any) -> tuple:
     """The row behind one parsed line.
 
     Raises:
-        ValueError: not an object with exactly the record's fields, each of its type.
+        ValueError: not an object with exactly the record's fields, each of its type; those of `ADDED` may be missing, as in files of older releases.
     """
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with the fields of a record, got {record!r}")
+    record = {**ADDED, **record}
     if record.keys() != FIELDS.keys():
         raise ValueError(f"missing fields {sorted(FIELDS.keys() - record.keys())}, unknown fields {sorted(record.keys() - FIELDS.keys())}")
     return tuple(_decode_value(name, kind, record[name]) for name, kind in FIELDS.items())

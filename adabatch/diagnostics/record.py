@@ -19,53 +19,74 @@ class Record:
     (`adabatch.estimators.averages`), made for display: no controller reads them.
 
     On a step that measures nothing, or whose measurement was dropped, `variance_trace`, `grad_sq_norm`, `true_grad_sq_norm`, `noise_scale`
-    and `snr` are NaN; the averages and their standard error keep the value they had, NaN before the first measurement.
+    and `snr` are NaN; the averages and their standard errors keep the value they had, NaN before the first measurement.
+
+    Fields that end in `_std_error` are standard errors of the averages: for T from the errors of the steps where dots are measured, else from the spread of
+    the steps around the average, which counts a drift as noise (`MovingAverage`). `_low` and `_high` are the ends of 90 % intervals of ratios (`fieller`):
+    they lie unevenly around the ratio, and `_high` is inf where the divisor might be 0.
 
     Attributes:
         step: number of the step, from 0 or 1 as the scheduler counts.
         samples_seen: samples the run has used, this batch included.
         batch_size: m, the size of this step's batch.
         proposed_batch_size: the controller's wish, neither rounded nor bounded; NaN when it made none.
+        proposed_low, proposed_high: the wish's interval, at the scheduler's `confidence` if it has one; NaN where the rule has none.
         next_batch_size: the size asked for from the next batch on.
         lr: the base effective learning rate that the controller was told.
-        loss: mean loss of the batch; loss_ema: its average.
-        variance_trace: T̂, in units of squared gradient; variance_trace_ema: its average.
-        variance_trace_std_error: standard error of variance_trace_ema.
+        loss: mean loss of the batch; loss_ema: its average; loss_std_error.
+        f_star: floor of the loss that the controller takes, NaN if it has none; f_star_std_error: 0 for one that was given.
+        n_measured: s, the samples that variance_trace is from; 0 if there are none, or not known.
+        variance_trace: T̂, in units of squared gradient; variance_trace_ema: its average; variance_trace_std_error.
+        variance_trace_step_error: standard error of this step's T̂, NaN without dots.
         grad_sq_norm: ‖g‖²; grad_sq_norm_ema: its average.
-        true_grad_sq_norm: Ĝ² = ‖g‖² − T̂/m, which may be negative on one batch; true_grad_sq_norm_ema: its average.
+        true_grad_sq_norm: Ĝ² = ‖g‖² − T̂/m, which may be negative on one batch; true_grad_sq_norm_ema: its average; true_grad_sq_norm_std_error.
         noise_scale: T̂/Ĝ², in samples; inf where Ĝ² is not above zero.
-        noise_scale_ema: the ratio of the two averages (never the average of the ratios).
+        noise_scale_ema: the ratio of the two averages (never the average of the ratios); noise_scale_low, noise_scale_high.
         snr: m·Ĝ²/T̂, signal-to-noise ratio of the batch gradient, a negative Ĝ² counted as 0.
         snr_ema: the same from the two averages, for this step's m.
+        preconditioned_trace_ema: the average of tr(PΣ) that the controller keeps, NaN if it has none; preconditioned_trace_std_error.
         seconds: wall-clock time of the step, NaN if not timed; samples_per_second: m / seconds.
         measured: whether this step's measurement was made and used.
         dropped: why a measurement was thrown away, "" if none was.
 
     Example:
-        >>> record = Record.from_tuple((1, 64, 64, 71.5, 72, 0.1, 2.3, 2.3, 4.0, 4.0, 0.5, 0.3, 0.3, 0.2, 0.2, 20.0, 20.0, 3.2, 3.2, 0.01, 6400.0, True, ""))
-        >>> record.next_batch_size, record.noise_scale
-        (72, 20.0)
+        >>> values = dict.fromkeys(FIELDS, 0.0) | {"step": 1, "batch_size": 64, "next_batch_size": 72, "variance_trace": 4.0, "measured": True, "dropped": ""}
+        >>> record = Record(**values)
+        >>> record.next_batch_size, record.variance_trace
+        (72, 4.0)
     """
 
     step: int
     samples_seen: int
     batch_size: int
     proposed_batch_size: float
+    proposed_low: float
+    proposed_high: float
     next_batch_size: int
     lr: float
     loss: float
     loss_ema: float
+    loss_std_error: float
+    f_star: float
+    f_star_std_error: float
+    n_measured: int
     variance_trace: float
+    variance_trace_step_error: float
     variance_trace_ema: float
     variance_trace_std_error: float
     grad_sq_norm: float
     grad_sq_norm_ema: float
     true_grad_sq_norm: float
     true_grad_sq_norm_ema: float
+    true_grad_sq_norm_std_error: float
     noise_scale: float
     noise_scale_ema: float
+    noise_scale_low: float
+    noise_scale_high: float
     snr: float
     snr_ema: float
+    preconditioned_trace_ema: float
+    preconditioned_trace_std_error: float
     seconds: float
     samples_per_second: float
     measured: bool
@@ -79,6 +100,14 @@ class Record:
 
 FIELDS: dict[str, str] = {field.name: str(field.type) for field in fields(Record)}
 """Name of every field and its type, "int", "float", "bool" or "str", in order."""
+
+ADDED: dict[str, float] = {
+    **dict.fromkeys(("proposed_low", "proposed_high", "loss_std_error", "f_star", "f_star_std_error", "variance_trace_step_error"), math.nan),
+    **dict.fromkeys(("true_grad_sq_norm_std_error", "noise_scale_low", "noise_scale_high"), math.nan),
+    **dict.fromkeys(("preconditioned_trace_ema", "preconditioned_trace_std_error"), math.nan),
+    "n_measured": 0,
+}
+"""Fields that files of the first releases lack, and what stands for them."""
 
 INDEX: dict[str, int] = {name: position for position, name in enumerate(FIELDS)}
 """Position of every field in a row."""

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from adabatch.diagnostics import Diagnostics, Record
 from tests.diagnostics.synthetic import fill, steps
@@ -67,12 +68,47 @@ def test_moments_of_a_dropped_measurement_are_not_kept():
     assert (history.n_measured, history.n_dropped) == (1, 1)
 
 
-def test_given_std_error_is_recorded_and_held():
-    history = Diagnostics()
-    fixed = {"batch_size": 16, "next_batch_size": 16, "lr": 0.1}
-    history.append(step=1, samples_seen=16, variance_trace=4.0, variance_trace_std_error=0.7, measured=True, **fixed)
-    history.append(step=2, samples_seen=32, **fixed)
-    assert history.column("variance_trace_std_error").tolist() == [0.7, 0.7]
+def test_errors_of_the_steps_make_that_of_the_average_and_are_held():
+    history = Diagnostics(smoothing=0.5)
+    fixed = {"batch_size": 16, "next_batch_size": 16, "lr": 0.1, "true_grad_sq_norm": 1.0}
+    history.append(step=1, samples_seen=16, variance_trace=4.0, variance_trace_step_error=0.6, n_measured=4, measured=True, **fixed)
+    history.append(step=2, samples_seen=32, variance_trace=4.0, variance_trace_step_error=0.2, n_measured=8, measured=True, **fixed)
+    history.append(step=3, samples_seen=48, **fixed)
+    both = math.hypot(0.5 * 4 * 0.6, 8 * 0.2) / (0.5 * 4 + 8)
+    assert history.column("variance_trace_std_error").tolist() == pytest.approx([0.6, both, both])
+    assert history.column("n_measured").tolist() == [4, 8, 0]
+    assert history.column("variance_trace_step_error").tolist() == pytest.approx([0.6, 0.2, math.nan], nan_ok=True)
+
+
+def test_errors_and_the_interval_of_the_noise_scale():
+    """Against residuals and Fieller's inequality, worked out from the rows."""
+    rows = steps(80, seed=3)
+    for row in rows:
+        row["true_grad_sq_norm"] += 1.0
+    record = fill(Diagnostics(smoothing=0.9), rows).latest
+    used = [row for row in rows if row["measured"]]
+    sizes = np.array([row["batch_size"] for row in used], float)
+    p = 0.9 ** np.arange(len(used) - 1, -1, -1.0) * sizes
+    p /= p.sum()
+    x, y = (np.array([row[name] for row in used]) for name in ("variance_trace", "true_grad_sq_norm"))
+    lost = 1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum()
+    dx, dy = x - p @ x, y - p @ y
+    errors = {name: math.sqrt((p**2 * d * d).sum() / lost) for name, d in {"variance_trace": dx, "true_grad_sq_norm": dy}.items()}
+    for name, error in errors.items():
+        assert getattr(record, f"{name}_std_error") == pytest.approx(error, rel=1e-8)
+    quantile = stats.t.ppf(0.95, (p**2).sum() ** 2 / (p**4).sum() - 1)
+    assert 0 < record.noise_scale_low < record.noise_scale_ema < record.noise_scale_high < math.inf
+    for ratio in (record.noise_scale_low, record.noise_scale_high):
+        assert (p @ x - ratio * (p @ y)) ** 2 == pytest.approx(quantile**2 * (p**2 * (dx - ratio * dy) ** 2).sum() / lost, rel=1e-6)
+
+
+def test_an_unbounded_noise_scale():
+    rows = steps(30)
+    for row in rows:
+        row["true_grad_sq_norm"] = row["grad_sq_norm"] * (-1) ** row["step"]
+    history = fill(Diagnostics(), rows)
+    assert 0 < history.latest.noise_scale_low < history.latest.noise_scale_high == math.inf
+    assert math.isnan(fill(Diagnostics(), steps(3, every=9)).latest.noise_scale_low)
 
 
 def test_numbers_are_plain():
