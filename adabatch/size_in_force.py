@@ -34,12 +34,13 @@ class SizeInForce:
         self.steps_since_change = dwell
         self.write(size)
 
-    def move(self, wish: float, rule: SizeRule) -> bool:
-        """Set the size that a wish leads to, and keep it without one (NaN); whether sizes to come meet the wish."""
-        size = self.size if math.isnan(wish) else rule.next_size(wish, self.size, self.steps_since_change)
+    def move(self, wish: float, rule: SizeRule, interval: tuple[float, float] = (math.nan, math.nan)) -> bool:
+        """Set the size that a wish leads to, and keep it without one (NaN) or while the wish's interval holds it; whether sizes to come meet the wish, as far
+        as the interval tells."""
+        size = self.size if math.isnan(wish) else rule.next_size(wish, self.size, self.steps_since_change, interval)
         self.steps_since_change = 0 if size != self.size else self.steps_since_change + 1
         self.write(size)
-        return math.isnan(wish) or rule.is_met(wish, size)
+        return math.isnan(wish) or rule.is_met(wish, size) or interval[0] <= size <= interval[1]
 
     def write(self, size: int) -> None:
         """Set the size."""

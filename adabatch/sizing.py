@@ -108,15 +108,19 @@ class SizeRule:
             return around[0] if len(around) == 1 or wish * wish < around[0] * around[1] else around[1]
         return min(max(round(wish / self.multiple_of) * self.multiple_of, self.lowest), self.highest)
 
-    def next_size(self, wish: float, present: int, steps_since_change: int) -> int:
-        """The size to use after this step: size_for(wish), unless dwell or hysteresis keeps the present one, which must itself be allowed."""
+    def next_size(self, wish: float, present: int, steps_since_change: int, interval: tuple[float, float] = (math.nan, math.nan)) -> int:
+        """The size to use after this step: size_for(wish), unless dwell, hysteresis or doubt keeps the present one, which must itself be allowed.
+
+        Args:
+            interval: of the wish, in samples; while it holds the present size, that stays. (NaN, NaN) holds none.
+        """
         size = self.size_for(wish)
         if self.ladder is None:
             kept = abs(size - present) <= self.hysteresis * present
         else:
             reach = math.sqrt(self.ladder) * (1 + self.hysteresis)
             kept = present <= wish * reach and wish <= present * reach
-        kept |= steps_since_change < self.dwell
+        kept |= steps_since_change < self.dwell or interval[0] <= present <= interval[1]
         return present if kept and self.size_for(present) == present else size
 
     def is_met(self, wish: float, size: int) -> bool:
