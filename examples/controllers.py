@@ -3,6 +3,7 @@
     python examples/controllers.py
     python examples/controllers.py --lrs 0.03 0.1 0.3 1 --seeds 0 1 2
     python examples/controllers.py --data fashion --network small --budget 3epochs --only annealed "16 (1-p)^2"
+    python examples/controllers.py --optimizer adam --lrs 0.001 --only CABS "16 constant"
 
 The lr of each row is the one of --lrs with the best last accuracy on the first seed; the table gives mean and standard error over the seeds, the figure
 the first one. The annealed controller (the row "annealed") spends the decay of "16 (1-p)^2" on growing the batch: by theory and simulation the same
@@ -11,6 +12,7 @@ accuracy in fewer steps. No row that only picks the batch size is expected to be
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Any
 
 import digits
 import fashion_mnist
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from networks import digits_network
@@ -30,6 +33,7 @@ import adabatch
 from adabatch import CABS, controllers
 
 BASE, LARGEST = 16, 1024
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 DECAYS = {
     "constant": lambda p: 1.0,
     "linear": lambda p: 1 - p,
@@ -50,7 +54,6 @@ class Method:
 
 def methods() -> dict[str, Method]:
     """Every row of the table; a controller is made from (budget, samples of an epoch)."""
-    coupled = (("coupling", "adascale"),)
     spilled = (("spill", "lr"),)
     adaptive = {
         "annealed": Method(lambda budget, _: controllers.Annealed(budget, BASE, shape="power")),
@@ -62,27 +65,30 @@ def methods() -> dict[str, Method]:
         "InnerProductTest": Method(lambda budget, _: controllers.InnerProductTest(), spilled),
         "augmented": Method(lambda budget, _: controllers.InnerProductTest.augmented(), spilled),
         "NoiseScale": Method(lambda budget, _: controllers.NoiseScale(), spilled),
-        "GradientDiversity": Method(lambda budget, epoch: controllers.GradientDiversity(), (("coupling", "linear"),)),
+        # With the published linear coupling the lr outgrows what the network can be trained at: runs collapse, other ones with every seed.
+        "GradientDiversity": Method(lambda budget, epoch: controllers.GradientDiversity(), (("coupling", "sqrt"),)),
         "AdaDamp": Method(lambda budget, _: controllers.AdaDamp(BASE), spilled),
         "PadaDamp": Method(lambda budget, epoch: controllers.PadaDamp(BASE, rate=BASE**2 / epoch), spilled),
         "GeoDamp": Method(lambda budget, _: controllers.GeoDamp(BASE), spilled),
         "AdaScale": Method(lambda budget, _: controllers.AdaScale(8 * BASE, BASE)),
-        "Goodput": Method(lambda budget, _: controllers.Goodput(BASE, LARGEST), coupled),
+        "Goodput": Method(lambda budget, _: controllers.Goodput(BASE, LARGEST), (("coupling", "adascale"),)),
     }
     fixed = {f"{size} {name}": Method(size=size, decay=decay) for size in (BASE, 8 * BASE) for name, decay in DECAYS.items()}
     return {**adaptive, **fixed}
 
 
-def train(name: str, method: Method, make_network: Callable, data: ImageSets, *, lr: float, budget: int, seed: int) -> Run:
+def train(name: str, method: Method, make_network: Callable, data: ImageSets, *, lr: float, budget: int, seed: int, optimizer: str = "sgd") -> Run:
     """One run from fresh weights; the same seed gives the same run, Goodput's apart, which follows the clock."""
     torch.manual_seed(seed)
     network = make_network()
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+    optimizer = OPTIMIZERS[optimizer](network.parameters(), lr=lr)
     loader = DataLoader(data[0], batch_size=method.size, shuffle=True, drop_last=method.controller is None, generator=torch.Generator().manual_seed(seed))
     if method.controller is not None:
         controller = method.controller(budget, len(data[0]))
-        bounds = {"min_batch_size": BASE, "max_batch_size": min(LARGEST, len(data[0]))}
-        optimizer, loader, scheduler = adabatch.wrap(network, optimizer, loader, controller=controller, **bounds, **dict(method.options))
+        options = {"min_batch_size": BASE, "max_batch_size": min(LARGEST, len(data[0])), **dict(method.options)}
+        if getattr(controller, "needs_moments", True):
+            options["every"] = 1  # what is compared are the rules, not how seldom they may measure
+        optimizer, loader, scheduler = adabatch.wrap(network, optimizer, loader, controller=controller, **options)
         run = Run(name, scheduler.diagnostics)
         train_loop(network, optimizer, loader, scheduler, run, budget, data[1])
         scheduler.remove()
@@ -98,21 +104,31 @@ def train(name: str, method: Method, make_network: Callable, data: ImageSets, *,
     return run
 
 
-def row(name: str, method: Method, make_network: Callable, data: ImageSets, lrs: list[float], seeds: list[int], budget: int) -> tuple[list[Run], float]:
-    """The runs of all seeds at the lr that is best on the first seed, and that lr."""
-    tried = {lr: train(name, method, make_network, data, lr=lr, budget=budget, seed=seeds[0]) for lr in lrs}
+def row(train_one: Callable[..., Run], lrs: list[float], seeds: list[int]) -> tuple[list[Run], float]:
+    """The runs of all seeds at the lr that is best on the first seed, and that lr; train_one(lr=, seed=) gives a run."""
+    tried = {lr: train_one(lr=lr, seed=seeds[0]) for lr in lrs}
     best = max(lrs, key=lambda lr: tried[lr].accuracy[-1])
-    return [tried[best], *(train(name, method, make_network, data, lr=best, budget=budget, seed=seed) for seed in seeds[1:])], best
+    return [tried[best], *(train_one(lr=best, seed=seed) for seed in seeds[1:])], best
+
+
+def sizes(run: Run) -> str:
+    """Where the batch size sits: smallest, median and largest asked for, share of the steps at a bound, and how far one step moves it, typically."""
+    asked = run.history.column("next_batch_size")
+    if asked.min() == asked.max():
+        return f"{asked[0]}"
+    at_bound = float(((asked == BASE) | (asked == asked.max()) & (asked.max() >= LARGEST)).mean())
+    move = float(np.mean(np.abs(np.diff(np.log(asked)))))
+    return f"{asked.min()} … {np.median(asked):.0f} … {asked.max()}, {at_bound:.0%} at a bound, moves {move:.1%} a step"
 
 
 def table(rows: dict[str, tuple[list[Run], float]]) -> str:
-    """One line a row: accuracy at the end (mean and standard error over the seeds), steps and seconds (means), sizes of the first seed."""
-    lines = [f"{'run':<22}{'lr':>8}{'accuracy':>18}{'steps':>9}{'seconds':>9}  batch size"]
+    """One line a row: accuracy at the end (mean and standard error over the seeds), steps and seconds (means), sizes."""
+    lines = [f"{'run':<22}{'lr':>8}{'accuracy':>18}{'steps':>9}{'seconds':>9}  batch size of the first seed"]
     for name, (runs, lr) in rows.items():
         shares = torch.tensor([run.accuracy[-1] for run in runs], dtype=torch.float64)
         error = f"± {float(shares.std()) / len(runs) ** 0.5:.2%}" if len(runs) > 1 else ""
         steps, seconds = (sum(values) / len(runs) for values in ([run.history.n_steps for run in runs], [run.seconds[-1] for run in runs]))
-        lines.append(f"{name:<22}{lr:>8g}{f'{float(shares.mean()):.2%} {error}':>18}{steps:>9,.0f}{seconds:>9.1f}  {runs[0].batch_sizes()}")
+        lines.append(f"{name:<22}{lr:>8g}{f'{float(shares.mean()):.2%} {error}':>18}{steps:>9,.0f}{seconds:>9.1f}  {sizes(runs[0])}")
     return "\n".join(lines)
 
 
@@ -147,6 +163,7 @@ def draw(rows: dict[str, tuple[list[Run], float]]) -> Figure:
 def main(arguments: list[str] | None = None) -> None:
     parser = shared_options(__doc__, budget=None, out="out/controllers")
     parser.add_argument("--data", choices=("digits", "fashion"), default="digits", help="which data to train on (default digits)")
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="what steps (default sgd)")
     parser.add_argument("--lrs", type=float, nargs="+", default=None, metavar="LR", help="rates to choose from, for each row by itself (default --lr)")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, metavar="N", help="seeds; the lr is chosen on the first (default --seed)")
     parser.add_argument("--only", nargs="+", choices=list(methods()), metavar="ROW", help=f"rows to run, of: {', '.join(methods())}".replace("%", "%%"))
@@ -162,7 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = {name: method for name, method in methods().items() if options.only is None or name in options.only}
     rows = {}
     for name, method in chosen.items():
-        rows[name] = row(name, method, network, data, options.lrs or [options.lr], options.seeds or [options.seed], budget)
+        train_one = functools.partial(train, name, method, network, data, budget=budget, optimizer=options.optimizer)
+        rows[name] = row(train_one, options.lrs or [options.lr], options.seeds or [options.seed])
     draw(rows).savefig(out / "controllers.png", dpi=120)
     (out / "controllers.txt").write_text(table(rows) + "\n")
     print(table(rows))

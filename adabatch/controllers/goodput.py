@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from statistics import median
 
 import numpy as np
 
@@ -13,10 +14,9 @@ from adabatch.controllers.throughput import StepTime, fit_step_time
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
 
-KEPT_SIZES = 64  # sizes whose times are remembered
+KEPT_TIMES, TIMES_OF_A_SIZE = 992, 31  # of steps, the latest ones
 REFIT = 20  # steps between two decisions
 GRID = 512  # sizes tried, evenly spaced on a log scale
-TIME_SMOOTHING = 0.9
 
 
 def efficiency(batch_size: float, base_batch_size: float, noise_scale: float) -> float:
@@ -32,8 +32,8 @@ def efficiency(batch_size: float, base_batch_size: float, noise_scale: float) ->
 class Goodput(Controller):
     """argmax over B of throughput(B) · efficiency(B): samples a second, times the progress a sample makes; moves only for a predicted gain above `gain`.
 
-    Throughput is B/seconds(B), seconds(B) a model fitted by scipy every 20 steps to the times of the steps so far (`StepTime`); efficiency is
-    (φ + B₀)/(φ + B), φ = T/G² from separately smoothed T̂ and Ĝ². Sizes beyond twice the largest one timed are not considered; while all steps had one size
+    Throughput is B/seconds(B), seconds(B) a model fitted by scipy every 20 steps to the median times of the sizes so far (`StepTime`; of each size its last
+    31 steps, so that an evaluation or a busy machine in between does not count); efficiency is (φ + B₀)/(φ + B), φ = T/G² from separately smoothed T̂ and Ĝ². Sizes beyond twice the largest one timed are not considered; while all steps had one size
     their time says nothing of another: the wish is then twice that size, once there are 20 of them. Pair it with coupling='adascale', under which the
     efficiency is meant.
 
@@ -61,7 +61,7 @@ class Goodput(Controller):
 
     needs_effective_lr = False
     arguments = ("base_batch_size", "max_batch_size", "gain", "replicas", "smoothing")
-    saved = ("trace", "square", "sizes", "seconds", "counts", "wish", "steps", "decided_at", "samples")
+    saved = ("trace", "square", "sizes", "seconds", "wish", "steps", "decided_at", "samples")
 
     def __init__(
         self,
@@ -79,9 +79,8 @@ class Goodput(Controller):
             raise ValueError(f"gain must be a number >= 0, got {gain!r}")
         self.base_batch_size, self.max_batch_size, self.gain, self.replicas, self.smoothing = base_batch_size, max_batch_size, gain, replicas, smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
-        self.sizes: list[int] = []
-        self.seconds: list[float] = []
-        self.counts: list[int] = []
+        self.sizes: list[int] = []  # of the steps timed, the oldest first
+        self.seconds: list[float] = []  # NaN for the first step at a size
         self.wish = math.nan
         self.steps = self.decided_at = self.samples = 0
         self._clock, self._last = clock, math.nan
@@ -92,17 +91,14 @@ class Goodput(Controller):
         self._last = now
         self.steps += 1
         self.samples = samples
-        if samples not in self.sizes:
-            for values, first in ((self.sizes, samples), (self.seconds, 0.0), (self.counts, 0)):
-                del values[: max(0, len(values) - KEPT_SIZES + 1)]
-                values.append(first)
+        known = samples in self.sizes
+        if known and (math.isnan(before) or not now > before):
             return
-        if math.isnan(before) or not now > before:
-            return
-        place = self.sizes.index(samples)
-        self.counts[place] += 1
-        share = max(1 / self.counts[place], 1 - TIME_SMOOTHING)
-        self.seconds[place] += share * (now - before - self.seconds[place])
+        if self.sizes.count(samples) >= TIMES_OF_A_SIZE or len(self.sizes) >= KEPT_TIMES:
+            place = self.sizes.index(samples) if self.sizes.count(samples) >= TIMES_OF_A_SIZE else 0
+            del self.sizes[place], self.seconds[place]
+        self.sizes.append(samples)
+        self.seconds.append(now - before if known else math.nan)
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
         """Take one step's raw moments; give the wished batch size, in samples.
@@ -136,12 +132,15 @@ class Goodput(Controller):
         return math.inf if self.max_batch_size is None else float(self.max_batch_size)
 
     def _decide(self) -> None:
-        timed = [place for place, count in enumerate(self.counts) if count]
-        if len(timed) < 2:
-            self.wish = min(2 * self.wish, self._limit) if timed else self.wish
+        times: dict[int, list[float]] = {}
+        for size, seconds in zip(self.sizes, self.seconds, strict=True):
+            if not math.isnan(seconds):
+                times.setdefault(size, []).append(seconds)
+        if len(times) < 2:
+            self.wish = min(2 * self.wish, self._limit) if times else self.wish
             return
-        sizes, seconds, counts = ([values[place] for place in timed] for values in (self.sizes, self.seconds, self.counts))
-        step_time = fit_step_time(sizes, seconds, counts, self.replicas)
+        sizes = list(times)
+        step_time = fit_step_time(sizes, [median(values) for values in times.values()], [len(values) for values in times.values()], self.replicas)
         square = self.square.average
         noise_scale = max(0.0, self.trace.average) / square if square > 0 else math.inf
         best = self.best_size(step_time, noise_scale, 2.0 * max(sizes))

@@ -13,7 +13,13 @@ class GradientDiversity(Controller):
 
     On one batch of m the plain m·Δ cannot exceed m where noise dominates, as ‖g‖² holds the noise T/m. So Σ m·mean‖g_i‖² and Σ m·Ĝ², Ĝ² unbiased, are summed
     over the epoch and divided at its end: our form of the published rule, which sums the gradients themselves while the parameters move. Before the first
-    epoch has ended the wish is the size in use. Pair it with coupling='linear', as the published rule does.
+    epoch has ended the wish is the size in use.
+
+    The published rule is paired with coupling='linear', which is unstable without a low max_batch_size: at a size near the noise scale T/G², where δ = 1 asks
+    to be, a step is worth about half of what linear scaling takes it for, and the lr outgrows what the network can be trained at. Measured on scikit-learn's
+    digits (20 epochs, sizes 16 to 1024, seeds 0 to 3): with 'linear' .52 to .98 held-out accuracy at lr .03, .10 to .97 at .1, all collapsed at .3; with
+    'adascale' .96 to .98, .88 to .98, .98; with 'sqrt' .97 to .98, .98, .98. δ = .25 and .1 with 'linear' collapsed in four and two of twelve runs. So pair
+    it with coupling='sqrt', or bound the size to a few times the first one.
 
     Args:
         delta: δ, > 0.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from adabatch.diagnostics.layers import Layers
 
-SPANS = 120  # columns of the map: more would show the noise of single steps
+SPANS, SNR_SPANS = 120, 30  # columns at most: a signal takes more steps than a share to rise out of the noise of single ones
 MOST_LABELS = 60
 
 
@@ -36,16 +36,16 @@ def draw_layers(layers: Layers) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Drawing the layers needs matplotlib, which is not installed: pip install 'adabatch[examples]'.") from error
-    layers = layers.merged(SPANS)
+    layers, coarse = layers.merged(SPANS), layers.merged(SNR_SPANS)
     figure = Figure(figsize=(11.0, min(16.0, 2.2 + 0.2 * len(layers.names))), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    share, ratio = layers.share, layers.snr
+    share, ratio = layers.share, coarse.snr
     ratio = np.where(np.isfinite(ratio) & (ratio > 0), ratio, np.nan)
     finite = ratio[np.isfinite(ratio)]
     low, high = np.quantile(finite, [0.02, 0.98]) if finite.size else (0.1, 10.0)
     most = float(np.nanmax(share)) if np.isfinite(share).any() else 1.0
     _map(left, layers, share, "viridis", Normalize(0, most), "share of the variance trace")
-    _map(right, layers, ratio, "magma", LogNorm(low / 1.01, high * 1.01), "signal-to-noise ratio of the batch gradient")
+    _map(right, coarse, ratio, "magma", LogNorm(low / 1.01, high * 1.01), "signal-to-noise ratio of the batch gradient")
     shown = np.arange(0, len(layers.names), -(-len(layers.names) // MOST_LABELS))
     left.set_yticks(shown + 0.5, [layers.names[k] for k in shown], fontsize=7.5)
     left.invert_yaxis()

@@ -85,6 +85,38 @@ def test_a_gain_below_the_threshold_moves_nothing():
     assert eager.take(85) == pytest.approx(100, rel=0.01)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_that_something_else_held_up_do_not_count(seed):
+    rng, truth = np.random.default_rng(seed), StepTime(1e-3, 2e-5)
+    steps, size = Steps(truth, noise_scale=100.0), 16
+
+    class Busy:
+        def seconds(self, size):
+            return truth.seconds(size) * math.exp(0.1 * rng.normal()) * (rng.uniform(3, 20) if rng.random() < 0.1 else 1.0)
+
+    steps.truth = Busy()
+    for _ in range(40):
+        size = max(16, round(steps.take(size)))
+
+    def goodput(size):
+        return size / truth.seconds(size) / (100.0 + size)
+
+    assert goodput(size) > 0.93 * goodput(math.sqrt(100 * 50))  # the best, by the closed form
+
+
+def test_the_times_kept_are_the_latest_ones():
+    rule = Goodput(16, clock=lambda: 0.0)
+    for samples in [*range(1, 2000), *[7] * 100]:
+        rule.advance(samples=samples, epoch=0)
+    assert len(rule.sizes) == len(rule.seconds) <= 992
+    now = iter(range(10_000))
+    rule = Goodput(16, clock=lambda: next(now))
+    for samples in [16, 32] * 200:
+        rule.advance(samples=samples, epoch=0)
+    assert len(rule.sizes) == 62
+    assert set(rule.seconds) == {1}
+
+
 def test_no_size_beyond_the_bound():
     steps = Steps(StepTime(0.1, 1e-3), noise_scale=1e6, max_batch_size=50)
     assert [steps.take(16), steps.take(32), steps.take(50)] == [32, 50, 50]
