@@ -326,3 +326,21 @@ def test_a_run_of_a_controller_that_measures_nothing_is_measured_for_its_layers(
 def test_the_micro_batch_estimator_has_no_layers():
     with pytest.raises(ValueError, match="per_parameter=True needs estimator='per_sample', got 'micro_batch'"):
         trained(1, per_parameter=True, estimator="micro_batch")
+
+
+def test_samples_of_unequal_weight():
+    torch.manual_seed(0)
+    model, batch = make_mlp(torch.float64), make_batch(9, torch.float64)
+    weights = torch.tensor([1.0, 4.0, 2.0, 7.0, 1.0, 3.0, 3.0, 5.0, 1.0], dtype=torch.float64)
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model, per_parameter=True, dots=True)
+    ((squared_error(model, batch) * weights).sum() / weights.sum()).backward()
+    moments = hooks.collect(weights=weights)
+    hooks.remove()
+    found = LayerStatistics.of_step(moments)
+    shares = 9 * weights / weights.sum()
+    for name, trace in zip(found.names, found.traces, strict=True):
+        rows = grads[name].flatten(1)
+        mean = (shares @ rows) / 9
+        assert trace == pytest.approx(float((shares.unsqueeze(1) * (rows - mean)).square().sum(1).mean()) * 9 / 8)
+    assert found.traces.sum() == pytest.approx(moments.variance_trace)
