@@ -1,0 +1,72 @@
+"""Runs checks on several gloo processes at once: one start of processes for many checks, a time limit on everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+TIMEOUT = 120.0
+
+# One process imports torch, the others are forked from it.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "adabatch", "tests.distributed.checks"])
+
+
+def run_checks(world_size: int, names: list[str], folder: Path, timeout: float = TIMEOUT) -> dict[str, dict[int, str]]:
+    """{check: {rank: traceback}} of the checks of tests.distributed.checks that failed, each run on all processes."""
+    queue = _context.Queue()
+    target = [(rank, world_size, names, str(folder), queue) for rank in range(world_size)]
+    processes = [_context.Process(target=_child, args=arguments, daemon=True) for arguments in target]
+    for process in processes:
+        process.start()
+    failed: dict[str, dict[int, str]] = {}
+    end, open_ranks = time.monotonic() + timeout, set(range(world_size))
+    try:
+        while open_ranks:
+            rank, name, error = queue.get(timeout=max(0.1, end - time.monotonic()))
+            if name is None:
+                open_ranks.discard(rank)
+            elif error:
+                failed.setdefault(name, {})[rank] = error
+    except Exception as error:  # the queue is empty after the time limit
+        failed.setdefault("the processes came to no end", {})[-1] = f"{error!r}; still running: ranks {sorted(open_ranks)}; so far: {failed}"
+    for process in processes:
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+    return failed
+
+
+def _child(rank: int, world_size: int, names: list[str], folder: str, queue: multiprocessing.Queue) -> None:
+    import torch.distributed as dist
+
+    from tests.distributed import checks
+
+    torch.set_num_threads(1)
+    os.environ.pop("WORLD_SIZE", None)
+    for number, name in enumerate(names):
+        queue_error = ""
+        try:
+            store = f"file://{folder}/store-{number}"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
+            check: Callable[[Path], None] = getattr(checks, name)
+            torch.manual_seed(0)
+            torch._dynamo.reset()
+            check(Path(folder))
+        except Exception:
+            queue_error = traceback.format_exc()
+        queue.put((rank, name, queue_error))
+        try:
+            dist.barrier()  # a rank that failed must not meet the others in the next check's communication
+            dist.destroy_process_group()
+        except Exception:
+            queue.put((rank, f"{name}: after it", traceback.format_exc()))
+            break
+    queue.put((rank, None, ""))
