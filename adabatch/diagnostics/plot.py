@@ -44,8 +44,10 @@ def plot(history: Diagnostics, path: str | os.PathLike[str]) -> None:
 def draw(history: Diagnostics) -> Figure:
     """The figure that `plot` saves: batch size, learning rate, loss, variance trace and noise scale over the samples seen.
 
-    Light lines are single steps, dark ones the averages weighted by samples; the band is the average ± its standard error; ticks at the foot
-    of the variance panel are dropped measurements. Values that an axis cannot show (NaN, inf, negative on a logarithmic axis) leave gaps.
+    Light lines are single steps, dark ones the averages weighted by samples. Bands: the averages of loss and variance trace ± their standard error, and
+    the intervals (90 % unless `confidence` says otherwise) of wish and noise scale, up to the top of the panel where they have no upper end; the dashed line
+    is the floor of the loss, f_star, ± its standard error. Ticks at the foot of the variance panel are dropped measurements. Values that an axis cannot show
+    (NaN, inf, negative on a logarithmic axis) leave gaps.
     No backend is chosen and pyplot stays untouched, so that it works without a display and beside a user's own figures.
 
     Raises:
@@ -88,6 +90,7 @@ def _batch_size(panel: Axes, samples: np.ndarray, history: Diagnostics) -> None:
         # A wish far outside the bounds must not flatten the sizes that were used.
         shown = np.clip(wish[made], low / 4, high * 4)
         _log_axis(panel, [low, high, *shown], base=2)
+        _interval(panel, samples[made], *(history.column(name)[made] for name in ("proposed_low", "proposed_high")), _COLOURS["wish"])
         _legend(panel)
 
 
@@ -99,10 +102,16 @@ def _lr(panel: Axes, samples: np.ndarray, history: Diagnostics) -> None:
 
 
 def _loss(panel: Axes, samples: np.ndarray, history: Diagnostics) -> None:
-    loss, average = history.column("loss"), history.column("loss_ema")
+    loss, average, error = (history.column(name) for name in ("loss", "loss_ema", "loss_std_error"))
+    floor, floor_error = history.column("f_star"), history.column("f_star_std_error")
     panel.set_ylabel("loss\n(mean per sample)")
     panel.plot(samples, _finite(loss), color=_COLOURS["loss"], linewidth=0.6, alpha=0.35, label="step")
     panel.plot(samples, _finite(average), color=_COLOURS["loss"], linewidth=1.5, label="smoothed")
+    panel.fill_between(samples, _finite(average - error), _finite(average + error), color=_COLOURS["loss"], alpha=0.3, linewidth=0)
+    # A floor of 0 that was given is no finding.
+    if np.isfinite(floor).any() and (np.nan_to_num(floor) != 0).any():
+        panel.plot(samples, _finite(floor), color=_COLOURS["quiet"], linewidth=1.0, linestyle="--", label="f_star")
+        panel.fill_between(samples, _finite(floor - floor_error), _finite(floor + floor_error), color=_COLOURS["quiet"], alpha=0.3, linewidth=0)
     _log_if_wide(panel, loss)
     _legend(panel)
 
@@ -130,10 +139,21 @@ def _noise_scale(panel: Axes, samples: np.ndarray, history: Diagnostics) -> None
     panel.set_ylabel("noise scale T/G²\n(samples)")
     if np.isfinite(scale).any() or np.isfinite(average).any():
         # A single ratio may have a divisor near zero: the axis holds the middle of them and all of the smoothed ones.
-        _log_axis(panel, [*_bulk(scale, 0.1), *_bulk(average, 0.0)])
+        low, high = history.column("noise_scale_low"), history.column("noise_scale_high")
+        _log_axis(panel, [*_bulk(scale, 0.1), *_bulk(average, 0.0), *_bulk(_positive(low), 0.1), *_bulk(_positive(high), 0.25)])
+        _interval(panel, samples, low, high, _COLOURS["scale"])
     panel.plot(samples[measured], scale[measured], color=_COLOURS["scale"], linewidth=0.6, alpha=0.3, label="step")
     panel.plot(samples, average, color=_COLOURS["scale"], linewidth=1.5, label="ratio of smoothed")
     _legend(panel)
+
+
+def _interval(panel: Axes, samples: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> None:
+    """A band from low to high, cut off at the panel's ends, which are set; none where nothing is known."""
+    bottom, top = panel.get_ylim()
+    known = ~np.isnan(low) & ((low > 0) | np.isfinite(high))
+    low, high = (np.where(known, np.clip(np.nan_to_num(end, nan=bottom, posinf=top), bottom, top), np.nan) for end in (low, high))
+    panel.fill_between(samples, low, high, color=colour, alpha=0.22, linewidth=0, label="interval" if known.any() else None)
+    panel.set_ylim(bottom, top)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

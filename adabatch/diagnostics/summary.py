@@ -10,6 +10,17 @@ import numpy as np
 if TYPE_CHECKING:
     from adabatch.diagnostics.history import Diagnostics
 
+_NOW = {
+    "loss": ("loss_ema", "loss_std_error"),
+    "variance trace": ("variance_trace_ema", "variance_trace_std_error"),
+    "true gradient norm²": ("true_grad_sq_norm_ema", "true_grad_sq_norm_std_error"),
+    "tr(PΣ)": ("preconditioned_trace_ema", "preconditioned_trace_std_error"),
+    "f_star": ("f_star", "f_star_std_error"),
+}
+_NOW_WITHIN = {
+    "noise scale": ("noise_scale_ema", "noise_scale_low", "noise_scale_high"),
+    "proposed size": ("proposed_batch_size", "proposed_low", "proposed_high"),
+}
 _HEAD = ("", "first", "last", "min", "mean", "max")
 _BY_STEP = {"batch size": "batch_size", "proposed size": "proposed_batch_size", "lr": "lr"}
 _BY_SAMPLES = {
@@ -24,6 +35,9 @@ _BY_SAMPLES = {
 def summary(history: Diagnostics) -> str:
     """First, last, smallest, mean and largest value of the main columns over the records in memory, with the counts of the whole run.
 
+    The third line says how sure the latest averages are: ± their standard error, and for ratios the interval in which they lie, 90 % unless the scheduler's
+    `confidence` says otherwise for the proposed size.
+
     Values that are not finite are left out. Means of sizes and lr are over steps; of the loss and the gradient's statistics over samples; the mean
     noise scale is Σ m T̂ / Σ m Ĝ² and the mean speed is samples over seconds: ratios of sums, since an average of ratios misleads.
 
@@ -33,6 +47,11 @@ def summary(history: Diagnostics) -> str:
         >>> history.append(step=1, samples_seen=16, batch_size=16, next_batch_size=32, lr=0.1, loss=2.5)
         >>> print(history.summary().splitlines()[0])
         1 step, 16 samples
+        >>> for step, trace, square in ((2, 8.0, 2.0), (3, 6.0, 2.2), (4, 7.0, 1.9)):
+        ...     history.append(step=step, samples_seen=16 * step, batch_size=16, next_batch_size=32, lr=0.1, loss=2.5, variance_trace=trace,
+        ...                    grad_sq_norm=square + trace / 16, true_grad_sq_norm=square, measured=True)
+        >>> print(history.summary().splitlines()[2])
+        now: variance trace 6.983 ± 0.563, true gradient norm² 2.032 ± 0.0899, noise scale 3.437 (2.39 to 4.74)
     """
     if not len(history):
         return "\n".join([_steps_line(history), _measured_line(history), "no record in memory"])
@@ -45,7 +64,7 @@ def summary(history: Diagnostics) -> str:
     speed, seconds = history.column("samples_per_second"), history.column("seconds")
     timed = np.isfinite(speed)
     rows.append(_row("samples per second", speed, sizes, mean=sizes[timed].sum() / seconds[timed].sum() if timed.any() else math.nan))
-    return "\n".join([_steps_line(history), _measured_line(history), "", *_align([_HEAD, *rows])])
+    return "\n".join([_steps_line(history), _measured_line(history), *_now_line(history), "", *_align([_HEAD, *rows])])
 
 
 def _steps_line(history: Diagnostics) -> str:
@@ -60,6 +79,19 @@ def _steps_line(history: Diagnostics) -> str:
 def _measured_line(history: Diagnostics) -> str:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in history.dropped.most_common())
     return f"measured {history.n_measured:,}, dropped {history.n_dropped:,}" + (f": {reasons}" if reasons else "")
+
+
+def _now_line(history: Diagnostics) -> list[str]:
+    """How sure the latest numbers are; nothing where none has an error."""
+    latest, parts = history.latest, []
+    for label, (name, error) in _NOW.items():
+        if 0 < getattr(latest, error) < math.inf:
+            parts.append(f"{label} {_number(getattr(latest, name))} ± {getattr(latest, error):.3g}")
+    for label, (name, low, high) in _NOW_WITHIN.items():
+        if not math.isnan(getattr(latest, low)):
+            ends = f"above {getattr(latest, low):.3g}" if math.isinf(getattr(latest, high)) else f"{getattr(latest, low):.3g} to {getattr(latest, high):.3g}"
+            parts.append(f"{label} {_number(getattr(latest, name))} ({ends})")
+    return [f"now: {', '.join(parts)}"] if parts else []
 
 
 def _weighted(values: np.ndarray, weights: np.ndarray) -> float:

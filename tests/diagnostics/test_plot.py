@@ -85,6 +85,29 @@ def test_band_is_one_standard_error():
     assert (at_end.min(), at_end.max()) == pytest.approx((average - error, average + error))
 
 
+def test_intervals_are_bands_that_end_with_the_panel():
+    history, rows = Diagnostics(), steps(60, seed=1)
+    for row in rows:
+        row["true_grad_sq_norm"] += 0.3
+        wish = row["proposed_batch_size"]
+        history.append(**row, proposed_low=wish / 2, proposed_high=math.inf, f_star=0.2, f_star_std_error=0.05)
+    size, _, loss, _, scale = draw(history).axes
+    wish, samples = history.column("proposed_batch_size"), history.column("samples_seen")
+    made = np.isfinite(wish)
+    band = size.collections[0].get_paths()[0].vertices
+    bottom, top = size.get_ylim()
+    assert band[:, 1].max() == top
+    at_end = band[band[:, 0] == samples[made][-1]][:, 1]
+    assert at_end.min() == pytest.approx(max(bottom, wish[made][-1] / 2))
+    assert [line.get_label() for line in loss.lines][-1] == "f_star"
+    floor = loss.collections[1].get_paths()[0].vertices
+    assert (floor[:, 1].min(), floor[:, 1].max()) == pytest.approx((0.15, 0.25))
+    drawn = scale.collections[0].get_paths()[-1].vertices
+    bottom, top = scale.get_ylim()
+    at_end = drawn[drawn[:, 0] == samples[-1]][:, 1]
+    assert (at_end.min(), at_end.max()) == pytest.approx((max(bottom, history.latest.noise_scale_low), min(top, history.latest.noise_scale_high)))
+
+
 def test_band_stays_where_the_average_is_negative():
     history = awkward()
     history.append(step=6, samples_seen=96, batch_size=4096, next_batch_size=16, lr=0.1, variance_trace=-50.0, true_grad_sq_norm=1.0, measured=True)

@@ -49,7 +49,22 @@ def test_heading_counts():
     lines = fill(Diagnostics(), rows).summary().splitlines()
     assert lines[0].startswith(f"20 steps, {rows[-1]['samples_seen']:,} samples, ")
     assert lines[1] == "measured 17, dropped 3: non-finite loss 2, batch of one 1"
-    assert len({len(line) for line in lines[3:]}) == 1
+    assert lines[2].startswith("now: loss ")
+    assert len({len(line) for line in lines[4:]}) == 1
+
+
+def test_how_sure_the_latest_numbers_are():
+    history = fill(Diagnostics(), steps(20))
+    fixed = {"batch_size": 16, "next_batch_size": 16, "lr": 0.1, "samples_seen": 9999}
+    history.append(step=21, proposed_batch_size=33.0, proposed_low=21.0, proposed_high=math.inf, f_star=0.31, f_star_std_error=0.02, **fixed)
+    now, latest = history.summary().splitlines()[2], history.latest
+    assert f"variance trace {latest.variance_trace_ema:.4g} ± {latest.variance_trace_std_error:.3g}, " in now
+    assert f"true gradient norm² {latest.true_grad_sq_norm_ema:.4g} ± {latest.true_grad_sq_norm_std_error:.3g}, " in now
+    assert "f_star 0.31 ± 0.02, " in now
+    assert "proposed size 33 (above 21)" in now
+    history.append(step=22, proposed_batch_size=33.0, proposed_low=21.0, proposed_high=60.0, f_star=0.0, f_star_std_error=0.0, **fixed)
+    assert "proposed size 33 (21 to 60)" in history.summary()
+    assert "f_star" not in history.summary().splitlines()[2]
 
 
 def test_bounded_memory_is_said():
