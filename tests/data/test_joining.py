@@ -199,3 +199,14 @@ def test_a_collate_fn_that_takes_samples_apart_is_not_disturbed():
 
     loader = AdaptiveDataLoader(Dicts(), 4, num_workers=1, collate_fn=collate)
     assert torch.cat(list(loader)).tolist() == list(range(40))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((9, 5), 0), ((4, 9), 1), ((9, 16), 0)])
+def test_what_is_cut_lies_in_memory_as_if_made_on_its_own(shape, axis):
+    # A matrix product gives other last bits for other alignments, and a resumed run is cut otherwise.
+    batch = torch.arange(float(shape[0] * shape[1])).view(shape)
+    for start in range(8):
+        piece = cut(batch, axis, start, 9)
+        assert piece.data_ptr() % 64 == 0
+        assert piece.is_contiguous()
+        assert torch.equal(piece, batch.narrow(axis, start, 9 - start))

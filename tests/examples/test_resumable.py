@@ -21,7 +21,7 @@ def start(out, workers, pause):
 
 def result(out, workers):
     process = start(out, workers, 0.0)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return torch.load(out / "result.pt", weights_only=True)
 
@@ -39,7 +39,7 @@ def killed_and_resumed(out, kills, workers, seed):
             time.sleep(0.01)
         time.sleep(moments.random() * 0.5)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     return result(out, workers[-1])
 
 
@@ -56,6 +56,7 @@ def check(tmp_path, kills, workers):
     assert torch.equal(ours["weights"], expected["weights"])
 
 
+@pytest.mark.timeout(1200)  # five processes one after the other, each of which imports torch: minutes where the cores are busy
 def test_killed_three_times(tmp_path):
     check(tmp_path, 3, [0, 1, 2])
 
