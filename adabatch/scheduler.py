@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.arguments import bind_controller, check_loss, check_measured, check_options, epoch_samples, reason_to_drop
+from adabatch.budget import plan_for
 from adabatch.controllers import CABS, Seesaw
 from adabatch.coupling import Coupling, rule_of_optimizer
 from adabatch.deciding import ask, check_rows
 from adabatch.diagnostics import Diagnostics
 from adabatch.effective_lr import EffectiveLr, MeanLr, effective_lr_of_controller
 from adabatch.estimators.unmeasured import Unmeasured
+from adabatch.grad_sample.cost import Measurement
 from adabatch.losses import LossPool
-from adabatch.observing import Observation, Pipeline
+from adabatch.observing import Observation, Pipeline, Stage
 from adabatch.recording import Recorder, StepClock
 from adabatch.size_in_force import SizeInForce
 from adabatch.sizing import SizeRule
@@ -49,6 +51,8 @@ class BatchSizeScheduler:
         min_batch_size, max_batch_size: bounds of the step's size, in samples; no batch is larger than the loader's epoch.
         multiple_of: sizes are multiples of this.
         every: measure at every so many steps; the others add no node to the graph and keep the size.
+        overhead: the share of a step that measuring may cost on average: chooses samples and interval, see `adabatch.budget.Budget`; None: as `every` and the
+            hooks say.
         dwell, hysteresis: steps between changes, and relative change up to which the size is kept; off by default.
         ladder: e.g. 1.25, for few sizes, each so many times the one below; see SizeRule.
         spill: 'lr' lowers the lr by size/wish while the sizes fall short of the wish, by max_batch_size, dwell or hysteresis, which keeps the noise level
@@ -93,6 +97,7 @@ class BatchSizeScheduler:
         max_batch_size: int = 2048,
         multiple_of: int = 1,
         every: int = 1,
+        overhead: float | None = None,
         dwell: int = 0,
         hysteresis: float = 0.0,
         ladder: float | None = None,
@@ -117,7 +122,7 @@ class BatchSizeScheduler:
         self.controller = Seesaw(base_batch_size, rule_of_optimizer(optimizer)) if controller is None else controller
         check_measured(hooks, self.controller, coupling)
         self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
-        self.every, self.short_batch = every, short_batch
+        self._plan, self.short_batch = plan_for(hooks, every, overhead), short_batch
         self._base_lr = MeanLr(optimizer, effective_lr_of_controller(self.controller, optimizer, effective_lr), getattr(hooks, "parameters", {}).values())
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
@@ -149,8 +154,11 @@ class BatchSizeScheduler:
         if pooled is None:
             return
         given = {name: option for name, option in (("weights", weights), ("loss_scale", loss_scale)) if option is not None}
-        for observation in self._pipeline.push(self._observe(loss, pooled, given)):
-            self._decide(observation)
+        observation = self._observe(loss, pooled, given)
+        measured = observation.measured
+        for seen in self._pipeline.push(observation):
+            self._decide(seen)
+        self._plan.next_step(self.step_count, measured, self._force.size)
 
     def flush(self) -> None:
         """Decide now on the steps that are under way; on the CPU there are none."""
@@ -160,6 +168,11 @@ class BatchSizeScheduler:
     def get_last_batch_size(self) -> int:
         """The size of a step's batch from the next one drawn, in samples (all accumulated passes together)."""
         return self._force.size
+
+    @property
+    def measurement(self) -> Measurement:
+        """What is measured at present: samples of each backward pass (None: all), at one step in `every`, and the share of the training time expected."""
+        return self._plan.measurement
 
     def get_last_lr(self) -> list[float]:
         """The lr of each param group as the last optimizer step used it, coupling, spill and short-batch factors included."""
@@ -204,10 +217,17 @@ class BatchSizeScheduler:
         """Take all hooks off the optimizer and the model."""
         self._stepping.remove()
         self.hooks.remove()
+        for stage in self._pipeline.stages:
+            if hasattr(stage, "remove"):
+                stage.remove()
+
+    def add_stage(self, stage: Stage) -> None:
+        """Let what is seen of each step pass one more station before it is decided on. Call before the first step; remove() removes it too."""
+        self._pipeline.stages.append(stage)
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state of its own; the controller before the stepping, which asks it for its rule."""
-        parts = {"controller": self.controller, "hooks": self.hooks, "diagnostics": self.diagnostics, "trace": self._recorder.trace}
+        """What has a state of its own; the plan before the hooks, whose samples it sets, and the controller before the stepping, which asks it for its rule."""
+        parts = {"plan": self._plan, "controller": self.controller, "hooks": self.hooks, "diagnostics": self.diagnostics, "trace": self._recorder.trace}
         return {**parts, "stepping": self._stepping, "epochs": self._epochs}
 
     # -- parts of a step
@@ -230,7 +250,6 @@ class BatchSizeScheduler:
             seconds=self._clock.lap(),
         )
         self.step_count += 1
-        self.hooks.enabled = self.step_count % self.every == 0
         return observation
 
     def _decide(self, seen: Observation) -> None:
@@ -254,3 +273,4 @@ class BatchSizeScheduler:
         self.samples_seen += samples
         decided = {"samples_seen": self.samples_seen, "proposed_batch_size": wish, "next_batch_size": self._force.size, "dropped": dropped}
         self._recorder.record(seen, usable, lr=lr, loss=loss, **decided)
+        self._plan.judge(self._recorder.trace)

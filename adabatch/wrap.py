@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from adabatch.arguments import bind_controller, needs_moments
+from adabatch.budget import DEFAULT_OVERHEAD, budget_of_wrap
 from adabatch.check import CheckReport
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
@@ -31,6 +32,7 @@ def wrap(
     controller: Any = None,
     min_batch_size: int = 16,
     max_batch_size: int = 2048,
+    overhead: float | None = DEFAULT_OVERHEAD,
     loss_reduction: str = "mean",
     samples: int | None = None,
     accumulate: int = 1,
@@ -58,10 +60,12 @@ def wrap(
         loader: a map-style DataLoader with a batch_size. A shuffling one gets an order keyed by a seed drawn from its generator; sampler,
             collate_fn, workers, pinning, generator and worker_init_fn are kept.
         controller: default adabatch.CABS(). Where neither it nor the coupling needs moments (controllers.Scheduled, Seesaw, OnlineSelection), the model is
-            measured only if samples=, dots= or every= asks for it, every=1 for all of it.
+            measured only if overhead=, samples=, dots= or every= asks for it.
         min_batch_size, max_batch_size: bounds of a step's size, in samples.
+        overhead: the share of a step that measuring may cost on average, by a cost model of the model's layers: the samples measured and the interval follow
+            from it, see `adabatch.budget.Budget` and scheduler.measurement. None measures all samples at every step.
         loss_reduction: 'mean' or 'sum', of the loss that is differentiated.
-        samples: measure so many samples of each batch; None measures all.
+        samples: measure so many samples of each batch, at every step or one in every=, instead of what the default overhead chooses.
         accumulate: backward passes per optimizer step in the caller's own accumulation; the loader's batches are that much smaller than the step's. The
             number of batches in an epoch is not known beforehand: count the passes on from epoch to epoch, so that a step may span two.
         ignore: names of modules to leave out of the measurement.
@@ -113,7 +117,8 @@ def wrap(
     if max_grad_norm is not None and hasattr(controller, "clips"):
         controller.clips(max_grad_norm)
     needs = bind_controller(controller, optimizer, effective_lr)
-    asked = samples is not None or dots or per_parameter or "every" in scheduler_options
+    asked = samples is not None or dots or per_parameter or "every" in scheduler_options or overhead is not DEFAULT_OVERHEAD
+    overhead = budget_of_wrap(overhead, samples, scheduler_options)
     if per_parameter and estimator != "per_sample":
         raise ValueError(f"per_parameter=True needs estimator='per_sample', got {estimator!r}: the other estimators see the gradient as a whole")
     micro = MicroBatching(adaptive, max_micro_batch_size, accumulate, estimator, loss_fn)
@@ -148,6 +153,7 @@ def wrap(
             min_batch_size=min_batch_size,
             max_batch_size=max_batch_size,
             effective_lr=effective_lr,
+            overhead=None if overhead is DEFAULT_OVERHEAD and not hasattr(hooks, "cost") else overhead,
             **scheduler_options,
         )
         optimizer = micro.accumulating(optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)

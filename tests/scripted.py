@@ -121,7 +121,8 @@ def wrapped(loader, controller=None, **options):
     """(model, optimizer, loader, scheduler) of a linear model."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    options = {"min_batch_size": 4, "max_batch_size": 64, **options}
+    every_step = {} if "samples" in options or "every" in options else {"overhead": None}
+    options = {"min_batch_size": 4, "max_batch_size": 64, **every_step, **options}
     return model, *adabatch.wrap(model, SGD(model.parameters(), lr=0.05), loader, controller=controller or Wishes(20, 7, 33, 12), **options)
 
 

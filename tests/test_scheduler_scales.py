@@ -49,7 +49,7 @@ def test_a_grad_scaler_given_to_wrap_is_read_while_its_scale_holds(dots, schedul
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
-    options = {"controller": Wishes(8), "min_batch_size": 8, "max_batch_size": 8}
+    options = {"controller": Wishes(8), "min_batch_size": 8, "max_batch_size": 8, "overhead": None}
     wrapped = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8), dots=dots, grad_scaler=scaler, **options)
     optimizer, loader, scheduler = wrapped
     for inputs, targets in loader:

@@ -77,6 +77,8 @@ OPTIONS = {
     "reference": {"controller": CABS.reference},
     "subset": {"samples": 6},
     "every": {"every": 3, "samples": 6},
+    "overhead": {"overhead": 0.15},
+    "small overhead": {"overhead": 0.02},
     "dwell": {"dwell": 4, "hysteresis": 0.1},
     "multiples": {"multiple_of": 8, "short_batch": "keep", "spill": None},
     "drop": {"short_batch": "drop"},

@@ -94,7 +94,8 @@ def test_a_compiled_model_takes_the_same_steps(backend):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 1))
         callable_model = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
-        parts = adabatch.wrap(callable_model, SGD(model.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=16), min_batch_size=4, max_batch_size=64)
+        options = {"min_batch_size": 4, "max_batch_size": 64, "overhead": None}
+        parts = adabatch.wrap(callable_model, SGD(model.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=16), **options)
         return train_epoch(callable_model, *parts), parts[2].diagnostics
 
     torch._dynamo.reset()
@@ -109,7 +110,7 @@ def test_adam_with_an_effective_lr():
     model = nn.Linear(3, 1)
     optimizer = Adam(model.parameters(), lr=0.01)
     loader = DataLoader(Indexed(), batch_size=16)
-    parts = adabatch.wrap(model, optimizer, loader, max_batch_size=64, effective_lr=lambda group: 10 * group["lr"])
+    parts = adabatch.wrap(model, optimizer, loader, max_batch_size=64, effective_lr=lambda group: 10 * group["lr"], overhead=None)
     train_epoch(model, *parts)
     assert set(parts[2].diagnostics.column("lr")) == {10 * 0.01}
     assert parts[2].diagnostics.n_measured == parts[2].diagnostics.n_steps

@@ -22,6 +22,22 @@ from adabatch.estimators.moments import GradientMoments
 LOSS_REDUCTIONS = ("mean", "sum")
 
 
+def check_arguments(loss_reduction: str, **counts: int | None) -> None:
+    """Refuse an unknown reduction, and numbers that are no counts; `samples` may be None.
+
+    Raises:
+        ValueError: naming the argument.
+
+    Example:
+        >>> check_arguments("mean", samples=None, accumulate=1)
+    """
+    if loss_reduction not in LOSS_REDUCTIONS:
+        raise ValueError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, got {loss_reduction!r}")
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a positive integer{' or None' if name == 'samples' else ''}, got {value!r}")
+
+
 @dataclass
 class BackwardPass:
     """Sums of one backward pass, in the scale autograd gave them (nothing undone yet).

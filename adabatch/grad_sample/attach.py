@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -169,3 +170,13 @@ def _generic_problem(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.RNNBase) and layer.dropout and layer.num_layers > 1:
         return "its dropout between layers cannot be drawn again for one sample: stack single-layer modules with nn.Dropout between them"
     return unsupported_attention(layer) if isinstance(layer, nn.MultiheadAttention) else None
+
+
+def bound(method: Callable, first: Any, owner: object) -> Callable:
+    """The method with its first argument given, as a plain function that keeps `owner` alive."""
+
+    def hook(*args: Any) -> Any:
+        return method(first, *args)
+
+    hook.owner = owner
+    return hook

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import LOSS_REDUCTIONS, BackwardPass, pool_passes
+from adabatch.estimators.pooling import BackwardPass, check_arguments, pool_passes
 from adabatch.grad_sample.attach import plan_layers, unwrap
+from adabatch.grad_sample.cost import StepCost, step_cost
 from adabatch.grad_sample.dots import HeldUses, check_not_compiled
-from adabatch.grad_sample.grad_norms import grad_sq_norms
 from adabatch.grad_sample.loss_graph import unseen_uses
 from adabatch.grad_sample.loss_scale import LossScale
 from adabatch.grad_sample.passes import REENTRANT, add_uses, batch_size_of, check_all_seen, check_gradients_left, reported_parameters, warn_of_mixing
@@ -27,6 +27,7 @@ from adabatch.grad_sample.placement import TapPlacer
 from adabatch.grad_sample.probe import INITIAL_CAPACITY, ProbeSet
 from adabatch.grad_sample.probe_rows import ProbeRows
 from adabatch.grad_sample.rows import RowSampler
+from adabatch.grad_sample.sharing import Sharing
 from adabatch.grad_sample.taps import Stash, TapSite
 from adabatch.state import check_version
 
@@ -62,6 +63,7 @@ class GradSampleHooks:
         grad_scaler: the GradScaler that scales the loss. Its scale is read when a backward pass ends, before scaler.update() can change it.
 
     Attributes:
+        sharing: what is known of batches that several processes share; of one process alone to begin with. What collect() then gives is this process's part.
         by_samples: the passes of a step are micro-batches that weigh by their samples (see pool_passes). It and accumulate may be set between steps.
 
     Raises:
@@ -97,10 +99,11 @@ class GradSampleHooks:
         dots: bool = False,
         grad_scaler: Any = None,
     ):
-        _check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
+        check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
         param_groups = None if param_groups is None else [list(group) for group in param_groups]
         plan = plan_layers(model, ignore, only=None if param_groups is None else {id(parameter) for group in param_groups for parameter in group})
         self.loss_reduction, self.accumulate, self.by_samples = loss_reduction, accumulate, False
+        self.sharing = Sharing()
         self.parameters = plan.parameters
         if dots:
             check_not_compiled(model, plan.parameters)
@@ -147,9 +150,14 @@ class GradSampleHooks:
 
     @samples.setter
     def samples(self, value: int | None) -> None:
-        _check_arguments(self.loss_reduction, samples=value)
+        check_arguments(self.loss_reduction, samples=value)
         self._row_sampler.choose(value)
         self._probes.reserve_keys()
+
+    def cost(self) -> StepCost:
+        """What measuring costs by the cost model, from the shapes of the last measured forward pass; the same on every process that saw the same shapes."""
+        seen = [(site.layer, *site.shapes, site.sampler is None) for site in self.sites if site.shapes is not None]
+        return step_cost(seen, sum(parameter.numel() for parameter in self.parameters.values()), self._placer.operation_shapes.values(), self.measures)
 
     def _harvest(self) -> None:
         """Runs in the engine's last callback of a backward pass: every layer has reported, and the gradients are complete, also under DDP."""
@@ -175,13 +183,13 @@ class GradSampleHooks:
             check_all_seen(seen, self.parameters)
         self._n_passes += 1
         rows = self._row_sampler.rows(batch_size, self._probes.home)
-        self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments)][-self.accumulate :]
+        self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments, share=self.sharing.share)][-self.accumulate :]
         self._loss_scale.read()
         if self._dots and self._n_passes <= self.accumulate:
             self._held.append(HeldUses(uses))
         if self._n_passes >= self.accumulate:
             check_gradients_left(seen, self.parameters, self.sites)
-            self._grad_sq_norms = grad_sq_norms(self._probe_rows.groups)
+            self._grad_sq_norms = self.sharing.grad_sq_norms(self._probe_rows.groups)
             for step, held in zip(self._passes, self._held, strict=False):
                 step.dots = held.dots(self.parameters, self._probe_rows.row_of, self._probes.bring_home)
             self._held.clear()
@@ -222,6 +230,7 @@ class GradSampleHooks:
             row_names=rows.names,
             weights=weights,
             by_samples=self.by_samples,
+            world_size=self.sharing.world_size,
         )
 
     def check_loss(self, loss: Tensor) -> None:
@@ -290,11 +299,3 @@ def _queue_harvest(reference: weakref.ref[GradSampleHooks], reports: Tensor) -> 
     hooks._harvested_task = task
     engine = Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(hooks._harvest))
-
-
-def _check_arguments(loss_reduction: str, **counts: int | None) -> None:
-    if loss_reduction not in LOSS_REDUCTIONS:
-        raise ValueError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, got {loss_reduction!r}")
-    for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a positive integer{' or None' if name == 'samples' else ''}, got {value!r}")

@@ -6,16 +6,18 @@ Legend: N samples in the batch, S measured.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from adabatch.grad_sample.attach import bound
 from adabatch.grad_sample.attention import AttentionCall, RandomState, random_state
 from adabatch.grad_sample.calls import ModuleCall, RecurrentCall, uncompiled
 from adabatch.grad_sample.compiled import is_compiled
+from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.entering import batch_size_of_inputs, carries_samples, row_dim
 from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.probe import ProbeSet
@@ -46,6 +48,7 @@ class TapPlacer:
     Attributes:
         enabled: whether forward passes are measured.
         input_sizes: of all dimensions of the tensors that the model was called with since this was last cleared; empty where layouts are given.
+        operation_shapes: {name: shape of the last output} of the operations on traced parameters, for the cost model.
         recomputing_task: the backward pass in which activation checkpointing last ran a layer again, or -1.
     """
 
@@ -62,6 +65,7 @@ class TapPlacer:
     ):
         self.enabled, self.recomputing_task = True, -1
         self.input_sizes: set[int] = set()
+        self.operation_shapes: dict[str, tuple[int, ...]] = {}
         self._sites, self._parameters, self._traced = sites, parameters, traced
         self._probes, self._row_sampler, self._stash = probes, row_sampler, stash
         stash.witness = FirstPassWitness(parameters)
@@ -84,25 +88,25 @@ class TapPlacer:
         """Put the hooks on the model; they keep `owner` alive. They are plain functions: a deep copy of the model shares them, where it would copy a
         bound method's object."""
         for site in self._sites[:-1]:
-            self._handles.append(site.layer.register_forward_hook(_bound(self._after_layer, site, owner), prepend=True, with_kwargs=True))
+            self._handles.append(site.layer.register_forward_hook(bound(self._after_layer, site, owner), prepend=True, with_kwargs=True))
             if isinstance(site.layer, nn.MultiheadAttention):
-                self._handles.append(site.layer.register_forward_pre_hook(_bound(self._keep_random_state, site, owner), prepend=True))
+                self._handles.append(site.layer.register_forward_pre_hook(bound(self._keep_random_state, site, owner), prepend=True))
         compiled_parts = any(is_compiled(module) for module in model.modules())
         self._tracing = self._must_trace or not compiled_parts
         needs_size = any(not site.layout.tells_size for site in self._sites)
         if not self._tracing and not needs_size:
             return
         for site in self._sites[:-1]:
-            self._tracing_handles.append(site.layer.register_forward_pre_hook(_bound(self._before_layer, site, owner), prepend=True, with_kwargs=True))
+            self._tracing_handles.append(site.layer.register_forward_pre_hook(bound(self._before_layer, site, owner), prepend=True, with_kwargs=True))
         for part in model.modules():
             if part is not model and any(True for _ in part.children()):
                 own = weakref.ref(part)
-                self._tracing_handles.append(part.register_forward_pre_hook(_bound(self._before_part, own, owner), prepend=True, with_kwargs=True))
-                self._tracing_handles.append(part.register_forward_hook(_bound(self._after_part, own, owner), always_call=True))
+                self._tracing_handles.append(part.register_forward_pre_hook(bound(self._before_part, own, owner), prepend=True, with_kwargs=True))
+                self._tracing_handles.append(part.register_forward_hook(bound(self._after_part, own, owner), always_call=True))
         original = weakref.ref(model)
         # Last, so that it runs before the hook of a layer that is the model itself.
-        self._handles.append(model.register_forward_pre_hook(_bound(self._before_model, original, owner), prepend=True, with_kwargs=True))
-        self._handles.append(model.register_forward_hook(_bound(self._after_model, original, owner), always_call=True))
+        self._handles.append(model.register_forward_pre_hook(bound(self._before_model, original, owner), prepend=True, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(bound(self._after_model, original, owner), always_call=True))
 
     def remove(self) -> None:
         """Take all hooks off the model."""
@@ -117,6 +121,8 @@ class TapPlacer:
         return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None)
 
     def _before_model(self, original: weakref.ref[nn.Module], model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.enabled and (torch.compiler.is_compiling() or self._tracer is None):
+            return
         if model is not original():
             return
         self._leave_tracing()
@@ -136,7 +142,7 @@ class TapPlacer:
 
     def _before_part(self, original: weakref.ref[nn.Module], part: nn.Module, args: tuple, kwargs: dict) -> None:
         """Activation checkpointing runs a part of the model again inside backward, where the model itself is not called."""
-        if torch.compiler.is_compiling() or self._tracer is not None or self._n_samples is None or torch._C._current_graph_task_id() == -1:
+        if not self.enabled or torch.compiler.is_compiling() or self._tracer is not None or self._n_samples is None or torch._C._current_graph_task_id() == -1:
             return
         if part is original() and self._must_trace and self._measures():
             self._enter_tracing(args, kwargs)
@@ -177,6 +183,7 @@ class TapPlacer:
                 f"{operation.name} gives an output of shape {wrong[0]} in a batch of {self._n_samples}: its samples do not lie along the first dimension. "
                 "Give the module a rule with register_grad_sampler, or pass ignore=[...]"
             )
+        self.operation_shapes[operation.name] = tuple(outputs[0].shape)
         reads_output = getattr(operation.function, "__name__", "").strip("_") in READS_OUTPUT
         return list(self._call_tap(operation, None, outputs, [reads_output or output._is_view() for output in outputs], self._sites[-1], self._n_samples))
 
@@ -201,6 +208,8 @@ class TapPlacer:
             self._random[site.index] = random_state(layer.out_proj.weight.device)
 
     def _after_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if not self.enabled and (torch.compiler.is_compiling() or self._tracer is None):
+            return None
         if layer is not site.layer:  # a deep copy of the model carries the hooks along
             return None
         tracer = None if torch.compiler.is_compiling() else self._tracer
@@ -258,6 +267,7 @@ class TapPlacer:
             n_samples = self._samples_in(site, next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad))
             call = ModuleCall(site.name, layer, site.parameters, args, kwargs, output, n_samples, site.layout)
         outputs = [leaves[index] for index in call.tapped]
+        site.shapes = called_shapes(tree_flatten((args, kwargs))[0], outputs[0], n_samples)
         for index, tapped in zip(call.tapped, self._call_tap(call, site, outputs, [True] * len(outputs), site, n_samples), strict=True):
             leaves[index] = tapped
         return tree_unflatten(leaves, tree)
@@ -285,13 +295,3 @@ class TapPlacer:
         if self._second_moment:
             extras += [probe.second_moment(name, self._parameters[name].shape) for name in site.parameters.values()]
         return extras
-
-
-def _bound(method: Callable, first: Any, owner: object) -> Callable:
-    """The method with its first argument given, as a plain function that keeps `owner` alive."""
-
-    def hook(*args: Any) -> Any:
-        return method(first, *args)
-
-    hook.owner = owner
-    return hook

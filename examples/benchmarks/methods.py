@@ -14,6 +14,7 @@ from models import Batch, Workload
 from torch import Tensor, nn
 
 import adabatch
+from adabatch.grad_sample.cost import Measurement, within_budget
 
 LR = 0.01
 
@@ -49,6 +50,10 @@ class Plain:
         """Seconds per step of the way the method is used; `seconds` times one step."""
         return seconds(self, batch)
 
+    def predicted(self, samples: int) -> float | None:
+        """The share of a step that the cost model expects, for a batch of so many samples; None where there is no model."""
+        return None
+
 
 class Exact(Plain):
     """Ours, all samples."""
@@ -58,8 +63,41 @@ class Exact(Plain):
     def prepare(self) -> None:
         self.hooks = adabatch.GradSampleHooks(self.model)
 
-    def trace(self) -> float:
+    def trace(self) -> float | None:
         return self.hooks.collect().variance_trace
+
+    def predicted(self, samples: int) -> float:
+        return self.hooks.cost().share(samples)
+
+
+class Budget(Exact):
+    """Ours with overhead=0.05: the first step measures all samples and shows the shapes, then the budget's plan holds."""
+
+    title = "adabatch, overhead=0.05"
+    overhead = 0.05
+    plan: Measurement | None = None
+
+    def step(self, batch: Batch) -> float | None:
+        trace = super().step(batch)
+        if self.plan is None:
+            self.plan = within_budget(self.hooks.cost(), len(batch[0]), self.overhead)
+            self.hooks.samples = self.plan.samples
+        return trace
+
+    def trace(self) -> float | None:
+        return self.hooks.collect().variance_trace if self.hooks.enabled else None
+
+    def cycle(self, batch: Batch, seconds: Callable[[Plain, Batch], float]) -> float:
+        """The mean over one measured step and those up to the next one, which carry the hooks and measure nothing."""
+        spent = 0.0
+        for step in range(self.plan.every):
+            self.hooks.enabled = step == 0
+            spent += seconds(self, batch)
+        self.hooks.enabled = True
+        return spent / self.plan.every
+
+    def predicted(self, samples: int) -> float:
+        return self.plan.share
 
 
 class Vmap(Plain):
@@ -178,6 +216,6 @@ def _trace(sq_norms: Tensor, grad_sq_norm: Tensor) -> float:
     return float(sq_norms.double().mean() - grad_sq_norm) / (1 - 1 / len(sq_norms))
 
 
-OURS: tuple[Callable[..., Plain], ...] = (Plain, Exact)
+OURS: tuple[Callable[..., Plain], ...] = (Plain, Exact, Budget)
 PEERS: tuple[Callable[..., Plain], ...] = (Vmap, Opacus, OpacusGhost, OpacusExpandedWeights, BackpackExtension, BackpackNorms)
 METHODS = {method.__name__: method for method in (*OURS, *PEERS)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-HEADER = ("method", "step, ms", "time / plain", "90 % interval", "min to max", "extra peak memory", "relative error")
+HEADER = ("method", "step, ms", "time / plain", "model", "90 % interval", "min to max", "extra peak memory", "relative error")
 
 
 def median_interval(values: list[float], level: float = 0.9) -> dict[str, float]:
@@ -48,4 +48,5 @@ def _cells(row: dict) -> list[str]:
     memory = "" if row.get("extra_mb") is None else f"{row['extra_mb']:+.0f} MB ({100 * row['extra_share']:+.0f} %)"
     error = "" if row["error"] is None else f"{row['error']:.1e}"
     interval, extent = f"{row['low']:.3f} to {row['high']:.3f}", f"{row['min']:.2f} to {row['max']:.2f}"
-    return [row["title"], f"{row['ms']:.1f}", f"{row['median']:.3f}", interval, extent, memory, error]
+    model = "" if row.get("predicted") is None else f"{1 + row['predicted']:.3f}"
+    return [row["title"], f"{row['ms']:.1f}", f"{row['median']:.3f}", model, interval, extent, memory, error]

@@ -1,0 +1,221 @@
+"""The measuring plan: the average cost, the first steps, warnings, and which of wrap's arguments wins."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+
+import adabatch
+from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from adabatch.budget import STRETCH, WARM_UP, Budget
+from adabatch.controllers import Scheduled
+from adabatch.estimators.averages import MovingAverage
+from adabatch.grad_sample.cost import LayerCost, StepCost
+from tests.scripted import Wishes, ones, slope_run, steps
+
+
+class Priced:
+    """Hooks of which measuring all of N samples costs `share` of a step, whatever N."""
+
+    def __init__(self, share, samples=None, accumulate=1):
+        self.samples, self.accumulate, self.enabled, self.share = samples, accumulate, True, share
+
+    def cost(self):
+        return StepCost((LayerCost(training=1e12, listening=self.share * 1e12),), numel=0)
+
+
+def run(plan, hooks, n_steps, size=lambda step: 64):
+    """Which steps were measured, and what that cost in plain steps."""
+    measured, spent = [], 0.0
+    for step in range(n_steps):
+        took, samples = hooks.enabled, hooks.samples
+        measured.append(took)
+        if took:
+            spent += hooks.cost().share(size(step), samples)
+        plan.next_step(step + 1, took, size(step + 1))
+    return measured, spent
+
+
+@pytest.mark.parametrize("overhead", [0.02, 0.05, 0.3])
+@pytest.mark.parametrize("share", [0.01, 0.09, 0.4, 1.2, 5.0])
+def test_the_average_cost_is_within_the_budget(share, overhead):
+    hooks = Priced(share)
+    plan = Budget(hooks, overhead)
+    n_steps = 40 * 100 + 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        measured, spent = run(plan, hooks, n_steps)
+    assert all(measured[:WARM_UP])
+    assert spent <= overhead * n_steps * 1.001 or plan.measurement.every == 100
+    assert spent >= 0.6 * min(overhead, share) * n_steps
+    gaps = [later - earlier for earlier, later in zip(at(measured), at(measured)[1:], strict=False)]
+    assert set(gaps[WARM_UP - 1 :]) <= {plan.measurement.every, math.ceil(STRETCH * plan.measurement.every)}
+    assert set(gaps[-3:]) == {plan.measurement.every}  # the debt of the first steps is repaid
+
+
+def at(measured):
+    return [step for step, took in enumerate(measured) if took]
+
+
+def test_the_plan_follows_the_size_beyond_a_factor():
+    hooks = Priced(0.4)
+    hooks.cost = lambda: StepCost((LayerCost(training=1e6, listening=4e5),), numel=10**7)
+    plan = Budget(hooks, 0.05)
+    sizes = {0: 16, 40: 23, 80: 160}
+    seen = []
+    for step in range(160):
+        took = hooks.enabled
+        size = sizes[max(start for start in sizes if start <= step + 1)]
+        plan.next_step(step + 1, took, size)
+        seen.append((size, plan.measurement))
+    assert len({measurement for size, measurement in seen if size <= 23}) == 1
+    assert seen[-1][1] != seen[0][1]
+    assert seen[-1][1].share == pytest.approx(hooks.cost().share(160, seen[-1][1].samples) / seen[-1][1].every)
+
+
+def test_accumulated_passes_are_what_is_planned_for():
+    hooks = Priced(0.4, accumulate=4)
+    hooks.cost = lambda: StepCost((LayerCost(training=1e6, listening=4e5),), numel=10**7)
+    plan = Budget(hooks, 0.05)
+    plan.next_step(1, True, 64)
+    alone = Priced(0.4)
+    alone.cost = hooks.cost
+    other = Budget(alone, 0.05)
+    other.next_step(1, True, 16)
+    assert plan.measurement == other.measurement
+
+
+def test_a_budget_that_nothing_fits_is_warned_about_at_once():
+    hooks = Priced(100.0)
+    plan = Budget(hooks, 0.01)
+    with pytest.warns(UserWarning, match=r"overhead=0.01 is too small for this model: measuring 8 of 64 samples at one step in 20 costs 0.62[0-9]* of a step"):
+        plan.next_step(1, True, 64)
+    assert plan.measurement.every > 20
+
+
+def test_a_trace_that_is_not_known_well_enough_is_warned_about_once():
+    plan = Budget(Priced(0.4), 0.05)
+    trace = MovingAverage(0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index in range(19):
+            trace.update(100.0 * (-1) ** index + 1, 1)
+            plan.judge(trace)
+    trace.update(-99.0, 1)
+    error = trace.std_error() / abs(trace.average)
+    with pytest.warns(UserWarning, match=rf"overhead=0.05 is too small: after 20 measurements .* error of {error:.2f}, above 0.5. Raise"):
+        plan.judge(trace)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan.judge(trace)
+
+
+def test_a_steady_trace_is_not_warned_about():
+    plan, trace = Budget(Priced(0.4), 0.05), MovingAverage()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index in range(30):
+            trace.update(1.0 + 0.1 * (-1) ** index, 1)
+            plan.judge(trace)
+
+
+def test_the_scheduler_measures_what_the_plan_says():
+    model, optimizer, loader, scheduler = slope_run(Wishes(16), n=4000, overhead=0.05)
+    for _ in steps(model, optimizer, loader, scheduler, 100):
+        pass
+    measured = list(scheduler.diagnostics.column("measured"))
+    every = scheduler.measurement.every
+    assert measured[:WARM_UP] == [True] * WARM_UP
+    assert every > 1
+    assert at(measured)[WARM_UP] == WARM_UP - 1 + math.ceil(STRETCH * every)
+    assert scheduler.measurement.share == pytest.approx(scheduler.hooks.cost().share(16) / every)
+    assert scheduler.measurement.share <= 0.05
+
+
+def test_the_share_of_a_fixed_interval_is_told_once_it_is_known():
+    model, optimizer, loader, scheduler = slope_run(Wishes(16), every=4)
+    assert math.isnan(scheduler.measurement.share)
+    list(steps(model, optimizer, loader, scheduler, 1))
+    assert scheduler.measurement == (measurement := scheduler.measurement)
+    assert (measurement.samples, measurement.every) == (None, 4)
+    assert measurement.share == scheduler.hooks.cost().share(16) / 4
+
+
+def test_off_steps_touch_nothing():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv1d(1, 2, 3))
+    hooks = GradSampleHooks(model)
+    hooks.enabled = False
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a step that is not measured looked at its layer")
+
+    hooks._placer._measures = hooks._placer._tap_layer = hooks._placer._count_call = hooks._placer._samples_in = fail
+    inputs = torch.randn(5, 1, 3)
+    plain = torch.nn.functional.layer_norm
+    output = model[1](model[0](inputs))
+    assert output.grad_fn.name() == plain(output, (4,), model[1].weight, model[1].bias).grad_fn.name()
+
+
+def wrapped(**options):
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    return adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(640), 16), **options)[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "every", "samples"),
+    [({"overhead": None}, 1, None), ({"samples": 4}, 1, 4), ({"every": 3}, 3, None), ({"samples": 4, "every": 2}, 2, 4)],
+)
+def test_what_is_given_wins_over_the_default(options, every, samples):
+    measurement = wrapped(**options).measurement
+    assert (measurement.every, measurement.samples) == (every, samples)
+
+
+def test_a_budget_is_the_default():
+    assert isinstance(wrapped()._plan, Budget)
+    assert wrapped()._plan.state_dict()["overhead"] == 0.05
+    assert wrapped(overhead=0.2)._plan.state_dict()["overhead"] == 0.2
+
+
+def test_a_controller_without_need_of_moments_is_measured_only_if_a_budget_is_given():
+    assert not wrapped(controller=Scheduled("0:8"), min_batch_size=1).hooks.parameters
+    assert wrapped(controller=Scheduled("0:8"), min_batch_size=1, overhead=0.05).hooks.parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overhead": 0.05, "samples": 4}, r"overhead=0.05 says .* samples=4 what is measured: leave overhead= away .*, or samples= for the budget"),
+        ({"overhead": None, "every": 2}, "overhead=None says .* every=2"),
+        ({"overhead": 0.1, "every": 2, "samples": 3}, "samples=3 and every=2 what is measured"),
+        ({"overhead": 0}, "overhead must be a number above 0.*got 0"),
+        ({"overhead": True}, "overhead must be a number above 0.*got True"),
+        ({"overhead": math.inf}, "overhead must be a number above 0.*got inf"),
+        ({"overhead": 0.1, "estimator": "micro_batch"}, "overhead=0.1 needs hooks that know what measuring costs.*got MicroBatchMoments"),
+    ],
+)
+def test_arguments_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        wrapped(**options)
+
+
+def test_the_schedulers_own_arguments():
+    model = nn.Linear(1, 1)
+    parts = SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(ones(64), 8), GradSampleHooks(model, samples=4)
+    with pytest.raises(ValueError, match="the hooks measure samples=4"):
+        BatchSizeScheduler(*parts, overhead=0.1)
+    with pytest.raises(ValueError, match="leave every=2 away"):
+        BatchSizeScheduler(*parts, overhead=0.1, every=2)
+
+
+def test_another_overhead_after_resuming_is_planned_for_anew():
+    model, optimizer, loader, scheduler = slope_run(Wishes(16), n=4000, overhead=0.05)
+    list(steps(model, optimizer, loader, scheduler, 30))
+    again = slope_run(Wishes(16), n=4000, overhead=0.4)
+    again[3].load_state_dict(scheduler.state_dict())
+    list(steps(*again, 30))
+    assert again[3].measurement.every < scheduler.measurement.every
