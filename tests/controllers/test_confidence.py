@@ -60,7 +60,8 @@ def covered_ratios(run, x, y, errors=None):
     if errors is not None:
         factor = math.sqrt((p**2 * errors**2).sum() / cov[0, 0])
         cov *= np.array([[factor**2, factor], [factor, 1]])
-    quantile = stats.t.ppf(0.95, (p**2).sum() ** 2 / (p**4).sum() - 1)
+    shares = p**2 / run.sizes
+    quantile = stats.t.ppf(0.95, shares.sum() ** 2 / (shares**2).sum() - 1)
     return lambda ratio: (p @ x - ratio * (p @ y)) ** 2 <= quantile**2 * (cov[0, 0] - 2 * ratio * cov[0, 1] + ratio**2 * cov[1, 1])
 
 

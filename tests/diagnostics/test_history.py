@@ -96,7 +96,8 @@ def test_errors_and_the_interval_of_the_noise_scale():
     errors = {name: math.sqrt((p**2 * d * d).sum() / lost) for name, d in {"variance_trace": dx, "true_grad_sq_norm": dy}.items()}
     for name, error in errors.items():
         assert getattr(record, f"{name}_std_error") == pytest.approx(error, rel=1e-8)
-    quantile = stats.t.ppf(0.95, (p**2).sum() ** 2 / (p**4).sum() - 1)
+    shares = p**2 / sizes
+    quantile = stats.t.ppf(0.95, shares.sum() ** 2 / (shares**2).sum() - 1)
     assert 0 < record.noise_scale_low < record.noise_scale_ema < record.noise_scale_high < math.inf
     for ratio in (record.noise_scale_low, record.noise_scale_high):
         assert (p @ x - ratio * (p @ y)) ** 2 == pytest.approx(quantile**2 * (p**2 * (dx - ratio * dy) ** 2).sum() / lost, rel=1e-6)
