@@ -18,6 +18,8 @@ from adabatch.grad_sample.taps import DOUBLE_BACKWARD, TapSite, keep_uses, repor
 from adabatch.kernels.chunks import accumulation_dtype
 
 TAKEN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Decisions remembered for each layer; what activation checkpointing runs again must get the tap that it had, whatever came between.
+MOST_SHAPES = 256
 
 
 def takes_over(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor, rows: Tensor | None, n_samples: int, second_moment: bool) -> bool:
@@ -28,12 +30,17 @@ def takes_over(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor, 
     """
     if torch.compiler.is_compiling():
         return rows is None and _is_known(site, layer, inputs, output)
+    key = (inputs.shape, output.shape, n_samples if rows is None else len(rows))
     if torch._C._current_graph_task_id() == -1:
         site.shapes = tuple(_samples_first(site, tensor, n_samples) for tensor in (inputs, output))
-        measured = n_samples if rows is None else len(rows)
+        if key not in site.pays:
+            if len(site.pays) >= MOST_SHAPES:
+                site.pays.clear()
+                site.taken.clear()
+            site.pays[key] = layer_cost(layer, *site.shapes).takes(n_samples, key[2])
         known = not (second_moment and rows is not None) and _is_known(site, layer, inputs, output)
-        site.takes = known and layer_cost(layer, *site.shapes).takes(n_samples, measured)
-    return site.takes
+        site.takes = site.taken[key] = known and site.pays[key]
+    return site.taken.get(key, site.takes)
 
 
 def _samples_first(site: TapSite, tensor: Tensor, n_samples: int) -> tuple[int, ...]:
@@ -100,7 +107,8 @@ class TakingTap(torch.autograd.Function):
                 grads, norms, moments = _grads_and_norms(layer, a, b, second_moment=n_moments > 0)
                 if rows is not None:
                     norms = {name: value.index_select(0, rows) for name, value in norms.items()}
-                extras = [*sums_by_row(site, norms, ctx.dtype), *(moments[name] for name in site.parameters if n_moments)]
+                extras = sums_by_row(site, norms, ctx.dtype)
+                extras += [site.stash.second_moments.of_whole(full, moments[name]) for name, full in site.parameters.items() if n_moments]
         grad_bias = grads["bias"].to(weight.dtype) if "bias" in grads else None
         report = report_of(backprops, ctx.dtype, n_samples)
         return None, grad_inputs, grads["weight"].to(weight.dtype), grad_bias, None, None, report, None, None, *extras

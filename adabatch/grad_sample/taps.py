@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adabatch.grad_sample.attach import Plan
 from adabatch.grad_sample.factors import Factor
 from adabatch.grad_sample.layouts import Layout
+from adabatch.grad_sample.preconditioned import SecondMoments
 from adabatch.grad_sample.registry import GradSampler
 from adabatch.grad_sample.witness import FirstPassWitness
 
@@ -45,12 +46,14 @@ class Stash:
 
     Attributes:
         witness: hears of every use until a first pass could be compared with the gradient; None afterwards.
+        second_moments: what the taps report of Σ g_i²; None for nothing.
     """
 
     def __init__(self):
         self._uses: dict[int, list[Use]] = {}
         self._lock = threading.Lock()
         self.witness: FirstPassWitness | None = None
+        self.second_moments: SecondMoments | None = None
 
     def add(self, uses: list[Use]) -> None:
         """Keep uses under the running backward pass."""
@@ -87,7 +90,8 @@ class TapSite:
         deferred: True when a parameter of this layer has several uses: factors are stashed, squared when the pass has ended.
         layout: how the samples lie in its input and output.
         calls: forward passes through the layer since the last harvest (eager mode).
-        takes: whether its last tap was a taking one, so that activation checkpointing places the same again.
+        takes: whether its last tap was a taking one.
+        pays, taken: by the shapes of its calls, whether a taking tap would pay, and whether it was placed (activation checkpointing places the same again).
         shapes: of its last input and output, samples first (eager mode), for the cost model.
     """
 
@@ -102,6 +106,8 @@ class TapSite:
     deferred: bool = False
     calls: int = 0
     takes: bool = False
+    pays: dict[tuple, bool] = field(default_factory=dict)
+    taken: dict[tuple, bool] = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @classmethod
@@ -150,7 +156,8 @@ def _extras(site: TapSite, factors: dict[str, Factor], dtype: torch.dtype, n_ext
         factors = {name: factor.compact() for name, factor in factors.items()}
     extras = sums_by_row(site, {name: factor.sq_norms() for name, factor in factors.items()}, dtype)
     if n_extras > len(extras):
-        extras += [factors[name].second_moment() if name in factors else None for name in site.parameters]
+        moments = site.stash.second_moments
+        extras += [moments.of(full, factors[name]) if name in factors else None for name, full in site.parameters.items()]
     return extras
 
 
