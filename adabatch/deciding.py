@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from adabatch.controllers.base import interval_of
+from adabatch.estimators.confidence import NO_INTERVAL
 from adabatch.estimators.moments import GradientMoments
 from adabatch.observing import Observation
 
@@ -41,3 +43,29 @@ def ask(controller: Any, seen: Observation, moments: GradientMoments | None, *, 
     if moments is None and getattr(controller, "needs_moments", True):
         return math.nan
     return float(controller.propose(moments, loss=loss, lr=lr))
+
+
+def checked_confidence(confidence: float | None) -> float | None:
+    """Refuse a level that is none.
+
+    Raises:
+        ValueError: not between 0 and 1.
+
+    Example:
+        >>> checked_confidence(0.9)
+        0.9
+    """
+    if confidence is not None and not 0 < confidence < 1:
+        raise ValueError(f"confidence must be None, or a level between 0 and 1 such as 0.9, both ends excluded; got {confidence!r}")
+    return confidence
+
+
+def how_sure(controller: Any, wish: float, confidence: float | None) -> dict[str, float]:
+    """The ends of the wish's interval, proposed_low and proposed_high, and what else the controller estimates: fields of a record.
+
+    Args:
+        confidence: level of the interval; None: 0.9.
+    """
+    low, high = NO_INTERVAL if math.isnan(wish) else interval_of(controller, confidence or 0.9)
+    readings = controller.readings() if hasattr(controller, "readings") else {}
+    return {"proposed_low": low, "proposed_high": high, **readings}

@@ -13,9 +13,10 @@ from adabatch.arguments import bind_controller, check_loss, check_measured, chec
 from adabatch.budget import plan_for
 from adabatch.controllers import CABS, Seesaw
 from adabatch.coupling import Coupling, rule_of_optimizer
-from adabatch.deciding import ask, check_rows
+from adabatch.deciding import ask, check_rows, checked_confidence, how_sure
 from adabatch.diagnostics import Diagnostics
 from adabatch.effective_lr import EffectiveLr, MeanLr, effective_lr_of_controller
+from adabatch.estimators.confidence import NO_INTERVAL
 from adabatch.estimators.unmeasured import Unmeasured
 from adabatch.grad_sample.cost import Measurement
 from adabatch.losses import LossPool
@@ -55,6 +56,8 @@ class BatchSizeScheduler:
             hooks say.
         dwell, hysteresis: steps between changes, and relative change up to which the size is kept; off by default.
         ladder: e.g. 1.25, for few sizes, each so many times the one below; see SizeRule.
+        confidence: e.g. 0.9: the size moves only when the wish's interval of that level (`Controller.proposal_interval`) leaves it; a wish whose error is not
+            known yet moves nothing, one that has none moves as ever. None, the default, follows every wish.
         spill: 'lr' lowers the lr by size/wish while the sizes fall short of the wish, by max_batch_size, dwell or hysteresis, which keeps the noise level
             asked for; None does nothing.
         short_batch: a batch shorter than asked for (the last of an epoch) steps with lr × its size / the size asked for ('scale'; a summed loss does so by
@@ -100,6 +103,7 @@ class BatchSizeScheduler:
         overhead: float | None = None,
         dwell: int = 0,
         hysteresis: float = 0.0,
+        confidence: float | None = None,
         ladder: float | None = None,
         spill: str | None = None,
         short_batch: str = "scale",
@@ -122,7 +126,7 @@ class BatchSizeScheduler:
         self.controller = Seesaw(base_batch_size, rule_of_optimizer(optimizer)) if controller is None else controller
         check_measured(hooks, self.controller, coupling)
         self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
-        self._plan, self.short_batch = plan_for(hooks, every, overhead), short_batch
+        self._plan, self.short_batch, self.confidence = plan_for(hooks, every, overhead), short_batch, checked_confidence(confidence)
         self._base_lr = MeanLr(optimizer, effective_lr_of_controller(self.controller, optimizer, effective_lr), getattr(hooks, "parameters", {}).values())
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
@@ -267,10 +271,11 @@ class BatchSizeScheduler:
         self._stepping.asked()
         if usable is not None and math.isnan(wish):
             dropped = "the controller's wish is NaN"
-        is_met = self._force.move(wish, self.size_rule)
+        sure = how_sure(self.controller, wish, self.confidence)
+        is_met = self._force.move(wish, self.size_rule, NO_INTERVAL if self.confidence is None else (sure["proposed_low"], sure["proposed_high"]))
         if not math.isnan(wish):
             self._stepping.wished(wish, is_met)
         self.samples_seen += samples
         decided = {"samples_seen": self.samples_seen, "proposed_batch_size": wish, "next_batch_size": self._force.size, "dropped": dropped}
-        self._recorder.record(seen, usable, lr=lr, loss=loss, **decided)
+        self._recorder.record(seen, usable, lr=lr, loss=loss, **decided, **sure)
         self._plan.judge(self._recorder.trace)
