@@ -133,7 +133,7 @@ def table(rows: dict[str, tuple[list[Run], float]]) -> str:
 
 
 def draw(rows: dict[str, tuple[list[Run], float]]) -> Figure:
-    """Accuracy over samples, steps and seconds, and batch size over samples, of the first seed; fixed sizes thin and grey."""
+    """Accuracy over samples, steps and seconds, and batch size asked for over samples, of the first seed; fixed sizes thin and grey."""
     figure = Figure(figsize=(15, 9), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
     for number, (name, (runs, _)) in enumerate(rows.items()):
@@ -141,11 +141,12 @@ def draw(rows: dict[str, tuple[list[Run], float]]) -> Figure:
         seen = history.column("samples_seen")
         steps = [int((seen <= samples).sum()) for samples in runs[0].samples]
         fixed = name[0].isdigit()
-        style = {"color": "0.6", "linewidth": 0.8, "linestyle": ("-", "--", ":", "-.")[number % 4]} if fixed else {"color": f"C{number % 10}", "linewidth": 1.4}
+        own = {"color": f"C{number % 10}", "linewidth": 1.4, "linestyle": "-" if number < 10 else "--"}
+        style = {"color": "0.6", "linewidth": 0.8, "linestyle": ("-", "--", ":", "-.")[number % 4]} if fixed else own
         style |= {"color": "black", "linewidth": 2.4} if name == "annealed" else {}
         for panel, across in zip(panels, (runs[0].samples, steps, runs[0].seconds), strict=False):
             panel.plot(across, accuracy, label=name, **style)
-        panels[3].step(seen, history.column("batch_size"), **style)
+        panels[3].step(seen, history.column("next_batch_size"), **style)
     settled = [100 * share for runs, _ in rows.values() for share in runs[0].accuracy[len(runs[0].accuracy) // 5 :]]
     for panel, label in zip(panels, ("samples seen", "steps", "seconds of training", "samples seen"), strict=True):
         panel.set_xlabel(label)

@@ -39,7 +39,9 @@ class Annealed(Controller):
     is multiplied by f·B/B₀ or f·√(B/B₀), so that η is exactly the decay's at every step, whatever the batch. An lr schedule of the user's own multiplies.
 
     By theory and our simulations on quadratics and logistic regression this keeps the loss of the same decay at a fixed batch in about a third of the steps,
-    while no rule that only picks the batch size beats a well-shaped decay at equal samples: it saves steps, not samples. Theory is thin for Adam (the √ is a
+    while no rule that only picks the batch size beats a well-shaped decay at equal samples: it saves steps, not samples. Measured on Fashion-MNIST (a small
+    convolutional network, SGD, lr .1, (1 − p)², sizes 16 to 1024, seeds 0 to 2, mean ± standard error): 90.98 ± .10 % in 3,770 steps beside 91.00 ± .19 % in
+    11,250 steps of 16 over three epochs, 88.43 ± .19 % in 1,258 beside 88.45 ± .11 % in 3,750 over one. Theory is thin for Adam (the √ is a
     rule of thumb for noise-dominated steps), and for batches near the noise scale, where a larger batch no longer stands for a smaller step: hence the cap.
 
     Args:
