@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from adabatch.kernels import operators, reference
 from adabatch.kernels.chunks import CHUNK_BYTES, accumulation_dtype, sample_chunks
-from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
+from adabatch.kernels.cpu_conv import conv_grads, conv_gram_is_cheaper, conv_gram_sq_norms, weight_grad
 
 __all__ = [
     "affine_grad_sample",
@@ -32,6 +32,7 @@ __all__ = [
 PASS = 4
 # From this size on, one product a sample into one buffer beat batches of them.
 ALONE_BYTES = 2**19
+FEW = 8
 
 
 def gram_is_cheaper(positions: int, width_in: int, width_out: int) -> bool:
@@ -111,14 +112,14 @@ def affine_sq_norms(activations: Tensor, backprops: Tensor, mean: Tensor | None,
     return torch.linalg.vector_norm(scale, dim=1).square(), torch.linalg.vector_norm(shift, dim=1).square()
 
 
-def windows_are_cheaper(weight_shape: Sequence[int], positions: int, groups: int) -> bool:
-    """Whether products with copied windows of the input beat a weight-gradient call with the samples as groups: few channels, few positions, or 1 × 1.
+def windows_are_cheaper(weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether products with copied windows of the input beat a weight-gradient call with the samples as groups: few channels in a small kernel.
 
     Example:
-        >>> windows_are_cheaper((32, 3, 3, 3), 1024, 1), windows_are_cheaper((32, 32, 3, 3), 1024, 1), windows_are_cheaper((128, 128, 3, 3), 64, 1)
-        (True, False, True)
+        >>> windows_are_cheaper((32, 3, 3, 3), 1), windows_are_cheaper((64, 3, 5, 5), 1), windows_are_cheaper((32, 32, 3, 3), 1)
+        (True, False, False)
     """
-    return groups == 1 and (weight_shape[1] <= 4 or positions <= 64 or math.prod(weight_shape[2:]) == 1)
+    return groups == 1 and weight_shape[1] <= 4 and 1 < math.prod(weight_shape[2:]) <= 9
 
 
 def conv_weight_grad_moments(
@@ -133,7 +134,7 @@ def conv_weight_grad_moments(
     second_moment: bool = False,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`reference.conv_weight_grad_moments`, by copied windows where those are cheaper.
+    """`reference.conv_weight_grad_moments`: with norms from Gram matrices, by copied windows, or by calls with the samples as groups, whichever is cheaper.
 
     Example:
         >>> geometry = dict(stride=(1,), padding=(0,), dilation=(1,), groups=1)
@@ -146,9 +147,11 @@ def conv_weight_grad_moments(
             activations, backprops, weight_shape, *geometry, second_moment=second_moment, deterministic=deterministic
         )
     dtype, samples = accumulation_dtype(activations, backprops), activations.shape[0]
-    if not windows_are_cheaper(weight_shape, math.prod(backprops.shape[2:]), groups):
-        chunks = sample_chunks(math.prod(weight_shape), dtype, activations, backprops, longest=LONGEST_CHUNK)
-        grads = (conv_grad_sample(a, b, weight_shape, *geometry) for a, b in chunks)
+    if samples and not second_moment and conv_gram_is_cheaper(activations.shape, backprops.shape, weight_shape[2:], stride, padding, groups):
+        norms = conv_gram_sq_norms(activations, backprops, weight_shape[2:], stride, padding, dilation)
+        return weight_grad(activations.to(dtype), backprops.to(dtype), weight_shape, stride, padding, dilation), norms, None
+    if not windows_are_cheaper(weight_shape, groups):
+        grads = conv_grads(activations, backprops, weight_shape, *geometry)
         return _moments(grads, samples, activations.new_zeros(tuple(weight_shape), dtype=dtype), second_moment)
     width_out, channels, *kernel = weight_shape
     grads = _window_products(activations, backprops, kernel, stride, padding, dilation, dtype)
@@ -164,16 +167,22 @@ def conv_weight_grad_moments(
 def conv_sq_norms(
     activations: Tensor, backprops: Tensor, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
-    """`reference.conv_sq_norms`, by copied windows where those are cheaper.
+    """`reference.conv_sq_norms`, by the forms of `conv_weight_grad_moments`.
 
     Example:
         >>> conv_sq_norms(torch.ones(2, 1, 6), torch.ones(2, 1, 3), (1, 1, 4), stride=(1,), padding=(0,), dilation=(1,), groups=1)
         tensor([36., 36.])
     """
-    if torch.compiler.is_compiling() or not windows_are_cheaper(weight_shape, math.prod(backprops.shape[2:]), groups) or not len(activations):
+    if torch.compiler.is_compiling() or not len(activations):
         return reference.conv_sq_norms(activations, backprops, weight_shape, stride, padding, dilation, groups)
-    dtype = accumulation_dtype(activations, backprops)
-    grads = _window_products(activations, backprops, weight_shape[2:], stride, padding, dilation, dtype)
+    kernel = weight_shape[2:]
+    if conv_gram_is_cheaper(activations.shape, backprops.shape, kernel, stride, padding, groups):
+        return conv_gram_sq_norms(activations, backprops, kernel, stride, padding, dilation)
+    if windows_are_cheaper(weight_shape, groups):
+        dtype = accumulation_dtype(activations, backprops)
+        grads = _window_products(activations, backprops, kernel, stride, padding, dilation, dtype)
+    else:
+        grads = conv_grads(activations, backprops, weight_shape, stride, padding, dilation, groups)
     return torch.cat([torch.linalg.vector_norm(chunk.flatten(1), dim=1).square() for chunk in grads])
 
 
@@ -198,7 +207,11 @@ def _moments(grads: Iterator[Tensor], samples: int, total: Tensor, second_moment
     sq_norms, start = total.new_empty(samples), 0
     for chunk in grads:
         count = len(chunk)
-        total += chunk[0] if count == 1 else chunk.sum(0)
+        if count < FEW:  # sums of few rows are slow
+            for grad in chunk:
+                total += grad
+        else:
+            total += chunk.sum(0)
         sq_norms[start : start + count] = torch.linalg.vector_norm(chunk.flatten(1), dim=1).square()
         start += count
         if second is not None:

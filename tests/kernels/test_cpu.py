@@ -18,6 +18,15 @@ CONVOLUTIONS = [
     (4, 2, (11,), 3, (4,), (3,), (1,), (2,), 1),
     (2, 2, (4, 5, 3), 3, (2, 3, 1), (1, 2, 1), (1, 1, 0), (1, 1, 1), 1),
     (0, 3, (6, 6), 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (18, 6, (20, 21), 4, (3, 3), (1, 1), (0, 0), (1, 1), 1),
+]
+# Few positions and many channels: norms come from Gram matrices.
+GRAM = [
+    (5, 60, (4, 5), 70, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (3, 70, (5, 4), 80, (3, 2), (2, 1), (2, 1), (1, 2), 1),
+    (3, 40, (2, 3), 50, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    (4, 50, (9,), 60, (4,), (3,), (1,), (2,), 1),
+    (2, 40, (2, 3, 2), 60, (2, 2, 1), (1, 2, 1), (1, 1, 0), (1, 1, 1), 1),
 ]
 
 
@@ -41,7 +50,7 @@ def test_linear(shape, dtype, second_moment):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("case", [*CONVOLUTIONS, *GRAM], ids=str)
 def test_convolution(case, dtype):
     samples, channels, sizes, width_out, kernel, stride, padding, dilation, groups = case
     torch.manual_seed(0)
@@ -56,8 +65,15 @@ def test_convolution(case, dtype):
     close(grad.double(), per_sample.sum(0), TOLERANCE[dtype])
     close(sq_norms.double(), per_sample.flatten(1).square().sum(1), TOLERANCE[dtype])
     close(second.double(), per_sample.square().sum(0), TOLERANCE[dtype])
+    assert cpu.conv_gram_is_cheaper(a.shape, b.shape, kernel, stride, padding, groups) == (case in GRAM)
+    grad, norms, second = cpu.conv_weight_grad_moments(a, b, *geometry)
+    assert second is None
+    close(grad.double(), per_sample.sum(0), TOLERANCE[dtype])
+    close(norms.double(), sq_norms.double(), TOLERANCE[dtype])
     if samples:
         close(cpu.conv_sq_norms(a, b, *geometry).double(), sq_norms.double(), TOLERANCE[dtype])
+    if samples and groups == 1:
+        close(cpu.conv_gram_sq_norms(a, b, kernel, stride, padding, dilation).double(), sq_norms.double(), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
