@@ -33,11 +33,14 @@ class Goodput(Controller):
     """argmax over B of throughput(B) · efficiency(B): samples a second, times the progress a sample makes; moves only for a predicted gain above `gain`.
 
     Throughput is B/seconds(B), seconds(B) a model fitted by scipy every 20 steps to the median times of the sizes so far (`StepTime`; of each size its last
-    31 steps, so that an evaluation or a busy machine in between does not count); efficiency is (φ + B₀)/(φ + B), φ = T/G² from separately smoothed T̂ and Ĝ². Sizes beyond twice the largest one timed are not considered; while all steps had one size
-    their time says nothing of another: the wish is then twice that size, once there are 20 of them. Pair it with coupling='adascale', under which the
-    efficiency is meant. The lr then grows up to B/B₀ times, and beyond what the model can be trained at a run collapses: choose max_batch_size for it.
-    Measured on scikit-learn's digits (20 epochs, sizes 16 to 1024, lr .1 and .3, ten seeds each): 18 of 20 runs ended at .97 to .99 held-out accuracy, two at
-    .93 and .96; at lr .1 and no size beyond 128, nine at .98 to .99 and one at .88. It follows the clock, so that two runs from one seed differ.
+    31 steps, so that an evaluation or a busy machine in between does not count); efficiency is (φ + B₀)/(φ + B), φ = T/G² from separately smoothed T̂ and
+    Ĝ². Sizes beyond twice the largest one timed are not considered; while all steps had one size their time says nothing of another: the wish is then twice
+    that size, once there are 20 of them.
+
+    Pair it with coupling='adascale', under which the efficiency is meant. The lr then grows up to B/B₀ times, and beyond what the model can be trained at a
+    run collapses: choose max_batch_size for it. Measured on scikit-learn's digits (20 epochs, sizes 16 to 1024, lr .1 and .3, ten seeds each): 18 of 20 runs
+    ended at .97 to .99 held-out accuracy, two at .93 and .96; at lr .1 and no size beyond 128, nine at .98 to .99 and one at .88. It follows the clock, so
+    that two runs from one seed differ.
 
     A step's time is that between two calls of `advance`, which the scheduler makes at every step; on an accelerator it is right on average, where the loop
     waits for the device now and then.
