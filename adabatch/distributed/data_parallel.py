@@ -72,7 +72,7 @@ class DataParallel:
         if adopted and adaptive.batch_sampler.shuffle:
             # Drawn from a generator, which each process may have seeded in its own way.
             adaptive.batch_sampler.seed = self.ranks.gather(adaptive.batch_sampler.seed)[0]
-        self.sharing = Sharing(self.ranks.world_size, adaptive.batch_sampler, summed)
+        self.sharing = Sharing(self.ranks.world_size, adaptive.batch_sampler, summed, of_first=lambda value: self.ranks.gather(value)[0])
         return adaptive
 
     def check_same(self, model: nn.Module, optimizer: Optimizer, loader: AdaptiveDataLoader, settings: Mapping[str, Any]) -> None:

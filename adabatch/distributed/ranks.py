@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
+import zlib
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +20,11 @@ CHANGED = (
     "this run was wrapped with {before} processes, and the process group {now}: call adabatch.wrap again in the new group and load the last checkpoint "
     "(load_state_dict takes one of any number of processes)"
 )
+
+
+# {ranks: (the default group it was made in, the group)}, and how many were made, which names the next one.
+_host_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
+_made: Counter[tuple[int, ...]] = Counter()
 
 
 class Ranks:
@@ -54,8 +62,7 @@ class Ranks:
         else:
             self.ranks = sorted(dist.get_process_group_ranks(group))
         self.world_size, self.rank = len(self.ranks), self.ranks.index(dist.get_rank())
-        # Only the group's own processes take part, so that several groups may be made side by side.
-        self._group = dist.new_group(self.ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+        self._group = _host_group(tuple(self.ranks), timeout)
 
     def sum(self, values: list[float]) -> list[float]:
         """The vectors of all processes added up, in float64: the same bits on each."""
@@ -64,7 +71,7 @@ class Ranks:
     def start_sum(self, values: list[float]) -> Any:
         """The same, without waiting: a callable that waits for the sum and gives it."""
         vector = torch.tensor(values, dtype=torch.float64)
-        work = dist.all_reduce(vector, group=self._group, async_op=True)
+        work = self._group.allreduce([vector])
 
         def wait() -> list[float]:
             work.wait()
@@ -74,8 +81,16 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """The objects of all processes, in the order of their ranks."""
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value, group=self._group)
+        packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self._all_gather(torch.tensor([len(packed)]))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(packed)] = packed
+        return [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(self._all_gather(padded), sizes, strict=True)]
+
+    def _all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        self._group.allgather([gathered], [tensor]).wait()
         return gathered
 
     def sum_tensors(self, tensors: list[torch.Tensor]) -> None:
@@ -83,7 +98,7 @@ class Ranks:
         if not tensors:
             return
         flat = torch.cat([tensor.detach().flatten().double().cpu() for tensor in tensors])
-        dist.all_reduce(flat, group=self._group)
+        self._group.allreduce([flat]).wait()
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
@@ -98,10 +113,19 @@ class Ranks:
         if dist.group.WORLD is not self._default:
             raise RuntimeError(CHANGED.format(before=self.world_size, now=f"was made anew, with {dist.get_world_size()}"))
 
-    def close(self) -> None:
-        """Give up the group beside the data-parallel one."""
-        if dist.is_initialized() and dist.group.WORLD is self._default:
-            dist.destroy_process_group(self._group)
+
+def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> Any:
+    """A gloo group of these processes.
+
+    Not by torch.distributed.new_group, which all processes must call in one order, also those outside: it names groups by how many a process has made.
+    """
+    world, group = _host_groups.get(ranks, (None, None))
+    if world is not dist.group.WORLD:
+        store = dist.PrefixStore(f"adabatch/{zlib.crc32(repr(ranks).encode())}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
+        _made[ranks] += 1
+        group = dist.ProcessGroupGloo(store, ranks.index(dist.get_rank()), len(ranks), timeout=timeout or dist.default_pg_timeout)
+        _host_groups[ranks] = dist.group.WORLD, group
+    return group
 
 
 def ranks_of(group: Any = None, *, required: bool = False) -> Ranks | None:

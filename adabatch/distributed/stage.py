@@ -95,10 +95,9 @@ class GlobalSums:
             observation.moments = self._global(observation.moments, rest[CHECKSUM:], round(rows), bool(bad))
 
     def remove(self) -> None:
-        """Take the weights off the model, and give up the processes' own group."""
+        """Take the weights off the model."""
         if self._weights is not None:
             self._weights.remove()
-        self.ranks.close()
 
     def _vector(self, observation: Observation, decision: Mapping[str, Any]) -> list[float]:
         moments, loss = observation.moments, observation.loss

@@ -189,4 +189,5 @@ class _HeardReduceScatter:
             if input_tensor.dtype == torch.float16:
                 raise RuntimeError("fully_shard divides float16 gradients before it hands them over: reduce in float32 (MixedPrecisionPolicy(reduce_dtype=))")
             own.hear(self._place, input_tensor)
-        return torch.distributed.reduce_scatter_tensor(output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op)
+        scatter = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor  # its name before torch 2.13
+        return scatter(output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op)

@@ -6,7 +6,7 @@ Legend: W processes; of the m samples of a batch this one has m_r.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,7 @@ class Sharing:
         world_size: W.
         sampler: has `share` (m_r) and `last_size` (m) of the last batch delivered, and `n_batches`.
         summed: the loss is a sum over the samples.
+        of_first: value -> that of the first process; called by all of them at once.
 
     Attributes:
         has_shards: whether any gradient was sharded when ‖g‖² was last taken.
@@ -34,8 +35,9 @@ class Sharing:
         (1.0, 1.0)
     """
 
-    def __init__(self, world_size: int = 1, sampler: Any = None, summed: bool = False):
+    def __init__(self, world_size: int = 1, sampler: Any = None, summed: bool = False, of_first: Callable[[Any], Any] | None = None):
         self.world_size, self._sampler, self._summed = world_size, sampler, summed
+        self.of_first = of_first or _as_it_is
         self._noted: deque[tuple[int, int]] = deque(maxlen=4096)
         self._batch, self.has_shards = -1, False
 
@@ -81,3 +83,7 @@ class Sharing:
         """This process's part of each group's ‖g‖², [K]; the parts of all add up to it."""
         self.has_shards = any(is_sharded(parameter) for group in groups for parameter in group)
         return grad_sq_norms(groups) if self.world_size == 1 else parts_of_grad_sq_norms(groups, self.world_size)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value

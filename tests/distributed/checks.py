@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.functional import mse_loss
 
 import adabatch
-from tests.distributed.runs import assert_same, train
+from tests.distributed.runs import assert_same, make_loader, make_model, no_sync, train, wrapped
 
 
 def same_as_one_process_ddp(folder: Path) -> None:
@@ -79,3 +82,85 @@ def measures_a_subset_of_each_share(folder: Path) -> None:
     differences = torch.tensor([a.variance_trace - b.variance_trace for a, b in zip(some["records"], everything["records"], strict=True)])
     assert abs(differences.mean()) < 4 * differences.std() / len(differences) ** 0.5
     assert differences.std() > 0
+
+
+def same_with_a_budget(folder: Path) -> None:
+    """The default: samples and interval are chosen by cost, the same ones everywhere, and no step's lockstep is lost."""
+    run = train("ddp", overhead=0.05, samples=1999, max_batch_size=400, steps=60)
+    measured = [record.measured for record in run["records"]]
+    assert 5 <= sum(measured) < 60
+    measurement = run["scheduler"].measurement
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (measured, measurement.samples, measurement.every))
+    assert all(each == gathered[0] for each in gathered)
+
+
+def cross_rank_by_its_formula(folder: Path) -> None:
+    """T̂ = Σ b_r‖g_r − ḡ‖²/(W − 1) from the processes' gradients worked out alone, in float64, for unequal shares."""
+    for how in ("ddp", "fsdp"):
+        for loss_reduction in ("mean", "sum"):
+            cross_rank_once(how, loss_reduction)
+
+
+def cross_rank_once(how: str, loss_reduction: str, accumulate: int = 1, **options: Any) -> None:
+    model = wrapped(make_model(), how)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    fixed = {"controller": adabatch.controllers.Scheduled("0:26" if accumulate == 2 else "0:13"), "min_batch_size": 7, "max_batch_size": 40}
+    options |= {"estimator": "cross_rank", "loss_reduction": loss_reduction, "accumulate": accumulate}
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, make_loader(samples=1999), **fixed, **options)
+    batches, mean = [], loss_reduction == "mean"
+    for inputs, targets in loader:
+        batches.append((inputs, targets))
+        last = len(batches) == accumulate
+        with contextlib.nullcontext() if last else no_sync(model, how):
+            loss = mse_loss(model(inputs), targets, reduction=loss_reduction)
+            (loss / (accumulate if mean else 1)).backward()
+        if last:
+            break
+    scheduler.step(loss)
+    found = scheduler.diagnostics.latest
+    scheduler.remove()
+    reference = make_model().double()
+    inputs, targets = (torch.cat(parts).double() for parts in zip(*batches, strict=True))
+    reference.zero_grad()
+    (2 * mse_loss(reference(inputs), targets) if not mean else mse_loss(reference(inputs), targets)).backward()  # a sum over 2 outputs a sample
+    own = torch.cat([parameter.grad.flatten() for parameter in reference.parameters()])
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (len(inputs), own))
+    m = sum(size for size, _ in gathered)
+    whole = sum(size * grad for size, grad in gathered) / m
+    trace = sum(size * (grad - whole).square().sum() for size, grad in gathered) / (len(gathered) - 1)
+    assert found.batch_size == m
+    assert found.variance_trace == pytest.approx(trace.item(), rel=1e-4)
+    assert found.grad_sq_norm == pytest.approx(whole.square().sum().item(), rel=1e-4)
+
+
+def cross_rank_with_accumulation_and_compression(folder: Path) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
+
+    cross_rank_once("ddp", "mean", accumulate=2)
+    cross_rank_once("fsdp", "mean", accumulate=2)
+    cross_rank_once("ddp", "mean", comm_hook=allreduce_hook)
+    run = train("ddp", steps=5, estimator="cross_rank", comm_hook=bf16_compress_hook, samples=1999)
+    assert all(record.variance_trace > 0 for record in run["records"])
+    model = wrapped(make_model(), "ddp")
+    model.register_comm_hook(None, allreduce_hook)
+    with pytest.raises(RuntimeError, match="comm_hook="):
+        adabatch.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), make_loader(), estimator="cross_rank")
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        adabatch.wrap(make_model(), torch.optim.SGD(make_model().parameters(), lr=0.1), make_loader(), estimator="cross_rank")
+
+
+def cross_rank_is_unbiased(folder: Path) -> None:
+    """Over 200 batches at fixed weights its mean is that of the traces per sample, within four standard errors; its error has W − 1 degrees of freedom."""
+    fixed = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "steps": 200, "lr": 0.0, "samples": 2999}
+    between = [record.variance_trace for record in train("ddp", **fixed, estimator="cross_rank")["records"]]
+    per_sample = [record.variance_trace for record in train("alone", **fixed, every=1)["records"]]
+    differences = torch.tensor(between) - torch.tensor(per_sample)
+    assert abs(differences.mean()) < 4 * differences.std() / len(differences) ** 0.5
+    assert torch.tensor(between).std() > torch.tensor(per_sample).std()
+
+
+def two_micro_batches_without_no_sync_cannot_be_told_apart(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="no_sync"):
+        train("ddp", estimator="cross_rank", max_micro_batch_size=2, steps=1)

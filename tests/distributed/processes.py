@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import time
@@ -16,13 +17,14 @@ TIMEOUT = 120.0
 
 # One process imports torch, the others are forked from it.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "adabatch", "tests.distributed.checks"])
+_preloaded = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "tests.distributed.bad_setups", "tests.distributed.checks"]
+_context.set_forkserver_preload(_preloaded)
 
 
 def run_checks(world_size: int, names: list[str], folder: Path, timeout: float = TIMEOUT) -> dict[str, dict[int, str]]:
     """{check: {rank: traceback}} of the checks of tests.distributed.checks that failed, each run on all processes."""
     queue = _context.Queue()
-    target = [(rank, world_size, names, str(folder), queue) for rank in range(world_size)]
+    target = [(rank, world_size, names, str(folder), timeout, queue) for rank in range(world_size)]
     processes = [_context.Process(target=_child, args=arguments, daemon=True) for arguments in target]
     for process in processes:
         process.start()
@@ -44,19 +46,20 @@ def run_checks(world_size: int, names: list[str], folder: Path, timeout: float =
     return failed
 
 
-def _child(rank: int, world_size: int, names: list[str], folder: str, queue: multiprocessing.Queue) -> None:
+def _child(rank: int, world_size: int, names: list[str], folder: str, timeout: float, queue: multiprocessing.Queue) -> None:
     import torch.distributed as dist
 
-    from tests.distributed import checks
+    from tests.distributed import bad_setups, checks
 
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.9 * timeout, exit=True)
     os.environ.pop("WORLD_SIZE", None)
     for number, name in enumerate(names):
         queue_error = ""
         try:
             store = f"file://{folder}/store-{number}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
-            check: Callable[[Path], None] = getattr(checks, name)
+            check: Callable[[Path], None] = getattr(checks, name, None) or getattr(bad_setups, name)
             torch.manual_seed(0)
             torch._dynamo.reset()
             check(Path(folder))

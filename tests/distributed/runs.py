@@ -52,10 +52,15 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
+def alone_group() -> Any:
+    """A group of this process alone."""
+    return dist.new_subgroups(1)[0]
+
+
 def train(how: str, steps: int = 50, *, accumulate: int = 1, loss_reduction: str = "mean", samples: int = SAMPLES, **options: Any) -> dict[str, Any]:
     """Train for so many steps; the history, and the weights at the end. 'alone' trains on one process whatever others do."""
     alone = how == "alone"
-    own = dist.new_group([dist.get_rank()], use_local_synchronization=True) if alone else options.pop("group", None)
+    own = alone_group() if alone else options.pop("group", None)
     model = wrapped(make_model(), "plain" if alone else how)
     lr = options.pop("lr", 0.05 if loss_reduction == "mean" else 0.002)
     parameters, groups = list(model.parameters()), options.pop("groups", 1)

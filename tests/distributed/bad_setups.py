@@ -1,0 +1,202 @@
+"""Set-ups and runs that must end in the same error on every process, without a hang; checks for tests/distributed/processes.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, DistributedSampler
+
+import adabatch
+from tests.distributed.runs import assert_same, make_data, make_loader, make_model, train, wrapped
+
+
+def wrap(model: nn.Module | None = None, loader: Any = None, lr: float = 0.1, **options: Any) -> Any:
+    model = wrapped(make_model(), "ddp") if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    settings = {"min_batch_size": 7, "max_batch_size": 40, "overhead": None} | options
+    return model, *adabatch.wrap(model, optimizer, make_loader() if loader is None else loader, **settings)
+
+
+def own(values: list[Any]) -> Any:
+    """The last process's value differs."""
+    return values[dist.get_rank() == dist.get_world_size() - 1]
+
+
+def raises_alike(error: type[Exception], match: str, function: Any) -> None:
+    """On every process the same text."""
+    with pytest.raises(error, match=match) as caught:
+        function()
+    texts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, str(caught.value))
+    assert len(set(texts)) == 1, texts
+
+
+def different_set_ups(folder: Path) -> None:
+    last = dist.get_world_size() - 1
+    models = [make_model, lambda: nn.Sequential(*make_model()[:3], nn.Linear(8, 3))]
+    raises_alike(ValueError, rf"parameters: 3.weight \(2, 8\) float32 on rank.*\(3, 8\) float32 on rank {last}", lambda: wrap(own(models)()))
+    raises_alike(ValueError, rf"max_batch_size: 40 on rank.*; 64 on rank {last}", lambda: wrap(max_batch_size=own([40, 64])))
+    raises_alike(ValueError, f"samples of an epoch: 61 on rank.*; 59 on rank {last}", lambda: wrap(loader=make_loader(samples=own([61, 59]))))
+    raises_alike(ValueError, f"lr=0.1.*lr=0.2.*on rank {last}", lambda: wrap(lr=own([0.1, 0.2])))
+    controllers = [adabatch.CABS, lambda: adabatch.CABS(scale=2.0)]
+    raises_alike(ValueError, "controller: ", lambda: wrap(controller=own(controllers)()))
+    raises_alike(ValueError, "multiple_of: 1 on rank", lambda: wrap(multiple_of=own([1, 2])))
+
+
+def loaders_of_other_processes(folder: Path) -> None:
+    data = make_data()
+    alone = adabatch.AdaptiveDataLoader(data, batch_size=13)
+    with pytest.raises(ValueError, match="rank="):
+        wrap(loader=alone)
+    right = adabatch.AdaptiveDataLoader(data, batch_size=13, rank=dist.get_rank(), world_size=dist.get_world_size())
+    wrap(loader=right)[3].remove()
+    with pytest.raises(ValueError, match="cross_rank"):
+        wrap(estimator="micro_batch")
+
+
+def takes_over_a_distributed_sampler(folder: Path) -> None:
+    """Its seed, and world_size times its batch size; each sample once an epoch, over all processes."""
+    data = torch.utils.data.TensorDataset(*make_data().tensors, torch.arange(61))
+    sampler = DistributedSampler(data, shuffle=True, seed=11)
+    model, optimizer, loader, scheduler = wrap(loader=DataLoader(data, batch_size=5, sampler=sampler))
+    assert loader.batch_size == 5 * dist.get_world_size()
+    assert loader.batch_sampler.seed == 11
+    seen: list[int] = []
+    for inputs, targets, indices in loader:
+        loss = mse_loss(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+        seen += indices.tolist()
+    scheduler.remove()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, seen)
+    assert sorted(index for share in gathered for index in share) == list(range(61))
+
+
+def orders_agree_whatever_the_generators(folder: Path) -> None:
+    torch.manual_seed(dist.get_rank())
+    loader = DataLoader(make_data(), batch_size=13, shuffle=True)
+    *_, adaptive, scheduler = wrap(loader=loader)
+    seeds: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seeds, adaptive.batch_sampler.seed)
+    scheduler.remove()
+    assert len(set(seeds)) == 1
+
+
+def one_step(model: nn.Module, optimizer: Any, loader: Any, scheduler: Any, spoil: float = 0.0) -> None:
+    inputs, targets = next(iter(loader))
+    optimizer.zero_grad()
+    loss = mse_loss(model(inputs), targets) + spoil
+    loss.backward()
+    scheduler.step(loss)
+
+
+def a_process_with_nan_spoils_no_other(folder: Path) -> None:
+    model, optimizer, loader, scheduler = wrap()
+    one_step(model, optimizer, loader, scheduler)
+    before = scheduler.get_last_batch_size()
+    one_step(model, optimizer, loader, scheduler, spoil=own([0.0, float("nan")]))
+    one_step(model, optimizer, loader, scheduler)
+    dropped = [record.dropped for record in scheduler.diagnostics]
+    assert dropped == ["", "non-finite loss", ""]
+    records = list(scheduler.diagnostics)
+    assert records[1].next_batch_size == before
+    assert records[2].variance_trace > 0
+    scheduler.remove()
+
+
+def gradients_that_nobody_averages(folder: Path) -> None:
+    model, optimizer, loader, scheduler = wrap(make_model())
+    raises_alike(RuntimeError, "DistributedDataParallel", lambda: one_step(model, optimizer, loader, scheduler))
+    scheduler.remove()
+    model, optimizer, loader, scheduler = wrap()
+    with model.no_sync():
+        raises_alike(RuntimeError, "no_sync", lambda: one_step(model, optimizer, loader, scheduler))
+    scheduler.remove()
+
+
+class OfItsOwnMind(adabatch.controllers.NoiseScale):
+    """Asks for another size on each process."""
+
+    def propose(self, moments: Any, *, loss: float, lr: float) -> float:
+        super().propose(moments, loss=loss, lr=lr)
+        return 20.0 + dist.get_rank()
+
+
+def a_controller_of_its_own_mind(folder: Path) -> None:
+    model, optimizer, loader, scheduler = wrap(controller=OfItsOwnMind(1.0))
+    one_step(model, optimizer, loader, scheduler)
+    raises_alike(RuntimeError, "batch size: 20 on rank 0; 21 on rank 1", lambda: one_step(model, optimizer, loader, scheduler))
+    scheduler.remove()
+    model, optimizer, loader, scheduler = wrap()
+    optimizer.param_groups[0]["lr"] *= 1 + dist.get_rank()
+    raises_alike(RuntimeError, "lr: ", lambda: one_step(model, optimizer, loader, scheduler))
+    scheduler.remove()
+
+
+def goodput_goes_by_one_clock(folder: Path) -> None:
+    train("ddp", steps=45, controller=lambda: adabatch.controllers.Goodput(7), samples=1999)["records"]
+
+
+class Wrapped:
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = wrapped(make_model(), "ddp")
+
+    def forward(self, inputs: torch.Tensor) -> Wrapped:
+        return Wrapped(self.inner(inputs))
+
+
+def outputs_without_tensors_cannot_be_weighed(folder: Path) -> None:
+    model, _, loader, scheduler = wrap(Opaque(), make_loader(batch_size=13))
+    inputs, _ = next(iter(loader))
+    with pytest.raises(RuntimeError, match="no tensor was found"):
+        model(inputs)
+    scheduler.remove()
+
+
+def a_group_made_anew(folder: Path) -> None:
+    """The world changes in one process's life: the old run refuses, a new wrap() with the old state goes on."""
+    model, optimizer, loader, scheduler = wrap()
+    one_step(model, optimizer, loader, scheduler)
+    state, position, size = adabatch.state_dict(loader=loader, scheduler=scheduler), loader.position, scheduler.get_last_batch_size()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match="wrap again"):
+        one_step(model.module, optimizer, loader, scheduler)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/anew-{rank}", rank=0, world_size=1)
+    with pytest.raises(RuntimeError, match="wrap again"):
+        one_step(model.module, optimizer, loader, scheduler)
+    scheduler.remove()
+    _, _, resumed, new_scheduler = wrap(make_model())
+    adabatch.load_state_dict(state, loader=resumed, scheduler=new_scheduler)
+    assert resumed.position == position > 0
+    assert new_scheduler.get_last_batch_size() == size
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=world)
+
+
+def a_group_of_some_processes(folder: Path) -> None:
+    """Two of three share batches by group=, the third trains alone."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    pair = dist.new_group([0, 1])
+    if dist.get_rank() < 2:
+        model = DistributedDataParallel(make_model(), process_group=pair)
+        *_, loader, scheduler = wrap(model, group=pair)
+        assert loader.batch_sampler.processes.world_size == 2
+        scheduler.remove()
+    assert_same(train("ddp", steps=20), train("alone", steps=20))
