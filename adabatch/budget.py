@@ -11,6 +11,7 @@ from typing import Any
 
 from adabatch.estimators.averages import MovingAverage
 from adabatch.grad_sample.cost import LONGEST_INTERVAL, Measurement, within_budget
+from adabatch.grad_sample.sharing import Sharing
 from adabatch.state import check_version
 
 # The first steps are measured whatever they cost; intervals are longer by STRETCH until that is repaid.
@@ -133,7 +134,8 @@ class Budget:
         self._hooks.enabled = self._n_measured < WARM_UP or self._since >= (math.ceil(STRETCH * every) if self._in_debt else every)
 
     def _choose(self, size: int) -> None:
-        cost = self._hooks.cost()
+        # Processes that share a batch may have seen other lengths of sequences: all go by what the first saw.
+        cost = sharing_of(self._hooks).of_first(self._hooks.cost())
         if self._n_measured == 1:
             self._debt += cost.share(size)  # the first step, which measured all
         self.measurement = within_budget(cost, size, self._overhead)
@@ -228,5 +230,10 @@ def budget_of_wrap(overhead: float | None, samples: int | None, options: dict[st
 
 
 def per_pass(hooks: Any, batch_size: int) -> int:
-    """Samples of one backward pass of a step."""
-    return max(1, -(-batch_size // getattr(hooks, "accumulate", 1)))
+    """Samples of one backward pass of a step, on one of the processes that share it."""
+    return max(1, -(-batch_size // (getattr(hooks, "accumulate", 1) * sharing_of(hooks).world_size)))
+
+
+def sharing_of(hooks: Any) -> Sharing:
+    """What the hooks know of the processes that share each batch; one process where they know of none."""
+    return getattr(hooks, "sharing", None) or Sharing()

@@ -15,7 +15,9 @@ from adabatch.budget import DEFAULT_OVERHEAD, budget_of_wrap
 from adabatch.check import CheckReport
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
+from adabatch.distributed.data_parallel import DataParallel
 from adabatch.effective_lr import EffectiveLr
+from adabatch.estimators.cross_rank import CrossRankMoments
 from adabatch.estimators.micro_batch import MicroBatchMoments
 from adabatch.estimators.unmeasured import Unmeasured
 from adabatch.grad_sample import GradSampleHooks
@@ -48,6 +50,9 @@ def wrap(
     lr_scheduler: LRScheduler | None = None,
     max_grad_norm: float | None = None,
     per_parameter: bool = False,
+    group: Any = None,
+    comm_hook: Any = None,
+    comm_state: Any = None,
     **scheduler_options: Any,
 ) -> tuple[Optimizer, AdaptiveDataLoader, BatchSizeScheduler]:
     """Let a training loop choose its own batch size.
@@ -78,10 +83,14 @@ def wrap(
         max_micro_batch_size: a larger batch arrives as nearly equal micro-batches, through the same loop: optimizer.step() steps on the last of them,
             scheduler.step(loss) pools their losses and moments. 'auto' finds the largest that fits (see find_micro_batch_size), with loss_fn.
         loss_fn: (model, batch) -> the loss that is differentiated, for 'auto'.
-        estimator: 'per_sample', or 'micro_batch': from the gradients of micro-batches, at least two a batch, for models that cannot be measured per sample.
+        estimator: 'per_sample', or 'micro_batch': from the gradients of micro-batches, at least two a batch, for models that cannot be measured per sample;
+            or 'cross_rank': from the gradients of at least two processes, at no cost.
         lr_scheduler, max_grad_norm: run by optimizer.step() after the last micro-batch's step, and before it. So is grad_scaler's whole part, where any of
             these or max_micro_batch_size is given. CABS is told of the clipping.
         per_parameter: record each parameter's moments too, for scheduler.diagnostics.layers(); with a controller that needs none, this asks to measure.
+        group: where a process group is initialised: the processes that share each batch, a ProcessGroup or DeviceMesh; default all. All sizes are then those
+            of the whole batch. Every process calls wrap with the same arguments.
+        comm_hook, comm_state: for 'cross_rank', a communication hook of DistributedDataParallel's that averages (compresses) in place of the default.
         scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, ladder, spill, short_batch, coupling, base_batch_size, scale_betas,
             diagnostics.
 
@@ -90,7 +99,8 @@ def wrap(
         the scheduler.
 
     Raises:
-        ValueError: layers that cannot be measured exactly (all listed), an iterable-style loader, bounds out of order.
+        ValueError: layers that cannot be measured exactly (all listed), bounds out of order, processes that are set up differently.
+        RuntimeError: several processes were launched, but no process group is initialised.
         TypeError: a loader or optimizer of another kind.
 
     Example:
@@ -111,7 +121,16 @@ def wrap(
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if layout is not None:
         _check_layout(layout, ignore)
-    adaptive = loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
+    settings = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "loss_reduction": loss_reduction, "samples": samples}
+    settings |= {"accumulate": accumulate, "ignore": ignore, "seed": seed, "dots": dots, "max_micro_batch_size": max_micro_batch_size}
+    settings |= {"controller": controller, "estimator": estimator, "max_grad_norm": max_grad_norm, "per_parameter": per_parameter, **scheduler_options}
+    parallel = DataParallel.find(group, estimator)
+    if parallel is not None:
+        adaptive = parallel.take_loader(loader, summed=loss_reduction == "sum")
+        parallel.check_same(model, optimizer, adaptive, settings)
+        samples = parallel.samples_here(samples)
+    else:
+        adaptive = loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
     coupling = scheduler_options.get("coupling", "none")
     controller = CABS() if controller is None and coupling != "seesaw" else controller
     if max_grad_norm is not None and hasattr(controller, "clips"):
@@ -125,6 +144,9 @@ def wrap(
     if estimator == "micro_batch":
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         hooks: Any = MicroBatchMoments(parameters, adaptive.micro_batches, loss_reduction=loss_reduction, grad_scaler=grad_scaler)
+    elif estimator == "cross_rank":
+        reduces = {"loss_reduction": loss_reduction, "accumulate": accumulate, "comm_hook": comm_hook, "comm_state": comm_state}
+        hooks = CrossRankMoments(model, parallel.sharing, grad_scaler=grad_scaler, **reduces)
     elif asked or needs_moments(controller, coupling):
         hooks = GradSampleHooks(
             model,
@@ -145,6 +167,8 @@ def wrap(
         hooks = Unmeasured(accumulate, loss_reduction)
     try:
         micro.find_limit(model, optimizer, hooks, max_batch_size)
+        if parallel is not None:
+            parallel.agree_on_limit(adaptive)
         scheduler = BatchSizeScheduler(
             optimizer,
             adaptive,
@@ -156,6 +180,8 @@ def wrap(
             overhead=None if overhead is DEFAULT_OVERHEAD and not hasattr(hooks, "cost") else overhead,
             **scheduler_options,
         )
+        if parallel is not None:
+            parallel.join(model, hooks, scheduler, of_processes=estimator == "cross_rank")
         optimizer = micro.accumulating(optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)
     except Exception:
         hooks.remove()
