@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
+from adabatch.estimators.averages import half_width
 from adabatch.state import check_version
 
 BIN_RATIO = 1.2  # bins of n grow by this factor: late ones, which say most of the floor, hold most of the samples
 SMALLEST_SPAN = 30.0
 RESTART_BELOW = 0.5  # of the lr at the start of the fit
+NORMAL_SPREAD = 0.6095  # E ψ²/E ψ' of a standard normal residual
 
 
 class LossFloor:
@@ -28,7 +30,7 @@ class LossFloor:
     What it estimates is where the loss goes at the present lr and schedule, an extrapolation; its error is that of the fit if the form is right.
 
     Attributes:
-        value: F*, NaN before there is one. std_error: of the fit.
+        value: F*, NaN before there is one. std_error: of the fit, with `freedom` degrees of freedom.
 
     Example:
         >>> floor = LossFloor()
@@ -38,10 +40,10 @@ class LossFloor:
         0.5
     """
 
-    _SAVED = ("value", "std_error", "samples", "start_lr", "lowest", "any_negative", "positions", "losses", "squares", "weights", "counts")
+    _SAVED = ("value", "std_error", "freedom", "samples", "start_lr", "lowest", "any_negative", "positions", "losses", "squares", "weights", "counts")
 
     def __init__(self):
-        self.value, self.std_error = math.nan, math.nan
+        self.value, self.std_error, self.freedom = math.nan, math.nan, 0
         self.lowest, self.any_negative = math.inf, False
         self._restart(math.nan)
 
@@ -101,8 +103,17 @@ class LossFloor:
         self.lowest = min(self.lowest, float((loss - error).min()))
         found = min((_fitted(form, centre, loss, error) for form in (_power, _exponential)), key=lambda fit: fit.cost)
         covariance = np.linalg.pinv(found.jac.T @ found.jac)
-        spread = max(1.0, 2 * found.cost / max(1, len(loss) - 4))
-        self.value, self.std_error = float(found.x[0]), math.sqrt(max(0.0, float(covariance[0, 0]) * spread))
+        self.value, self.freedom = float(found.x[0]), max(1, len(loss) - len(found.x))
+        self.std_error = math.sqrt(max(0.0, float(covariance[0, 0]) * _spread(found.fun, self.freedom)))
+
+    def interval(self, level: float = 0.9) -> tuple[float, float]:
+        """(low, high), value ∓ t·std_error, t of Student's distribution with as many degrees of freedom as there are bins beyond the form's parameters.
+
+        Raises:
+            ValueError: a level outside (0, 1).
+        """
+        half = half_width(level, self.std_error, self.freedom)
+        return self.value - half, self.value + half
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists of them, some kilobytes at most: bins are few."""
@@ -118,6 +129,15 @@ class LossFloor:
         check_version(state, 1, "LossFloor")
         for name in self._SAVED:
             setattr(self, name, list(state[name]) if isinstance(state[name], list) else state[name])
+
+
+def _spread(residuals: np.ndarray, freedom: int) -> float:
+    """Σψ²/(bins − parameters) / mean ψ', Huber's factor on the inverse of scipy's JᵀJ, which weighs each bin by ψ'; ψ(z) = z/√(1 + z²) is soft_l1's.
+
+    Not below what normal residuals of variance 1 give, 0.3443/0.5649: the noise is known from inside the bins.
+    """
+    ψ, slope = residuals / np.sqrt(1 + residuals**2), (1 + residuals**2) ** -1.5
+    return max(NORMAL_SPREAD, float((ψ**2).sum() / freedom / slope.mean()))
 
 
 def _power(shape: np.ndarray, n: np.ndarray) -> np.ndarray:
