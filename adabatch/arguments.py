@@ -104,7 +104,7 @@ def check_loss(hooks: Any, loss: Tensor | float, step: int) -> None:
 
 
 def bind_controller(controller: Any, optimizer: Any, effective_lr: Any, hooks: Any = None) -> frozenset[str]:
-    """Let the controller see the optimizer; what it then needs of the hooks beside norms ('dots', 'second_moment').
+    """Let the controller see the optimizer; what it then needs of the hooks beside norms ('dots', 'second_moment', 'preconditioned_trace').
 
     Example:
         >>> bind_controller(None, None, None)
@@ -140,7 +140,8 @@ def check_measured(hooks: Any, controller: Any, coupling: Any) -> None:
         )
     missing = sorted(getattr(controller, "needs", frozenset()) - getattr(hooks, "measures", frozenset(getattr(controller, "needs", ()))))
     if missing:
-        options = ", ".join(f"{name}=True" for name in missing)
+        cures = {"preconditioned_trace": "preconditioner=adabatch.preconditioners.preconditioner_reader(optimizer)"}
+        options = ", ".join(cures.get(name, f"{name}=True") for name in missing)
         raise ValueError(
             f"{type(controller).__name__} with this optimizer needs {' and '.join(missing)}: measure with GradSampleHooks(model, {options}), as adabatch.wrap "
             "does; or, for CABS, pass effective_lr=, a callable of a param group"

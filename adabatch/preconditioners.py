@@ -52,7 +52,7 @@ def preconditioner_of(optimizer: Optimizer) -> Preconditioner | None:
 @register_preconditioner(torch.optim.Adam, torch.optim.AdamW)
 def adam(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """P = 1/(√v̂ + ε), v̂ = v/(1 − β₂^t), with amsgrad its maximum so far. β₁ spreads a gradient over steps and leaves their sum as it is."""
-    beta, step = group["betas"][1], float(state["step"])
+    beta, step = group["betas"][1], _steps(state)
     average = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
     return 1 / ((average / (1 - beta**step)).sqrt() + group["eps"])
 
@@ -69,43 +69,107 @@ def rmsprop(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
 @register_preconditioner(torch.optim.Adagrad)
 def adagrad(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """P = 1/((√Σg² + ε)(1 + (t − 1)·lr_decay))."""
-    return 1 / ((state["sum"].sqrt() + group["eps"]) * (1 + (float(state["step"]) - 1) * group["lr_decay"]))
+    return 1 / ((state["sum"].sqrt() + group["eps"]) * (1 + (_steps(state) - 1) * group["lr_decay"]))
+
+
+def _steps(state: dict[str, Any]) -> Tensor | float:
+    """The count of steps where it lies, in float64: reading it from a device would wait for that."""
+    return state["step"].double() if isinstance(state["step"], Tensor) else float(state["step"])
+
+
+def preconditioner_reader(optimizer: Optimizer) -> Callable[[Tensor], Tensor | None]:
+    """A function parameter -> P as the optimizer's state has it, None before the parameter's first step: what GradSampleHooks(preconditioner=) takes.
+
+    Raises:
+        ValueError: no preconditioner is registered for the optimizer's class.
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> print(preconditioner_reader(torch.optim.Adam([weight]))(weight))
+        None
+    """
+    function = _function_of(optimizer)
+    places: dict[int, int] = {}
+
+    def read(parameter: Tensor) -> Tensor | None:
+        state = optimizer.state.get(parameter)
+        if not state:
+            return None
+        if id(parameter) not in places:  # groups are replaced when a state is loaded, but keep their order
+            places.update({id(each): index for index, group in enumerate(optimizer.param_groups) for each in group["params"]})
+        return function(state, optimizer.param_groups[places[id(parameter)]])
+
+    return read
+
+
+def _function_of(optimizer: Optimizer) -> Preconditioner:
+    function = preconditioner_of(optimizer)
+    if function is None:
+        raise ValueError(f"no preconditioner is known for {type(optimizer).__name__}: register one with adabatch.preconditioners.register_preconditioner")
+    return function
 
 
 @torch.no_grad()
 def preconditioned_trace(moments: GradientMoments, parameters: Mapping[str, Tensor], optimizer: Optimizer, lr: float) -> float:
     """Σ_k (lr_k/lr)·tr(P_k Σ) over the param groups, tr(PΣ) = Σ P∘(Σ_S g_i²/s − g²)/(1 − 1/m_eff), unbiased; NaN before the optimizer's first step.
 
-    g is taken from the parameters' .grad, and its length from the moments, so that clipping, a loss scale and a summed loss are undone.
+    Measured with a preconditioner, P is that of the state which the backward pass found, before this step's gradient entered it. Measured with second_moment,
+    it is the present one, and g is taken from the parameters' .grad, its length from the moments, so that clipping, a loss scale and a summed loss are undone.
 
     Args:
-        moments: with second_moment.
-        parameters: {name: parameter} of what is measured, with their gradients of this step.
+        moments: with a preconditioner, or with second_moment.
+        parameters: {name: parameter} of what is measured.
         optimizer: one with a registered preconditioner.
         lr: what the trace is to be multiplied by.
 
     Raises:
-        ValueError: measured without second_moment, with weights, no preconditioner, or the gradients of the step are gone.
+        ValueError: measured without either, with weights, no preconditioner, or the gradients of the step are gone.
     """
-    if not moments.second_moment or moments.weights is not None:
-        raise ValueError("tr(PΣ) needs samples of equal weight and Σ g_i² elementwise: measure with GradSampleHooks(model, second_moment=True)")
-    function = preconditioner_of(optimizer)
-    if function is None:
-        raise ValueError(f"no preconditioner is known for {type(optimizer).__name__}: register one with adabatch.preconditioners.register_preconditioner")
+    if not (moments.preconditioned or moments.second_moment) or moments.weights is not None:
+        raise ValueError(
+            "tr(PΣ) needs samples of equal weight and Σ g_i²: measure with GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer)), "
+            "or with second_moment=True"
+        )
+    function = _function_of(optimizer)
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    length = sum(float(parameters[name].grad.double().square().sum()) for name in moments.second_moment if parameters[name].grad is not None)
+    rates = {name: float(groups[id(parameter)]["lr"]) / lr if lr else 0.0 for name, parameter in parameters.items() if id(parameter) in groups}
+    if moments.preconditioned:
+        names = [name for name in moments.preconditioned if name in rates]
+        variances = _measured_variances(moments, names)
+    else:
+        present = {name: parameters[name] for name in moments.second_moment if parameters[name].grad is not None}
+        scale = _scale_of_gradient(moments, present)
+        names = [name for name in present if name in rates]
+        variances = [_present_variance(moments, name, present[name], scale, function, groups, optimizer) for name in names]
+    m_eff = moments.batch_size if moments.effective_batch_size is None else moments.effective_batch_size
+    return sum(rates[name] * variance for name, variance in zip(names, variances, strict=True)) / (1 - 1 / m_eff)
+
+
+def _measured_variances(moments: GradientMoments, names: list[str]) -> list[float]:
+    """Σ P∘(Σ_S g_i²/s − g²) of each parameter, from numbers that P has weighed; NaN where there was no P."""
+    terms = []
+    for name in names:
+        share = moments.preconditioned[name]
+        squares = moments.second_moment.get(name)
+        mean = share.new_full((), math.nan) if squares is None else squares.to(share.device) / moments.n_measured
+        terms.append((mean - share.to(mean.dtype) * moments.grad_sq_norm).double().cpu())
+    return torch.stack(terms).tolist() if terms else []
+
+
+def _scale_of_gradient(moments: GradientMoments, parameters: Mapping[str, Tensor]) -> float:
+    """What g² has to be multiplied by where clipping, a loss scale or a summed loss are in the parameters' gradients."""
+    length = sum(float(parameter.grad.double().square().sum()) for parameter in parameters.values())
     if not length and moments.grad_sq_norm:
         raise ValueError("the gradients of this step are gone: call scheduler.step(loss) before zero_grad(), as the preconditioned trace reads them")
-    scale = moments.grad_sq_norm / length if length else 0.0
-    total = 0.0
-    for name, squares in moments.second_moment.items():
-        parameter, group = parameters[name], groups.get(id(parameters[name]))
-        state = optimizer.state.get(parameter)
-        if group is None or parameter.grad is None:
-            continue
-        if not state:
-            return math.nan
-        variance = squares / moments.n_measured - parameter.grad.to(squares.dtype).square() * scale
-        total += float(group["lr"]) / lr * float((function(state, group).to(squares.dtype) * variance).sum()) if lr else 0.0
-    m_eff = moments.batch_size if moments.effective_batch_size is None else moments.effective_batch_size
-    return total / (1 - 1 / m_eff)
+    return moments.grad_sq_norm / length if length else 0.0
+
+
+def _present_variance(
+    moments: GradientMoments, name: str, parameter: Tensor, scale: float, function: Preconditioner, groups: Mapping[int, Any], optimizer: Optimizer
+) -> float:
+    """The same from Σ g_i² elementwise, the gradient and the optimizer's state as they are now."""
+    squares, state = moments.second_moment[name], optimizer.state.get(parameter)
+    if not state:
+        return math.nan
+    variance = squares / moments.n_measured - parameter.grad.to(squares.dtype).square() * scale
+    return float((function(state, groups[id(parameter)]).to(squares.dtype) * variance).sum())

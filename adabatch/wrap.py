@@ -23,6 +23,7 @@ from adabatch.estimators.unmeasured import Unmeasured
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.micro_batching import MicroBatching
 from adabatch.micro_search import LossFn
+from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler import BatchSizeScheduler
 
 
@@ -158,6 +159,7 @@ def wrap(
             layout=layout,
             dots=dots or "dots" in needs,
             second_moment="second_moment" in needs,
+            preconditioner=preconditioner_reader(optimizer) if "preconditioned_trace" in needs else None,
             grad_scaler=grad_scaler,
             param_groups=[group["params"] for group in optimizer.param_groups],
             capacity=max_batch_size,

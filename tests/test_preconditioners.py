@@ -7,7 +7,7 @@ from torch import nn
 
 import adabatch
 from adabatch import CABS, GradSampleHooks
-from adabatch.preconditioners import preconditioned_trace, preconditioner_of
+from adabatch.preconditioners import preconditioned_trace, preconditioner_of, preconditioner_reader
 from tests import oracle
 
 OPTIMIZERS = {
@@ -42,8 +42,10 @@ def batch_of(size):
     return torch.randn(size, 3), torch.randn(size, 2) + 1
 
 
-def measured(model, batch, **options):
-    hooks = GradSampleHooks(model, second_moment=True, **options)
+def measured(model, batch, optimizer=None, **options):
+    """Moments by second moments, or, with an optimizer, by its preconditioner."""
+    how = {"second_moment": True} if optimizer is None else {"preconditioner": preconditioner_reader(optimizer)}
+    hooks = GradSampleHooks(model, **how, **options)
     model.zero_grad()
     losses = loss_fn(model, batch)
     (losses.sum() if options.get("loss_reduction") == "sum" else losses.mean()).backward()
@@ -77,12 +79,14 @@ def expected_trace(model, optimizer, batch, lr):
 @every_optimizer
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
-def test_the_trace_is_that_of_full_per_sample_gradients(make, groups, loss_reduction):
+@pytest.mark.parametrize("weighed", [False, True])
+def test_the_trace_is_that_of_full_per_sample_gradients(make, groups, loss_reduction, weighed):
     model, optimizer = trained(make, groups=groups)
     batch = batch_of(11)
     expected = expected_trace(model, optimizer, batch, lr=0.007)
-    moments = measured(model, batch, loss_reduction=loss_reduction)
+    moments = measured(model, batch, optimizer if weighed else None, loss_reduction=loss_reduction)
     assert preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.007) == pytest.approx(expected, rel=1e-4)
+    assert weighed == bool(moments.preconditioned)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.007) == pytest.approx(expected, rel=1e-4)
 
@@ -107,7 +111,7 @@ def test_cabs_wishes_lr_times_the_trace_over_the_loss(make):
     expected = expected_trace(model, optimizer, batch, lr=0.02)
     rule = CABS(scale=2.0, f_star=0.1)
     rule.bind(optimizer, None, dict(model.named_parameters()))
-    assert rule.needs == {"second_moment"}
+    assert rule.needs == {"preconditioned_trace"}
     assert not rule.needs_effective_lr
     assert rule.propose(measured(model, batch), loss=0.6, lr=0.02) == pytest.approx(2 * 0.02 * expected / 0.5, rel=1e-4)
 
@@ -125,15 +129,78 @@ def test_wrap_trains_with_any_of_them_and_measures_what_is_needed(make):
         loss.backward()
         optimizer.step()
         scheduler.step(loss)
-    assert np.isfinite(scheduler.diagnostics.column("proposed_batch_size")).all()
+    assert np.isfinite(scheduler.diagnostics.column("proposed_batch_size")[1:]).all()  # the first backward pass found no state
     assert scheduler.diagnostics.latest.lr == optimizer.param_groups[0]["lr"]
 
 
-def test_before_the_first_step_the_wish_is_nan_and_the_size_holds():
+def image_model():
+    """Layers whose taps take over, listen, look up and are used twice."""
+    torch.manual_seed(0)
+    head = nn.Linear(6, 6)
+    shared = nn.Sequential(head, nn.Tanh(), head)
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten(2), Transposed(), nn.Linear(6, 6), shared, nn.LayerNorm(6))
+
+
+class Transposed(nn.Module):
+    def forward(self, inputs):
+        return inputs.mT
+
+
+@pytest.mark.parametrize("options", [{}, {"samples": 4}, {"dots": True}], ids=str)
+def test_every_kind_of_tap_weighs_and_keeps_no_copy_of_the_parameters(options):
+    model = image_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    batch = torch.randn(8, 2, 4, 4)
+
+    def losses(model, batch):
+        return model(batch).square().flatten(1).sum(1)
+
+    losses(model, batch).mean().backward()
+    optimizer.step()
+    model.zero_grad()
+    grads = oracle.per_sample_grads(model, losses, batch)
+    hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer), **options)
+    assert hooks.measures == {"preconditioned_trace", *(["dots"] if "dots" in options else [])}
+    losses(model, batch).mean().backward()
+    moments = hooks.collect()
+    rows = range(8) if moments.indices is None else moments.indices.tolist()
+    assert moments.second_moment.keys() == grads.keys()
+    for name, parameter in model.named_parameters():
+        weights = update_per_gradient(optimizer, parameter)
+        assert moments.second_moment[name].shape == ()
+        assert float(moments.second_moment[name]) == pytest.approx(float((weights * grads[name][list(rows)].square().sum(0)).sum()), rel=1e-4)
+
+
+def test_a_compiled_model_is_weighed_when_its_pass_has_ended():
+    model, optimizer = trained(OPTIMIZERS["adam"])
+    batch = batch_of(11)
+    expected = expected_trace(model, optimizer, batch, lr=0.01)
+    hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer))
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss_fn(compiled, batch).mean().backward()
+    moments = hooks.collect()
+    assert all(value.shape == () for value in moments.second_moment.values())
+    assert preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.01) == pytest.approx(expected, rel=1e-4)
+
+
+def test_accumulated_passes_are_weighed_alike():
+    model, optimizer = trained(OPTIMIZERS["adam"])
+    batch = batch_of(12)
+    expected = expected_trace(model, optimizer, batch, lr=0.01)
+    hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer), accumulate=2)
+    model.zero_grad()
+    for half in (slice(0, 6), slice(6, 12)):
+        (loss_fn(model, tuple(part[half] for part in batch)).mean() / 2).backward()
+    assert preconditioned_trace(hooks.collect(), dict(model.named_parameters()), optimizer, 0.01) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_before_the_first_step_the_wish_is_nan_and_the_size_holds(weighed):
     model, optimizer = trained(OPTIMIZERS["adam"], steps=0)
     rule = CABS()
     rule.bind(optimizer, None, dict(model.named_parameters()))
-    assert np.isnan(rule.propose(measured(model, batch_of(5)), loss=1.0, lr=0.1))
+    assert np.isnan(rule.propose(measured(model, batch_of(5), optimizer if weighed else None), loss=1.0, lr=0.1))
     assert rule.trace.count == 0
 
 

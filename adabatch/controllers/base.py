@@ -18,7 +18,7 @@ class Controller:
     Class attributes a subclass sets:
         arguments: names of the constructor's arguments, kept under the same names.
         saved: names of the attributes that make up the state: plain numbers, lists of them, or objects with state_dict and load_state_dict.
-        needs: what the hooks must measure beside norms: 'dots', 'second_moment'. wrap() hands it to GradSampleHooks.
+        needs: what the hooks must measure beside norms: 'dots', 'second_moment', 'preconditioned_trace'. wrap() hands it to GradSampleHooks.
         needs_effective_lr: whether the lr means a step per unit of gradient.
         needs_moments: False for a rule that is asked at every step, measured or not.
 

@@ -171,8 +171,8 @@ class CABS(Controller):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Σ g_i² elementwise, for a preconditioned trace."""
-        return frozenset() if self._optimizer is None else frozenset({"second_moment"})
+        """tr(PΣ) where there is a preconditioner."""
+        return frozenset() if self._optimizer is None else frozenset({"preconditioned_trace"})
 
     def bind(self, optimizer: Optimizer, effective_lr: Any = None, parameters: dict[str, Any] | None = None) -> None:
         """Take the optimizer's preconditioner, if it has one, unless the user gave an effective lr: see `Controller.bind`."""

@@ -37,7 +37,9 @@ class GradientMoments:
         by_group: {index of the parameter group: its GradientMoments}, when there are several groups.
         by_parameter: {name: ‖g_i‖² of that parameter, [s]}, on request.
         parameter_grad_sq_norms, parameter_dots: ‖g‖² {name: number} and ⟨g_i, g⟩ {name: [s]} of each parameter alone, with by_parameter; the latter with dots.
-        second_moment: {name: Σ_i g_i² over the measured samples, elementwise, of the parameter's shape}, on request.
+        second_moment: {name: Σ_i g_i² over the measured samples, elementwise, of the parameter's shape}, on request; or, weighed by a preconditioner P,
+            {name: Σ P∘Σ_i g_i², a number}.
+        preconditioned: with the latter, {name: Σ P∘g²/‖g‖², ‖g‖² over all parameters}; NaN where there is no P yet.
         dots: ⟨g_i, g⟩ [s], on request. With them T̂ is never negative, and far steadier where s < m and the signal is strong.
         weights: w_i [s], float64, where the samples weigh unequally; None for all 1. They need dots.
         corrections: factors [s] on the terms of T̂ where accumulated passes had unequal sizes; None for all 1.
@@ -66,6 +68,7 @@ class GradientMoments:
     parameter_grad_sq_norms: dict[str, float] = field(default_factory=dict)
     parameter_dots: dict[str, Tensor] = field(default_factory=dict)
     second_moment: dict[str, Tensor] = field(default_factory=dict)
+    preconditioned: dict[str, Tensor] = field(default_factory=dict)
     dots: Tensor | None = None
     weights: Tensor | None = None
     corrections: Tensor | None = None

@@ -48,6 +48,7 @@ class BackwardPass:
         indices: the measured rows [s], or None for all.
         second_moments: {parameter name: Σ_i contribution_i²}, on request.
         dots: for each probe row ⟨contribution of sample i, the step's finished gradient⟩ [s], or None where no parameter of the row took part; on request.
+        preconditioned: with second moments weighed by P, in the last pass of a step {parameter name: Σ P∘g²/‖g‖²}, g the step's finished gradient.
         share: where processes share a batch, the part of the pass's samples over all processes that this one had.
     """
 
@@ -57,6 +58,7 @@ class BackwardPass:
     second_moments: dict[str, Tensor] = field(default_factory=dict)
     dots: list[Tensor | None] | None = None
     share: float = 1.0
+    preconditioned: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def whole(self) -> float:
@@ -133,6 +135,7 @@ def pool_passes(
         parameter_grad_sq_norms=dict(zip(row_names, batch_norms, strict=True)) if row_names else {},
         parameter_dots=dict(zip(row_names, dots, strict=True)) if row_names and dots is not None else {},
         second_moment=_second_moments(passes, per_pass),
+        preconditioned=passes[-1].preconditioned,
         **common,
     )
 

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 # One pass over an element in memory (read, and write in part), in multiply-adds.
 PASS = 4.0
 # Python, dispatch and small tensors of one layer's tap in one step; the same layer's share of a plain step.
+# What is measured beside norms and needs Σ g_i² of every layer.
+SQUARES = frozenset({"second_moment", "preconditioned_trace"})
 CALL, PLAIN_CALL = 2.5e6, 5e6
 # torch.func costs that many calls.
 RUN_AGAIN_CALLS = 16
@@ -72,7 +74,7 @@ class LayerCost:
             >>> LayerCost(training=30.0, listening=12.0, taking=1.0).measuring(samples=8, measured=8)
             8.0
         """
-        squares = "second_moment" in measures
+        squares = not measures.isdisjoint(SQUARES)
         listening, taking = self.listening, self.taking
         if "dots" in measures:
             listening += self.product
@@ -167,7 +169,7 @@ class StepCost:
         """What measuring `measured` samples (None: all) adds."""
         measured = samples if measured is None else min(measured, samples)
         layers = sum(layer.measuring(samples, measured, self.measures) + CALL * layer.calls for layer in self.layers)
-        return layers + PASS * self.numel / 2 + 2 * PASS * self.numel * ("second_moment" in self.measures)
+        return layers + PASS * self.numel / 2 + 2 * PASS * self.numel * (not self.measures.isdisjoint(SQUARES))
 
     def share(self, samples: int, measured: int | None = None) -> float:
         """measuring/plain; without seen layers a constant."""

@@ -45,6 +45,11 @@ class Factor:
         """Elementwise Σ_n G_n², [*shape]: a sum over the samples, not a mean."""
         raise NotImplementedError
 
+    def preconditioned_trace(self, preconditioner: Tensor) -> Tensor:
+        """Σ P∘Σ_n G_n², a number, with P [*shape]; the second moment lives no longer than this call."""
+        moment = self.second_moment()
+        return (moment * preconditioner.to(moment.dtype)).sum()
+
     def dot(self, other: Tensor) -> Tensor:
         """Inner products ⟨G_n, other⟩, [N], with other [*shape]."""
         raise NotImplementedError
@@ -88,6 +93,9 @@ class Outer(Factor):
 
     def second_moment(self) -> Tensor:
         return kernels.outer_second_moment(self.right, self.left)
+
+    def preconditioned_trace(self, preconditioner: Tensor) -> Tensor:
+        return kernels.preconditioned_trace(self.right, self.left, preconditioner)
 
     def dot(self, other: Tensor) -> Tensor:
         return kernels.outer_dot(self.right, self.left, other)

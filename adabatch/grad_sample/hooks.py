@@ -17,6 +17,7 @@ from torch.autograd import Variable
 
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import BackwardPass, check_arguments, pool_passes
+from adabatch.grad_sample import passes
 from adabatch.grad_sample.attach import plan_layers, unwrap
 from adabatch.grad_sample.cost import StepCost, step_cost
 from adabatch.grad_sample.dots import HeldUses, check_not_compiled
@@ -24,18 +25,13 @@ from adabatch.grad_sample.loss_graph import unseen_uses
 from adabatch.grad_sample.loss_scale import LossScale
 from adabatch.grad_sample.passes import REENTRANT, add_uses, batch_size_of, check_all_seen, check_gradients_left, reported_parameters, warn_of_mixing
 from adabatch.grad_sample.placement import TapPlacer
+from adabatch.grad_sample.preconditioned import Preconditioner, SecondMoments, gradient_shares
 from adabatch.grad_sample.probe import INITIAL_CAPACITY, ProbeSet
 from adabatch.grad_sample.probe_rows import ProbeRows
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.sharing import Sharing
 from adabatch.grad_sample.taps import Stash, TapSite
 from adabatch.state import check_version
-
-NOTHING_MEASURED = (
-    "no measured backward pass since the last collect(). Possible causes: backward() was not called; the hooks are paused or removed; gradients were taken "
-    "with torch.autograd.grad or backward(inputs=...), which leave nothing to harvest (call loss.backward()); or the model was compiled and run before the "
-    "hooks were attached (attach first, or call torch._dynamo.reset())."
-)
 
 
 class GradSampleHooks:
@@ -57,6 +53,7 @@ class GradSampleHooks:
         layout: what adabatch.check found; without it the samples are assumed to lie along dimension 0 everywhere.
         per_parameter: also give the norms of each parameter (`by_parameter`).
         second_moment: also give Σ_i g_i², elementwise, of each parameter (`second_moment`).
+        preconditioner: parameter -> P of its shape, or None: give Σ P∘Σ_i g_i² of each parameter instead, a number (see adabatch.preconditioners).
         dots: also give ⟨g_i, g⟩ (`dots`), and with them a steadier trace, its standard error and interval. The measured rows of all layers' activations and
             output gradients are kept until the step's last backward pass has ended; not under torch.compile. Under DistributedDataParallel g is the gradient
             averaged over the processes, g_i are this process's samples.
@@ -96,6 +93,7 @@ class GradSampleHooks:
         layout: Any = None,
         per_parameter: bool = False,
         second_moment: bool = False,
+        preconditioner: Preconditioner | None = None,
         dots: bool = False,
         grad_scaler: Any = None,
     ):
@@ -111,6 +109,7 @@ class GradSampleHooks:
         self._probe_rows = ProbeRows(plan.parameters, param_groups, per_parameter)
         self._second_moment, self._dots, self._loss_scale = second_moment, dots, LossScale(grad_scaler)
         self._stash = Stash()
+        self._stash.second_moments = SecondMoments.wanted(plan.parameters, second_moment, preconditioner)
         self.sites = TapSite.all_of(plan, self._probe_rows.row_of, self._stash, getattr(layout, "layouts", {}))
         for site in self.sites:
             site.deferred |= dots
@@ -119,10 +118,10 @@ class GradSampleHooks:
         self._probes = ProbeSet(len(self._probe_rows), len(self.sites), capacity, torch.float64 if wide else torch.float32, self._row_sampler, on_complete)
         for name, parameter in plan.parameters.items():
             probe = self._probes.on(parameter.device)
-            if second_moment:
+            if self._stash.second_moments is not None:
                 probe.second_moment(name, parameter.shape)
         source = getattr(layout, "batch_size_source", None)
-        self._placer = TapPlacer(self.sites, plan.parameters, plan.traced, self._probes, self._row_sampler, self._stash, source, second_moment)
+        self._placer = TapPlacer(self.sites, plan.parameters, plan.traced, self._probes, self._row_sampler, self._stash, source)
         self._harvested_task = -1
         self._warned = False
         self.reset()
@@ -131,8 +130,9 @@ class GradSampleHooks:
 
     @property
     def measures(self) -> frozenset[str]:
-        """What is measured beside norms: 'dots', 'second_moment'."""
-        return frozenset(name for name, wanted in (("dots", self._dots), ("second_moment", self._second_moment)) if wanted)
+        """What is measured beside norms: 'dots', 'second_moment', 'preconditioned_trace' (which a second moment tells as well)."""
+        wanted = {"dots": self._dots, "second_moment": self._second_moment, "preconditioned_trace": self._stash.second_moments is not None}
+        return frozenset(name for name, measured in wanted.items() if measured)
 
     @property
     def enabled(self) -> bool:
@@ -172,7 +172,7 @@ class GradSampleHooks:
         norms, reports, moments = self._probes.drain(self._harvested_task)
         uses = self._stash.drain(self._harvested_task)
         batch_size = batch_size_of(reports, self.sites, self._placer.input_sizes)
-        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._second_moment, self._probes.bring_home)
+        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._stash.second_moments, self._probes.bring_home)
         for site in self.sites:
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
             site.calls = max(0, site.calls - round(float(reports[site.index, 0])))
@@ -190,6 +190,7 @@ class GradSampleHooks:
         if self._n_passes >= self.accumulate:
             check_gradients_left(seen, self.parameters, self.sites)
             self._grad_sq_norms = self.sharing.grad_sq_norms(self._probe_rows.groups)
+            self._passes[-1].preconditioned = gradient_shares(self._stash.second_moments)
             for step, held in zip(self._passes, self._held, strict=False):
                 step.dots = held.dots(self.parameters, self._probe_rows.row_of, self._probes.bring_home)
             self._held.clear()
@@ -208,7 +209,7 @@ class GradSampleHooks:
             ValueError: weights without dots or that do not fit the samples; a loss_scale that is no positive number, or beside a grad_scaler.
         """
         if not self._n_passes:
-            raise RuntimeError(NOTHING_MEASURED)
+            raise RuntimeError(passes.NOTHING_MEASURED)
         try:
             return self._pool(loss_scale, weights)
         finally:

@@ -9,9 +9,15 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from adabatch.grad_sample.preconditioned import SecondMoments
 from adabatch.grad_sample.taps import TapSite, Use
 from adabatch.grad_sample.uses import merge_uses
 
+NOTHING_MEASURED = (
+    "no measured backward pass since the last collect(). Possible causes: backward() was not called; the hooks are paused or removed; gradients were taken "
+    "with torch.autograd.grad or backward(inputs=...), which leave nothing to harvest (call loss.backward()); or the model was compiled and run before the "
+    "hooks were attached (attach first, or call torch._dynamo.reset())."
+)
 REENTRANT = "reentrant activation checkpointing cannot be measured: its backward passes run inside another. Use checkpoint(..., use_reentrant=False)"
 
 
@@ -20,19 +26,22 @@ def add_uses(
     moments: dict[str, Tensor],
     uses: Iterable[Use],
     row_of: dict[str, int],
-    second_moment: bool,
+    second_moments: SecondMoments | None,
     bring_home: Callable[[Tensor], Tensor],
 ) -> set[str]:
     """Square the stashed uses, parameter by parameter, into the rows; names of the parameters that had several uses."""
     grouped: dict[str, list] = {}
+    if second_moments is not None:
+        second_moments.finish(moments)
     for use in uses:
         grouped.setdefault(use.parameter, []).append(use.factor)
     for name, factors in grouped.items():
         merged = merge_uses(factors)
         row, value = row_of[name], bring_home(merged.sq_norms())
         norms[row] = value if norms[row] is None else norms[row] + value
-        if second_moment:
-            moments[name] = merged.second_moment()
+        value = None if second_moments is None else second_moments.of(name, merged)
+        if value is not None:
+            moments[name] = value
     return {name for name, factors in grouped.items() if len(factors) > 1}
 
 

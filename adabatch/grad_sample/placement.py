@@ -43,7 +43,6 @@ class TapPlacer:
         traced: names of those that belong to no site.
         probes, row_sampler, stash: where taps report.
         batch_size_source: where N is read from the model's inputs; None for dimension 0 of the first tensor.
-        second_moment: also report second moments.
 
     Attributes:
         enabled: whether forward passes are measured.
@@ -61,7 +60,6 @@ class TapPlacer:
         row_sampler: RowSampler,
         stash: Stash,
         batch_size_source: BatchSizeSource | None = None,
-        second_moment: bool = False,
     ):
         self.enabled, self.recomputing_task = True, -1
         self.input_sizes: set[int] = set()
@@ -69,7 +67,7 @@ class TapPlacer:
         self._sites, self._parameters, self._traced = sites, parameters, traced
         self._probes, self._row_sampler, self._stash = probes, row_sampler, stash
         stash.witness = FirstPassWitness(parameters)
-        self._source, self._second_moment = batch_size_source, second_moment
+        self._source = batch_size_source
         self._owners: dict[str, list[TapSite]] = {}
         for site in sites:
             for name in site.parameters.values():
@@ -248,7 +246,7 @@ class TapPlacer:
         n_samples = self._samples_in(site, output)
         rows, length = self._rows(n_samples, output.device)
         probe = self._probes.on(output.device)
-        tap = take if takes_over(site, layer, inputs, output, rows, n_samples, self._second_moment) else listen
+        tap = take if takes_over(site, layer, inputs, output, rows, n_samples, self._stash.second_moments is not None) else listen
         return tap(site, inputs, output, rows, n_samples, probe.report(site.index), self._extras(site, probe, length))
 
     @uncompiled
@@ -292,6 +290,7 @@ class TapPlacer:
 
     def _extras(self, site: TapSite, probe: Any, length: int) -> list[Tensor]:
         extras = [probe.row(row, length) for row in site.probe_rows]
-        if self._second_moment:
-            extras += [probe.second_moment(name, self._parameters[name].shape) for name in site.parameters.values()]
+        moments = self._stash.second_moments
+        if moments is not None:
+            extras += [probe.second_moment(name, moments.shape(name)) for name in site.parameters.values()]
         return extras

@@ -113,7 +113,7 @@ class Probe:
         self._outgrown: list[Tensor] = []
         self._task_of: dict[int, int] = {}
         self.reports = self._leaf(n_layers, 2)
-        self.second_moments: dict[str, Tensor] = {}
+        self.second_moments: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.capacity = 0
         self.grow(capacity)
 
@@ -173,12 +173,13 @@ class Probe:
                 self._layers[layer] = self.reports[layer]
         return self._layers[layer]
 
-    def second_moment(self, name: str, shape: torch.Size) -> Tensor:
-        """A leaf of a parameter's shape without memory of its own (stride 0) whose gradient is the parameter's second moment."""
-        if name not in self.second_moments:
+    def second_moment(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A leaf without memory of its own (stride 0) whose gradient is the parameter's second moment, or, with shape (), its weighed sum."""
+        key = (name, tuple(shape))
+        if key not in self.second_moments:
             leaf = torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
-            self.second_moments[name] = self._watched(leaf.requires_grad_())
-        return self.second_moments[name]
+            self.second_moments[key] = self._watched(leaf.requires_grad_())
+        return self.second_moments[key]
 
     def drain(self, task: int) -> tuple[list[Tensor | None], Tensor | None, dict[str, Tensor]]:
         """Hand over the gradients of one backward pass (row norms, reports, second moments) and clear them, with what other passes left."""
@@ -187,8 +188,8 @@ class Probe:
             outgrown = self._take(leaf, task)
             if outgrown is not None:
                 rows[index % self.n_rows] = outgrown
-        moments = {name: self._take(leaf, task) for name, leaf in self.second_moments.items()}
-        return rows, self._take(self.reports, task), {name: moment for name, moment in moments.items() if moment is not None}
+        moments = [(name, self._take(leaf, task)) for (name, _), leaf in self.second_moments.items()]
+        return rows, self._take(self.reports, task), {name: moment for name, moment in moments if moment is not None}
 
     def _take(self, leaf: Tensor, task: int) -> Tensor | None:
         grad, leaf.grad = leaf.grad, None
