@@ -14,10 +14,11 @@ from adabatch import kernels
 from adabatch.grad_sample.conv import symmetric_padding
 from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.layouts import Layout
+from adabatch.grad_sample.taking_norm import can_take_norm, take_norm
 from adabatch.grad_sample.taps import DOUBLE_BACKWARD, TapSite, keep_uses, report_of, sums_by_row
 from adabatch.kernels.chunks import accumulation_dtype
 
-TAKEN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TAKEN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm)
 # Decisions remembered for each layer; what activation checkpointing runs again must get the tap that it had, whatever came between.
 MOST_SHAPES = 256
 
@@ -29,7 +30,7 @@ def takes_over(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor, 
     checkpointing runs again gets the tap that it had.
     """
     if torch.compiler.is_compiling():
-        return rows is None and _is_known(site, layer, inputs, output)
+        return rows is None and _is_known(site, layer, inputs, output, True)
     key = (inputs.shape, output.shape, n_samples if rows is None else len(rows))
     if torch._C._current_graph_task_id() == -1:
         site.shapes = tuple(_samples_first(site, tensor, n_samples) for tensor in (inputs, output))
@@ -37,9 +38,11 @@ def takes_over(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor, 
             if len(site.pays) >= MOST_SHAPES:
                 site.pays.clear()
                 site.taken.clear()
-            site.pays[key] = layer_cost(layer, *site.shapes).takes(n_samples, key[2])
-        known = not (second_moment and rows is not None) and _is_known(site, layer, inputs, output)
+            site.pays[key] = isinstance(layer, nn.GroupNorm) or layer_cost(layer, *site.shapes).takes(n_samples, key[2])
+        known = not (second_moment and rows is not None) and _is_known(site, layer, inputs, output, rows is None)
         site.takes = site.taken[key] = known and site.pays[key]
+    elif isinstance(layer, nn.GroupNorm):
+        return False
     return site.taken.get(key, site.takes)
 
 
@@ -48,12 +51,14 @@ def _samples_first(site: TapSite, tensor: Tensor, n_samples: int) -> tuple[int, 
     return tuple(tensor.shape) if site.layout is Layout.BATCH_FIRST else (n_samples, tensor.numel() // max(1, n_samples))
 
 
-def _is_known(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor) -> bool:
+def _is_known(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor, all_rows: bool) -> bool:
     if not isinstance(layer, TAKEN) or site.deferred or site.layout is Layout.SHARED or not output.requires_grad:
         return False
     own = {name: parameter for name, parameter in layer._parameters.items() if parameter is not None}
     if own.keys() != site.parameters.keys() or not all(parameter.requires_grad for parameter in own.values()):
         return False
+    if isinstance(layer, nn.GroupNorm):
+        return all_rows and site.layout is Layout.BATCH_FIRST and can_take_norm(layer, inputs, output)
     if isinstance(layer, nn.Linear):
         return inputs.dim() > 2 or (inputs.dim() == 2 and site.layout is not Layout.BATCH_FIRST)
     return site.layout is Layout.BATCH_FIRST and inputs.dim() == len(layer.kernel_size) + 2 and symmetric_padding(layer) is not None
@@ -61,6 +66,8 @@ def _is_known(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor) -
 
 def take(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, n_samples: int, report: Tensor, extras: list[Tensor]) -> Tensor:
     """The layer's output behind a taking tap."""
+    if isinstance(site.layer, nn.GroupNorm):
+        return take_norm(site, inputs, output, report, extras)
     saved = inputs.detach()
     if saved.dtype != output.dtype:
         saved = saved.to(output.dtype)  # what autocast ran the layer with, and would have saved
