@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from adabatch.controllers.base import Controller, check_positive, ratio
-from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.averages import MovingAverage, student_quantile
+from adabatch.estimators.confidence import NO_INTERVAL, fieller
 from adabatch.estimators.moments import GradientMoments
 
 
@@ -64,6 +65,13 @@ class AdaDamp(Controller):
         if self.start is None:
             return float(self.batch_size)
         return ratio(self.batch_size * (self.start - self.f_star), loss - self.f_star)
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """By the error of the smoothed loss alone, as if F₀ were known: see `Controller.proposal_interval`."""
+        if self.start is None:
+            return NO_INTERVAL
+        above, quantile = self.average.average - self.f_star, student_quantile(level, self.average.freedom)
+        return fieller(self.batch_size * (self.start - self.f_star), above, (0.0, self.average.std_error() ** 2), 0.0, quantile)
 
 
 class PadaDamp(Controller):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from adabatch.controllers.base import Controller, check_choice, check_positive
+from adabatch.controllers.base import Controller, check_choice, check_positive, interval_of
 from adabatch.coupling import rule_of_optimizer
 from adabatch.estimators.moments import GradientMoments
 
@@ -122,6 +122,15 @@ class Annealed(Controller):
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         """The size that holds the lr, or the cap, in samples; at the end of a decay to 0 the cap, without one infinity."""
         cap = math.inf if self.cap is None else float(self.cap.propose(moments, loss=loss, lr=lr) if self.parts else self.cap)
+        return self._capped(cap)
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """That of a measured cap, as far as the growing size reaches into it; none where the cap is not measured: see `Controller.proposal_interval`."""
+        low, high = interval_of(self.cap, level)
+        return (low, high) if math.isnan(low) else (self._capped(low), self._capped(high))
+
+    def _capped(self, cap: float) -> float:
+        """The growing size, or the cap, which is not below B₀."""
         decayed = self.step_per_sample ** (1 / self._exponent)
         grown = self.batch_size / decayed if decayed > 0 else math.inf
         return min(grown, max(cap, float(self.batch_size)))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 
 from adabatch.controllers.base import Controller, check_positive, ratio
+from adabatch.estimators.averages import MovingAverage, student_quantile
+from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, fieller
 from adabatch.estimators.moments import GradientMoments
+
+UNDECAYED = 1 - 1e-12  # of a moving average that is a mean
 
 
 class GradientDiversity(Controller):
@@ -42,12 +46,13 @@ class GradientDiversity(Controller):
 
     needs_effective_lr = False
     arguments = ("delta", "epoch_samples")
-    saved = ("square_norms", "signals", "wish", "samples", "epoch", "decided_at")
+    saved = ("square_norms", "signals", "joint", "decided", "wish", "samples", "epoch", "decided_at")
 
     def __init__(self, delta: float = 1.0, epoch_samples: int | None = None):
         check_positive(delta=delta, **({} if epoch_samples is None else {"epoch_samples": epoch_samples}))
         self.delta, self.epoch_samples = delta, epoch_samples
-        self.square_norms = self.signals = 0.0
+        self._begin()
+        self.decided: list[float] = []  # X, Y, V_X, V_Y, V_XY and the degrees of freedom of the epoch that the wish is of
         self.wish = math.nan
         self.samples = self.epoch = self.decided_at = 0
 
@@ -62,10 +67,25 @@ class GradientDiversity(Controller):
         Raises:
             ValueError: a batch of one has no variance.
         """
-        self.square_norms += moments.batch_size * moments.mean_sq_norm
-        self.signals += moments.batch_size * moments.true_grad_sq_norm
+        self.joint.update((moments.mean_sq_norm, moments.batch_size), (moments.true_grad_sq_norm, moments.batch_size))
         epochs = self.epoch if self.epoch_samples is None else self.samples // self.epoch_samples
         if epochs > self.decided_at:
-            self.wish, self.decided_at = ratio(self.delta * self.square_norms, self.signals), epochs
-            self.square_norms = self.signals = 0.0
+            norms, signals = self.square_norms, self.signals
+            self.wish, self.decided_at = ratio(self.delta * norms.average, signals.average), epochs
+            errors = [norms.std_error() ** 2, signals.std_error() ** 2, self.joint.covariance()]
+            self.decided = [norms.average, signals.average, *errors, signals.freedom]
+            self._begin()
         return float(moments.batch_size) if math.isnan(self.wish) else self.wish
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """That of the last finished epoch's ratio; none before one has ended: see `Controller.proposal_interval`."""
+        if not self.decided:
+            return NO_INTERVAL
+        norms, signals, of_norms, of_signals, both, freedom = self.decided
+        variances = self.delta**2 * of_norms, of_signals
+        return fieller(self.delta * norms, signals, variances, self.delta * both, student_quantile(level, freedom))
+
+    def _begin(self) -> None:
+        """Plain means over the epoch to come."""
+        self.square_norms, self.signals = MovingAverage(UNDECAYED), MovingAverage(UNDECAYED)
+        self.joint = JointAverages(self.square_norms, self.signals)

@@ -112,7 +112,8 @@ def test_estimates_converge_to_the_truth():
         for step, *_ in runs(problem, starts(1), [16] * steps, seed=2):
             for name, average in averages.items():
                 average.update(float(step[name][0]), 16)
-        truths = {"trace": problem.trace, "signal": problem.grad_sq_norm(starts(1))[0], "weighted": problem.preconditioned_trace, "loss": problem.loss(starts(1))[0]}
+        signal, loss = problem.grad_sq_norm(starts(1))[0], problem.loss(starts(1))[0]
+        truths = {"trace": problem.trace, "signal": signal, "weighted": problem.preconditioned_trace, "loss": loss}
         for name, truth in truths.items():
             assert abs(averages[name].average - truth) < 3 * averages[name].std_error()
         errors[window] = {name: average.std_error() / truths[name] for name, average in averages.items()}
