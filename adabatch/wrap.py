@@ -92,8 +92,8 @@ def wrap(
         group: where a process group is initialised: the processes that share each batch, a ProcessGroup or DeviceMesh; default all. All sizes are then those
             of the whole batch. Every process calls wrap with the same arguments.
         comm_hook, comm_state: for 'cross_rank', a communication hook of DistributedDataParallel's that averages (compresses) in place of the default.
-        scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, ladder, spill, short_batch, coupling, base_batch_size, scale_betas,
-            diagnostics.
+        scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, confidence, ladder, spill, short_batch, coupling, base_batch_size,
+            scale_betas, diagnostics.
 
     Returns:
         (optimizer, loader, scheduler): the optimizer itself, or around it one that waits for the last micro-batch; the adaptive loader to iterate over; and
