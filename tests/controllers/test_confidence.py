@@ -9,10 +9,13 @@ from scipy import stats
 
 from adabatch import CABS, GradientMoments
 from adabatch.controllers import (
+    AdaDamp,
     AdaScale,
+    Annealed,
     AtLeast,
     AtMost,
     Average,
+    GradientDiversity,
     InnerProductTest,
     Monotone,
     NoiseScale,
@@ -140,6 +143,38 @@ def test_after_one_step_nothing_is_known(make):
     rule = make()
     Run(steps=1).feed(rule)
     assert rule.proposal_interval() == (0.0, math.inf)
+
+
+def test_diversity_has_the_interval_of_its_last_epoch():
+    rule, run = GradientDiversity(delta=0.5, epoch_samples=20 * 56), Run(steps=75)
+    wish = run.feed(rule)
+    used = run.moments[:60]  # 20 times 8 + 32 + 16 samples
+    x, y, sizes = (np.array([getattr(moments, name) for moments in used], float) for name in ("mean_sq_norm", "true_grad_sq_norm", "batch_size"))
+    p = sizes / sizes.sum()
+    assert wish == pytest.approx(0.5 * (p @ x) / (p @ y))
+    lost = 1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum()
+    quantile = stats.t.ppf(0.95, sizes.sum() ** 2 / (sizes**2).sum() - 1)
+    for end in rule.proposal_interval(0.9):
+        spread = (p**2 * (x - p @ x - 2 * end * (y - p @ y)) ** 2).sum() / lost
+        assert (p @ x - 2 * end * (p @ y)) ** 2 == pytest.approx(quantile**2 * spread, rel=1e-5)
+
+
+def test_adadamp_by_the_error_of_its_loss():
+    rule, run = AdaDamp(16, f_star=0.5, initial_loss=3.0, smoothing=SMOOTHING), Run()
+    run.feed(rule)
+    low, high = rule.average.interval(0.9)
+    assert rule.proposal_interval(0.9) == pytest.approx((16 * 2.5 / (high - 0.5), 16 * 2.5 / (low - 0.5)))
+
+
+def test_annealed_takes_its_caps_interval_as_far_as_it_reaches():
+    cap, rule, run = NoiseScale(smoothing=SMOOTHING), Annealed(1200, 4, cap=NoiseScale(smoothing=SMOOTHING), rule="linear"), Run()
+    run.feed(cap)
+    wish = run.feed(rule)
+    low, high = cap.proposal_interval()
+    grown = 4 / rule.step_per_sample
+    assert rule.proposal_interval() == (min(grown, max(low, 4.0)), min(grown, high))
+    assert rule.proposal_interval()[0] <= wish <= rule.proposal_interval()[1]
+    assert all(math.isnan(end) for end in interval_of(Annealed(100, 4, cap=8, rule="linear")))
 
 
 def test_combinations_combine_the_ends():
