@@ -17,6 +17,16 @@ SPILL = (None, "lr")
 CHECKED_STEPS, CHECKED_EVERY = 10, 50  # measured steps whose loss graph is looked at: the first ones, and then some
 
 
+def check_scalar(loss: Tensor) -> None:
+    """Refuse a tensor of several values.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if loss.numel() != 1:
+        raise ValueError(f"step() takes the scalar loss of the step, got a tensor of shape {tuple(loss.shape)}: reduce it first, e.g. losses.mean()")
+
+
 def scalar_loss(loss: Tensor | float) -> float:
     """A step's loss as a number.
 
@@ -28,8 +38,8 @@ def scalar_loss(loss: Tensor | float) -> float:
         >>> scalar_loss(0.5)
         0.5
     """
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(f"step() takes the scalar loss of the step, got a tensor of shape {tuple(loss.shape)}: reduce it first, e.g. losses.mean()")
+    if isinstance(loss, Tensor):
+        check_scalar(loss)
     try:
         return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
     except (TypeError, ValueError) as error:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adabatch.arguments import scalar_loss
+from adabatch.arguments import check_scalar, scalar_loss
+from adabatch.host_copies import is_remote
 
 
 class LossPool:
@@ -25,24 +26,32 @@ class LossPool:
 
     def __init__(self, loader: Any, summed: bool):
         self._micro, self._summed = getattr(loader, "micro_batches", None), summed
-        self._attempt, self._total, self._calls = -1, 0.0, 0
+        self._attempt, self._calls = -1, 0
+        self._total: Tensor | float = 0.0
 
-    def pool(self, loss: Tensor | float) -> float | None:
-        """Take one loss; the batch's, or None while micro-batches of it are to come.
+    def pool(self, loss: Tensor | float) -> Tensor | float | None:
+        """Take one loss; the batch's, or None while micro-batches of it are to come. One on an accelerator is not read: the result is a tensor there.
 
         Raises:
             ValueError, TypeError: not a scalar.
         """
         micro = self._micro
         if micro is None or micro.count == 1:
-            return scalar_loss(loss)
+            return _taken(loss)
         if self._attempt != micro.attempt:
             self._attempt, self._total, self._calls = micro.attempt, 0.0, 0
         self._calls += 1
-        self._total += scalar_loss(loss) * (1 if self._summed or self._is_only(micro) else micro.size)
+        self._total = self._total + _taken(loss) * (1 if self._summed or self._is_only(micro) else micro.size)
         if not micro.is_last:
             return None
         return self._total if self._summed or self._is_only(micro) else self._total / micro.batch_size
 
     def _is_only(self, micro: Any) -> bool:
         return micro.is_last and self._calls == 1
+
+
+def _taken(loss: Tensor | float) -> Tensor | float:
+    if not is_remote(loss):
+        return scalar_loss(loss)
+    check_scalar(loss)
+    return loss.detach().reshape(()).clone()  # it may be overwritten before it is read, by a compiled step for instance

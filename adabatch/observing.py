@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from adabatch.arguments import scalar_loss
+from adabatch.host_copies import HostCopies
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Observation:
         base_lr: the lr of the last optimizer step without any factor; None before one.
         epoch: how many epochs have ended.
         seconds: since the step before; NaN for the first one.
+        copies: of the loss, under way.
 
     Example:
         >>> seen = Observation(step=0, loss=0.5, moments=None, delivered=0, batch_size=16, lrs=[0.1], base_lr=None, epoch=0, seconds=0.01)
@@ -42,9 +44,13 @@ class Observation:
     base_lr: float | None
     epoch: int
     seconds: float
+    copies: HostCopies | None = None
 
     def settle(self) -> None:
-        """Turn loss and moments into numbers."""
+        """Turn loss and moments into numbers; where they are on their way from an accelerator, this waits for them."""
+        if self.copies is not None:
+            self.copies.wait()
+            self.copies = None
         self.loss = scalar_loss(self.loss)
         if hasattr(self.moments, "moments"):
             self.moments = self.moments.moments()
@@ -58,6 +64,29 @@ class Observation:
     def samples(self) -> int:
         """Samples of the step: those the layers saw, or else those delivered, or else those asked for."""
         return self.delivered or self.batch_size if self.moments is None else self.moments.batch_size
+
+
+class Arrival:
+    """The pipeline's first stage: the numbers of a step on an accelerator arrive on the host while the next step runs; others are there at once.
+
+    Example:
+        >>> seen = Observation(step=0, loss=0.5, moments=None, delivered=0, batch_size=16, lrs=[0.1], base_lr=None, epoch=0, seconds=0.01)
+        >>> Arrival().start(seen)
+        False
+    """
+
+    def start(self, observation: Observation) -> bool:
+        """Begin the copies; whether they are to be waited for."""
+        copies = observation.copies = HostCopies()
+        observation.loss = copies.add(observation.loss)
+        if copies.under_way or getattr(observation.moments, "lags", False):
+            return True
+        observation.settle()
+        return False
+
+    def finish(self, observation: Observation) -> None:
+        """Read them."""
+        observation.settle()
 
 
 class Stage(Protocol):

@@ -20,7 +20,7 @@ from adabatch.estimators.confidence import NO_INTERVAL
 from adabatch.estimators.unmeasured import Unmeasured
 from adabatch.grad_sample.cost import Measurement
 from adabatch.losses import LossPool
-from adabatch.observing import Observation, Pipeline, Stage
+from adabatch.observing import Arrival, Observation, Pipeline, Stage
 from adabatch.recording import Recorder, StepClock
 from adabatch.size_in_force import SizeInForce
 from adabatch.sizing import SizeRule
@@ -35,6 +35,9 @@ class BatchSizeScheduler:
     BASE effective lr: the one in param_groups, read at every step, so that any torch lr scheduler couples at once; with SGD's momentum
     lr·(1 − dampening)/(1 − momentum); with several groups Σ lr_k T_k / Σ T_k, T_k the group's variance trace (hooks made with param_groups=). Its wish is
     rounded half to even, then clipped to the bounds.
+
+    On an accelerator nothing waits for the numbers of a step: they are copied to the host while the next one runs, and decided on, recorded and checked when
+    step() is called again; flush() settles what is under way, and state_dict() calls it. On the CPU there is no such lag.
 
     NaN or infinite loss or moments, and a batch of one (it has no variance): the measurement is dropped and counted in the diagnostics, the size holds.
 
@@ -131,7 +134,7 @@ class BatchSizeScheduler:
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
         self._epochs, self._losses, self._clock = EpochCount(loader), LossPool(loader, self._summed), StepClock()
-        self._pipeline, self._recorder = Pipeline(), Recorder(self.diagnostics)
+        self._pipeline, self._recorder = Pipeline([Arrival()]), Recorder(self.diagnostics)
         factors = {"coupling": coupling, "base_batch_size": base_batch_size, "spill": spill, "short_batch": short_batch, "scale_betas": scale_betas}
         self._stepping = Stepping(optimizer, loader, self._base_lr, accumulate=self.accumulate, summed=self._summed, controller=self.controller, **factors)
         self._force = SizeInForce(loader, self.accumulate, first, self.size_rule.dwell)
@@ -239,7 +242,7 @@ class BatchSizeScheduler:
     def _observe(self, loss: Tensor | float, pooled: Tensor | float, given: dict[str, Any]) -> Observation:
         """Take what the step leaves behind, and make the hooks ready for the next one. Nothing here may wait for an accelerator."""
         self._stepping.restore()
-        moments = self.hooks.collect(**given) if self.hooks.enabled else None
+        moments = getattr(self.hooks, "observe", self.hooks.collect)(**given) if self.hooks.enabled else None
         if moments is not None:
             check_loss(self.hooks, loss, self.step_count)
         observation = Observation(

@@ -17,6 +17,7 @@ from torch.autograd import Variable
 from adabatch.data.micro import MicroBatches
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import LOSS_REDUCTIONS
+from adabatch.host_copies import HostCopies, scale_of
 from adabatch.state import check_version
 
 
@@ -92,7 +93,11 @@ class MicroBatchMoments:
         self._handles = [parameter.register_hook(functools.partial(_hear, own, index)) for index, parameter in enumerate(measured)]
 
     def collect(self, **given: Any) -> GradientMoments:
-        """Moments of the batch: of all its micro-batches.
+        """Moments of the batch: of all its micro-batches. Raises as observe()."""
+        return self.observe(**given).moments()
+
+    def observe(self, **given: Any) -> PendingMicroBatchMoments:
+        """As collect(), without waiting for an accelerator: call moments() on what it gives, a step later.
 
         Raises:
             RuntimeError: not one backward pass for each micro-batch.
@@ -106,16 +111,11 @@ class MicroBatchMoments:
                     f"{self._micro.count} micro-batches make this batch, and gradients came by for {sorted(self._sq_norms)}"
                     f"{', some of them more than once' if self._repeated else ''}: call loss.backward() once for each"
                 )
-            return self._moments()
+            summed = self.loss_reduction == "sum"
+            sums = [sum(self._sq_norms[part]) for part in range(len(self._sizes))]
+            return PendingMicroBatchMoments(self._sizes, sums, self._whole, self._scale, summed)
         finally:
             self.reset()
-
-    def _moments(self) -> GradientMoments:
-        sizes = self._sizes
-        summed = self.loss_reduction == "sum"
-        scales = [1 / (self._scale * (size if summed else 1)) for size in (*sizes, sum(sizes))]
-        sq_norms = [float(sum(self._sq_norms[part])) * scales[part] ** 2 for part in range(len(sizes))]
-        return moments_of_micro_batches(sizes, sq_norms, float(self._whole) * scales[-1] ** 2)
 
     def _hear(self, index: int, grad: Tensor) -> None:
         micro = self._micro
@@ -123,7 +123,7 @@ class MicroBatchMoments:
             return
         if not self._sq_norms:
             self._sizes = micro.sizes_now
-            self._scale = 1.0 if self._grad_scaler is None else float(self._grad_scaler.get_scale())
+            self._scale = 1.0 if self._grad_scaler is None else scale_of(self._grad_scaler)
         self._repeated |= (micro.index, index) in self._heard
         self._heard.add((micro.index, index))
         values = grad.detach().coalesce().values() if grad.is_sparse else grad.detach()
@@ -170,3 +170,33 @@ def _hear(reference: weakref.ref[MicroBatchMoments], index: int, grad: Tensor) -
     hooks = reference()
     if hooks is not None:
         hooks._hear(index, grad)
+
+
+class PendingMicroBatchMoments:
+    """Moments whose numbers may still be on their way from an accelerator.
+
+    Args:
+        sizes: b_j.
+        sq_norms: ‖contribution of micro-batch j‖².
+        whole: ‖g‖² of the batch, in the same scale.
+        scale: of the loss.
+        summed: the losses are sums over the samples.
+
+    Attributes:
+        lags: whether moments() waits for an accelerator.
+    """
+
+    def __init__(self, sizes: list[int], sq_norms: list[Tensor], whole: Tensor, scale: Tensor | float, summed: bool):
+        self._copies = HostCopies()
+        self._sizes, self._summed = sizes, summed
+        self._sq_norms = [self._copies.add(value) for value in sq_norms]
+        self._whole, self._scale = self._copies.add(whole), self._copies.add(scale)
+        self.lags = self._copies.under_way
+
+    def moments(self) -> GradientMoments:
+        """The moments."""
+        self._copies.wait()
+        sizes = self._sizes
+        scales = [1 / (float(self._scale) * (size if self._summed else 1)) for size in (*sizes, sum(sizes))]
+        sq_norms = [float(value) * scale**2 for value, scale in zip(self._sq_norms, scales, strict=False)]
+        return moments_of_micro_batches(sizes, sq_norms, float(self._whole) * scales[-1] ** 2)

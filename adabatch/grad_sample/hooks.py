@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 
 from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import BackwardPass, check_arguments, pool_passes
+from adabatch.estimators.pooling import BackwardPass, check_arguments
 from adabatch.grad_sample import passes
 from adabatch.grad_sample.attach import plan_layers, unwrap
 from adabatch.grad_sample.cost import StepCost, step_cost
 from adabatch.grad_sample.dots import HeldUses, check_not_compiled
+from adabatch.grad_sample.harvesting import LateChecks, check_now, queue_harvest
 from adabatch.grad_sample.loss_graph import unseen_uses
 from adabatch.grad_sample.loss_scale import LossScale
-from adabatch.grad_sample.passes import REENTRANT, add_uses, batch_size_of, check_all_seen, check_gradients_left, reported_parameters, warn_of_mixing
+from adabatch.grad_sample.passes import add_uses, batch_size_of, check_gradients_left
+from adabatch.grad_sample.pending import PendingMoments
 from adabatch.grad_sample.placement import TapPlacer
 from adabatch.grad_sample.preconditioned import Preconditioner, SecondMoments, gradient_shares
 from adabatch.grad_sample.probe import INITIAL_CAPACITY, ProbeSet
@@ -114,7 +115,7 @@ class GradSampleHooks:
         for site in self.sites:
             site.deferred |= dots
         wide = any(parameter.dtype == torch.float64 for parameter in plan.parameters.values())
-        on_complete = functools.partial(_queue_harvest, weakref.ref(self))
+        on_complete = functools.partial(queue_harvest, weakref.ref(self))
         self._probes = ProbeSet(len(self._probe_rows), len(self.sites), capacity, torch.float64 if wide else torch.float32, self._row_sampler, on_complete)
         for name, parameter in plan.parameters.items():
             probe = self._probes.on(parameter.device)
@@ -123,7 +124,7 @@ class GradSampleHooks:
         source = getattr(layout, "batch_size_source", None)
         self._placer = TapPlacer(self.sites, plan.parameters, plan.traced, self._probes, self._row_sampler, self._stash, source)
         self._harvested_task = -1
-        self._warned = False
+        self._mixing, self._seen = [False], set()
         self.reset()
         self._placer.attach(unwrap(model), self)
         self._attached = True
@@ -169,18 +170,18 @@ class GradSampleHooks:
             raise
 
     def _take_pass(self) -> None:
-        norms, reports, moments = self._probes.drain(self._harvested_task)
+        # On accelerators, after the first pass, the reports are read one step later.
+        late = self._placer.forward_sizes.without_waiting(self._probes.home, first=not self._seen)
+        norms, reports, moments = self._probes.drain(self._harvested_task, late)
         uses = self._stash.drain(self._harvested_task)
-        batch_size = batch_size_of(reports, self.sites, self._placer.input_sizes)
+        batch_size = batch_size_of(reports, self.sites, self._placer.input_sizes) if late is None else late
         repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._stash.second_moments, self._probes.bring_home)
         for site in self.sites:
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
-            site.calls = max(0, site.calls - round(float(reports[site.index, 0])))
-        if not self._warned:
-            self._warned = warn_of_mixing(reports, self.sites)
-        seen = reported_parameters(reports, self.sites, uses)
-        if not self._n_passes:
-            check_all_seen(seen, self.parameters)
+            site.calls = max(0, site.calls - round(float(reports[site.index, 0]))) if late is None else 0
+        seen = check_now(self, reports, uses) if late is None else set()
+        if late is not None:
+            self._late.append(LateChecks.of(reports, self, late, {use.parameter for use in uses}))
         self._n_passes += 1
         rows = self._row_sampler.rows(batch_size, self._probes.home)
         self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments, share=self.sharing.share)][-self.accumulate :]
@@ -208,6 +209,17 @@ class GradSampleHooks:
             RuntimeError: no measured backward pass, or another number of them than `accumulate`.
             ValueError: weights without dots or that do not fit the samples; a loss_scale that is no positive number, or beside a grad_scaler.
         """
+        return self.observe(loss_scale=loss_scale, weights=weights).moments()
+
+    def observe(self, *, loss_scale: float | None = None, weights: Tensor | Sequence[float] | None = None) -> PendingMoments:
+        """As collect(), without waiting for an accelerator: its numbers are copied while training goes on. Call moments() on what it gives, a step later.
+
+        On an accelerator the first measured backward pass is checked at once, and waits; the checks of the others raise in moments(). So does every pass
+        of a compiled model, of which only the device knows how many samples it had.
+
+        Raises:
+            RuntimeError: no measured backward pass, or another number of them than `accumulate`.
+        """
         if not self._n_passes:
             raise RuntimeError(passes.NOTHING_MEASURED)
         try:
@@ -215,24 +227,16 @@ class GradSampleHooks:
         finally:
             self.reset()
 
-    def _pool(self, loss_scale: float | None, weights: Tensor | Sequence[float] | None) -> GradientMoments:
+    def _pool(self, loss_scale: float | None, weights: Tensor | Sequence[float] | None) -> PendingMoments:
         if self._n_passes != self.accumulate:
             raise RuntimeError(
                 f"saw {self._n_passes} backward passes since the last collect(), but accumulate={self.accumulate}: pass accumulate=k for k backward passes per "
                 "step, and pause the hooks (hooks.paused()) around backward passes that do not belong to it"
             )
         rows = self._probe_rows
-        return pool_passes(
-            self._passes,
-            self._grad_sq_norms,
-            loss_reduction=self.loss_reduction,
-            loss_scale=self._loss_scale.factor(loss_scale),
-            group_of_row=rows.group_of_row,
-            row_names=rows.names,
-            weights=weights,
-            by_samples=self.by_samples,
-            world_size=self.sharing.world_size,
-        )
+        options = {"loss_reduction": self.loss_reduction, "group_of_row": rows.group_of_row, "row_names": rows.names, "weights": weights}
+        options |= {"by_samples": self.by_samples, "world_size": self.sharing.world_size}
+        return PendingMoments(self._passes, self._grad_sq_norms, self._loss_scale.noted(loss_scale), self._late, options)
 
     def check_loss(self, loss: Tensor) -> None:
         """Check that the differentiated loss reaches the measured parameters through their layers alone. Cheap: the graph is walked down to the taps only.
@@ -251,11 +255,13 @@ class GradSampleHooks:
         """Forget what was measured since the last collect(), e.g. after a backward pass that failed half way, and draw new rows."""
         self._passes: list[BackwardPass] = []
         self._held: list[HeldUses] = []
+        self._late: list[LateChecks] = []
         self._loss_scale.clear()
         self._n_passes = 0
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self._placer.recomputing_task = -1
         self._placer.input_sizes.clear()
+        self._placer.forward_sizes.clear()
         self._row_sampler.redraw()
         self._stash.drain(-1)
         self._probes.drain(-1)
@@ -285,18 +291,3 @@ class GradSampleHooks:
         """Continue from a state_dict()."""
         check_version(state, 2, "GradSampleHooks")
         self._row_sampler.load_state_dict(state["rows"])
-
-
-def _queue_harvest(reference: weakref.ref[GradSampleHooks], reports: Tensor) -> None:
-    """Called when the reports' gradient is complete. The parameters' gradients may not be: DDP's own last callback is queued before the second of ours."""
-    hooks = reference()
-    task = torch._C._current_graph_task_id()
-    if hooks is None or not hooks._attached or task == hooks._harvested_task:
-        return
-    recomputing, hooks._placer.recomputing_task = hooks._placer.recomputing_task, -1
-    if recomputing not in (-1, task):
-        hooks.reset()
-        raise RuntimeError(REENTRANT)
-    hooks._harvested_task = task
-    engine = Variable._execution_engine
-    engine.queue_callback(lambda: engine.queue_callback(hooks._harvest))

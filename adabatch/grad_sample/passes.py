@@ -82,7 +82,7 @@ def warn_of_mixing(reports: Tensor, sites: Sequence[TapSite]) -> bool:
         warnings.warn(
             f"{', '.join(mixing)}: batch normalization in train mode mixes the samples of a batch. What is measured is each sample's contribution to the "
             "gradient: contributions add up to it exactly, but their variance is a proxy of the variance over fresh batches, and usually larger.",
-            stacklevel=7,  # the caller of loss.backward()
+            stacklevel=8,  # the caller of loss.backward()
         )
     return bool(mixing)
 

@@ -19,6 +19,7 @@ from adabatch.grad_sample.calls import ModuleCall, RecurrentCall, uncompiled
 from adabatch.grad_sample.compiled import is_compiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.entering import batch_size_of_inputs, carries_samples, row_dim
+from adabatch.grad_sample.harvesting import ForwardSizes
 from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.probe import ProbeSet
 from adabatch.grad_sample.recipes import Consumption
@@ -48,6 +49,7 @@ class TapPlacer:
         enabled: whether forward passes are measured.
         input_sizes: of all dimensions of the tensors that the model was called with since this was last cleared; empty where layouts are given.
         operation_shapes: {name: shape of the last output} of the operations on traced parameters, for the cost model.
+        forward_sizes: N of the taps placed since the last backward pass.
         recomputing_task: the backward pass in which activation checkpointing last ran a layer again, or -1.
     """
 
@@ -63,6 +65,7 @@ class TapPlacer:
     ):
         self.enabled, self.recomputing_task = True, -1
         self.input_sizes: set[int] = set()
+        self.forward_sizes = ForwardSizes()
         self.operation_shapes: dict[str, tuple[int, ...]] = {}
         self._sites, self._parameters, self._traced = sites, parameters, traced
         self._probes, self._row_sampler, self._stash = probes, row_sampler, stash
@@ -285,6 +288,7 @@ class TapPlacer:
 
     def _rows(self, n_samples: int, device: torch.device) -> tuple[Tensor | None, int]:
         self._probes.on(device).reserve(n_samples)
+        self.forward_sizes.note(n_samples)
         rows = self._row_sampler.rows(n_samples, device)
         return rows, n_samples if rows is None else rows.shape[0]
 

@@ -63,17 +63,22 @@ class ProbeSet:
         for device in self._probes:
             self._row_sampler.reserve(self._capacity, device)
 
-    def drain(self, task: int) -> tuple[list[Tensor | None], Tensor, dict[str, Tensor]]:
-        """Hand over one backward pass: row norms [s] or None per row, reports [n_layers, 2] on the host, second moments by name."""
+    def drain(self, task: int, n_samples: int | None = None) -> tuple[list[Tensor | None], Tensor, dict[str, Tensor]]:
+        """Hand over one backward pass: row norms [s] or None per row, reports [n_layers, 2], second moments by name.
+
+        Without n_samples it is read from the reports, which are then on the host: on an accelerator that waits.
+        """
         norms: list[Tensor | None] = [None] * self._n_rows
-        reports = torch.zeros(self._n_layers, 2)
+        here = self.home if n_samples is not None else torch.device("cpu")
+        reports = torch.zeros(self._n_layers, 2, device=here)
         moments: dict[str, Tensor] = {}
         for probe in self._probes.values():
             rows, seen, second = probe.drain(task)
             if seen is None:
                 continue
-            length = rows_measured(seen, self._row_sampler.samples)
-            reports = reports + seen.cpu()
+            samples = self._row_sampler.samples
+            length = rows_measured(seen, samples) if n_samples is None else min(n_samples, samples or n_samples)
+            reports = reports + seen.to(here)
             moments.update(second)
             for index, row in enumerate(rows):
                 if row is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adabatch.host_copies import to_device
+
 
 class RowSampler:
     """Chooses S of N rows as those with the S smallest of N random keys.
@@ -49,10 +51,10 @@ class RowSampler:
         if capacity > self._capacity:
             # Drawn keys stay: a graph that is still to be differentiated, or checkpointed, has chosen its rows by them.
             self._host_keys = torch.cat((self._host_keys, self._draw(capacity - self._capacity)))
-            self._keys = {device: self._host_keys.to(device) for device in self._keys}
+            self._keys = {device: to_device(self._host_keys, device) for device in self._keys}
             self._capacity = capacity
         if device not in self._keys:
-            self._keys[device] = self._host_keys.to(device)
+            self._keys[device] = to_device(self._host_keys, device)
 
     def choose(self, samples: int | None) -> None:
         """Measure `samples` rows from now on."""
@@ -66,7 +68,7 @@ class RowSampler:
             return
         self._before_draws, self._draws = self._generator.get_state(), []
         self._host_keys = self._draw(self._capacity)
-        self._keys = {device: self._host_keys.to(device) for device in self._keys}
+        self._keys = {device: to_device(self._host_keys, device) for device in self._keys}
 
     def _draw(self, count: int) -> Tensor:
         self._draws.append(count)
@@ -86,6 +88,6 @@ class RowSampler:
             return
         self._host_keys = torch.cat([self._draw(count) for count in state["draws"]])
         self._capacity = len(self._host_keys)
-        self._keys = {device: self._host_keys.to(device) for device in self._keys}
+        self._keys = {device: to_device(self._host_keys, device) for device in self._keys}
         for device in self._keys:
             self.reserve(room, device)

@@ -1,0 +1,68 @@
+"""Copies of an accelerator's numbers on the host that nothing on the step path waits for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Set by tests: treat the CPU as an accelerator, whose numbers may only be read a step later.
+LAGS_ON_CPU = False
+
+
+def is_remote(value: Any) -> bool:
+    """Whether reading the value, or what lies on a device, makes the host wait for an accelerator.
+
+    Example:
+        >>> is_remote(torch.zeros(1)), is_remote(0.5)
+        (False, False)
+    """
+    device = value if isinstance(value, torch.device) else getattr(value, "device", None)
+    return isinstance(device, torch.device) and (device.type != "cpu" or LAGS_ON_CPU)
+
+
+class HostCopies:
+    """Copies that are under way: started at once, to be read after wait().
+
+    Example:
+        >>> copies = HostCopies()
+        >>> value = copies.add(torch.ones(2))
+        >>> copies.wait()
+        >>> value.tolist()
+        [1.0, 1.0]
+    """
+
+    def __init__(self) -> None:
+        self.under_way = False
+        self._events: dict[torch.device, Any] = {}
+
+    def add(self, value: Any) -> Any:
+        """The value on the host, valid after wait(); what lies there already, or is no tensor, as it is."""
+        if not is_remote(value):
+            return value
+        self.under_way = True
+        if not value.is_cuda:
+            return value.detach().to("cpu", copy=True)
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        host.copy_(value.detach(), non_blocking=True)
+        # After the last copy on each device; an event is cheap.
+        self._events[value.device] = torch.cuda.current_stream(value.device).record_event()
+        return host
+
+    def wait(self) -> None:
+        """Wait until all copies have arrived."""
+        for event in self._events.values():
+            event.synchronize()
+        self._events.clear()
+
+
+def scale_of(grad_scaler: Any) -> Tensor | float:
+    """A GradScaler's scale at this moment; on an accelerator a copy of the tensor that holds it, for get_scale() would wait."""
+    held = getattr(grad_scaler, "_scale", None)
+    return held.detach().clone() if is_remote(held) else float(grad_scaler.get_scale())
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on a device, without waiting."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
