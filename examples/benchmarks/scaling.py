@@ -90,7 +90,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, help="of the speed table, or 'small' (default d; with --quick small)")
     parser.add_argument("--processes", help="numbers of processes with commas between (default 1,2,3,4; with --quick 2)")
-    parser.add_argument("--rounds", type=int, help="steps of each method, at least 7 (default 15; with --quick 7)")
+    parser.add_argument("--rounds", type=int, help="steps of each method, at least 7 (default 11; with --quick 7)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads of each process (default 1)")
     parser.add_argument("--latency", type=float, default=5e-6, help="seconds a hop of the network to extrapolate to (default 5e-6, an assumption)")
     parser.add_argument("--bandwidth", type=float, default=25e9, help="bytes a second of one of its links (default 25e9, an assumption)")
@@ -101,7 +101,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/scaling"))
     options = parser.parse_args(arguments)
     options.model = options.model or ("small" if options.quick else "d")
-    options.rounds = options.rounds or (7 if options.quick else 15)
+    options.rounds = options.rounds or (7 if options.quick else 11)
     options.processes = [int(world) for world in (options.processes or ("2" if options.quick else "1,2,3,4")).split(",")]
     if options.rounds < 7 or min(options.processes) < 1:
         parser.error("--rounds must be at least 7, and --processes at least 1")

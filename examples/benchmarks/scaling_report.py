@@ -64,7 +64,8 @@ def _all_reduces(found: dict[str, Any]) -> str:
         return "## Fitted\n\nNo fit: too few all-reduces were timed (it needs two processes or more).\n"
     names = list(found["fits"])
     constants = [_constants(f"{name}, all runs", fit) for name, fit in found["fits"].items()]
-    constants += [_constants(f"{name}, a core each", fit) for name, fit in found["fits_with_a_core_each"].items()]
+    if found["fits_with_a_core_each"] != found["fits"]:
+        constants += [_constants(f"{name}, a core each", fit) for name, fit in found["fits_with_a_core_each"].items()]
     rows = [
         [
             *(str(point["world"]), str(point["length"]), f"{point['median'] * 1e6:.0f} ({point['min'] * 1e6:.0f} to {point['max'] * 1e6:.0f})"),
