@@ -8,7 +8,10 @@ from torch import Tensor
 # Two cores with 2 MiB of second-level cache between them: products of 1 to 4 MiB a chunk ran fastest, smaller ones paid for their calls.
 CHUNK_BYTES = 4 * 2**20
 
-__all__ = ["CHUNK_BYTES", "accumulation_dtype", "sample_chunks"]
+# On a CPU one float32 sum of two million squares is 8e-5 too small: many small terms meet a large sum.
+LONGEST_SUM = 2**14
+
+__all__ = ["CHUNK_BYTES", "accumulation_dtype", "row_sq_norms", "sample_chunks"]
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -44,3 +47,20 @@ def sample_chunks(numel_per_sample: int, dtype: torch.dtype, *tensors: Tensor, l
     if longest is not None:
         length = min(length, longest)
     return list(zip(*(tensor.split(length) for tensor in tensors), strict=True))
+
+
+def row_sq_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ over all dimensions but the first of rows², [N]; the squares are never stored, whatever the input's type. Long sums on a CPU take two stages.
+
+    Args:
+        rows: [N, ...].
+        dtype: in which to add.
+
+    Example:
+        >>> row_sq_norms(torch.ones(2, 3, 4), torch.float32)
+        tensor([12., 12.])
+    """
+    shape = rows.shape[1:]
+    if rows.dim() > 2 and rows.device.type == "cpu" and shape.numel() > LONGEST_SUM:
+        rows = torch.linalg.vector_norm(rows.flatten(2), dim=2, dtype=dtype)
+    return torch.linalg.vector_norm(rows.reshape(rows.shape[0], rows.shape[1:].numel()), dim=1, dtype=dtype).square()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adabatch.kernels import operators, reference
-from adabatch.kernels.chunks import CHUNK_BYTES, accumulation_dtype, sample_chunks
+from adabatch.kernels.chunks import CHUNK_BYTES, accumulation_dtype, row_sq_norms, sample_chunks
 from adabatch.kernels.cpu_conv import conv_grads, conv_gram_is_cheaper, conv_gram_sq_norms, weight_grad
 
 __all__ = [
@@ -183,7 +183,7 @@ def conv_sq_norms(
         grads = _window_products(activations, backprops, kernel, stride, padding, dilation, dtype)
     else:
         grads = conv_grads(activations, backprops, weight_shape, stride, padding, dilation, groups)
-    return torch.cat([torch.linalg.vector_norm(chunk.flatten(1), dim=1).square() for chunk in grads])
+    return torch.cat([row_sq_norms(chunk, chunk.dtype) for chunk in grads])
 
 
 def _window_products(
@@ -212,7 +212,7 @@ def _moments(grads: Iterator[Tensor], samples: int, total: Tensor, second_moment
                 total += grad
         else:
             total += chunk.sum(0)
-        sq_norms[start : start + count] = torch.linalg.vector_norm(chunk.flatten(1), dim=1).square()
+        sq_norms[start : start + count] = row_sq_norms(chunk, chunk.dtype)
         start += count
         if second is not None:
             second += chunk.square_().sum(0)

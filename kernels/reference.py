@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from adabatch.kernels.chunks import accumulation_dtype, sample_chunks
+from adabatch.kernels.chunks import accumulation_dtype, row_sq_norms, sample_chunks
 from adabatch.kernels.reference_conv import conv_dot, conv_grad_sample, conv_second_moment, conv_sq_norms
 from adabatch.kernels.reference_moments import affine_grad_sample, affine_sq_norms, conv_weight_grad_moments, preconditioned_trace, weight_grad_moments
 
@@ -60,7 +60,7 @@ def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
     dtype = accumulation_dtype(activations, backprops)
     positions, width_in, width_out = activations.shape[1], activations.shape[2], backprops.shape[2]
     if positions == 1:
-        return _sq_norms(activations, dtype) * _sq_norms(backprops, dtype)
+        return row_sq_norms(activations, dtype) * row_sq_norms(backprops, dtype)
     gram = positions * (width_in + width_out) < width_in * width_out
     numel = 2 * positions**2 if gram else width_in * width_out
     sq_norms = []
@@ -69,7 +69,7 @@ def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
         if gram:
             sq_norms.append((torch.bmm(a_NTI, a_NTI.mT) * torch.bmm(b_NTO, b_NTO.mT)).sum((1, 2)))
         else:
-            sq_norms.append(_sq_norms(torch.bmm(b_NTO.mT, a_NTI), dtype))
+            sq_norms.append(row_sq_norms(torch.bmm(b_NTO.mT, a_NTI), dtype))
     return torch.cat(sq_norms)
 
 
@@ -138,9 +138,9 @@ def embedding_sq_norms(ids: Tensor, backprops: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype(backprops)
     if ids.shape[1] == 1:
-        return _sq_norms(backprops, dtype)
+        return row_sq_norms(backprops, dtype)
     chunks = sample_chunks(backprops.shape[1] * backprops.shape[2], dtype, ids, backprops)
-    return torch.cat([_sq_norms(_slot_sums(ids_NT, b_NTD, dtype)[1], dtype) for ids_NT, b_NTD in chunks])
+    return torch.cat([row_sq_norms(_slot_sums(ids_NT, b_NTD, dtype)[1], dtype) for ids_NT, b_NTD in chunks])
 
 
 def embedding_second_moment(ids: Tensor, backprops: Tensor, num_embeddings: int) -> Tensor:
@@ -199,7 +199,7 @@ def dense_sq_norms(grad: Tensor) -> Tensor:
         >>> dense_sq_norms(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
         tensor([25.,  1.])
     """
-    return _sq_norms(grad, accumulation_dtype(grad))
+    return row_sq_norms(grad, accumulation_dtype(grad))
 
 
 def dense_second_moment(grad: Tensor) -> Tensor:
@@ -226,11 +226,6 @@ def dense_dot(grad: Tensor, other: Tensor) -> Tensor:
     dtype = accumulation_dtype(grad, other)
     chunks = sample_chunks(other.numel(), dtype, grad)
     return torch.cat([rows.reshape(rows.shape[0], other.numel()).to(dtype) @ other.reshape(-1).to(dtype) for (rows,) in chunks])
-
-
-def _sq_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ over all dimensions but the first of rows²; the squares are never stored, whatever the input's type."""
-    return torch.linalg.vector_norm(rows.reshape(rows.shape[0], math.prod(rows.shape[1:])), dim=1, dtype=dtype).square()
 
 
 def _slot_sums(ids: Tensor, backprops: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adabatch.kernels.chunks import accumulation_dtype, sample_chunks
+from adabatch.kernels.chunks import accumulation_dtype, row_sq_norms, sample_chunks
 
 __all__ = ["conv_dot", "conv_grad_sample", "conv_second_moment", "conv_sq_norms"]
 
@@ -46,7 +46,7 @@ def conv_sq_norms(
     sq_norms = []
     for a, b in sample_chunks(math.prod(weight_shape), dtype, activations, backprops, longest=LONGEST_CHUNK):
         grads = conv_grad_sample(a, b, weight_shape, stride, padding, dilation, groups)
-        sq_norms.append(torch.linalg.vector_norm(grads.flatten(1), dim=1).square())
+        sq_norms.append(row_sq_norms(grads, dtype))
     return torch.cat(sq_norms)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adabatch.kernels.chunks import accumulation_dtype, sample_chunks
+from adabatch.kernels.chunks import accumulation_dtype, row_sq_norms, sample_chunks
 from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
 
 __all__ = ["affine_grad_sample", "affine_sq_norms", "conv_weight_grad_moments", "preconditioned_trace", "weight_grad_moments"]
@@ -177,7 +177,7 @@ def _moments(grads, weight_grad: Tensor, second_moment: bool) -> tuple[Tensor, T
     sq_norms = []
     for chunk in grads:
         weight_grad += chunk.sum(0)
-        sq_norms.append(torch.linalg.vector_norm(chunk.flatten(1), dim=1).square())
+        sq_norms.append(row_sq_norms(chunk, chunk.dtype))
         if second is not None:
             second += chunk.square_().sum(0)
     return weight_grad, torch.cat(sq_norms), second

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from adabatch.grad_sample.grad_norms import grad_sq_norms
 from adabatch.kernels import cpu, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}
@@ -88,3 +89,17 @@ def test_scale_and_shift(shape, dtype, channels_first):
         close(actual.double(), wanted, TOLERANCE[dtype])
     for actual, wanted in zip(cpu.affine_sq_norms(a, b, None, None), expected, strict=True):
         close(actual.double(), wanted.square().sum(1), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("module", [cpu, reference], ids=["cpu", "reference"])
+def test_norms_of_millions_of_elements_are_exact(module):
+    """One float32 sum of so many squares would be 8e-5 too small."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 40, 1536), torch.randn(2, 40, 1536)
+    expected = torch.einsum("nto,nti->noi", b.double(), a.double()).flatten(1).square().sum(1)
+    close(module.weight_grad_moments(a, b, second_moment=True)[1].double(), expected, 1e-6)
+    grads = torch.randn(2, 1536, 1536)
+    close(reference.dense_sq_norms(grads).double(), grads.double().flatten(1).square().sum(1), 1e-6)
+    parameter = torch.nn.Parameter(grads[0])
+    parameter.grad = grads[1]
+    close(grad_sq_norms([[parameter]]).double(), grads[1].double().square().sum().view(1), 1e-6)
