@@ -15,11 +15,16 @@ from adabatch.distributed.agreement import check_same, facts_of_model, plain
 from adabatch.distributed.ranks import Ranks, ranks_of
 from adabatch.distributed.stage import GlobalSums
 from adabatch.distributed.weights import OutputWeights
+from adabatch.grad_sample.grad_norms import is_sharded
 from adabatch.grad_sample.sharing import Sharing
 
 OTHER_SHARE = (
     "the loader gives this process part {rank} of {world_size}, but it is number {own_rank} of the {own_size} that share each batch: build it with "
     "AdaptiveDataLoader(..., rank={own_rank}, world_size={own_size}), or pass a plain DataLoader to adabatch.wrap"
+)
+SHARDED_OTHERWISE = (
+    "these parameters are sharded over another number of processes than the {world} that share each batch, as tensor parallelism does, and their gradients "
+    "cannot be measured: {names}. Use a controller that measures nothing (controllers.Scheduled), or shard over the processes of group= alone (fully_shard)"
 )
 
 
@@ -102,6 +107,9 @@ class DataParallel:
 
     def join(self, model: nn.Module, hooks: Any, scheduler: Any, *, of_processes: bool) -> None:
         """Let the model's outputs be weighed, and the scheduler decide on the sums over all processes."""
+        foreign = [name for name, parameter in hooks.parameters.items() if is_sharded(parameter) and parameter.device_mesh.size() != self.ranks.world_size]
+        if foreign:
+            raise ValueError(SHARDED_OTHERWISE.format(world=self.ranks.world_size, names=", ".join(foreign[:10])))
         weights = OutputWeights(model, self.sharing)
         hooks.sharing = self.sharing
 

@@ -110,7 +110,7 @@ class CrossRankMoments:
 
     def _moments(self) -> GradientMoments:
         world, share, m = self.sharing.world_size, self.sharing.share_of(self.accumulate), self.sharing.size_of(self.accumulate)
-        summed, scale = self.loss_reduction == "sum", self._loss_scale.factor(None)
+        summed, scale = self.loss_reduction == "sum", self._loss_scale.noted(None).factor()
         own = 1 / (scale * world * (share * m if summed else share))
         whole = 1 / (scale * (m if summed else 1))
         sq_norm = float(sum(part.double().cpu() for part in self._parts.values())) * own**2

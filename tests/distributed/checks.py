@@ -164,3 +164,11 @@ def cross_rank_is_unbiased(folder: Path) -> None:
 def two_micro_batches_without_no_sync_cannot_be_told_apart(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="no_sync"):
         train("ddp", estimator="cross_rank", max_micro_batch_size=2, steps=1)
+
+
+def same_with_adam(folder: Path) -> None:
+    """CABS by tr(PΣ)."""
+    options = {"adam": True, "steps": 20, "samples": 1999, "max_batch_size": 400, "controller": lambda: adabatch.CABS(scale=300.0)}
+    expected = train("alone", **options)
+    for how in ("ddp", "fsdp"):
+        assert_same(train(how, **options), expected, tolerance=1e-4)

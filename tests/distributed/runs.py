@@ -65,7 +65,8 @@ def train(how: str, steps: int = 50, *, accumulate: int = 1, loss_reduction: str
     lr = options.pop("lr", 0.05 if loss_reduction == "mean" else 0.002)
     parameters, groups = list(model.parameters()), options.pop("groups", 1)
     groups = [{"params": parameters}] if groups == 1 else [{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.5 * lr}]
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.5)
+    adam = options.pop("adam", False)
+    optimizer = torch.optim.AdamW(groups, lr=0.2 * lr) if adam else torch.optim.SGD(groups, lr=lr, momentum=0.5)
     settings = {"controller": options.pop("controller", lambda: adabatch.CABS(scale=40.0))(), "min_batch_size": 7, "max_batch_size": 40} | options
     if "measured" in settings:
         settings["samples"] = settings.pop("measured")
