@@ -149,7 +149,7 @@ class ChunkBuffer:
     def fill(self, size: int) -> int:
         """Wait until `size` samples are here or no more come; the smaller of `size` and what is here."""
         while self._held < size:
-            reply = next(self.replies, None)
+            reply = self._next()
             if reply is None:
                 break
             reply = self._received(reply)
@@ -157,6 +157,14 @@ class ChunkBuffer:
                 self._parts.append((reply.batch, 0, reply.n))
                 self._held += reply.n
         return min(size, self._held)
+
+    def _next(self) -> Reply | None:
+        try:
+            return next(self.replies, None)
+        except (ConnectionError, EOFError) as error:
+            if not hasattr(self.replies, "_workers") or "in DataLoader worker process" in str(error):
+                raise  # the data set's own
+            raise RuntimeError("a DataLoader worker exited unexpectedly while it handed over a batch: was it killed, or out of memory?") from error
 
     def take(self, size: int) -> Any:
         """A batch of the next `size` samples, which must be here."""

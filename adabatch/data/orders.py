@@ -11,8 +11,8 @@ from torch.utils.data import IterableDataset, RandomSampler, Sampler, SubsetRand
 
 from adabatch.data.permutation import KeyedPermutation
 
-# Indices worked out at a time: enough to make NumPy's cost per call small, few enough for the first batch to come at once.
-_BLOCK = 1024
+# Indices worked out at a time: few for the first batch to come at once, then enough to make NumPy's cost per call small.
+_FIRST_BLOCK, _BLOCK = 1024, 8192
 # Samplers of torch's that draw a new order each time.
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -26,7 +26,8 @@ def indices(positions: range, permutation: KeyedPermutation | None) -> Iterator[
     """
     if permutation is None:
         return iter(positions)
-    return chain.from_iterable(permutation(positions[at : at + _BLOCK]).tolist() for at in range(0, len(positions), _BLOCK))
+    later = (permutation(positions[at : at + _BLOCK]).tolist() for at in range(_FIRST_BLOCK, len(positions), _BLOCK))
+    return chain.from_iterable(chain((permutation(part).tolist() for part in (positions[:_FIRST_BLOCK],)), later))
 
 
 def is_stateful(sampler: Any) -> bool:

@@ -13,6 +13,8 @@ _ROUNDS = 16
 _MASK = 2**64 - 1
 # The increment and the multipliers of splitmix64.
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_U64_GOLDEN, _U64_MIX_1, _U64_MIX_2 = np.uint64(_GOLDEN), np.uint64(_MIX_1), np.uint64(_MIX_2)
+_U64_27, _U64_30, _U64_31, _U64_32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
 
 
 class KeyedPermutation:
@@ -117,17 +119,18 @@ def _mix(z: int) -> int:
 
 def _rotate(values: np.ndarray, modulus: np.uint64, other: np.ndarray, key: np.uint64) -> np.ndarray:
     """(values + an offset hashed from ``other``) mod ``modulus``: one round, undone by subtracting the same offset."""
-    z = other * np.uint64(_GOLDEN)
+    z = other * _U64_GOLDEN
     z += key
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(_MIX_1)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(_MIX_2)
-    z ^= z >> np.uint64(31)
+    shifted = z >> _U64_30
+    z ^= shifted
+    z *= _U64_MIX_1
+    z ^= np.right_shift(z, _U64_27, out=shifted)
+    z *= _U64_MIX_2
+    z ^= np.right_shift(z, _U64_31, out=shifted)
     # Scaling the upper half is far cheaper than a modulo, and its bias, modulus / 2³², is far below what any order can show.
-    z >>= np.uint64(32)
+    z >>= _U64_32
     z *= modulus
-    z >>= np.uint64(32)
+    z >>= _U64_32
     z += values
     # Below the modulus the difference wraps to a huge number, so the smaller one is the residue.
-    return np.minimum(z, z - modulus)
+    return np.minimum(z, np.subtract(z, modulus, out=shifted), out=z)

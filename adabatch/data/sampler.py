@@ -92,6 +92,8 @@ class ResizableBatchSampler(Sampler[list[int]]):
         self.sampler = None if sampler is None else checked_sampler(sampler)
         self._num_samples = sample_count(data_source) if sampler is None else None
         self.processes = Processes(rank, world_size)
+        # Whether the epoch's length is known beforehand and kept to.
+        self.is_sized = sampler is None or (world_size > 1 and not isinstance(sampler, StreamOrder))
         if world_size > 1 and not isinstance(sampler, StreamOrder):
             self.processes.check_epoch(check_shared(sampler) if sampler is not None else self._num_samples)
         self.batch_size = batch_size
@@ -112,7 +114,8 @@ class ResizableBatchSampler(Sampler[list[int]]):
 
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
-        self._batch_size = self.processes.check_size(batch_size)
+        valid = type(batch_size) is int and batch_size >= self.processes.world_size  # a loop may set it for every batch
+        self._batch_size = batch_size if valid else self.processes.check_size(batch_size)
 
     @property
     def epoch(self) -> int:
@@ -252,11 +255,6 @@ class ResizableBatchSampler(Sampler[list[int]]):
     def _draws(self, size: int) -> int:
         """Samples of this process in the next batch; one at least, see Processes.positions."""
         return size if self.processes.world_size == 1 else max(min(1, size), self.processes.share(self._position, size))
-
-    @property
-    def is_sized(self) -> bool:
-        """Whether the epoch's length is known beforehand and kept to."""
-        return self._num_samples is not None or (self.processes.world_size > 1 and not isinstance(self.sampler, StreamOrder))
 
     # AdaptiveDataLoader draws through these itself, and counts what it delivers: position and recent are then those of delivered batches.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 _MASK = 2**64 - 1
-# Reading the state of Python's generator takes as long as fetching several samples, so that in the training process it is not done for every batch.
+# Looking whether generators have moved takes as long as fetching several samples, so that it is not done for every batch.
 _LOOK_EVERY = 1024
 
 
@@ -39,8 +39,7 @@ class SampleSeeds:
     Samples are fetched at once first; if a generator has moved, the data set is random, and those and all later samples are fetched one by one,
     that generator seeded before each by mix(stream, position). In the training process the generators are given back as they were.
 
-    Python's ``random`` is looked at for every chunk in a worker; in the training process, where that is slow, for the first 1,024 samples and once in
-    so many after them.
+    Generators are looked at for the first 1,024 samples and once in so many after them.
 
     Args:
         in_worker: whether this process fetches and does nothing else.
@@ -55,6 +54,7 @@ class SampleSeeds:
 
     def __init__(self, in_worker: bool):
         self._sources = (_Torch(), _NumPy(), _PythonInWorker() if in_worker else _Python())
+        self._unwatched = -_LOOK_EVERY
 
     def fetch(
         self,
@@ -67,25 +67,33 @@ class SampleSeeds:
     ) -> list[Any]:
         """The samples of these indices, at the positions start, start + stride, … of the order."""
         first, second, third = self._sources
+        looks = self._looks(len(indices))
         while True:
             used = [source for source in self._sources if source.used]
-            first.begin(len(indices)), second.begin(len(indices)), third.begin(len(indices))
+            if not used and not looks:
+                return fetch_all(indices)
+            first.begin(looks), second.begin(looks), third.begin(looks)
             try:
                 if used:
                     samples = [self._fetch_seeded(used, fetch_one, mix(stream, start + row * stride), index) for row, index in enumerate(indices)]
                 else:
                     samples = fetch_all(indices)
-                moved = first.find(), second.find(), third.find()
+                moved = (first.find(), second.find(), third.find()) if looks else ()
             finally:
                 first.end(), second.end(), third.end()
             if True not in moved:
                 return samples
 
+    def _looks(self, count: int) -> bool:
+        looks = self._unwatched <= 0 or self._unwatched >= _LOOK_EVERY
+        self._unwatched = (min(self._unwatched, 1) if looks else self._unwatched) + count
+        return looks
+
     def seeded(self, key: int, run: Callable[[], Any]) -> Any:
         """run(), all three generators seeded with `key` before it and given back after it."""
         for source in self._sources:
             source.used = True
-            source.begin(0)
+            source.begin(True)
         try:
             return self._fetch_seeded(self._sources, lambda _: run(), key, None)
         finally:
@@ -104,8 +112,8 @@ class _Torch:
 
     used = False
 
-    def begin(self, count: int) -> None:
-        self._before = torch.default_generator.get_state()
+    def begin(self, looks: bool) -> None:
+        self._before = torch.default_generator.get_state() if self.used or looks else None
 
     def find(self) -> bool:
         if self.used:
@@ -117,7 +125,8 @@ class _Torch:
         torch.default_generator.manual_seed(key)
 
     def end(self) -> None:
-        torch.default_generator.set_state(self._before)
+        if self.used and self._before is not None:
+            torch.default_generator.set_state(self._before)
 
 
 class _NumPy:
@@ -128,7 +137,7 @@ class _NumPy:
     def __init__(self):
         self._own, self._twin = np.random.MT19937(0), np.random.MT19937(0)
 
-    def begin(self, count: int) -> None:
+    def begin(self, looks: bool) -> None:
         self._theirs = np.random.get_bit_generator()
         np.random.set_bit_generator(self._own)
 
@@ -146,13 +155,10 @@ class _NumPy:
 
 
 class _Python:
-    def __init__(self):
-        self.used, self._unwatched = False, -_LOOK_EVERY
+    used = False
 
-    def begin(self, count: int) -> None:
-        looked_at = self.used or self._unwatched <= 0 or self._unwatched >= _LOOK_EVERY
-        self._before = random.getstate() if looked_at else None
-        self._unwatched = (min(self._unwatched, 1) if looked_at else self._unwatched) + count
+    def begin(self, looks: bool) -> None:
+        self._before = random.getstate() if self.used or looks else None
 
     def find(self) -> bool:
         if self.used:
@@ -179,7 +185,7 @@ class _PythonInWorker:
         random.seed(seed)
         self._twin = random.Random(seed)
 
-    def begin(self, count: int) -> None:
+    def begin(self, looks: bool) -> None:
         pass
 
     def find(self) -> bool:

@@ -1,0 +1,167 @@
+"""Samples per second of AdaptiveDataLoader beside torch's DataLoader, and how long a new batch size takes to arrive.
+
+    python examples/benchmarks/loader.py --out out/loader
+    python examples/benchmarks/loader.py --quick
+
+Ratios are of passes over the same data taken in turn with torch's DataLoader at the constant size: above 1 is faster. Workers are started beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import adabatch
+
+ASKED = {"constant": 0.95, "changing": 0.9}
+# Around the constant size, and no two neighbours equal; their mean is 1.
+CHANGES = (0.5, 1.5, 0.75, 1.25, 0.9, 1.1)
+
+
+class Cheap(Dataset):
+    """A row of a tensor and its label, some microseconds a sample."""
+
+    seconds = 6e-6
+
+    def __init__(self, n: int):
+        self.rows, self.labels = torch.randn(n, 64), torch.arange(n)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.rows[index], self.labels[index]
+
+
+class Costly(Cheap):
+    """A picture cut out of a larger one at random, turned round at random and scaled: ten times a cheap sample and more."""
+
+    seconds = 6e-5
+
+    def __init__(self, n: int):
+        self.rows, self.labels = torch.randint(0, 256, (n, 3, 40, 40), dtype=torch.uint8), torch.arange(n)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        top, left, turned = torch.randint(0, 9, (3,)).tolist()
+        picture = self.rows[index][:, top : top + 32, left : left + 32]
+        return (picture.flip(2) if turned < 4 else picture).float().div_(255).sub_(0.5), self.labels[index]
+
+
+def pass_through(loader: Any, sizes: Iterable[int]) -> float:
+    """Seconds that all batches of an epoch take, asked for in these sizes."""
+    sizes = iter(sizes)
+    adaptive = isinstance(loader, adabatch.AdaptiveDataLoader)
+    begin = time.perf_counter()
+    if adaptive:
+        loader.batch_size = next(sizes)
+        for _ in loader:
+            loader.batch_size = next(sizes)
+    else:
+        for _ in loader:
+            pass
+    return time.perf_counter() - begin
+
+
+def throughput(kind: type, workers: int, batch_size: int, seconds: float, repeats: int) -> dict:
+    """Ratios of ours to torch's, at a constant size and at one that changes with every batch."""
+    samples = min(200_000, max(4 * batch_size, int(seconds / kind.seconds)))
+    data = kind(samples)
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    loaders = {"torch": DataLoader(data, batch_size, shuffle=True, **options)}
+    loaders |= {name: adabatch.AdaptiveDataLoader(data, batch_size, True, **options) for name in ASKED}
+    changing = [max(1, round(batch_size * change)) for change in CHANGES]
+    sizes: dict[str, Callable[[], Iterable[int]]] = {name: lambda: cycle([batch_size]) for name in loaders} | {"changing": lambda: cycle(changing)}
+    times: dict[str, list[float]] = {name: [] for name in loaders}
+    order = list(loaders)
+    for repeat in range(-1, repeats):
+        turn = repeat % len(order)
+        for name in order[turn:] + order[:turn]:
+            taken = pass_through(loaders[name], sizes[name]())
+            if repeat >= 0:
+                times[name].append(taken)
+    setting = {"samples": kind.__name__.lower(), "workers": workers, "batch_size": batch_size}
+    speed = samples / sorted(times["torch"])[repeats // 2]
+    ratios = {name: sorted(plain / own for own, plain in zip(times[name], times["torch"], strict=True)) for name in ASKED}
+    return {**setting, "torch_samples_per_second": speed, **ratios}
+
+
+class Chosen:
+    """The usual batch sampler whose size is set from outside: workers have drawn ahead with the old one."""
+
+    def __init__(self, n: int, batch_size: int):
+        self.n, self.batch_size = n, batch_size
+
+    def __iter__(self):
+        at = 0
+        while at < self.n:
+            yield list(range(at, min(at + self.batch_size, self.n)))
+            at += self.batch_size
+
+
+def delay(workers: int, prefetch: int, adaptive: bool, pause: float = 0.005) -> dict:
+    """Batches and seconds from asking for four times the size to getting it, in a loop whose steps take `pause` seconds."""
+    data = Costly(20_000)
+    options = {"num_workers": workers, "prefetch_factor": prefetch} if workers else {}
+    sampler = Chosen(len(data), 32)
+    loader = adabatch.AdaptiveDataLoader(data, 32, **options) if adaptive else DataLoader(data, batch_sampler=sampler, **options)
+    asked_at, asked_after = 0.0, 20
+    for index, (inputs, _) in enumerate(loader):
+        time.sleep(pause)
+        if index == asked_after:
+            asked_at = time.perf_counter()
+            (loader if adaptive else sampler).batch_size = 128
+        elif index > asked_after and len(inputs) == 128:
+            taken = time.perf_counter() - pause - asked_at
+            setting = {"loader": "ours" if adaptive else "batch_sampler", "workers": workers, "prefetch_factor": prefetch}
+            return {**setting, "late_batches": index - asked_after - 1, "seconds": taken}
+    raise RuntimeError("the size asked for never came")
+
+
+def tables(rows: list[dict], delays: list[dict]) -> str:
+    """Markdown."""
+    lines = ["| samples | workers | batch | torch, samples/s | ours, constant | ours, changing |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [f"{row[name][len(row[name]) // 2]:.3f} ({row[name][0]:.2f} to {row[name][-1]:.2f})" for name in ASKED]
+        lines.append(f"| {row['samples']} | {row['workers']} | {row['batch_size']} | {row['torch_samples_per_second']:,.0f} | {' | '.join(cells)} |")
+    lines += ["", f"Median (least to most) of {len(rows[0]['constant'])} ratios to torch; asked {ASKED['constant']} and {ASKED['changing']}.", ""]
+    lines += ["| loader | workers | prefetch_factor | batches of the old size after asking | seconds until the new one |", "|---|---|---|---|---|"]
+    lines += [f"| {row['loader']} | {row['workers']} | {row['prefetch_factor']} | {row['late_batches']} | {row['seconds']:.3f} |" for row in delays]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/loader"))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of a pass over the data, about (default 0.3)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 256, 4096])
+    parser.add_argument("--samples", choices=["cheap", "costly"], nargs="+", default=["cheap", "costly"])
+    parser.add_argument("--quick", action="store_true", help="three short passes of few settings, to see that it runs")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.repeats, options.seconds, options.batch_sizes = 3, 0.02, [16, 256]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kinds = {"cheap": Cheap, "costly": Costly}
+    settings = [(kinds[name], workers, size) for name in options.samples for workers in options.workers for size in options.batch_sizes]
+    rows = [throughput(*setting, options.seconds, options.repeats) for setting in settings]
+    shapes = [(workers, prefetch) for workers in options.workers for prefetch in ((2,) if options.quick or not workers else (2, 4))]
+    delays = [delay(*shape, adaptive) for shape in shapes for adaptive in (False, True)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    setting = {"torch": torch.__version__, "repeats": options.repeats, "seconds": options.seconds, "asked": ASKED}
+    (options.out / "loader.json").write_text(json.dumps({"setting": setting, "throughput": rows, "delays": delays}, indent=1))
+    (options.out / "loader.md").write_text(tables(rows, delays))
+    print(tables(rows, delays))
+
+
+if __name__ == "__main__":
+    main()
