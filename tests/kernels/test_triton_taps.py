@@ -49,7 +49,10 @@ def asked(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"samples": 3}, {"second_moment": True}, {"preconditioner": torch.Tensor.exp}], ids=["all", "some", "second moments", "weighed"])
+WAYS = {"all": {}, "some": {"samples": 3}, "second moments": {"second_moment": True}, "weighed": {"preconditioner": torch.Tensor.exp}}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_all_layers_are_measured_by_triton(asked, options, monkeypatch):
     torch.manual_seed(0)
     model = Both().to(DEVICE)
