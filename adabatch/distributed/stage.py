@@ -59,7 +59,8 @@ class GlobalSums:
         self.ranks, self.seconds = ranks, 0.0
         self._sharing, self._batches, self._summed, self._decision = sharing, batches, summed, decision
         self._of_processes, self._weights, self._waits = of_processes, weights, waits
-        self._under_way: list[tuple[Any, Mapping[str, Any]]] = []
+        # By number of the step: a loaded state drops observations that were waiting here.
+        self._under_way: dict[int, tuple[Any, Mapping[str, Any]]] = {}
 
     def start(self, observation: Observation) -> bool:
         """Send this process's numbers on their way; whether the sum is to be waited for in the next step."""
@@ -68,7 +69,7 @@ class GlobalSums:
         moments, decision = observation.moments, {**self._decision(), "lr": observation.lrs}
         if moments is not None:
             self.ranks.sum_tensors(list(moments.second_moment.values()))
-        self._under_way.append((self.ranks.start_sum(self._vector(observation, decision)), decision))
+        self._under_way[observation.step] = self.ranks.start_sum(self._vector(observation, decision)), decision
         if not self._waits:
             self.finish(observation)
         return self._waits
@@ -79,7 +80,7 @@ class GlobalSums:
         Raises:
             RuntimeError: on every process, where their decisions or their gradients differ.
         """
-        wait, decision = self._under_way.pop(0)
+        wait, decision = self._under_way.pop(observation.step)
         world = self.ranks.world_size
         loss, bad, rows, seconds, whole, square, *rest = wait()
         if not agree(rest[:CHECKSUM], world):

@@ -172,3 +172,12 @@ def same_with_adam(folder: Path) -> None:
     expected = train("alone", **options)
     for how in ("ddp", "fsdp"):
         assert_same(train(how, **options), expected, tolerance=1e-4)
+
+
+def same_one_step_later(folder: Path) -> None:
+    """Waited for in the next step, as with accelerators: the same records, each a step late, and a checkpoint in between loses none."""
+    fixed = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "every": 1, "steps": 12, "samples": 1999}
+    found, expected = train("ddp", **fixed, waits=True), train("alone", **fixed)
+    for name in ("step", "batch_size", "samples_seen", "loss", "variance_trace", "true_grad_sq_norm"):
+        here, there = ([getattr(record, name) for record in run["records"]] for run in (found, expected))
+        assert here == pytest.approx(there, rel=1e-5), name

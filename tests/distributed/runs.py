@@ -65,7 +65,7 @@ def train(how: str, steps: int = 50, *, accumulate: int = 1, loss_reduction: str
     lr = options.pop("lr", 0.05 if loss_reduction == "mean" else 0.002)
     parameters, groups = list(model.parameters()), options.pop("groups", 1)
     groups = [{"params": parameters}] if groups == 1 else [{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.5 * lr}]
-    adam = options.pop("adam", False)
+    adam, waits = options.pop("adam", False), options.pop("waits", False)
     optimizer = torch.optim.AdamW(groups, lr=0.2 * lr) if adam else torch.optim.SGD(groups, lr=lr, momentum=0.5)
     settings = {"controller": options.pop("controller", lambda: adabatch.CABS(scale=40.0))(), "min_batch_size": 7, "max_batch_size": 40} | options
     if "measured" in settings:
@@ -76,6 +76,8 @@ def train(how: str, steps: int = 50, *, accumulate: int = 1, loss_reduction: str
     optimizer, loader, scheduler = adabatch.wrap(
         model, optimizer, make_loader(samples=samples), accumulate=accumulate, loss_reduction=loss_reduction, group=own, **settings
     )
+    if waits:
+        scheduler._pipeline.stages[-1]._waits = True
     passes, losses = 0, []
     while scheduler.step_count < steps:
         for inputs, targets in loader:
@@ -90,8 +92,14 @@ def train(how: str, steps: int = 50, *, accumulate: int = 1, loss_reduction: str
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.clear()
+                if waits:
+                    assert len(scheduler.diagnostics) == scheduler.step_count - 1
+                if waits and scheduler.step_count == 5:
+                    scheduler.state_dict()
+                    assert len(scheduler.diagnostics) == scheduler.step_count
             if scheduler.step_count >= steps:
                 break
+    scheduler.flush()
     records = list(scheduler.diagnostics)
     result = {"records": records, "weights": torch.cat([whole(parameter).flatten() for parameter in model.parameters()]), "scheduler": scheduler}
     scheduler.remove()
