@@ -89,11 +89,3 @@ class LossScale:
         if given is not None and self._grad_scaler is not None:
             raise ValueError("the scale is read from the grad_scaler the hooks were made with: leave loss_scale= away")
         return NotedScale(self._seen, given)
-
-    def factor(self, given: float | None) -> float:
-        """The scale at once: on an accelerator this waits.
-
-        Raises:
-            ValueError, RuntimeError: as noted() and its factor().
-        """
-        return self.noted(given).factor()

@@ -62,7 +62,7 @@ def test_every_kind_of_layer_is_counted(build, shape, layers):
 @pytest.mark.parametrize("options", [{"dots": True}, {"second_moment": True}, {"dots": True, "second_moment": True}], ids=str)
 def test_what_is_measured_beside_norms_is_counted(setting, options):
     plain, more = cost_of(*setting), cost_of(*setting, **options)
-    assert more.measures == set(options)
+    assert more.measures >= set(options)
     assert more.measuring(32) > plain.measuring(32)
     assert more.plain(32) == plain.plain(32)
 
