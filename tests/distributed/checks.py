@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import mse_loss
 
 import adabatch
@@ -181,3 +182,10 @@ def same_one_step_later(folder: Path) -> None:
     for name in ("step", "batch_size", "samples_seen", "loss", "variance_trace", "true_grad_sq_norm"):
         here, there = ([getattr(record, name) for record in run["records"]] for run in (found, expected))
         assert here == pytest.approx(there, rel=1e-5), name
+
+
+def same_with_a_mesh_given(folder: Path) -> None:
+    """group= a device mesh of two dimensions, all of whose processes share each batch."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    assert_same(train("hsdp", steps=20, group=mesh), train("alone", steps=20))

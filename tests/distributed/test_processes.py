@@ -21,7 +21,7 @@ CHECKS = {
     1: ["same_as_one_process_ddp"],
     2: [*SAME, "same_as_one_process_hsdp", *UNEQUAL, *CROSS_RANK, *BAD, *OWN_MIND, *ELSEWHERE],
     3: [*SAME[:2], *UNEQUAL, "same_with_dots", "same_with_groups_and_parameters_measured_apart", *CROSS_RANK[:1], *BAD[:3], "a_group_of_some_processes"],
-    4: ["same_as_one_process_hsdp"],
+    4: ["same_as_one_process_hsdp", "same_with_a_mesh_given"],
 }
 
 
