@@ -87,7 +87,8 @@ def measure(work: Workload, names: list[str], repeats: int, device: str) -> dict
     for name, method in methods.items():
         ratios = [own / plain for own, plain in zip(times[name], times["Plain"], strict=True)]
         error = None if method.first_trace is None else abs(method.first_trace / truth - 1)
-        rows.append({"method": name, "title": method.title, "ms": 1e3 * sorted(times[name])[repeats // 2], **median_interval(ratios), "error": error})
+        figures = {"ms": 1e3 * sorted(times[name])[repeats // 2], **median_interval(ratios), "predicted": method.predicted(len(batch[0]))}
+        rows.append({"method": name, "title": method.title, **figures, "error": error})
     return {"model": work.name, "title": work.title, "rows": rows, "skipped": skipped, "trace": truth}
 
 
