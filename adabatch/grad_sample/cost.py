@@ -11,9 +11,9 @@ The unit is one multiply-add of a large matrix product. Per sample of the batch,
     dots        listening, and T R O more: the factors are kept, and multiplied with the gradient when it is known
     squares     listening, and T R O + 2 PASS R O more (R O for T = 1); taking, and PASS R O more: the second moment
 
-and per step CALL (Python and dispatch) for each layer, RUN_AGAIN_CALLS of them for one that is run again and for an operation on a traced parameter, and
-PASS P for ‖g‖². Everything that is not in a measured layer (attention, activations, the loss) is left out of `training`, so the share that measuring takes
-of a real step is lower than the model says.
+and per step STEP, CALL (Python and dispatch) for each layer, RUN_AGAIN_CALLS of them for one that is run again and for an operation on a traced parameter, and
+2 PASS P for ‖g‖², which comes from main memory. Everything that is not in a measured layer (attention, activations, the loss) is left out of `training`, so
+the share that measuring takes of a real step tends to be lower than the model says.
 
 The constants are of two cores with AVX-512 in float32, where 30 to 60 multiply-adds a nanosecond were measured; examples/benchmarks/overhead.py shows the
 model's share beside the measured one. They need not be right to the percent: choices differ by factors.
@@ -28,11 +28,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 # One pass over an element in memory (read, and write in part), in multiply-adds.
-PASS = 4.0
+PASS = 16.0
 # Python, dispatch and small tensors of one layer's tap in one step; the same layer's share of a plain step.
 # What is measured beside norms and needs Σ g_i² of every layer.
 SQUARES = frozenset({"second_moment", "preconditioned_trace"})
-CALL, PLAIN_CALL = 2.5e6, 5e6
+CALL, PLAIN_CALL = 8e6, 1.5e7
+# Gathering the results of a step and working out its moments; the loop, the optimizer and the loader of a plain step.
+STEP, PLAIN_STEP = 3e7, 4e7
 # torch.func costs that many calls.
 RUN_AGAIN_CALLS = 16
 # Per-sample weight gradients of a convolution over one for the batch.
@@ -163,13 +165,13 @@ class StepCost:
 
     def plain(self, samples: int) -> float:
         """Forward, backward, and the optimizer's pass over parameters and gradients."""
-        return samples * sum(layer.training for layer in self.layers) + PLAIN_CALL * len(self.layers) + 3 * PASS * self.numel
+        return samples * sum(layer.training for layer in self.layers) + PLAIN_CALL * len(self.layers) + PLAIN_STEP + 3 * PASS * self.numel
 
     def measuring(self, samples: int, measured: int | None = None) -> float:
         """What measuring `measured` samples (None: all) adds."""
         measured = samples if measured is None else min(measured, samples)
         layers = sum(layer.measuring(samples, measured, self.measures) + CALL * layer.calls for layer in self.layers)
-        return layers + PASS * self.numel / 2 + 2 * PASS * self.numel * (not self.measures.isdisjoint(SQUARES))
+        return layers + STEP + 2 * PASS * self.numel + 2 * PASS * self.numel * (not self.measures.isdisjoint(SQUARES))
 
     def share(self, samples: int, measured: int | None = None) -> float:
         """measuring/plain; without seen layers a constant."""
@@ -190,11 +192,11 @@ def within_budget(cost: StepCost, samples: int, overhead: float) -> Measurement:
         overhead: the share, above 0.
 
     Example:
-        >>> cost = StepCost((LayerCost(training=1e6, listening=2e5),), numel=0)
+        >>> cost = StepCost((LayerCost(training=1e9, listening=2e8),), numel=0)
         >>> within_budget(cost, 1000, 0.05)  # doctest: +ELLIPSIS
-        Measurement(samples=None, every=5, share=0.0402...)
+        Measurement(samples=None, every=5, share=0.0400...)
         >>> within_budget(cost, 1000, 0.005).samples
-        490
+        499
     """
     every = _interval(cost.share(samples), overhead)
     if every <= LONGEST_INTERVAL or samples <= FEWEST_SAMPLES:

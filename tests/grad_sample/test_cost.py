@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from adabatch import GradSampleHooks
-from adabatch.grad_sample.cost import CALL, FEWEST_SAMPLES, LAST_RESORT, LONGEST_INTERVAL, LayerCost, StepCost, within_budget
+from adabatch.grad_sample.cost import CALL, FEWEST_SAMPLES, LAST_RESORT, LONGEST_INTERVAL, PASS, STEP, LayerCost, StepCost, within_budget
 
 
 class Positioned(nn.Module):
@@ -68,12 +68,12 @@ def test_what_is_measured_beside_norms_is_counted(setting, options):
 
 
 def test_a_layer_by_hand():
-    # 4 samples of 10 positions, from 3 to 5: 3·10·3·5 multiply-adds of training, and 8·10·(3 + 5) for the elements.
+    # 4 samples of 10 positions, from 3 to 5: 3·10·3·5 multiply-adds of training, and two passes over 10·(3 + 5) elements.
     (layer,) = cost_of(lambda: nn.Linear(3, 5), (4, 10, 3)).layers
-    assert layer.training == 3 * 150 + 8 * 80
+    assert layer.training == 3 * 150 + 2 * PASS * 80
     assert layer.product == 150
     step = StepCost((LayerCost(training=100.0, listening=10.0),), numel=8)
-    assert step.measuring(4, 2) == 2 * 10 + CALL + 4 * 8 / 2
+    assert step.measuring(4, 2) == 2 * 10 + STEP + CALL + 2 * PASS * 8
 
 
 @pytest.mark.parametrize("overhead", [0.5, 0.05, 0.02, 0.005, 1e-4])
