@@ -121,7 +121,9 @@ def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> Any:
     """
     world, group = _host_groups.get(ranks, (None, None))
     if world is not dist.group.WORLD:
-        store = dist.PrefixStore(f"adabatch/{zlib.crc32(repr(ranks).encode())}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
+        # torchrun may keep its store, with the addresses of processes that are gone, from one attempt to the next.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"adabatch/{attempt}/{zlib.crc32(repr(ranks).encode())}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
         _made[ranks] += 1
         group = dist.ProcessGroupGloo(store, ranks.index(dist.get_rank()), len(ranks), timeout=timeout or dist.default_pg_timeout)
         _host_groups[ranks] = dist.group.WORLD, group
