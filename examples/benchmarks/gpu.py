@@ -4,8 +4,9 @@
     python examples/benchmarks/gpu.py --device cpu --small     # tries the script
 
 1. The table of kernels.py, errors against float64 among it.
-2. Steps of a GPT-2-small-like model (compiled), a ResNet-50-like and a ViT-S-like one, all under bfloat16 autocast: plain, all samples measured, and a subset.
-   Plain and measured steps follow each other; the ratio is the median over pairs, with its 90 % interval.
+2. Steps of a GPT-2-small-like model (compiled), a ResNet-50-like and a ViT-S-like one, all under bfloat16 autocast: plain, all samples measured, and what
+   overhead=0.05 chooses (its whole cycle: a measured step and those up to the next one). Plain and measured steps follow each other; the ratio is the median
+   over pairs, with its 90 % interval.
 3. compute-sanitizer over small cases of every kernel, where it is on the path.
 What there was no time for is listed as left out.
 """
@@ -30,6 +31,7 @@ from report import _line, median_interval
 from torch import Tensor, nn
 
 import adabatch
+from adabatch.grad_sample.cost import within_budget
 
 # kernels.py beside this file, loaded by its path: the name `kernels` belongs to another package.
 _spec = importlib.util.spec_from_file_location("kernel_benchmark", Path(__file__).with_name("kernels.py"))
@@ -97,49 +99,77 @@ def settings(device: str, small: bool) -> dict[str, tuple]:
     }
 
 
-def make_step(setting: tuple, device: str, samples: int | None, measured: bool) -> Callable[[], float]:
-    """A training step that measures nothing, all samples (None) or some; returns the trace."""
-    model, inputs, targets, losses, compiled = setting
-    model = copy.deepcopy(model).to(device)
-    hooks = adabatch.GradSampleHooks(model, samples=samples, capacity=len(inputs)) if measured else None
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    forward = torch.compile(model) if compiled else model
+class Steps:
+    """Training steps of a copy of the model that measure nothing, all samples, or what a budget allows.
 
-    def step() -> float:
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16):
-            loss = losses(forward(inputs), targets).mean()
+    Args:
+        setting: of settings().
+        device: where to train.
+        measured: whether the copy carries hooks.
+        overhead: the share that measuring may cost; None: all samples at every step. It is planned by the shapes of a first step, which is not compiled.
+    """
+
+    def __init__(self, setting: tuple, device: str, measured: bool, overhead: float | None = None):
+        model, self.inputs, self.targets, self.losses, compiled = setting
+        self.model, self.device, self.every, self.samples = copy.deepcopy(model).to(device), device, 1, len(self.inputs)
+        self.hooks = adabatch.GradSampleHooks(self.model, capacity=self.samples) if measured else None
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
+        self.forward: Callable = self.model
+        if overhead is not None:
+            self.step()
+            plan = within_budget(self.hooks.cost(), self.samples, overhead)
+            self.hooks.samples, self.every = plan.samples, plan.every
+            self.samples = plan.samples or self.samples
+        self.forward = torch.compile(self.model) if compiled else self.model
+
+    def step(self) -> float:
+        """One step; the trace, 0 where nothing was measured."""
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device, torch.bfloat16):
+            loss = self.losses(self.forward(self.inputs), self.targets).mean()
         loss.backward()
-        optimizer.step()
-        return hooks.collect().variance_trace if hooks else 0.0
+        self.optimizer.step()
+        return self.hooks.collect().variance_trace if self.hooks and self.hooks.enabled else 0.0
 
-    return step
+    def cycle(self) -> float:
+        """Milliseconds a step, the mean over a measured one and those up to the next one."""
+        spent = 0.0
+        for step in range(self.every):
+            if self.hooks:
+                self.hooks.enabled = step == 0
+            spent += _once(self.step)
+        if self.hooks:
+            self.hooks.enabled = True
+        return spent / self.every
 
 
-def compare(setting: tuple, device: str, repeats: int) -> list[dict]:
-    """Rows of one model."""
-    ways = {"plain": (None, False), "all samples": (None, True), "2 samples": (2, True)}
-    steps = {name: make_step(setting, device, *way) for name, way in ways.items()}
+def compare(setting: tuple, device: str, repeats: int, end: float) -> list[dict]:
+    """Rows of one model; fewer repeats, but five at least, where time is short."""
+    steps = {"plain": Steps(setting, device, False), "all samples": Steps(setting, device, True), "overhead=0.05": Steps(setting, device, True, 0.05)}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    traces = {name: step() for name, step in steps.items()}
-    for step in steps.values():
-        step()
-        step()
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(kernel_benchmark.milliseconds(step, device, repeats=1) if device == "cpu" else _once(step))
+    traces = {name: each.step() for name, each in steps.items()}
+    for each in steps.values():
+        each.cycle()
+        each.step()
+    for repeat in range(repeats):
+        if repeat >= 5 and time.monotonic() > end:
+            break
+        for name, each in steps.items():
+            times[name].append(each.cycle())
     rows = []
-    for name in steps:
+    for name, each in steps.items():
         ratios = [own / plain for own, plain in zip(times[name], times["plain"], strict=True)]
-        rows.append({"way": name, "ms": sorted(times[name])[repeats // 2], "trace": float(traces[name]), **median_interval(ratios)})
+        way = name if name == "plain" else f"{name}: {each.samples} samples at one step in {each.every}"
+        rows.append({"way": way, "ms": sorted(times[name])[len(ratios) // 2], "trace": float(traces[name]), **median_interval(ratios)})
     return rows
 
 
 def _once(step: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     begin = time.perf_counter()
     step()
-    torch.cuda.synchronize()
+    wait()
     return 1e3 * (time.perf_counter() - begin)
 
 
@@ -184,12 +214,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     result["kernels"] = kernel_benchmark.run(options.device, options.small, lambda: time.monotonic() > end - 0.6 * options.seconds)
     save()
-    for title, setting in settings(options.device, options.small).items():
+    of_steps = settings(options.device, options.small)
+    for index, (title, setting) in enumerate(of_steps.items()):
         if time.monotonic() > end - 60:
             result["steps"][title] = "left out: no time"
             continue
         try:
-            result["steps"][title] = compare(setting, options.device, options.repeats)
+            share = (end - 60 - time.monotonic()) / (len(of_steps) - index)
+            result["steps"][title] = compare(setting, options.device, options.repeats, time.monotonic() + share)
         except (RuntimeError, ValueError) as error:  # one model that fails must not cost the others
             result["steps"][title] = f"failed: {type(error).__name__}: {error}"[:500]
         print(report(result), flush=True)

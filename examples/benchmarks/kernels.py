@@ -112,6 +112,8 @@ def other_cases(device: str, small: bool) -> list[Case]:
     mean, rstd = x.float().mean(2, keepdim=True), (x.float().var(2, keepdim=True) + 1e-5).rsqrt()
     title = f"N={samples} T={positions} D={width} bfloat16"
     cases = [Case("affine_sq_norms", f"LayerNorm {title}", kernels.affine_sq_norms, reference.affine_sq_norms, (x, b, mean, rstd))]
+    wide = (x.float(), b.float(), mean, rstd)
+    cases.append(Case("affine_sq_norms", f"LayerNorm {title.replace('bfloat16', 'float32')}", kernels.affine_sq_norms, reference.affine_sq_norms, wide))
     images, backprops = torch.randn(2, samples, 64, positions, device=device).bfloat16().mT
     statistics = torch.rand(2, samples, 1, 64, device=device)
     name = f"GroupNorm N={samples} C=64 S={positions} bfloat16"
@@ -119,12 +121,14 @@ def other_cases(device: str, small: bool) -> list[Case]:
     for length in (positions, 4 * positions):
         ids = torch.randint(50_000, (samples, length), device=device)
         rows = torch.randn(samples, length, width, device=device).bfloat16()
-        name = f"N={samples} T={length} D={width} bfloat16"
-        cases.append(Case("embedding_sq_norms", name, kernels.embedding_sq_norms, reference.embedding_sq_norms, (ids, rows)))
+        for values in (rows, rows.float()):
+            name = f"N={samples} T={length} D={width} {str(values.dtype)[6:]}"
+            cases.append(Case("embedding_sq_norms", name, kernels.embedding_sq_norms, reference.embedding_sq_norms, (ids, values)))
     for channels, size, kernel in [(8, 6, 3)] if small else [(64, 56, 3), (256, 14, 3), (256, 56, 1)]:
         a, g = torch.randn(2, 2 if small else 64, channels, size, size, device=device).bfloat16().contiguous()
         for layout in (torch.contiguous_format, torch.channels_last):
             cases.append(conv_case(a.contiguous(memory_format=layout), g.contiguous(memory_format=layout), kernel, str(layout)[6:]))
+        cases.append(conv_case(a[:8].float(), g[:8].float(), kernel, "contiguous_format"))
     return cases
 
 
@@ -137,7 +141,7 @@ def conv_case(a: Tensor, b: Tensor, kernel: int, layout: str) -> Case:
         return torch.nn.grad.conv2d_weight(a, geometry[0], b, padding=kernel // 2)
 
     flops = 2.0 * b.shape[0] * b.shape[2] * b.shape[3] * math.prod(geometry[0])
-    title = f"N={a.shape[0]} C=O={channels} {a.shape[2]}x{a.shape[3]} kernel {kernel} bfloat16 {layout}"
+    title = f"N={a.shape[0]} C=O={channels} {a.shape[2]}x{a.shape[3]} kernel {kernel} {str(a.dtype)[6:]} {layout}"
     definition = reference.conv_weight_grad_moments
     return Case("conv_weight_grad_moments", title, kernels.conv_weight_grad_moments, definition, (a, b, *geometry), flops, weight_grad)
 
