@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +24,24 @@ from adabatch.grad_sample.layouts import Layout
 from adabatch.grad_sample.per_sample import MIXES, per_sample_grads
 
 _UNCOMPILED = "a layer without a grad_sample rule is run again sample by sample, outside compiled graphs: compile without fullgraph=True, or pass ignore=[...]"
-_reason = {"reason": _UNCOMPILED} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}  # torch 2.6 takes none
-uncompiled = functools.partial(torch.compiler.disable, **_reason)
+
+
+def uncompiled(function: Callable) -> Callable:
+    """`torch.compiler.disable(function)`, which imports the compiler, put off until something else has: that alone would double the time to import adabatch."""
+    disabled: list[Callable] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # torch 2.6 takes none
+            disabled.append(torch.compiler.disable(function, reason=_UNCOMPILED) if has_reason else torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    # What the compiler looks for where it would trace into a function, as torch.compiler.disable leaves it.
+    call._torchdynamo_disable, call._torchdynamo_disable_msg = True, _UNCOMPILED
+    return call
 
 
 class ModuleCall:

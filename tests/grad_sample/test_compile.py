@@ -1,5 +1,8 @@
 """Compiled, exported and traced models, and torch.func transforms of hooked ones."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -253,3 +256,9 @@ def test_func_transforms_are_not_tapped():
         hooks.collect()
     backward(model, batch)
     agrees(hooks.collect(), grads)
+
+
+def test_importing_leaves_the_compiler_alone():
+    """It takes as long to import as torch itself."""
+    source = "import sys, torch\nbefore = 'torch._dynamo' in sys.modules\nimport adabatch\nassert before or 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", source], check=True)
