@@ -74,7 +74,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
     loader = DataLoader(Numbered(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(2))
-    sizes = {"controller": adabatch.CABS(scale=30.0), "min_batch_size": 5, "max_batch_size": 32}
+    sizes = {"controller": adabatch.CABS(scale=8.0), "min_batch_size": 5, "max_batch_size": 16}
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, overhead=None, **sizes)
     seen = Seen()
     parts = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler, "seen": seen}
@@ -99,7 +99,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     save_checkpoint(folder, **parts)
     pairs = seen.state_dict()["pairs"]
     if dist.get_rank() == 0:
-        torch.save({"seen": pairs, "steps": scheduler.step_count, "sizes": [record.batch_size for record in scheduler.diagnostics]}, folder / "result.pt")
+        torch.save({"seen": pairs, "steps": scheduler.step_count}, folder / "result.pt")
     dist.destroy_process_group()
 
 

@@ -38,8 +38,7 @@ def torchrun(processes: int, restarts: int, *arguments: object, timeout: float =
 def each_sample_once_an_epoch(folder: Path) -> None:
     result = torch.load(folder / "result.pt", weights_only=True)
     assert sorted(result["seen"]) == [[epoch, index] for epoch in range(EPOCHS) for index in range(SAMPLES)]
-    assert len(result["sizes"]) == result["steps"]
-    assert len(set(result["sizes"])) > 3
+    assert EPOCHS * SAMPLES / 16 <= result["steps"] <= EPOCHS * SAMPLES / 5 + EPOCHS
 
 
 def killed_and_restarted(folder: Path, seed: int, kills: int) -> None:
