@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from adabatch.grad_sample.recipes import Consumption, Recipe, Spec, itself, versions_of
+from adabatch.grad_sample.recipe import Recipe, Spec, versions_of
+from adabatch.grad_sample.recipes import Consumption, itself
 
 # Operations that repeat a tensor for every sample: the result has a batch dimension, but all its rows are one.
 EXPANDING = ("expand", "expand_as", "repeat", "broadcast_to", "repeat_interleave", "tile")
