@@ -233,6 +233,6 @@ def test_wrong_parts():
         BatchSizeScheduler(optimizer, DataLoader(ones(8)), hooks)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got Slope"):
         BatchSizeScheduler(model, AdaptiveDataLoader(ones(8)), hooks)
-    with pytest.raises(ValueError, match=r"CABS with this optimizer needs second_moment.*second_moment=True.*effective_lr="):
+    with pytest.raises(ValueError, match=r"CABS with this optimizer needs preconditioned_trace.*preconditioner_reader.*effective_lr="):
         BatchSizeScheduler(Adam(model.parameters()), AdaptiveDataLoader(ones(80)), hooks, CABS())
     assert not optimizer._optimizer_step_pre_hooks

@@ -218,7 +218,14 @@ def test_hooks_none_needs_a_controller_and_a_coupling_without_moments():
 
 @pytest.mark.parametrize(
     ("options", "measured"),
-    [({}, False), ({"every": 1}, True), ({"samples": 4}, True), ({"coupling": "adascale", "overhead": None}, True), ({"overhead": None}, True), ({"coupling": "linear"}, False)],
+    [
+        ({}, False),
+        ({"every": 1}, True),
+        ({"samples": 4}, True),
+        ({"coupling": "adascale", "overhead": None}, True),
+        ({"overhead": None}, True),
+        ({"coupling": "linear"}, False),
+    ],
 )
 def test_wrap_measures_an_open_loop_run_only_if_asked(options, measured):
     model = nn.Linear(1, 1)
