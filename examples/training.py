@@ -45,7 +45,17 @@ class Run:
         )
 
 
-def train(make_network: Callable[[], nn.Module], data: ImageSets, *, lr: float, budget: int, seed: int, out: Path, batch_size: int | None = None) -> Run:
+def train(
+    make_network: Callable[[], nn.Module],
+    data: ImageSets,
+    *,
+    lr: float,
+    budget: int,
+    seed: int,
+    out: Path,
+    batch_size: int | None = None,
+    overhead: float | None = None,
+) -> Run:
     """Trains a fresh network on the first of the data sets for `budget` samples, with CABS or, where `batch_size` is given, at that size.
 
     A run at a fixed size is plain torch: nothing is measured, so that its seconds are what training costs without adabatch.
@@ -61,7 +71,9 @@ def train(make_network: Callable[[], nn.Module], data: ImageSets, *, lr: float, 
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(train_set, batch_size=batch_size or FIRST_BATCH_SIZE, shuffle=True, drop_last=drop_last, generator=generator)
     if batch_size is None:
-        optimizer, loader, scheduler = adabatch.wrap(network, optimizer, loader, controller=adabatch.CABS(), min_batch_size=16, max_batch_size=2048)
+        # Runs this short have few steps to learn the variance from: without a budget (overhead=None) every one of them is measured.
+        options = {"controller": adabatch.CABS(), "min_batch_size": 16, "max_batch_size": 2048, "overhead": overhead}
+        optimizer, loader, scheduler = adabatch.wrap(network, optimizer, loader, **options)
         run = Run("cabs", scheduler.diagnostics)
     else:
         scheduler, run = None, Run(f"fixed-{batch_size}", adabatch.Diagnostics())
