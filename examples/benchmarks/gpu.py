@@ -26,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from models import Gpt, TransformerBlock, class_losses, token_losses
+from gpu_models import Vit, resnet
+from models import Gpt, class_losses, token_losses
 from report import _line, median_interval
-from torch import Tensor, nn
 
 import adabatch
 from adabatch.grad_sample.cost import within_budget
@@ -38,47 +38,6 @@ _spec = importlib.util.spec_from_file_location("kernel_benchmark", Path(__file__
 kernel_benchmark = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = kernel_benchmark
 _spec.loader.exec_module(kernel_benchmark)
-
-
-class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 convolutions with batch norm, and a shortcut."""
-
-    def __init__(self, width_in: int, width: int, stride: int):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for source, target, kernel, step in ((width_in, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)):
-            layers += [nn.Conv2d(source, target, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(target), nn.ReLU()]
-        self.main = nn.Sequential(*layers[:-1])
-        same = stride == 1 and width_in == 4 * width
-        self.around = nn.Identity() if same else nn.Sequential(nn.Conv2d(width_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.relu(self.main(inputs) + self.around(inputs))
-
-
-def resnet(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64) -> nn.Module:
-    """ResNet-50's layout."""
-    blocks, channels = [], width
-    for level, depth in enumerate(depths):
-        for index in range(depth):
-            blocks.append(Bottleneck(channels, width * 2**level, 2 if level and not index else 1))
-            channels = 4 * width * 2**level
-    stem = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
-
-
-class Vit(nn.Module):
-    """Patches of 16 × 16, transformer blocks, mean over the patches."""
-
-    def __init__(self, layers: int, width: int, heads: int, size: int):
-        super().__init__()
-        self.patches, self.positions = nn.Conv2d(3, width, 16, 16), nn.Embedding((size // 16) ** 2, width)
-        self.blocks, self.norm, self.head = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers))), nn.LayerNorm(width), nn.Linear(width, 1000)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.patches(images).flatten(2).mT
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-        return self.head(self.norm(self.blocks(tokens + self.positions(places))).mean(1))
 
 
 def settings(device: str, small: bool) -> dict[str, tuple]:

@@ -22,6 +22,8 @@ class Workload:
         make_model: () -> the model.
         make_batch: () -> (inputs, targets), samples first.
         losses: (outputs, targets) -> losses [N]; the step's loss is their mean.
+        compiled: whether the steps run under torch.compile, those of the peers apart, which it does not serve.
+        alone: whether a sample's gradient is the one it has alone; not so where batch normalization mixes samples.
     """
 
     name: str
@@ -29,6 +31,8 @@ class Workload:
     make_model: Callable[[], nn.Module]
     make_batch: Callable[[], Batch]
     losses: Callable[[Tensor, Tensor], Tensor]
+    compiled: bool = False
+    alone: bool = True
 
     def setting(self, seed: int = 0) -> tuple[nn.Module, Batch]:
         """Model and batch, the same for every call."""
@@ -127,16 +131,17 @@ def wide_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768))
 
 
-def _images(samples: int, *shape: int) -> Callable[[], Batch]:
+def images(samples: int, *shape: int) -> Callable[[], Batch]:
+    """What makes a batch of images of ten classes."""
     return lambda: (torch.randn(samples, *shape), torch.randint(10, (samples,)))
 
 
 WORKLOADS = {
     work.name: work
     for work in (
-        Workload("a", "MLP 784-1024-1024-10, m=256", mlp, _images(256, 784), class_losses),
-        Workload("b", "CABS's CIFAR CNN, 3x24x24, m=128", cabs_network, _images(128, 3, 24, 24), class_losses),
-        Workload("c", "ResNet-like 32/64/128, GroupNorm, 3x32x32, m=64", residual_network, _images(64, 3, 32, 32), class_losses),
+        Workload("a", "MLP 784-1024-1024-10, m=256", mlp, images(256, 784), class_losses),
+        Workload("b", "CABS's CIFAR CNN, 3x24x24, m=128", cabs_network, images(128, 3, 24, 24), class_losses),
+        Workload("c", "ResNet-like 32/64/128, GroupNorm, 3x32x32, m=64", residual_network, images(64, 3, 32, 32), class_losses),
         Workload("d", "GPT 4 layers, d=256, T=128, m=16", Gpt, lambda: (torch.randint(512, (16, 128)), torch.randint(512, (16, 128))), token_losses),
         Workload("e", "768-3072-768 on tokens, T=512, m=8", wide_mlp, lambda: (torch.randn(8, 512, 768), torch.randn(8, 512, 768)), squared_losses),
     )
