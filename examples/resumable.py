@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
     loader = DataLoader(NoisyPoints(options.samples), batch_size=16, shuffle=True, num_workers=options.workers)
-    # A controller that asks for large batches, so that some come in micro-batches.
-    sizes = {"controller": adabatch.CABS(scale=8.0), "min_batch_size": 8, "max_batch_size": 64, "max_micro_batch_size": 20}
+    # A controller that asks for large batches, so that some come in micro-batches; in so few steps it needs each of them measured.
+    sizes = {"controller": adabatch.CABS(scale=8.0), "min_batch_size": 8, "max_batch_size": 64, "max_micro_batch_size": 20, "overhead": None}
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, **sizes)
     parts = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler}
     seen: list[list[int]] = []

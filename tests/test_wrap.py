@@ -34,10 +34,24 @@ def test_the_loop_of_the_design_as_it_stands():
         optimizer.step()
         scheduler.step(loss)
 
-    assert scheduler.diagnostics.latest.noise_scale > 0
+    assert scheduler.diagnostics.latest.noise_scale_ema > 0
     assert optimizer is original
     assert scheduler.samples_seen == 20_000
     assert scheduler.diagnostics[0].batch_size == 600
+
+
+def test_every_step_measured_the_size_settles_where_theory_says():
+    torch.manual_seed(0)
+    model = nn.Linear(200, 1)
+    loader = DataLoader(regression(20_000, width=200), batch_size=600, shuffle=True)
+    sizes = {"min_batch_size": 16, "max_batch_size": 4096, "overhead": None}
+    optimizer, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), loader, **sizes)
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
     # Near the optimum g_i = 2 r_i x_i with r_i of variance F, so that T = 4 F (200 + 1), and the size settles at lr * T / F.
     assert scheduler.get_last_batch_size() == pytest.approx(0.1 * 4 * 201, rel=0.15)
 

@@ -55,7 +55,7 @@ def test_a_sample_that_raises(workers, dataset):
 
 def test_a_worker_that_is_killed():
     loader = AdaptiveDataLoader(Broken(40, kills=True), 4, num_workers=2)
-    with pytest.raises(RuntimeError, match=r"worker .* (exited unexpectedly|killed by signal)"):
+    with pytest.raises(RuntimeError, match=r"worker .*(exited unexpectedly|killed by signal)"):
         drawn(loader)
     del loader
     assert no_child_is_left()
