@@ -87,7 +87,7 @@ class AccumulatingOptimizer(Optimizer):
         if lr_scheduler is not None and (not isinstance(lr_scheduler, LRScheduler) or isinstance(lr_scheduler, ReduceLROnPlateau)):
             kind = type(lr_scheduler).__name__
             raise TypeError(f"lr_scheduler must be a torch LRScheduler whose step() takes no metric, got {kind}: step ReduceLROnPlateau in your own loop")
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
             raise ValueError(f"max_grad_norm must be a number > 0 or None, got {max_grad_norm!r}")
         # Not super().__init__(): there is one set of param_groups and of hooks, the inner optimizer's.
         self.optimizer, self._micro = optimizer, micro_batches

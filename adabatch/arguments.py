@@ -102,6 +102,20 @@ def check_options(optimizer: Any, loader: Any, controller: Any, *, summed: bool,
         raise ValueError("; ".join(problems))
 
 
+def check_switches(**switches: bool) -> None:
+    """Refuse what is neither True nor False: a string would count as true.
+
+    Raises:
+        TypeError: naming the argument.
+
+    Example:
+        >>> check_switches(dots=True)
+    """
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_loss(hooks: Any, loss: Tensor | float, step: int) -> None:
     """Let hooks that can look whether the loss uses parameters where no tap sees it, at the first steps and at some later ones.
 
@@ -116,10 +130,16 @@ def check_loss(hooks: Any, loss: Tensor | float, step: int) -> None:
 def bind_controller(controller: Any, optimizer: Any, effective_lr: Any, hooks: Any = None) -> frozenset[str]:
     """Let the controller see the optimizer; what it then needs of the hooks beside norms ('dots', 'second_moment', 'preconditioned_trace').
 
+    Raises:
+        TypeError: a controller that proposes nothing, or a class instead of an object.
+
     Example:
         >>> bind_controller(None, None, None)
         frozenset()
     """
+    if controller is not None and (isinstance(controller, type) or not callable(getattr(controller, "propose", None))):
+        cure = f"make one, {controller.__name__}()" if isinstance(controller, type) else "such as adabatch.CABS(), or controllers.Scheduled(...)"
+        raise TypeError(f"controller must be an object with propose(moments, *, loss, lr), got {controller!r}: {cure}")
     if hasattr(controller, "bind") and isinstance(optimizer, Optimizer):
         controller.bind(optimizer, effective_lr, getattr(hooks, "parameters", None))
     return frozenset(getattr(controller, "needs", ()))

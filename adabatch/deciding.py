@@ -55,7 +55,7 @@ def checked_confidence(confidence: float | None) -> float | None:
         >>> checked_confidence(0.9)
         0.9
     """
-    if confidence is not None and not 0 < confidence < 1:
+    if confidence is not None and not (isinstance(confidence, (int, float)) and 0 < confidence < 1):
         raise ValueError(f"confidence must be None, or a level between 0 and 1 such as 0.9, both ends excluded; got {confidence!r}")
     return confidence
 

@@ -50,9 +50,9 @@ class SizeRule:
             raise ValueError(f"no multiple of {self.multiple_of} lies between min_batch_size {self.minimum} and max_batch_size {self.maximum}")
         if not isinstance(self.dwell, int) or self.dwell < 0:
             raise ValueError(f"dwell must be an integer >= 0, got {self.dwell!r}")
-        if not 0 <= self.hysteresis < math.inf:
+        if not isinstance(self.hysteresis, (int, float)) or not 0 <= self.hysteresis < math.inf:
             raise ValueError(f"hysteresis must be a number >= 0, got {self.hysteresis!r}")
-        if self.ladder is not None and not 1 < self.ladder < math.inf:
+        if self.ladder is not None and not (isinstance(self.ladder, (int, float)) and 1 < self.ladder < math.inf):
             raise ValueError(f"ladder must be a number > 1, the ratio of neighbouring sizes, or None, got {self.ladder!r}")
 
     def for_steps(self, accumulate: int, epoch_samples: int | None, drop_last: bool) -> SizeRule:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from adabatch.arguments import bind_controller, needs_moments
+from adabatch.arguments import bind_controller, check_switches, needs_moments
 from adabatch.budget import DEFAULT_OVERHEAD, budget_of_wrap
 from adabatch.check import CheckReport
 from adabatch.controllers import CABS
@@ -25,6 +25,7 @@ from adabatch.micro_batching import MicroBatching
 from adabatch.micro_search import LossFn
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler import BatchSizeScheduler
+from adabatch.sizing import SizeRule
 
 
 def wrap(
@@ -62,7 +63,7 @@ def wrap(
 
     Args:
         model: any module whose trainable layers have a grad_sample rule. Wrap before the first compiled run.
-        optimizer: torch.optim.SGD, or another with effective_lr=. The parameters it holds are the ones measured.
+        optimizer: torch.optim.SGD; with CABS also Adam, AdamW, RMSprop or Adagrad; any other with effective_lr=. The parameters it holds are the ones measured.
         loader: a map-style DataLoader with a batch_size. A shuffling one gets an order keyed by a seed drawn from its generator; sampler,
             collate_fn, workers, pinning, generator and worker_init_fn are kept.
         controller: default adabatch.CABS(). Where neither it nor the coupling needs moments (controllers.Scheduled, Seesaw, OnlineSelection), the model is
@@ -120,6 +121,10 @@ def wrap(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    SizeRule(min_batch_size, max_batch_size)  # refuses what are no bounds under their names here, before the hooks reserve room for the largest size
+    check_switches(dots=dots, per_parameter=per_parameter)
+    if not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if layout is not None:
         _check_layout(layout, ignore)
     settings = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "loss_reduction": loss_reduction, "samples": samples}
@@ -167,6 +172,7 @@ def wrap(
         )
     else:
         hooks = Unmeasured(accumulate, loss_reduction)
+    scheduler, before = None, (adaptive.batch_size, adaptive.drop_last)
     try:
         micro.find_limit(model, optimizer, hooks, max_batch_size)
         if parallel is not None:
@@ -186,14 +192,17 @@ def wrap(
             parallel.join(model, hooks, scheduler, of_processes=estimator == "cross_rank")
         optimizer = micro.accumulating(optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)
     except Exception:
-        hooks.remove()
+        (hooks if scheduler is None else scheduler).remove()
         micro.undo()
+        adaptive.batch_size, adaptive.drop_last = before
         raise
     return optimizer, adaptive, scheduler
 
 
 def _check_layout(layout: CheckReport, ignore: Collection[str]) -> None:
     """Refuse a model some of whose layers check refused, unless they are left out."""
+    if not isinstance(layout, CheckReport):
+        raise TypeError(f"layout must be what adabatch.check(model, batch, loss_fn) returned, got {layout!r}")
     refused = {name: why for name, why in layout.refused.items() if not any(name == prefix or name.startswith(prefix + ".") for prefix in ignore)}
     if refused:
         lines = "\n".join(f"  - {name}: {why}" for name, why in refused.items())

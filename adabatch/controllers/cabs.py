@@ -243,7 +243,7 @@ class ReferenceCABS:
 
 
 def _check_factors(scale: float, eps: float) -> None:
-    if not (math.isfinite(scale) and scale > 0):
+    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number, got {scale!r}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be a number >= 0, got {eps!r}")

@@ -179,5 +179,5 @@ def check_smoothing(smoothing: float) -> None:
     Example:
         >>> check_smoothing(0.95)
     """
-    if not 0 <= smoothing < 1:
+    if not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 1:
         raise ValueError(f"smoothing is {smoothing!r}, but must be a number from 0 (no smoothing) to below 1; 0.95 is usual.")

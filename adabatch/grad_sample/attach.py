@@ -44,8 +44,11 @@ def plan_layers(model: nn.Module, ignore: Collection[str] = (), only: Collection
         only: ids of the parameters to measure; None for all that require grad.
 
     Raises:
+        TypeError: ignore is no list of names.
         ValueError: listing all layers that cannot be measured, each with the cure.
     """
+    if isinstance(ignore, str) or not isinstance(ignore, Collection) or not all(isinstance(name, str) for name in ignore):
+        raise TypeError(f"ignore must be a list of module names, as model.named_modules() gives them, got {ignore!r}")
     model = unwrap(model)
     problems = [*_model_problems(model), *_unknown_names(model, ignore)]
     layers: list[MeasuredLayer] = []
@@ -71,7 +74,8 @@ def plan_layers(model: nn.Module, ignore: Collection[str] = (), only: Collection
         else:
             layers.append(MeasuredLayer(name, layer, sampler, own))
     if not parameters.by_name and not problems:
-        problems.append("the model has no trainable parameters to measure")
+        where = "" if only is None else ", or the optimizer (param_groups) holds none of them: build it from the parameters of this very model"
+        problems.append(f"the model has no trainable parameters to measure{where}")
     if problems:
         raise ValueError("per-sample gradients cannot be measured exactly on this model:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return Plan(layers, parameters.by_name, frozenset(parameters.shared), frozenset(traced))

@@ -14,9 +14,9 @@ from adabatch.grad_sample.taps import TapSite, Use
 from adabatch.grad_sample.uses import merge_uses
 
 NOTHING_MEASURED = (
-    "no measured backward pass since the last collect(). Possible causes: backward() was not called; the hooks are paused or removed; gradients were taken "
-    "with torch.autograd.grad or backward(inputs=...), which leave nothing to harvest (call loss.backward()); or the model was compiled and run before the "
-    "hooks were attached (attach first, or call torch._dynamo.reset())."
+    "no measured backward pass since the last collect(). Possible causes: backward() was not called; scheduler.step() was called twice for one; the hooks are "
+    "paused or removed; gradients were taken with torch.autograd.grad or backward(inputs=...), which leave nothing to harvest (call loss.backward()); or the "
+    "model was compiled and run before the hooks were attached (attach first, or call torch._dynamo.reset())."
 )
 REENTRANT = "reentrant activation checkpointing cannot be measured: its backward passes run inside another. Use checkpoint(..., use_reentrant=False)"
 
