@@ -19,6 +19,7 @@ from adabatch.effective_lr import EffectiveLr, MeanLr, effective_lr_of_controlle
 from adabatch.estimators.confidence import NO_INTERVAL
 from adabatch.estimators.unmeasured import Unmeasured
 from adabatch.grad_sample.cost import Measurement
+from adabatch.late_parameters import LateParameters
 from adabatch.losses import LossPool
 from adabatch.observing import Arrival, Observation, Pipeline, Stage
 from adabatch.recording import Recorder, StepClock
@@ -138,6 +139,7 @@ class BatchSizeScheduler:
         factors = {"coupling": coupling, "base_batch_size": base_batch_size, "spill": spill, "short_batch": short_batch, "scale_betas": scale_betas}
         self._stepping = Stepping(optimizer, loader, self._base_lr, accumulate=self.accumulate, summed=self._summed, controller=self.controller, **factors)
         self._force = SizeInForce(loader, self.accumulate, first, self.size_rule.dwell)
+        self._late = LateParameters(optimizer, getattr(hooks, "parameters", {}).values())
         hooks.enabled = True
         if short_batch == "drop":
             loader.drop_last = True
@@ -245,6 +247,7 @@ class BatchSizeScheduler:
         moments = getattr(self.hooks, "observe", self.hooks.collect)(**given) if self.hooks.enabled else None
         if moments is not None:
             check_loss(self.hooks, loss, self.step_count)
+            self._late.warn(stacklevel=3)
         observation = Observation(
             step=self.step_count,
             loss=pooled,
