@@ -84,7 +84,7 @@ def split_losses(model: nn.Module, loss_fn: LossFunction, batch: Any, candidates
         >>> split_losses(nn.Identity(), lambda model, part: model(part), torch.tensor([1.0, 2.0, 6.0]), candidates=(2, 1))
         {2: 3.0, 1: 3.0}
     """
-    sizes = integers("candidates", list(candidates), at_least=1)
+    sizes = integers("candidates", candidates, at_least=1)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     rows = _rows(batch)
     losses = {}

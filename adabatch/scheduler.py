@@ -212,6 +212,10 @@ class BatchSizeScheduler:
             ValueError: unknown version, here or in a part.
         """
         check_version(state, 1, "BatchSizeScheduler")
+        plain = {"step_count", "samples_seen", "batch_size", "steps_since_change", "lr_weights", "enabled"}
+        missing = sorted((plain | self._parts().keys()) - state.keys())
+        if missing:
+            raise ValueError(f"the state of BatchSizeScheduler lacks {missing}: pass what state_dict() returned, whole")
         self._pipeline.clear()
         for name, part in self._parts().items():
             part.load_state_dict(state[name])

@@ -136,6 +136,8 @@ def test_bad_batches_and_candidates():
             split_losses(nn.Identity(), loss_fn, batch)
     with pytest.raises(ValueError, match=r"candidates\[1\] must be an integer of at least 1, got 0"):
         split_losses(nn.Identity(), loss_fn, torch.ones(4), candidates=(4, 0))
+    with pytest.raises(TypeError, match="candidates must be a list or tuple of integers, got 4"):
+        split_losses(nn.Identity(), loss_fn, torch.ones(4), candidates=4)
 
 
 def controller(*choices, **options):

@@ -167,6 +167,16 @@ def test_an_unknown_version_is_an_error(part):
         scheduler.load_state_dict(state)
 
 
+def test_a_state_that_is_not_whole_is_an_error():
+    scheduler = Run().scheduler
+    state = scheduler.state_dict()
+    del state["controller"], state["batch_size"]
+    with pytest.raises(ValueError, match=r"lacks \['batch_size', 'controller'\]"):
+        scheduler.load_state_dict(state)
+    with pytest.raises(TypeError, match=r"must be the dict that its state_dict.. returned, got list"):
+        scheduler.load_state_dict([1])
+
+
 def test_loading_sets_the_loaders_size_at_once():
     saved = slope_run(Wishes(40))
     list(steps(*saved, 2))

@@ -113,6 +113,8 @@ class Scheduled:
             ValueError: unknown version, or the state of another schedule.
         """
         check_version(state, self.version, type(self).__name__)
+        if "schedule" not in state:
+            raise ValueError(f"the state of {type(self).__name__} lacks ['schedule']: pass what state_dict() of such a controller returned")
         if isinstance(self.schedule, BSScheduler) != (state["schedule"] is not None):
             raise ValueError("the state is of a function where this is a schedule, or the other way round: build the controller that was saved")
         if isinstance(self.schedule, BSScheduler):

@@ -257,3 +257,8 @@ def test_a_model_that_cannot_be_measured_can_be_scheduled():
         model(inputs).mean().backward()
         scheduler.step(0.5)
     assert list(scheduler.diagnostics.column("batch_size")) == [16, 24, 24]
+
+
+def test_the_state_of_another_controller_is_refused():
+    with pytest.raises(ValueError, match=r"the state of Scheduled lacks \['schedule'\]"):
+        Scheduled("0:16").load_state_dict(CABS().state_dict())
