@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adabatch.kernels import operators, reference
-from adabatch.kernels.chunks import CHUNK_BYTES, accumulation_dtype, row_sq_norms, sample_chunks
+from adabatch.kernels.chunks import CHUNK_BYTES, LONGEST_SUM, accumulation_dtype, row_sq_norms, sample_chunks
 from adabatch.kernels.cpu_conv import conv_grads, conv_gram_is_cheaper, conv_gram_sq_norms, weight_grad
 
 __all__ = [
@@ -202,18 +202,19 @@ def _window_products(
 
 
 def _moments(grads: Iterator[Tensor], samples: int, total: Tensor, second_moment: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Σ G_n, ‖G_n‖² and Σ G_n² of chunks [n, *shape], which may be changed."""
+    """Σ G_n, ‖G_n‖² and Σ G_n² of chunks [n, *shape], which may be changed. Long sums of squares take two stages, the second one for all chunks at once."""
     second = torch.zeros_like(total) if second_moment else None
-    sq_norms, start = total.new_empty(samples), 0
+    rows = total.shape[0] if total.numel() > LONGEST_SUM else 1
+    norms, start = total.new_empty(samples, rows), 0
     for chunk in grads:
         count = len(chunk)
         if count < FEW:  # sums of few rows are slow
-            for grad in chunk:
+            for grad in chunk.unbind():
                 total += grad
         else:
             total += chunk.sum(0)
-        sq_norms[start : start + count] = row_sq_norms(chunk, chunk.dtype)
+        torch.linalg.vector_norm(chunk.reshape(count, rows, total.numel() // max(1, rows)), dim=2, out=norms[start : start + count])
         start += count
         if second is not None:
             second += chunk.square_().sum(0)
-    return total, sq_norms, second
+    return total, (norms[:, 0] if rows == 1 else torch.linalg.vector_norm(norms, dim=1)).square(), second

@@ -111,8 +111,8 @@ def add_memory(result: dict, device: str, threads: int) -> None:
     plain = result["rows"][0]["memory"]
     for row in result["rows"]:
         if plain and row["memory"]:
-            row["extra_mb"] = (row["memory"]["peak"] - plain["peak"]) / 1e6
-            row["extra_share"] = (row["memory"]["peak"] - plain["peak"]) / (plain["peak"] - plain["before"])
+            own, whole = (memory["peak"] - memory["before"] for memory in (row["memory"], plain))
+            row["extra_mb"], row["extra_share"] = (own - whole) / 1e6, (own - whole) / whole
 
 
 def main(arguments: list[str] | None = None) -> None:
