@@ -90,8 +90,8 @@ def wrap(
         lr_scheduler, max_grad_norm: run by optimizer.step() after the last micro-batch's step, and before it. So is grad_scaler's whole part, where any of
             these or max_micro_batch_size is given. CABS is told of the clipping.
         per_parameter: record each parameter's moments too, for scheduler.diagnostics.layers(); with a controller that needs none, this asks to measure.
-        group: where a process group is initialised: the processes that share each batch, a ProcessGroup or DeviceMesh; default all. All sizes are then those
-            of the whole batch. Every process calls wrap with the same arguments.
+        group: where a process group is initialised: the processes that share each batch, a ProcessGroup or DeviceMesh; default all. Beside tensor
+            parallelism it is the data-parallel part of the mesh. All sizes are then those of the whole batch. Every process calls wrap with the same arguments.
         comm_hook, comm_state: for 'cross_rank', a communication hook of DistributedDataParallel's that averages (compresses) in place of the default.
         scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, confidence, ladder, spill, short_batch, coupling, base_batch_size,
             scale_betas, diagnostics.
@@ -130,7 +130,7 @@ def wrap(
     settings = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "loss_reduction": loss_reduction, "samples": samples}
     settings |= {"accumulate": accumulate, "ignore": ignore, "seed": seed, "dots": dots, "max_micro_batch_size": max_micro_batch_size}
     settings |= {"controller": controller, "estimator": estimator, "max_grad_norm": max_grad_norm, "per_parameter": per_parameter, **scheduler_options}
-    parallel = DataParallel.find(group, estimator)
+    parallel = DataParallel.find(group, estimator, model)
     if parallel is not None:
         adaptive = parallel.take_loader(loader, summed=loss_reduction == "sum")
         parallel.check_same(model, optimizer, adaptive, settings)

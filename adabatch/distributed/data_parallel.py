@@ -14,6 +14,7 @@ from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.distributed.agreement import check_same, facts_of_model, plain
 from adabatch.distributed.ranks import Ranks, ranks_of
 from adabatch.distributed.stage import GlobalSums
+from adabatch.distributed.tensor_parallel import TensorParallel
 from adabatch.distributed.weights import OutputWeights
 from adabatch.grad_sample.grad_norms import is_sharded
 from adabatch.grad_sample.sharing import Sharing
@@ -33,22 +34,27 @@ class DataParallel:
 
     Args:
         ranks: the processes.
+        tensor_parallel: where several of them hold one replica of the model together and get the same samples.
 
     Attributes:
         sharing: this one's shares, once there is a loader.
     """
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-        self.sharing = Sharing(ranks.world_size)
+    def __init__(self, ranks: Ranks, tensor_parallel: TensorParallel | None = None):
+        self.ranks, self.tensor_parallel = ranks, tensor_parallel
+        self.data, self._replica = (ranks, ()) if tensor_parallel is None else (tensor_parallel.data, tensor_parallel.replica)
+        self.sharing = Sharing(self.data.world_size, replica_ranks=self._replica)
 
     @classmethod
-    def find(cls, group: Any, estimator: str) -> DataParallel | None:
+    def find(cls, group: Any, estimator: str, model: nn.Module) -> DataParallel | None:
         """The processes that share each batch; None where this one is alone.
 
         Raises:
-            RuntimeError, ValueError: see `ranks_of`; an estimator that is for one process.
+            RuntimeError, ValueError: see `ranks_of` and `TensorParallel.find`; an estimator that is for one process.
         """
+        tensor_parallel = TensorParallel.find(model, group, estimator)
+        if tensor_parallel is not None:
+            return cls(tensor_parallel.everyone, tensor_parallel)
         ranks = ranks_of(group, required=estimator == "cross_rank")
         if ranks is None:
             return None
@@ -62,7 +68,7 @@ class DataParallel:
         Raises:
             ValueError: an AdaptiveDataLoader built for another process or number of them.
         """
-        own = {"rank": self.ranks.rank, "world_size": self.ranks.world_size}
+        own = {"rank": self.data.rank, "world_size": self.data.world_size}
         adopted = not isinstance(loader, AdaptiveDataLoader)
         adaptive = AdaptiveDataLoader.from_loader(loader, **own) if adopted else loader
         processes = adaptive.batch_sampler.processes
@@ -77,7 +83,8 @@ class DataParallel:
         if adopted and adaptive.batch_sampler.shuffle:
             # Drawn from a generator, which each process may have seeded in its own way.
             adaptive.batch_sampler.seed = self.ranks.gather(adaptive.batch_sampler.seed)[0]
-        self.sharing = Sharing(self.ranks.world_size, adaptive.batch_sampler, summed, of_first=lambda value: self.ranks.gather(value)[0])
+        own = {"of_first": lambda value: self.ranks.gather(value)[0], "replica_ranks": self._replica}
+        self.sharing = Sharing(self.data.world_size, adaptive.batch_sampler, summed, **own)
         return adaptive
 
     def check_same(self, model: nn.Module, optimizer: Optimizer, loader: AdaptiveDataLoader, settings: Mapping[str, Any]) -> None:
@@ -98,7 +105,7 @@ class DataParallel:
 
     def samples_here(self, samples: int | None) -> int | None:
         """How many samples this process measures, of `samples` of the whole batch."""
-        return -(-samples // self.ranks.world_size) if isinstance(samples, int) and not isinstance(samples, bool) and samples > 0 else samples
+        return -(-samples // self.data.world_size) if isinstance(samples, int) and not isinstance(samples, bool) and samples > 0 else samples
 
     def agree_on_limit(self, loader: AdaptiveDataLoader) -> None:
         """The smallest of the limits on micro-batches that the processes found."""
@@ -107,8 +114,11 @@ class DataParallel:
 
     def join(self, model: nn.Module, hooks: Any, scheduler: Any, *, of_processes: bool) -> None:
         """Let the model's outputs be weighed, and the scheduler decide on the sums over all processes."""
-        foreign = [name for name, parameter in hooks.parameters.items() if is_sharded(parameter) and parameter.device_mesh.size() != self.ranks.world_size]
-        if foreign:
+        sizes = {name: parameter.device_mesh.size() for name, parameter in hooks.parameters.items() if is_sharded(parameter)}
+        foreign = [name for name, size in sizes.items() if size != self.ranks.world_size]
+        if self.tensor_parallel is not None and hooks.parameters:
+            hooks.count_by(self.tensor_parallel.shares(hooks))
+        elif foreign:
             raise ValueError(SHARDED_OTHERWISE.format(world=self.ranks.world_size, names=", ".join(foreign[:10])))
         weights = OutputWeights(model, self.sharing)
         hooks.sharing = self.sharing
@@ -120,6 +130,7 @@ class DataParallel:
 
         on_host = all(parameter.device.type == "cpu" for parameter in model.parameters())
         options = {"batches": scheduler.accumulate, "summed": hooks.loss_reduction == "sum", "of_processes": of_processes, "waits": not on_host}
+        options |= {"tensor_parallel": self.tensor_parallel}
         stage = GlobalSums(self.ranks, self.sharing, decision=decision, weights=weights, **options)
         _share_clock(scheduler.controller, stage)
         scheduler.add_stage(stage)

@@ -31,8 +31,8 @@ class Ranks:
     """A data-parallel group and a gloo group of its own beside it, for small vectors of numbers on the host: neither mixes with the gradients' communication.
 
     Args:
-        group: a ProcessGroup, a DeviceMesh all of whose processes share each batch (that of HSDP, or the data-parallel part of a larger one), or None for the
-            default group. All its processes must make their Ranks.
+        group: a ProcessGroup, a DeviceMesh all of whose processes share each batch (that of HSDP, or the data-parallel part of a larger one), a list of ranks
+            in the default group, or None for all of it. All its processes must make their Ranks.
         timeout: of the collectives; None for torch's default.
 
     Attributes:
@@ -57,6 +57,8 @@ class Ranks:
         self._default = dist.group.WORLD
         if group is None:
             self.ranks = list(range(dist.get_world_size()))
+        elif isinstance(group, list):
+            self.ranks = sorted(group)
         elif hasattr(group, "mesh"):
             self.ranks = sorted(group.mesh.flatten().tolist())
         else:

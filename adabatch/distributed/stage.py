@@ -12,6 +12,7 @@ from typing import Any
 
 from adabatch.distributed.agreement import CHECKSUM, agree, checksum, raise_divergence
 from adabatch.distributed.ranks import Ranks
+from adabatch.distributed.tensor_parallel import TensorParallel
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.totals import N_SUMS, Totals, between_processes, sums_of, totals_of
 from adabatch.grad_sample.sharing import Sharing
@@ -38,6 +39,8 @@ class GlobalSums:
         decision: () -> what this process last decided, by name.
         of_processes: the moments hold one squared norm, that of the process's own gradient: T̂ is taken between processes.
         weights: what weighs the model's outputs, kept and removed with this.
+        tensor_parallel: of a model that several processes hold together: what they add up to is divided by their number, but for norms, of which each has a
+            part.
         waits: the sum is waited for in the next step, so that nothing on an accelerator's step path waits for other processes.
 
     Attributes:
@@ -54,11 +57,13 @@ class GlobalSums:
         decision: Callable[[], Mapping[str, Any]],
         of_processes: bool = False,
         weights: Any = None,
+        tensor_parallel: TensorParallel | None = None,
         waits: bool = False,
     ):
         self.ranks, self.seconds = ranks, 0.0
         self._sharing, self._batches, self._summed, self._decision = sharing, batches, summed, decision
         self._of_processes, self._weights, self._waits = of_processes, weights, waits
+        self._tensor_parallel = tensor_parallel
         # By number of the step: a loaded state drops observations that were waiting here.
         self._under_way: dict[int, tuple[Any, Mapping[str, Any]]] = {}
 
@@ -67,6 +72,8 @@ class GlobalSums:
         self.ranks.check_unchanged()
         observation.settle()
         moments, decision = observation.moments, {**self._decision(), "lr": observation.lrs}
+        if self._sharing.compares and moments is not None:
+            self._sharing.compares = not self._tensor_parallel.check_reduced(*self._sharing.alike.tolist())
         if moments is not None:
             self.ranks.sum_tensors(list(moments.second_moment.values()))
         self._under_way[observation.step] = self.ranks.start_sum(self._vector(observation, decision)), decision
@@ -104,10 +111,11 @@ class GlobalSums:
         moments, loss = observation.moments, observation.loss
         bad = not math.isfinite(loss) or (moments is not None and not moments.is_finite)
         share = self._sharing.share_of(self._batches) if moments is None else moments.share
+        replica = self._sharing.replica
         seconds = observation.seconds if observation.seconds == observation.seconds else 0.0
-        head = [0.0 if bad else loss if self._summed else loss * share, float(bad)]
-        head += [0.0 if moments is None else moments.batch_size * moments.share, seconds]
-        sums = [] if moments is None else _sums(moments)
+        head = [0.0 if bad else (loss if self._summed else loss * share) / replica, float(bad)]
+        head += [0.0 if moments is None else moments.batch_size * moments.share / replica, seconds]
+        sums = [] if moments is None else _sums(moments, replica)
         # A gradient that every process holds whole must be the same on each.
         whole = 0.0 if moments is None or bad or self._sharing.has_shards else moments.grad_sq_norm * self.ranks.world_size
         return [*head, whole, whole**2, *checksum(tuple(decision.values())), *([0.0] * len(sums) if bad else sums)]
@@ -135,9 +143,9 @@ class GlobalSums:
         return replace(moments, batch_size=m, grad_sq_norm=grad_sq_norm, totals=totals)
 
 
-def _sums(moments: GradientMoments) -> list[float]:
+def _sums(moments: GradientMoments, replica: int) -> list[float]:
     """Of the step, of each parameter group, and two numbers of each parameter where they are measured apart."""
-    sums = [value for part in (moments, *(moments.by_group[group] for group in sorted(moments.by_group))) for value in sums_of(part, moments.share)]
+    sums = [value for part in (moments, *(moments.by_group[group] for group in sorted(moments.by_group))) for value in sums_of(part, moments.share, replica)]
     rows = moments.batch_size * moments.share
     for name, norms in moments.by_parameter.items() if moments.parameter_grad_sq_norms else ():
         terms = norms.double()

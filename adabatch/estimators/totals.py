@@ -45,12 +45,13 @@ class Totals:
     degrees_of_freedom: int | None = None
 
 
-def sums_of(moments: GradientMoments, share: float) -> list[float]:
+def sums_of(moments: GradientMoments, share: float, replica: int = 1) -> list[float]:
     """What one process adds to the vector: N_SUMS numbers, of which those that need dots are 0 without.
 
     Args:
         moments: of the process's samples; grad_sq_norm is its part of ‖g‖², such that the parts of all processes add up.
         share: m_r/m.
+        replica: so many processes measure the same samples, each its part of their norms.
 
     Example:
         >>> from adabatch.estimators.moments import GradientMoments
@@ -67,7 +68,7 @@ def sums_of(moments: GradientMoments, share: float) -> list[float]:
         a, b = factors * (norms - 2 * weights * dots), factors * weights**2
         per_sample += [a, b, a * a, a * b, b * b, factors * dots**2, factors * weights * dots]
     sums = (torch.stack(per_sample).mean(1) * rows).tolist() if measured else [0.0]
-    return [moments.grad_sq_norm, float(measured), *sums, *[0.0] * (N_SUMS - 2 - len(sums))]
+    return [moments.grad_sq_norm, measured / replica, *sums, *[0.0] * (N_SUMS - 2 - len(sums))]
 
 
 def totals_of(sums: Sequence[float] | Tensor, batch_size: int, has_dots: bool) -> tuple[float, Totals]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) 
     """What this process adds to Σ ‖p.grad‖² of each group, [K]: the parts of all `world_size` processes add up to it, without a collective per parameter.
 
     A gradient that every process holds whole counts 1/world_size on each. Of a sharded one (a DTensor of fully_shard) the own shard counts, divided by the
-    number of processes that hold the same one (the replicas of a hybrid mesh). A DTensor on a mesh of more processes than share the batch (tensor parallel
-    beside data parallel) is gathered to its norm, by a collective.
+    number of processes that hold the same one: the replicas of a hybrid mesh, and other meshes of the same kind where this one has fewer processes (the
+    data-parallel ones beside tensor parallelism). Partial sums are gathered to their norm, by a collective.
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(2))
@@ -49,6 +49,22 @@ def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) 
     return _stacked(parts)
 
 
+def alike_grad_sq_norms(groups: Sequence[Sequence[Tensor]], replica: Collection[int]) -> Tensor:
+    """‖g‖² of the gradients that this process holds whole, and of its pieces of those that the processes `replica` hold together, [2].
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> alike_grad_sq_norms([[p], []], replica=[0, 1])
+        tensor([25.,  0.])
+    """
+    grads = [parameter.grad for group in groups for parameter in group if parameter.grad is not None]
+    whole = [grad for grad in grads if not is_sharded(grad)]
+    split = [grad for grad in grads if is_sharded(grad) and not any(placement.is_partial() for placement in grad.placements)]
+    pieces = [grad for grad in split if set(grad.device_mesh.mesh.flatten().tolist()) == set(replica)]
+    return _stacked([_group_norm(whole), _group_norm([grad.to_local() for grad in pieces])]).square()
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether the tensor is a DTensor, of which this process holds a part.
 
@@ -64,10 +80,10 @@ def _own_part(grad: Tensor, world_size: int) -> tuple[Tensor, float]:
     if not is_sharded(grad):
         return grad, 1 / world_size
     mesh = grad.device_mesh
-    if any(placement.is_partial() for placement in grad.placements) or mesh.size() != world_size:
+    if any(placement.is_partial() for placement in grad.placements) or mesh.size() > world_size:
         return _group_norm([grad]), 1 / world_size
     replicas = math.prod(mesh.size(dim) for dim, placement in enumerate(grad.placements) if placement.is_replicate())
-    return grad.to_local(), 1 / replicas
+    return grad.to_local(), mesh.size() / (world_size * replicas)
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:

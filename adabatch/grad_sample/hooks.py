@@ -175,7 +175,7 @@ class GradSampleHooks:
         norms, reports, moments = self._probes.drain(self._harvested_task, late)
         uses = self._stash.drain(self._harvested_task)
         batch_size = batch_size_of(reports, self.sites, self._placer.input_sizes) if late is None else late
-        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._stash.second_moments, self._probes.bring_home)
+        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._stash.second_moments, self._probes.bring_home, self._stash.shares)
         for site in self.sites:
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
             site.calls = max(0, site.calls - round(float(reports[site.index, 0]))) if late is None else 0
@@ -237,6 +237,10 @@ class GradSampleHooks:
         options = {"loss_reduction": self.loss_reduction, "group_of_row": rows.group_of_row, "row_names": rows.names, "weights": weights}
         options |= {"by_samples": self.by_samples, "world_size": self.sharing.world_size}
         return PendingMoments(self._passes, self._grad_sq_norms, self._loss_scale.noted(loss_scale), self._late, options)
+
+    def count_by(self, shares: dict[str, float]) -> None:
+        """Take each parameter's norms times its share: of a model that several processes hold in parts."""
+        self._stash.shares = shares
 
     def check_loss(self, loss: Tensor) -> None:
         """Check that the differentiated loss reaches the measured parameters through their layers alone. Cheap: the graph is walked down to the taps only.

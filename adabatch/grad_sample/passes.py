@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ def add_uses(
     row_of: dict[str, int],
     second_moments: SecondMoments | None,
     bring_home: Callable[[Tensor], Tensor],
+    shares: Mapping[str, float] | None = None,
 ) -> set[str]:
     """Square the stashed uses, parameter by parameter, into the rows; names of the parameters that had several uses."""
     grouped: dict[str, list] = {}
@@ -38,6 +39,7 @@ def add_uses(
     for name, factors in grouped.items():
         merged = merge_uses(factors)
         row, value = row_of[name], bring_home(merged.sq_norms())
+        value = value if shares is None else value * shares[name]
         norms[row] = value if norms[row] is None else norms[row] + value
         value = None if second_moments is None else second_moments.of(name, merged)
         if value is not None:

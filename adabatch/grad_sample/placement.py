@@ -24,6 +24,7 @@ from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.probe import ProbeSet
 from adabatch.grad_sample.recipes import Consumption
 from adabatch.grad_sample.rows import RowSampler
+from adabatch.grad_sample.sharded_layers import check_parallel
 from adabatch.grad_sample.taking import take, takes_over
 from adabatch.grad_sample.taps import CallTap, Stash, TapSite, listen
 from adabatch.grad_sample.tracing import READS_OUTPUT, ParameterTracer
@@ -243,13 +244,14 @@ class TapPlacer:
             self.recomputing_task = task
 
     def _tap_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        parallel = check_parallel(site.name, layer, self._stash.shares is not None)
         if site.sampler is None:
             return self._tap_call(site, layer, args, kwargs, output)
         inputs = args[0] if args else next(iter(kwargs.values()))
         n_samples = self._samples_in(site, output)
         rows, length = self._rows(n_samples, output.device)
         probe = self._probes.on(output.device)
-        tap = take if takes_over(site, layer, inputs, output, rows, n_samples, self._stash.second_moments is not None) else listen
+        tap = take if not parallel and takes_over(site, layer, inputs, output, rows, n_samples, self._stash.second_moments is not None) else listen
         return tap(site, inputs, output, rows, n_samples, probe.report(site.index), self._extras(site, probe, length))
 
     @uncompiled
@@ -293,8 +295,6 @@ class TapPlacer:
         return rows, n_samples if rows is None else rows.shape[0]
 
     def _extras(self, site: TapSite, probe: Any, length: int) -> list[Tensor]:
-        extras = [probe.row(row, length) for row in site.probe_rows]
         moments = self._stash.second_moments
-        if moments is not None:
-            extras += [probe.second_moment(name, moments.shape(name)) for name in site.parameters.values()]
-        return extras
+        names = () if moments is None else site.parameters.values()
+        return [*(probe.row(row, length) for row in site.probe_rows), *(probe.second_moment(name, moments.shape(name)) for name in names)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adabatch.grad_sample.grad_norms import grad_sq_norms, is_sharded, parts_of_grad_sq_norms
+from adabatch.grad_sample.grad_norms import alike_grad_sq_norms, grad_sq_norms, is_sharded, parts_of_grad_sq_norms
 
 
 class Sharing:
@@ -25,9 +25,12 @@ class Sharing:
         sampler: has `share` (m_r) and `last_size` (m) of the last batch delivered, and `n_batches`.
         summed: the loss is a sum over the samples.
         of_first: value -> that of the first process; called by all of them at once.
+        replica_ranks: of the T processes that hold one replica of the model together (tensor parallel) and have the same samples; empty for one alone.
 
     Attributes:
         has_shards: whether any gradient was sharded when ‖g‖² was last taken.
+        replica: T.
+        compares: whether `alike` is taken too: ‖g‖² of the gradients that all processes hold whole, and of the pieces that W of them hold alike.
 
     Example:
         >>> sharing = Sharing()
@@ -35,8 +38,17 @@ class Sharing:
         (1.0, 1.0)
     """
 
-    def __init__(self, world_size: int = 1, sampler: Any = None, summed: bool = False, of_first: Callable[[Any], Any] | None = None):
+    def __init__(
+        self,
+        world_size: int = 1,
+        sampler: Any = None,
+        summed: bool = False,
+        of_first: Callable[[Any], Any] | None = None,
+        replica_ranks: Sequence[int] = (),
+    ):
         self.world_size, self._sampler, self._summed = world_size, sampler, summed
+        self._replica_ranks, self.replica = replica_ranks, max(1, len(replica_ranks))
+        self.compares, self.alike = self.replica > 1, None
         self.of_first = of_first or _as_it_is
         self._noted: deque[tuple[int, int]] = deque(maxlen=4096)
         self._batch, self.has_shards = -1, False
@@ -82,7 +94,10 @@ class Sharing:
     def grad_sq_norms(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
         """This process's part of each group's ‖g‖², [K]; the parts of all add up to it."""
         self.has_shards = any(is_sharded(parameter) for group in groups for parameter in group)
-        return grad_sq_norms(groups) if self.world_size == 1 else parts_of_grad_sq_norms(groups, self.world_size)
+        if self.compares:
+            self.alike = alike_grad_sq_norms(groups, self._replica_ranks)
+        processes = self.world_size * self.replica
+        return grad_sq_norms(groups) if processes == 1 else parts_of_grad_sq_norms(groups, processes)
 
 
 def _as_it_is(value: Any) -> Any:

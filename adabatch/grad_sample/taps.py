@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from adabatch.grad_sample.attach import Plan
 from adabatch.grad_sample.factors import Factor
+from adabatch.grad_sample.grad_norms import is_sharded
 from adabatch.grad_sample.layouts import Layout
 from adabatch.grad_sample.preconditioned import SecondMoments
 from adabatch.grad_sample.registry import GradSampler
+from adabatch.grad_sample.sharded_layers import is_parallel, own_activations, own_backprops
 from adabatch.grad_sample.witness import FirstPassWitness
 
 DOUBLE_BACKWARD = (
@@ -47,6 +49,7 @@ class Stash:
     Attributes:
         witness: hears of every use until a first pass could be compared with the gradient; None afterwards.
         second_moments: what the taps report of Σ g_i²; None for nothing.
+        shares: {parameter: the factor by which its norms count here} of a model that several processes hold in parts; None of one that is whole.
     """
 
     def __init__(self):
@@ -54,6 +57,7 @@ class Stash:
         self._lock = threading.Lock()
         self.witness: FirstPassWitness | None = None
         self.second_moments: SecondMoments | None = None
+        self.shares: dict[str, float] | None = None
 
     def add(self, uses: list[Use]) -> None:
         """Keep uses under the running backward pass."""
@@ -167,6 +171,8 @@ def sums_by_row(site: TapSite, sq_norms: Mapping[str, Tensor], dtype: torch.dtyp
     for name, value in sq_norms.items():
         if value.dim() != 1:
             raise RuntimeError(f"the rule of {site.name} gave squared norms of shape {tuple(value.shape)}; one value per sample was expected")
+        if site.stash.shares is not None:
+            value = value * site.stash.shares[site.parameters[name]]
         row = site.rows[name]
         norms[row] = norms[row] + value.to(dtype) if row in norms else value.to(dtype)
     return [norms.get(row) for row in site.probe_rows]
@@ -188,7 +194,10 @@ def report_of(backprops: Tensor, dtype: torch.dtype, n_samples: int) -> Tensor:
 
 def listen(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, n_samples: int, report: Tensor, extras: list[Tensor]) -> Tensor:
     """The layer's output behind a listening tap."""
-    activations = site.layout.split(inputs.detach(), n_samples)
+    parallel = is_parallel(site.layer)
+    activations = site.layout.split(own_activations(site.layer, inputs) if parallel else inputs.detach(), n_samples)
+    if parallel:
+        site.shapes = tuple(activations.shape), tuple(output.to_local().shape)
     if rows is not None and not site.mixes_samples:
         activations = activations.index_select(0, rows)
     return ListeningTap.apply(output, activations, rows, report, site, None if site.layout.tells_size else n_samples, *extras)
@@ -214,7 +223,7 @@ class ListeningTap(torch.autograd.Function):
             ctx.mark_dirty(output)
         ctx.save_for_backward(activations, rows)
         ctx.site, ctx.n_samples, ctx.mixed = site, n_samples, site.mixes_samples
-        ctx.dtype, ctx.n_extras = extras[0].dtype, len(extras)
+        ctx.dtype, ctx.n_extras, ctx.parallel = extras[0].dtype, len(extras), not torch.compiler.is_compiling() and is_sharded(output)
         return output
 
     @staticmethod
@@ -226,14 +235,15 @@ class ListeningTap(torch.autograd.Function):
             raise RuntimeError(f"{site.name} changed between train and eval mode after its forward pass: call model.train() or eval() after loss.backward()")
         activations, rows = ctx.saved_tensors
         with torch.autocast(backprops.device.type, enabled=False):
-            n_samples = site.layout.size(backprops) if ctx.n_samples is None else ctx.n_samples
-            factors = site.factors(activations, backprops, rows, n_samples)
+            own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
+            n_samples = site.layout.size(own) if ctx.n_samples is None else ctx.n_samples
+            factors = site.factors(activations, own, rows, n_samples)
             if site.deferred or site.calls > 1:
                 keep_uses(site, factors, rows)
                 extras = [None] * ctx.n_extras
             else:
                 extras = _extras(site, factors, ctx.dtype, ctx.n_extras)
-        return backprops, None, None, report_of(backprops, ctx.dtype, n_samples), None, None, *extras
+        return backprops, None, None, report_of(own, ctx.dtype, n_samples), None, None, *extras
 
 
 class CallTap(torch.autograd.Function):

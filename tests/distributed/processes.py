@@ -18,6 +18,7 @@ TIMEOUT = 120.0
 # One process imports torch, the others are forked from it.
 _context = multiprocessing.get_context("forkserver")
 _preloaded = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "tests.distributed.bad_setups", "tests.distributed.checks"]
+_preloaded += ["torch.distributed.tensor.parallel", "tests.distributed.tensor_parallel"]
 _context.set_forkserver_preload(_preloaded)
 
 
@@ -49,7 +50,7 @@ def run_checks(world_size: int, names: list[str], folder: Path, timeout: float =
 def _child(rank: int, world_size: int, names: list[str], folder: str, timeout: float, queue: multiprocessing.Queue) -> None:
     import torch.distributed as dist
 
-    from tests.distributed import bad_setups, checks
+    from tests.distributed import bad_setups, checks, tensor_parallel
 
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(0.9 * timeout, exit=True)
@@ -59,7 +60,7 @@ def _child(rank: int, world_size: int, names: list[str], folder: str, timeout: f
         try:
             store = f"file://{folder}/store-{number}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
-            check: Callable[[Path], None] = getattr(checks, name, None) or getattr(bad_setups, name)
+            check: Callable[[Path], None] = next(getattr(module, name) for module in (checks, bad_setups, tensor_parallel) if hasattr(module, name))
             torch.manual_seed(0)
             torch._dynamo.reset()
             check(Path(folder))

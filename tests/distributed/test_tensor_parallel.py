@@ -1,0 +1,20 @@
+"""Tensor parallelism against one process."""
+
+import pytest
+import torch.distributed as dist
+
+from tests.distributed.processes import run_checks
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+CHECKS = {
+    2: ["same_when_layers_are_split", "same_when_layers_are_split_with_accumulation_and_parameters_apart", "split_layers_with_nothing_measured"],
+    4: ["same_when_layers_are_split_beside_fully_shard", "split_layers_whose_batch_is_not_told"],
+}
+CHECKS[2] += ["split_layers_that_are_refused"]
+
+
+@pytest.mark.parametrize("world_size", CHECKS)
+def test_layers_split_over_processes(world_size, tmp_path):
+    failed = run_checks(world_size, CHECKS[world_size], tmp_path)
+    assert not failed, "\n".join(f"{name}, rank {rank}:\n{error}" for name, ranks in failed.items() for rank, error in ranks.items())
