@@ -25,7 +25,9 @@ from adabatch.observing import Arrival, Observation, Pipeline, Stage
 from adabatch.recording import Recorder, StepClock
 from adabatch.size_in_force import SizeInForce
 from adabatch.sizing import SizeRule
+from adabatch.stale_gradients import StaleGradients
 from adabatch.state import check_version
+from adabatch.step_factor import check_unscaled
 from adabatch.stepping import EpochCount, Stepping
 
 
@@ -129,6 +131,7 @@ class BatchSizeScheduler:
         base_batch_size = first if base_batch_size is None else base_batch_size
         self.controller = Seesaw(base_batch_size, rule_of_optimizer(optimizer)) if controller is None else controller
         check_measured(hooks, self.controller, coupling)
+        check_unscaled(optimizer)
         self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
         self._plan, self.short_batch, self.confidence = plan_for(hooks, every, overhead), short_batch, checked_confidence(confidence)
         self._base_lr = MeanLr(optimizer, effective_lr_of_controller(self.controller, optimizer, effective_lr), getattr(hooks, "parameters", {}).values())
@@ -139,7 +142,7 @@ class BatchSizeScheduler:
         factors = {"coupling": coupling, "base_batch_size": base_batch_size, "spill": spill, "short_batch": short_batch, "scale_betas": scale_betas}
         self._stepping = Stepping(optimizer, loader, self._base_lr, accumulate=self.accumulate, summed=self._summed, controller=self.controller, **factors)
         self._force = SizeInForce(loader, self.accumulate, first, self.size_rule.dwell)
-        self._late = LateParameters(optimizer, getattr(hooks, "parameters", {}).values())
+        self._stale, self._late = StaleGradients(), LateParameters(optimizer, getattr(hooks, "parameters", {}).values())
         hooks.enabled = True
         if short_batch == "drop":
             loader.drop_last = True
@@ -276,6 +279,7 @@ class BatchSizeScheduler:
         usable = None if dropped else moments
         lr = self._base_lr({} if usable is None else {group: part.variance_trace for group, part in usable.by_group.items()}, seen.lrs)
         if usable is not None:
+            self._stale.look(usable)
             self._stepping.measured(usable)
         wish = ask(self.controller, seen, usable, loss=loss, lr=lr)
         self._stepping.asked()

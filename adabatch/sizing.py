@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -66,6 +67,12 @@ class SizeRule:
         rule = replace(self, multiple_of=math.lcm(self.multiple_of, accumulate))
         if epoch_samples is None or rule.highest <= epoch_samples * accumulate:
             return rule
+        if rule.lowest > epoch_samples * accumulate and not drop_last:
+            warnings.warn(
+                f"an epoch has {epoch_samples} samples, less than the smallest batch of {rule.lowest // accumulate}: every batch is a short one, for which "
+                "short_batch='scale' lowers the lr. Lower min_batch_size",
+                stacklevel=4,
+            )
         if rule.lowest <= epoch_samples * accumulate:
             return replace(rule, maximum=epoch_samples * accumulate)
         if drop_last:

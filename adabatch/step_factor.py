@@ -41,6 +41,11 @@ class StepFactor:
         self.last_lrs = read_lrs(optimizer)
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
+    @property
+    def is_live(self) -> bool:
+        """Whether what decides the factor is still there."""
+        return self._factor() is not None
+
     def restore(self) -> None:
         """Undo the factor that a step which raised left behind; an lr that was set since then stays as it is."""
         for group, lr in self._saved:
@@ -66,6 +71,17 @@ class StepFactor:
         for group, lr in self._saved:
             _put(group, lr)
         self._saved = []
+
+
+def check_unscaled(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose lr another scheduler of ours scales already.
+
+    Raises:
+        ValueError: it does.
+    """
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    if any(isinstance(owner, StepFactor) and owner.is_live for owner in owners):
+        raise ValueError("this optimizer has a BatchSizeScheduler already, and two would both scale its lr: call remove() of the first, or use that one")
 
 
 class Pending:
