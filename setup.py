@@ -29,7 +29,7 @@ setup(
         "examples": EXAMPLES,
         "triton": ["triton>=3.7.1; platform_system == 'Linux'"],
         "test": TEST,
-        "bench": ["opacus", "backpack-for-pytorch"],
+        "bench": ["opacus", "backpack-for-pytorch", "cockpit-for-pytorch", "setuptools<81"],  # Cockpit imports pkg_resources
     },
     classifiers=[
         "Programming Language :: Python :: 3",

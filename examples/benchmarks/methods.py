@@ -212,10 +212,37 @@ class BackpackNorms(BackpackExtension):
         return _trace(sq_norms, sum(parameter.grad.square().sum() for parameter in parameters))
 
 
+class CockpitCabs(BackpackExtension):
+    """Cockpit's CABS quantity, lr · trace / loss with the trace by the divisor m, at every step; it comes with BackPACK's limits."""
+
+    title = "Cockpit, CABS"
+
+    def prepare(self) -> None:
+        from cockpit import Cockpit, quantities
+        from cockpit.utils.schedules import linear
+
+        super().prepare()
+        self.quantity, self.steps = quantities.CABS(track_schedule=linear(1)), 0
+        self.cockpit = Cockpit(self.model.parameters(), quantities=[self.quantity])
+
+    def step(self, batch: Batch) -> float:
+        self.optimizer.zero_grad()
+        inputs, targets = batch
+        losses = self.work.losses(self.model(inputs), targets)
+        loss = losses.mean()
+        info = {"batch_size": len(inputs), "individual_losses": losses.detach(), "loss": loss, "optimizer": self.optimizer}
+        with self.cockpit(self.steps, info=info):
+            loss.backward(create_graph=self.cockpit.create_graph(self.steps))
+        wish = self.quantity.get_output().pop(self.steps)
+        self.steps += 1
+        self.optimizer.step()
+        return wish * loss.item() / LR / (1 - 1 / len(inputs))
+
+
 def _trace(sq_norms: Tensor, grad_sq_norm: Tensor) -> float:
     return float(sq_norms.double().mean() - grad_sq_norm) / (1 - 1 / len(sq_norms))
 
 
 OURS: tuple[Callable[..., Plain], ...] = (Plain, Exact, Budget)
-PEERS: tuple[Callable[..., Plain], ...] = (Vmap, Opacus, OpacusGhost, OpacusExpandedWeights, BackpackExtension, BackpackNorms)
+PEERS: tuple[Callable[..., Plain], ...] = (Vmap, Opacus, OpacusGhost, OpacusExpandedWeights, BackpackExtension, BackpackNorms, CockpitCabs)
 METHODS = {method.__name__: method for method in (*OURS, *PEERS)}
