@@ -93,8 +93,7 @@ class ProbeSet:
 
 def rows_measured(reports: Tensor, samples: int | None) -> int:
     """The length of the probe rows in use: the batch size that the layers report, or the number of samples asked for."""
-    used = reports[reports[:, 0] > 0]
-    n_samples = round(float((used[:, 1] / used[:, 0]).max())) if len(used) else 0
+    n_samples = max((round(total / uses) for uses, total in reports.tolist() if uses > 0), default=0)
     return n_samples if samples is None else min(samples, n_samples)
 
 

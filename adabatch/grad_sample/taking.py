@@ -39,8 +39,8 @@ def takes_over(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor, 
                 site.pays.clear()
                 site.taken.clear()
             site.pays[key] = isinstance(layer, nn.GroupNorm) or layer_cost(layer, *site.shapes).takes(n_samples, key[2])
-        known = not (second_moment and rows is not None) and _is_known(site, layer, inputs, output, rows is None)
-        site.takes = site.taken[key] = known and site.pays[key]
+        known = site.pays[key] and not (second_moment and rows is not None)
+        site.takes = site.taken[key] = known and _is_known(site, layer, inputs, output, rows is None)
     elif isinstance(layer, nn.GroupNorm):
         return False
     return site.taken.get(key, site.takes)

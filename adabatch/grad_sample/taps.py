@@ -21,6 +21,7 @@ from adabatch.grad_sample.attach import Plan
 from adabatch.grad_sample.factors import Factor
 from adabatch.grad_sample.grad_norms import is_sharded
 from adabatch.grad_sample.layouts import Layout
+from adabatch.grad_sample.linear import linear_grad_sample, vector_sq_norms
 from adabatch.grad_sample.preconditioned import SecondMoments
 from adabatch.grad_sample.registry import GradSampler
 from adabatch.grad_sample.sharded_layers import is_parallel, own_activations, own_backprops
@@ -203,6 +204,15 @@ def listen(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, n
     return ListeningTap.apply(output, activations, rows, report, site, None if site.layout.tells_size else n_samples, *extras)
 
 
+def _is_plain_product(site: TapSite, activations: Tensor, backprops: Tensor) -> bool:
+    """Whether the layer is a Linear whose parameters are all measured, and has one vector per sample; on accelerators and in compiled graphs kernels decide."""
+    if site.sampler.rule is not linear_grad_sample or not (activations.dim() == backprops.dim() == 2) or site.layout is not Layout.BATCH_FIRST:
+        return False
+    own = [parameter for parameter in site.layer._parameters.values() if parameter is not None]
+    trained = len(own) == len(site.parameters) and all(parameter.requires_grad for parameter in own)
+    return trained and backprops.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class ListeningTap(torch.autograd.Function):
     """Identity on the output; in backward, the per-sample squared norms of the layer's parameters as gradients of the probe rows.
 
@@ -237,12 +247,15 @@ class ListeningTap(torch.autograd.Function):
         with torch.autocast(backprops.device.type, enabled=False):
             own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
             n_samples = site.layout.size(own) if ctx.n_samples is None else ctx.n_samples
-            factors = site.factors(activations, own, rows, n_samples)
-            if site.deferred or site.calls > 1:
-                keep_uses(site, factors, rows)
-                extras = [None] * ctx.n_extras
+            several = site.deferred or site.calls > 1
+            if not several and not ctx.parallel and ctx.n_extras == len(site.probe_rows) and _is_plain_product(site, activations, own):
+                norms = vector_sq_norms(site.layer, activations, own if rows is None else own.index_select(0, rows))
+                extras = sums_by_row(site, norms, ctx.dtype)
             else:
-                extras = _extras(site, factors, ctx.dtype, ctx.n_extras)
+                factors = site.factors(activations, own, rows, n_samples)
+                if several:
+                    keep_uses(site, factors, rows)
+                extras = [None] * ctx.n_extras if several else _extras(site, factors, ctx.dtype, ctx.n_extras)
         return backprops, None, None, report_of(own, ctx.dtype, n_samples), None, None, *extras
 
 
