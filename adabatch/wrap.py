@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -101,9 +103,10 @@ def wrap(
         the scheduler.
 
     Raises:
-        ValueError: layers that cannot be measured exactly (all listed), bounds out of order, processes that are set up differently.
+        ValueError: layers that cannot be measured exactly (all listed), bounds out of order, arguments that do not go together, processes that are set up
+            differently.
         RuntimeError: several processes were launched, but no process group is initialised.
-        TypeError: a loader or optimizer of another kind.
+        TypeError: a loader or optimizer of another kind, a keyword that is not known.
 
     Example:
         >>> import torch
@@ -122,11 +125,8 @@ def wrap(
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     SizeRule(min_batch_size, max_batch_size)  # refuses what are no bounds under their names here, before the hooks reserve room for the largest size
-    check_switches(dots=dots, per_parameter=per_parameter)
-    if not hasattr(seed, "__index__"):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    if layout is not None:
-        _check_layout(layout, ignore)
+    _check_names(scheduler_options)
+    _check_arguments(seed, layout, ignore, estimator, comm_hook=comm_hook, comm_state=comm_state, dots=dots, per_parameter=per_parameter)
     settings = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "loss_reduction": loss_reduction, "samples": samples}
     settings |= {"accumulate": accumulate, "ignore": ignore, "seed": seed, "dots": dots, "max_micro_batch_size": max_micro_batch_size}
     settings |= {"controller": controller, "estimator": estimator, "max_grad_norm": max_grad_norm, "per_parameter": per_parameter, **scheduler_options}
@@ -144,32 +144,17 @@ def wrap(
     needs = bind_controller(controller, optimizer, effective_lr)
     asked = samples is not None or dots or per_parameter or "every" in scheduler_options or overhead is not DEFAULT_OVERHEAD
     overhead = budget_of_wrap(overhead, samples, scheduler_options)
-    if per_parameter and estimator != "per_sample":
-        raise ValueError(f"per_parameter=True needs estimator='per_sample', got {estimator!r}: the other estimators see the gradient as a whole")
     micro = MicroBatching(adaptive, max_micro_batch_size, accumulate, estimator, loss_fn)
+    common: dict[str, Any] = {"loss_reduction": loss_reduction, "grad_scaler": grad_scaler}
+    hooks: Any
     if estimator == "micro_batch":
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        hooks: Any = MicroBatchMoments(parameters, adaptive.micro_batches, loss_reduction=loss_reduction, grad_scaler=grad_scaler)
+        hooks = MicroBatchMoments([parameter for params in _groups(optimizer) for parameter in params], adaptive.micro_batches, **common)
     elif estimator == "cross_rank":
-        reduces = {"loss_reduction": loss_reduction, "accumulate": accumulate, "comm_hook": comm_hook, "comm_state": comm_state}
-        hooks = CrossRankMoments(model, parallel.sharing, grad_scaler=grad_scaler, **reduces)
+        hooks = CrossRankMoments(model, parallel.sharing, accumulate=accumulate, comm_hook=comm_hook, comm_state=comm_state, **common)
     elif asked or needs_moments(controller, coupling):
-        hooks = GradSampleHooks(
-            model,
-            loss_reduction=loss_reduction,
-            samples=samples,
-            seed=seed,
-            accumulate=accumulate,
-            ignore=ignore,
-            layout=layout,
-            dots=dots or "dots" in needs,
-            second_moment="second_moment" in needs,
-            preconditioner=preconditioner_reader(optimizer) if "preconditioned_trace" in needs else None,
-            grad_scaler=grad_scaler,
-            param_groups=[group["params"] for group in optimizer.param_groups],
-            capacity=max_batch_size,
-            per_parameter=per_parameter,
-        )
+        common |= {"samples": samples, "seed": seed, "accumulate": accumulate, "ignore": ignore, "layout": layout, "dots": dots or "dots" in needs}
+        common |= {"capacity": max_batch_size, "per_parameter": per_parameter}
+        hooks = _hooks(model, optimizer, needs, common)
     else:
         hooks = Unmeasured(accumulate, loss_reduction)
     scheduler, before = None, (adaptive.batch_size, adaptive.drop_last)
@@ -177,19 +162,13 @@ def wrap(
         micro.find_limit(model, optimizer, hooks, max_batch_size)
         if parallel is not None:
             parallel.agree_on_limit(adaptive)
-        scheduler = BatchSizeScheduler(
-            optimizer,
-            adaptive,
-            hooks,
-            controller,
-            min_batch_size=min_batch_size,
-            max_batch_size=max_batch_size,
-            effective_lr=effective_lr,
-            overhead=None if overhead is DEFAULT_OVERHEAD and not hasattr(hooks, "cost") else overhead,
-            **scheduler_options,
-        )
+        options = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "effective_lr": effective_lr, **scheduler_options}
+        options["overhead"] = None if overhead is DEFAULT_OVERHEAD and not hasattr(hooks, "cost") else overhead
+        scheduler = BatchSizeScheduler(optimizer, adaptive, hooks, controller, **options)
         if parallel is not None:
             parallel.join(model, hooks, scheduler, of_processes=estimator == "cross_rank")
+        if hasattr(hooks, "loss_scale"):
+            hooks.loss_scale.watch(optimizer)
         optimizer = micro.accumulating(optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)
     except Exception:
         (hooks if scheduler is None else scheduler).remove()
@@ -197,6 +176,46 @@ def wrap(
         adaptive.batch_size, adaptive.drop_last = before
         raise
     return optimizer, adaptive, scheduler
+
+
+def _hooks(model: nn.Module, optimizer: Optimizer, needs: Collection[str], options: dict[str, Any]) -> GradSampleHooks:
+    """Hooks on the parameters that the optimizer holds, with what the controller needs beside norms."""
+    preconditioner = preconditioner_reader(optimizer) if "preconditioned_trace" in needs else None
+    return GradSampleHooks(model, param_groups=_groups(optimizer), second_moment="second_moment" in needs, preconditioner=preconditioner, **options)
+
+
+def _groups(optimizer: Optimizer) -> list[list[Tensor]]:
+    return [group["params"] for group in optimizer.param_groups]
+
+
+def _check_names(scheduler_options: Collection[str]) -> None:
+    """Refuse a keyword that neither wrap nor BatchSizeScheduler takes, as wrap's own."""
+    own = inspect.signature(wrap).parameters.keys()
+    passed_on = {name for name, each in inspect.signature(BatchSizeScheduler).parameters.items() if each.kind is each.KEYWORD_ONLY}
+    for name in scheduler_options:
+        if name not in passed_on:
+            near = difflib.get_close_matches(name, [*own - {"scheduler_options"}, *passed_on - own], n=1)
+            cure = f"did you mean {near[0]}=?" if near else f"beside its own it takes {', '.join(sorted(passed_on - own))}"
+            raise TypeError(f"wrap() got an unexpected keyword argument {name!r}: {cure}")
+
+
+def _check_arguments(
+    seed: int, layout: CheckReport | None, ignore: Collection[str], estimator: str, *, comm_hook: Any, comm_state: Any, dots: bool, per_parameter: bool
+) -> None:
+    """Refuse arguments that nothing else looks at."""
+    check_switches(dots=dots, per_parameter=per_parameter)
+    if not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if layout is not None:
+        _check_layout(layout, ignore)
+    if per_parameter and estimator != "per_sample":
+        raise ValueError(f"per_parameter=True needs estimator='per_sample', got {estimator!r}: the other estimators see the gradient as a whole")
+    given = [name for name, value in (("comm_hook", comm_hook), ("comm_state", comm_state)) if value is not None]
+    if given and estimator != "cross_rank":
+        raise ValueError(
+            f"only estimator='cross_rank' takes {'= and '.join(given)}=, got estimator={estimator!r}: pass estimator='cross_rank', or give the hook to the "
+            "model itself, model.register_comm_hook(state, hook)"
+        )
 
 
 def _check_layout(layout: CheckReport, ignore: Collection[str]) -> None:

@@ -93,6 +93,61 @@ def test_the_scaler_itself_is_refused_where_its_scale_may_have_changed():
         scheduler.step(loss, loss_scale=torch.amp.GradScaler("cpu"))
 
 
+def scaled(scaler, told=None, fused=False, **options):
+    """A linear model, and a function that takes one step scaled by `scaler`."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    options = {"controller": Wishes(8), "min_batch_size": 8, "max_batch_size": 8, "overhead": None, **options}
+    if options.get("estimator") == "micro_batch":
+        del options["overhead"]
+    optimizer = SGD(model.parameters(), lr=0.01, fused=fused)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(regression(64), 8), grad_scaler=told, **options)
+
+    def step(inputs, targets, **given):
+        optimizer.zero_grad()
+        loss = squared_error(model(inputs), targets)
+        scaler.scale(loss).backward()
+        if getattr(loader, "is_last_micro_batch", True):
+            scaler.step(optimizer)
+            scaler.update()
+        scheduler.step(loss, **given)
+
+    return loader, scheduler, step
+
+
+FORGOTTEN = {
+    "per sample": ({}, "that adabatch was not told of"),
+    "fused": ({"fused": True}, "that adabatch was not told of"),
+    "micro-batches": ({"estimator": "micro_batch"}, "that adabatch was not told of"),
+    "another": ({"told": torch.amp.GradScaler("cpu")}, "other than the grad_scaler= that adabatch was given"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), FORGOTTEN.values(), ids=FORGOTTEN)
+def test_a_grad_scaler_that_wrap_was_not_told_of_is_noticed(options, message):
+    loader, _, step = scaled(torch.amp.GradScaler("cpu", init_scale=64.0), **options)
+
+    def epoch():
+        for inputs, targets in loader:
+            step(inputs, targets)
+
+    with pytest.raises(RuntimeError, match=rf"called by a GradScaler {message}.* scale, 64 by now.*Pass grad_scaler=scaler to adabatch.wrap"):
+        epoch()
+
+
+def test_a_grad_scaler_whose_scale_is_told_at_each_step_or_that_is_off_will_do():
+    loader, scheduler, step = scaled(torch.amp.GradScaler("cpu", init_scale=64.0))
+    for inputs, targets in loader:
+        step(inputs, targets, loss_scale=64)
+    told = scheduler.diagnostics.column("variance_trace")
+    loader, scheduler, step = scaled(torch.amp.GradScaler("cpu", enabled=False))
+    for inputs, targets in loader:
+        step(inputs, targets)
+    assert told.tolist() == pytest.approx(scheduler.diagnostics.column("variance_trace").tolist(), rel=1e-4)
+    scheduler.remove()
+    assert not scheduler.optimizer._optimizer_step_pre_hooks
+
+
 def test_token_counts_reach_the_moments():
     wishes = Wishes(8)
     model, optimizer, loader, scheduler = run(wishes, dots=True)

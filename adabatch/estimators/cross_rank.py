@@ -69,7 +69,7 @@ class CrossRankMoments:
             raise ValueError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, got {loss_reduction!r}")
         self.loss_reduction, self.accumulate, self.enabled, self.by_samples = loss_reduction, accumulate, True, False
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.sharing, self._loss_scale = sharing, LossScale(grad_scaler)
+        self.sharing, self.loss_scale = sharing, LossScale(grad_scaler)
         self.reset()
         parallel = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
         if parallel is not None:
@@ -90,7 +90,7 @@ class CrossRankMoments:
 
     def _complete(self) -> None:
         self._whole = self.sharing.grad_sq_norms([list(self.parameters.values())])
-        self._loss_scale.read()
+        self.loss_scale.read()
 
     def collect(self, **given: Any) -> GradientMoments:
         """This process's ‖g_r‖² [1] and its part of ‖ḡ‖²; the scheduler's stage adds up those of all.
@@ -110,7 +110,7 @@ class CrossRankMoments:
 
     def _moments(self) -> GradientMoments:
         world, share, m = self.sharing.world_size, self.sharing.share_of(self.accumulate), self.sharing.size_of(self.accumulate)
-        summed, scale = self.loss_reduction == "sum", self._loss_scale.noted(None).factor()
+        summed, scale = self.loss_reduction == "sum", self.loss_scale.noted(None).factor()
         own = 1 / (scale * world * (share * m if summed else share))
         whole = 1 / (scale * (m if summed else 1))
         sq_norm = float(sum(part.double().cpu() for part in self._parts.values())) * own**2
@@ -121,11 +121,12 @@ class CrossRankMoments:
         self._parts: dict[Any, Tensor] = {}
         self._whole: Tensor | None = None
         self._repeated = False
-        self._loss_scale.clear()
+        self.loss_scale.clear()
 
     def remove(self) -> None:
         """Hear no more. The communication hook stays, as the model cannot be rid of it, and does the averaging alone."""
         self.enabled = False
+        self.loss_scale.remove()
         self.hear = lambda place, gradient: None  # type: ignore[method-assign]
 
     def state_dict(self) -> dict[str, Any]:

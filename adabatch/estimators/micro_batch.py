@@ -17,6 +17,7 @@ from torch.autograd import Variable
 from adabatch.data.micro import MicroBatches
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import LOSS_REDUCTIONS
+from adabatch.grad_sample.loss_scale import LossScale
 from adabatch.host_copies import HostCopies, scale_of
 from adabatch.state import check_version
 
@@ -85,7 +86,7 @@ class MicroBatchMoments:
             raise ValueError("no trainable parameters: there is nothing to measure")
         self.loss_reduction, self.enabled = loss_reduction, True
         self.parameters = {str(index): parameter for index, parameter in enumerate(measured)}
-        self._micro, self._grad_scaler = micro_batches, grad_scaler
+        self._micro, self._grad_scaler, self.loss_scale = micro_batches, grad_scaler, LossScale(grad_scaler)
         micro_batches.at_least = max(2, micro_batches.at_least)
         self.reset()
         # Held weakly: the parameters outlive the measurement.
@@ -100,7 +101,7 @@ class MicroBatchMoments:
         """As collect(), without waiting for an accelerator: call moments() on what it gives, a step later.
 
         Raises:
-            RuntimeError: not one backward pass for each micro-batch.
+            RuntimeError: not one backward pass for each micro-batch; steps by a GradScaler that was not given.
             ValueError: weights or loss_scale, which this estimator does not take.
         """
         if given:
@@ -111,6 +112,7 @@ class MicroBatchMoments:
                     f"{self._micro.count} micro-batches make this batch, and gradients came by for {sorted(self._sq_norms)}"
                     f"{', some of them more than once' if self._repeated else ''}: call loss.backward() once for each"
                 )
+            self.loss_scale.check_told(None)
             summed = self.loss_reduction == "sum"
             sums = [sum(self._sq_norms[part]) for part in range(len(self._sizes))]
             return PendingMicroBatchMoments(self._sizes, sums, self._whole, self._scale, summed)
@@ -149,7 +151,7 @@ class MicroBatchMoments:
 
     def remove(self) -> None:
         """Take the hooks off the parameters."""
-        for handle in self._handles:
+        for handle in [*self._handles, self.loss_scale]:
             handle.remove()
         self._handles = []
 

@@ -62,6 +62,7 @@ class GradSampleHooks:
 
     Attributes:
         sharing: what is known of batches that several processes share; of one process alone to begin with. What collect() then gives is this process's part.
+        loss_scale: the `LossScale`; loss_scale.watch(optimizer), as wrap does, lets collect() refuse steps by a GradScaler that was not given.
         by_samples: the passes of a step are micro-batches that weigh by their samples (see pool_passes). It and accumulate may be set between steps.
 
     Raises:
@@ -108,7 +109,7 @@ class GradSampleHooks:
             check_not_compiled(model, plan.parameters)
         self._row_sampler = RowSampler(samples, seed, capacity)
         self._probe_rows = ProbeRows(plan.parameters, param_groups, per_parameter)
-        self._second_moment, self._dots, self._loss_scale = second_moment, dots, LossScale(grad_scaler)
+        self._second_moment, self._dots, self.loss_scale = second_moment, dots, LossScale(grad_scaler)
         self._stash = Stash()
         self._stash.second_moments = SecondMoments.wanted(plan.parameters, second_moment, preconditioner)
         self.sites = TapSite.all_of(plan, self._probe_rows.row_of, self._stash, getattr(layout, "layouts", {}))
@@ -185,7 +186,7 @@ class GradSampleHooks:
         self._n_passes += 1
         rows = self._row_sampler.rows(batch_size, self._probes.home)
         self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments, share=self.sharing.share)][-self.accumulate :]
-        self._loss_scale.read()
+        self.loss_scale.read()
         if self._dots and self._n_passes <= self.accumulate:
             self._held.append(HeldUses(uses))
         if self._n_passes >= self.accumulate:
@@ -236,7 +237,7 @@ class GradSampleHooks:
         rows = self._probe_rows
         options = {"loss_reduction": self.loss_reduction, "group_of_row": rows.group_of_row, "row_names": rows.names, "weights": weights}
         options |= {"by_samples": self.by_samples, "world_size": self.sharing.world_size}
-        return PendingMoments(self._passes, self._grad_sq_norms, self._loss_scale.noted(loss_scale), self._late, options)
+        return PendingMoments(self._passes, self._grad_sq_norms, self.loss_scale.noted(loss_scale), self._late, options)
 
     def count_by(self, shares: dict[str, float]) -> None:
         """Take each parameter's norms times its share: of a model that several processes hold in parts."""
@@ -260,7 +261,7 @@ class GradSampleHooks:
         self._passes: list[BackwardPass] = []
         self._held: list[HeldUses] = []
         self._late: list[LateChecks] = []
-        self._loss_scale.clear()
+        self.loss_scale.clear()
         self._n_passes = 0
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self._placer.recomputing_task = -1
@@ -284,6 +285,7 @@ class GradSampleHooks:
     def remove(self) -> None:
         """Take all hooks off the model. Nothing else was ever put on it."""
         self._placer.remove()
+        self.loss_scale.remove()
         self._probes.clear()
         self._attached = False
 
