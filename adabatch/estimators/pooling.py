@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,26 +118,21 @@ def pool_passes(
     dots = [_row(passes, [scale * whole for scale in per_pass], row, "dots") for row in range(len(group_of_row))] if passes[0].dots is not None else None
     batch_norms = [float(value) * whole**2 for value in grad_sq_norms.tolist()]
     groups = sorted(set(group_of_row))
-    by_group = {
-        group: GradientMoments(
-            sq_norms=torch.stack([rows[row] for row, of in enumerate(group_of_row) if of == group]).sum(0),
-            grad_sq_norm=sum(batch_norms[row] for row, of in enumerate(group_of_row) if of == group),
-            dots=None if dots is None else torch.stack([dots[row] for row, of in enumerate(group_of_row) if of == group]).sum(0),
-            **common,
-        )
-        for group in groups
-    }
+
+    def summed(of_group: int | None) -> dict[str, Any]:
+        """Over the rows of a group, or over all."""
+        chosen = [row for row, group in enumerate(group_of_row) if of_group in (None, group)]
+        sums = {"sq_norms": torch.stack([rows[row] for row in chosen]).sum(0), "grad_sq_norm": sum(batch_norms[row] for row in chosen)}
+        return sums | {"dots": None if dots is None else torch.stack([dots[row] for row in chosen]).sum(0)} | common
+
     return GradientMoments(
-        sq_norms=torch.stack(rows).sum(0),
-        grad_sq_norm=sum(batch_norms),
-        dots=None if dots is None else torch.stack(dots).sum(0),
-        by_group=by_group if len(groups) > 1 else {},
+        **summed(None),
+        by_group={group: GradientMoments(**summed(group)) for group in groups} if len(groups) > 1 else {},
         by_parameter=dict(zip(row_names, rows, strict=True)) if row_names else {},
         parameter_grad_sq_norms=dict(zip(row_names, batch_norms, strict=True)) if row_names else {},
         parameter_dots=dict(zip(row_names, dots, strict=True)) if row_names and dots is not None else {},
         second_moment=_second_moments(passes, per_pass),
         preconditioned=passes[-1].preconditioned,
-        **common,
     )
 
 
