@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
-from adabatch.check.batches import MAX_SAMPLES, batch_dims, find_batch_size_source, run_trial, smaller_batch
+from adabatch.check.batches import MAX_SAMPLES, Trial, batch_dims, find_batch_size_source, run_trial, smaller_batch
 from adabatch.check.comparison import MAX_COMPARED, compare_with_taps, exact_norms
 from adabatch.check.filling import enter_comparison, make_rows, mark_contributions, refuse_differing, refuse_unaccounted
 from adabatch.check.inference import draw_weights
@@ -15,9 +18,12 @@ from adabatch.check.owners import Owner, find_owners
 from adabatch.check.report import CheckReport, CheckRow
 from adabatch.check.settling import settle
 from adabatch.check.state import batch_norm_by_running_statistics, mixing_batch_norm, plain_arithmetic, restored
+from adabatch.check.trees import tensors
 from adabatch.grad_sample.attach import unwrap
 
 __all__ = ["CheckReport", "CheckRow", "check"]
+
+EXAMPLE = "lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction='none')"
 
 
 def check(model: nn.Module, batch: Any, loss_fn: LossFunction, *, verbose: bool = True) -> CheckReport:
@@ -38,7 +44,7 @@ def check(model: nn.Module, batch: Any, loss_fn: LossFunction, *, verbose: bool 
 
     Raises:
         ValueError: losses that are not [N] with N of 2 or more, a model without trainable parameters, or a larger batch that cannot be cut.
-        TypeError: model or losses of another kind.
+        TypeError: model, batch, loss_fn or losses of another kind.
 
     Example:
         >>> import torch
@@ -50,6 +56,9 @@ def check(model: nn.Module, batch: Any, loss_fn: LossFunction, *, verbose: bool 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_loss_fn(model, batch, loss_fn)
+    if isinstance(batch, DataLoader) or hasattr(batch, "batch_sampler"):
+        raise TypeError(f"batch must be one batch, as loss_fn takes it, got a {type(batch).__name__}: pass next(iter(loader))")
     model = unwrap(model)
     owners = find_owners(model)
     with plain_arithmetic(model), restored(model):
@@ -60,7 +69,7 @@ def check(model: nn.Module, batch: Any, loss_fn: LossFunction, *, verbose: bool 
 
 
 def _check(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunction) -> CheckReport:
-    large = run_trial(model, owners, batch, loss_fn)
+    large = _first_trial(model, owners, batch, loss_fn)
     size = len(large.losses)
     if size < 2:
         raise ValueError(f"check() tells samples apart, so it needs a batch of at least 2, got {size}")
@@ -92,3 +101,31 @@ def _check(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunct
     if problem:
         report.notes.append(f"the hooks cannot be used: {problem}")
     return report
+
+
+def _first_trial(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunction) -> Trial:
+    try:
+        return run_trial(model, owners, batch, loss_fn)
+    except Exception as error:
+        if isinstance(error, TypeError) and not any(tensors(batch)):
+            raise TypeError(
+                f"loss_fn failed ({error}), and batch holds no tensors, got {batch!r:.80}: pass one batch as the loader gives it, next(iter(loader))"
+            ) from error
+        raise
+
+
+def _check_loss_fn(model: nn.Module, batch: Any, loss_fn: Callable[..., Any]) -> None:
+    """Refuse what is no function of model and batch, a criterion of outputs and targets above all."""
+    of_outputs = isinstance(loss_fn, nn.modules.loss._Loss) or getattr(loss_fn, "__module__", None) == "torch.nn.functional"
+    if callable(loss_fn) and not of_outputs:
+        try:
+            inspect.signature(loss_fn).bind(model, batch)
+            return
+        except ValueError:  # a function that has no signature to be read
+            return
+        except TypeError as error:
+            reason = f", which cannot be called so: {error}"
+    else:
+        reason = ", a function of outputs and targets" if of_outputs else ""
+    name = getattr(loss_fn, "__qualname__", None) or (type(loss_fn).__name__ if of_outputs else repr(loss_fn))
+    raise TypeError(f"loss_fn must be a function (model, batch) -> the losses of the batch's samples [N], got {name}{reason}. For instance {EXAMPLE}")

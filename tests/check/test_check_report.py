@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adabatch import GradSampleHooks, check
+from adabatch import AdaptiveDataLoader, GradSampleHooks, check
 from adabatch.check import comparison
 from tests import oracle
 from tests.check.models import D, Positions, Stack, T, square_loss
@@ -237,6 +237,35 @@ def test_to_dict_is_plain():
 def test_wrong_losses_are_refused(loss_fn, error, message):
     with pytest.raises(error, match=message):
         check(network(), torch.randn(5, D), loss_fn, verbose=False)
+
+
+CRITERION = r"loss_fn must be a function \(model, batch\) -> the losses of the batch's samples \[N\], got "
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (None, CRITERION + "None. For instance lambda model, batch: .*reduction='none'"),
+        ("mse", CRITERION + "'mse'. For"),
+        (nn.MSELoss(reduction="none"), CRITERION + "MSELoss, a function of outputs and targets. For"),
+        (nn.functional.mse_loss, CRITERION + "mse_loss, a function of outputs and targets. For"),
+        (lambda batch: batch, CRITERION + ".*which cannot be called so: too many positional arguments"),
+    ],
+)
+def test_what_is_no_loss_function_is_refused(loss_fn, message):
+    with pytest.raises(TypeError, match=message):
+        check(network(), torch.randn(5, D), loss_fn, verbose=False)
+
+
+def test_what_is_no_batch_is_refused():
+    loader = torch.utils.data.DataLoader(torch.randn(5, D), 5)
+    for each in (loader, AdaptiveDataLoader(torch.randn(5, D), 5)):
+        with pytest.raises(TypeError, match=r"must be one batch.* got a \w*DataLoader: pass next\(iter\(loader\)\)"):
+            check(network(), each, square_loss, verbose=False)
+    with pytest.raises(TypeError, match=r"batch holds no tensors, got None: pass one batch as the loader gives it"):
+        check(network(), None, square_loss, verbose=False)
+    inputs = torch.randn(5, D)
+    assert check(network(), None, lambda model, batch: square_loss(model, inputs), verbose=False).n_samples == 5
 
 
 def test_wrong_models_are_refused():
