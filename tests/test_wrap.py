@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -213,3 +214,25 @@ def test_an_accumulated_step_may_span_two_epochs():
                 assert scheduler.samples_seen == samples
     assert scheduler.diagnostics.n_measured == passes // 3
     assert {39, 21, 60} <= set(scheduler.diagnostics.column("batch_size"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_of_ours_warns(compiled):
+    """As under python -W error. torch.compile itself (2.13) instantiates torch.autograd.Function for any custom function, which torch warns of."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if compiled:
+            warnings.filterwarnings("ignore", "<class 'torch.autograd.function.Function'> should not be instantiated", DeprecationWarning)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        optimizer, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8, shuffle=True), min_batch_size=8)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(forward(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            scheduler.step(loss)
+    torch._dynamo.reset()
+    assert scheduler.diagnostics[0].variance_trace > 0
