@@ -54,25 +54,33 @@ def measured(model, batch, optimizer=None, **options):
     return moments
 
 
-def update_per_gradient(optimizer, parameter):
-    """P by torch's documented updates, in float64, a momentum summed up as a series."""
+def update_per_gradient(optimizer, parameter, coming=False):
+    """P by torch's documented updates, in float64, a momentum summed up as a series; coming: after a step more, each squared gradient being the mean so far."""
     group = next(group for group in optimizer.param_groups if any(parameter is one for one in group["params"]))
     state = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in optimizer.state[parameter].items()}
+    step = float(state["step"])
+
+    def followed(kept, keep):
+        return keep * kept + (1 - keep) * (kept / (1 - keep**step)).mean() if coming else kept
+
     if "betas" in group:
-        squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        return 1 / (squares.sqrt() / (1 - group["betas"][1] ** float(state["step"])) ** 0.5 + group["eps"])
+        beta = group["betas"][1]
+        squares = followed(state["exp_avg_sq"], beta)
+        squares = torch.maximum(squares, state["max_exp_avg_sq"]) if group["amsgrad"] else squares
+        return 1 / (squares.sqrt() / (1 - beta ** (step + coming)) ** 0.5 + group["eps"])
     if "alpha" in group:
-        variance = state["square_avg"] - (state["grad_avg"] ** 2 if group["centered"] else 0)
+        variance = followed(state["square_avg"], group["alpha"]) - (state["grad_avg"] ** 2 if group["centered"] else 0)
         return sum(group["momentum"] ** k for k in range(200)) / (variance.sqrt() + group["eps"])
-    return 1 / (state["sum"].sqrt() + group["eps"]) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
+    squares = state["sum"] + state["sum"].mean() / step * coming
+    return 1 / (squares.sqrt() + group["eps"]) / (1 + (step - 1 + coming) * group["lr_decay"])
 
 
-def expected_trace(model, optimizer, batch, lr):
+def expected_trace(model, optimizer, batch, lr, coming=False):
     grads = oracle.per_sample_grads(model, loss_fn, batch)
     total = 0.0
     for name, parameter in model.named_parameters():
         group = next(group for group in optimizer.param_groups if any(parameter is one for one in group["params"]))
-        total += float((update_per_gradient(optimizer, parameter) * grads[name].var(0, correction=1)).sum()) * group["lr"] / lr
+        total += float((update_per_gradient(optimizer, parameter, coming) * grads[name].var(0, correction=1)).sum()) * group["lr"] / lr
     return total
 
 
@@ -83,7 +91,7 @@ def expected_trace(model, optimizer, batch, lr):
 def test_the_trace_is_that_of_full_per_sample_gradients(make, groups, loss_reduction, weighed):
     model, optimizer = trained(make, groups=groups)
     batch = batch_of(11)
-    expected = expected_trace(model, optimizer, batch, lr=0.007)
+    expected = expected_trace(model, optimizer, batch, lr=0.007, coming=weighed)
     moments = measured(model, batch, optimizer if weighed else None, loss_reduction=loss_reduction)
     assert preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.007) == pytest.approx(expected, rel=1e-4)
     assert weighed == bool(moments.preconditioned)
@@ -166,15 +174,62 @@ def test_every_kind_of_tap_weighs_and_keeps_no_copy_of_the_parameters(options):
     rows = range(8) if moments.indices is None else moments.indices.tolist()
     assert moments.second_moment.keys() == grads.keys()
     for name, parameter in model.named_parameters():
-        weights = update_per_gradient(optimizer, parameter)
+        weights = update_per_gradient(optimizer, parameter, coming=True)
         assert moments.second_moment[name].shape == ()
         assert float(moments.second_moment[name]) == pytest.approx(float((weights * grads[name][list(rows)].square().sum(0)).sum()), rel=1e-4)
+
+
+@every_optimizer
+def test_the_p_of_the_step_to_come_is_what_a_step_of_mean_gradients_leaves(make):
+    """A centered RMSprop's mean gradient, which it subtracts, is 0 here before and after."""
+    parameter = nn.Parameter(torch.randn(6))
+    optimizer = make([parameter])
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    reader = preconditioner_reader(optimizer)
+    first, found = torch.tensor([3.0, -1.0, 2.0, 0.5, 0.0, 0.0]), []
+    for grad in (first, first.square().mean().sqrt().expand(6)):
+        parameter.grad = grad.clone()
+        optimizer.step()
+        if "grad_avg" in optimizer.state[parameter]:
+            optimizer.state[parameter]["grad_avg"].zero_()
+        found.append((reader(parameter), update_per_gradient(optimizer, parameter)))
+    torch.testing.assert_close(found[0][0].double(), found[1][1], rtol=1e-5, atol=0)
+
+
+def test_inputs_that_are_rarely_there_weigh_as_the_optimizer_steps_them():
+    """The state of the step before has P = 1/ε for them: the trace was up to a million times that of the P which the step then used."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    parameters = dict(model.named_parameters())
+    shares, ratios = 2.0 / torch.arange(1, 41), []
+    for step in range(60):
+        batch = (torch.randn(16, 40) * (torch.rand(16, 40) < shares), torch.randn(16, 3))
+        if step:
+            expected_in_backward = preconditioned_trace(measured(model, batch, optimizer), parameters, optimizer, 0.003)
+        moments = measured(model, batch)
+        optimizer.step()
+        if step:
+            ratios.append(expected_in_backward / preconditioned_trace(moments, parameters, optimizer, 0.003))
+    assert 0.9 < np.mean(ratios) < 1.15
+    assert min(ratios) > 0.8
+    assert max(ratios) < 1.4
+
+
+@every_optimizer
+def test_a_parameter_without_any_gradient_so_far_does_not_count(make):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = make([parameter])
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    parameter.grad = torch.zeros(2)
+    optimizer.step()
+    assert preconditioner_reader(optimizer)(parameter).tolist() == [0.0, 0.0]
 
 
 def test_a_compiled_model_is_weighed_when_its_pass_has_ended():
     model, optimizer = trained(OPTIMIZERS["adam"])
     batch = batch_of(11)
-    expected = expected_trace(model, optimizer, batch, lr=0.01)
+    expected = expected_trace(model, optimizer, batch, lr=0.01, coming=True)
     hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer))
     model.zero_grad()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -187,7 +242,7 @@ def test_a_compiled_model_is_weighed_when_its_pass_has_ended():
 def test_accumulated_passes_are_weighed_alike():
     model, optimizer = trained(OPTIMIZERS["adam"])
     batch = batch_of(12)
-    expected = expected_trace(model, optimizer, batch, lr=0.01)
+    expected = expected_trace(model, optimizer, batch, lr=0.01, coming=True)
     hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer), accumulate=2)
     model.zero_grad()
     for half in (slice(0, 6), slice(6, 12)):
