@@ -171,7 +171,8 @@ def preconditioned_trace(moments: GradientMoments, parameters: Mapping[str, Tens
     """Σ_k (lr_k/lr)·tr(P_k Σ) over the param groups, tr(PΣ) = Σ P∘(Σ_S g_i²/s − g²)/(1 − 1/m_eff), unbiased; NaN before the optimizer's first step.
 
     Measured with a preconditioner, P is that of the step to come as the backward pass could tell it (`preconditioner_reader`). Measured with second_moment, it
-    is the present one, which the step has left, and g is taken from the parameters' .grad, its length from the moments, so that clipping, a loss scale and a summed loss are undone.
+    is the present one, which the step has left, and g is taken from the parameters' .grad, its length from the moments, so that clipping, a loss scale and a
+    summed loss are undone.
 
     Args:
         moments: with a preconditioner, or with second_moment.

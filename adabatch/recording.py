@@ -13,6 +13,8 @@ from adabatch.estimators.confidence import trace_error
 from adabatch.estimators.moments import GradientMoments
 from adabatch.observing import Observation
 
+HISTORY = ("append", "state_dict", "load_state_dict")
+
 
 class StepClock:
     """Seconds from step to step.
@@ -44,9 +46,21 @@ class Recorder:
 
     Attributes:
         trace: the moving average of the variance trace.
+
+    Raises:
+        TypeError: what is given is no history.
+
+    Example:
+        >>> Recorder(Diagnostics()).trace.count
+        0
     """
 
     def __init__(self, diagnostics: Diagnostics):
+        if isinstance(diagnostics, type) or not all(callable(getattr(diagnostics, name, None)) for name in HISTORY):
+            raise TypeError(
+                f"diagnostics must be None, for a new history, or an adabatch.Diagnostics() to append to, got {diagnostics!r}; to write it to a file while the "
+                "run goes on, call scheduler.diagnostics.to_jsonl(path)"
+            )
         self.diagnostics, self.trace = diagnostics, MovingAverage()
 
     def record(self, seen: Observation, usable: GradientMoments | None, **decided: Any) -> None:

@@ -20,3 +20,22 @@ def check_version(state: dict[str, Any], version: int, what: str) -> None:
     found = state.get("version")
     if found != version:
         raise ValueError(f"the state of {what} has version {found!r}; this release of adabatch reads version {version}. Use the release that wrote it.")
+
+
+def check_controller(state: dict[str, Any], version: int, name: str) -> None:
+    """Refuse a state of another version, or of a controller of another class. States written before they named their controller carry no name and pass.
+
+    Raises:
+        TypeError: no dict.
+        ValueError: another version, or another controller.
+
+    Example:
+        >>> check_controller({"version": 1, "controller": "CABS"}, 1, "CABS")
+        >>> check_controller({"version": 1}, 1, "CABS")
+    """
+    check_version(state, version, name)
+    found = state.get("controller", name)
+    if found != name:
+        raise ValueError(
+            f"the state is that of a controller {found}, and was to be loaded into {name}: go on with {found}, or leave the controller's state out and begin anew"
+        )

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from adabatch.estimators.confidence import NO_INTERVAL
-from adabatch.state import check_version
+from adabatch.state import check_controller
 
 
 class Controller:
@@ -34,7 +34,7 @@ class Controller:
         ...     def propose(self, moments, *, loss, lr):
         ...         return 2.0 * self.size
         >>> Doubled(8), Doubled(8).state_dict()
-        (Doubled(size=8), {'version': 1})
+        (Doubled(size=8), {'version': 1, 'controller': 'Doubled'})
     """
 
     version = 1
@@ -115,21 +115,17 @@ class Controller:
                 part.advance(samples=samples, epoch=epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages and counts, as plain numbers."""
-        state = {"version": self.version, **{name: _plain(getattr(self, name)) for name in self.saved}}
+        """The class's name, and the averages and counts as plain numbers."""
+        state = {"version": self.version, "controller": type(self).__name__, **{name: _plain(getattr(self, name)) for name in self.saved}}
         return state | {"parts": [part.state_dict() for part in self.parts]} if self.parts else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict().
 
         Raises:
-            ValueError: unknown version, or the state of another controller.
+            ValueError: unknown version, or the state of another controller, here or in a part. Nothing is loaded then.
         """
-        check_version(state, self.version, type(self).__name__)
-        missing = [name for name in self.saved if name not in state]
-        if missing or len(state.get("parts", ())) != len(self.parts):
-            lacking = f"lacks {missing}" if missing else f"has {len(state.get('parts', ()))} parts, not {len(self.parts)}"
-            raise ValueError(f"the state of {type(self).__name__} {lacking}: pass what state_dict() of such a controller returned")
+        self._check_state(state)
         for name in self.saved:
             present = getattr(self, name)
             if hasattr(present, "load_state_dict"):
@@ -138,6 +134,17 @@ class Controller:
                 setattr(self, name, _plain(state[name]))
         for part, saved in zip(self.parts, state.get("parts", ()), strict=True):
             part.load_state_dict(saved)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a state that is not of such a controller with such parts."""
+        check_controller(state, self.version, type(self).__name__)
+        missing = [name for name in self.saved if name not in state]
+        if missing or len(state.get("parts", ())) != len(self.parts):
+            lacking = f"lacks {missing}" if missing else f"has {len(state.get('parts', ()))} parts, not {len(self.parts)}"
+            raise ValueError(f"the state of {type(self).__name__} {lacking}: pass what state_dict() of such a controller returned")
+        for part, saved in zip(self.parts, state.get("parts", ()), strict=True):
+            if hasattr(part, "_check_state"):
+                part._check_state(saved)
 
     def __repr__(self) -> str:
         given = [*map(repr, self.members), *(f"{name}={getattr(self, name)!r}" for name in self.arguments)]

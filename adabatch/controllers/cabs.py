@@ -13,7 +13,7 @@ from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, fieller, 
 from adabatch.estimators.floor import LossFloor
 from adabatch.estimators.moments import GradientMoments
 from adabatch.preconditioners import preconditioned_trace, preconditioner_of
-from adabatch.state import check_version
+from adabatch.state import check_controller
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
@@ -227,7 +227,7 @@ class ReferenceCABS:
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, as plain numbers."""
-        return {"version": self.version, "trace_average": self.trace_average, "loss_average": self.loss_average}
+        return {"version": self.version, "controller": type(self).__name__, "trace_average": self.trace_average, "loss_average": self.loss_average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict().
@@ -235,7 +235,7 @@ class ReferenceCABS:
         Raises:
             ValueError: unknown version.
         """
-        check_version(state, self.version, type(self).__name__)
+        check_controller(state, self.version, type(self).__name__)
         self.trace_average, self.loss_average = state["trace_average"], state["loss_average"]
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from adabatch.estimators.moments import GradientMoments
 from adabatch.online import CANDIDATES, select_batch_size
 from adabatch.schedules.arguments import choice, function, integers
-from adabatch.state import check_version
+from adabatch.state import check_controller
 
 
 class OnlineSelection:
@@ -74,7 +74,7 @@ class OnlineSelection:
 
     def state_dict(self) -> dict[str, Any]:
         """The size chosen and the samples since, as plain numbers."""
-        return {"version": self.version, "chosen": self._chosen, "samples": self._samples}
+        return {"version": self.version, "controller": type(self).__name__, "chosen": self._chosen, "samples": self._samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict().
@@ -82,7 +82,7 @@ class OnlineSelection:
         Raises:
             ValueError: unknown version.
         """
-        check_version(state, self.version, type(self).__name__)
+        check_controller(state, self.version, type(self).__name__)
         self._chosen, self._samples = state["chosen"], state["samples"]
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from adabatch.estimators.moments import GradientMoments
 from adabatch.schedules import BSScheduler, HeldBatchSize, RampBS, stepwise_ramp
 from adabatch.schedules.arguments import choice, integer
-from adabatch.state import check_version
+from adabatch.state import check_controller
 
 UNITS = ("step", "epoch", "samples")
 
@@ -104,7 +104,8 @@ class Scheduled:
         """Counts, and the schedule's own state."""
         schedule = self.schedule.state_dict() if isinstance(self.schedule, BSScheduler) else None
         pending = [self._loss_sum, self._loss_samples, self._samples]
-        return {"version": self.version, "counts": dict(self._counts), "steps_taken": self._steps_taken, "pending": pending, "schedule": schedule}
+        counted = {"counts": dict(self._counts), "steps_taken": self._steps_taken, "pending": pending}
+        return {"version": self.version, "controller": type(self).__name__, **counted, "schedule": schedule}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict().
@@ -112,7 +113,7 @@ class Scheduled:
         Raises:
             ValueError: unknown version, or the state of another schedule.
         """
-        check_version(state, self.version, type(self).__name__)
+        check_controller(state, self.version, type(self).__name__)
         if "schedule" not in state:
             raise ValueError(f"the state of {type(self).__name__} lacks ['schedule']: pass what state_dict() of such a controller returned")
         if isinstance(self.schedule, BSScheduler) != (state["schedule"] is not None):

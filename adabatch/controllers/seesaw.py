@@ -7,7 +7,7 @@ from typing import Any
 
 from adabatch.estimators.moments import GradientMoments
 from adabatch.schedules.arguments import choice, integer
-from adabatch.state import check_version
+from adabatch.state import check_controller
 
 EXPONENTS = {"sqrt": 1.0, "linear": 0.5}
 
@@ -58,7 +58,7 @@ class Seesaw:
 
     def state_dict(self) -> dict[str, Any]:
         """The base and the largest lr, as plain numbers."""
-        return {"version": self.version, "batch_size": self.batch_size, "largest_lr": self.largest_lr}
+        return {"version": self.version, "controller": type(self).__name__, "batch_size": self.batch_size, "largest_lr": self.largest_lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict(), with its base.
@@ -66,7 +66,7 @@ class Seesaw:
         Raises:
             ValueError: unknown version.
         """
-        check_version(state, self.version, type(self).__name__)
+        check_controller(state, self.version, type(self).__name__)
         self.batch_size, self.largest_lr = state["batch_size"], state["largest_lr"]
 
     def __repr__(self) -> str:

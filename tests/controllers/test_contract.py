@@ -160,6 +160,42 @@ def test_an_unknown_version_is_an_error_and_changes_nothing(make, version):
 
 
 @every_controller
+def test_the_state_of_another_controller_is_an_error_and_changes_nothing(make):
+    controller, twin = make(), make()
+    run(controller, seed=1)
+    run(twin, seed=1)
+    for other in (CABS, NoiseScale, lambda: PadaDamp(8, rate=0.1), lambda: Seesaw(8), lambda: AtMost(CABS(), 8)):
+        if type(other()) is type(controller):
+            continue
+        with pytest.raises(ValueError, match=f"the state is that of a controller {type(other()).__name__}, and was to be loaded into {type(controller).__name__}"):
+            controller.load_state_dict(other().state_dict())
+    assert repr(controller.state_dict()) == repr(twin.state_dict())
+
+
+def test_the_state_of_another_part_is_an_error_and_changes_nothing():
+    rule = Monotone(CABS())
+    run(rule, seed=1)
+    before = repr(rule.state_dict())
+    with pytest.raises(ValueError, match="that of a controller NoiseScale, and was to be loaded into CABS"):
+        rule.load_state_dict(Monotone(NoiseScale()).state_dict())
+    assert repr(rule.state_dict()) == before
+
+
+def nameless(state):
+    """The state as it was written before controllers named themselves."""
+    state = {name: value for name, value in state.items() if name != "controller"}
+    return state | {"parts": [nameless(part) for part in state["parts"]]} if "parts" in state else state
+
+
+@every_controller
+def test_a_state_without_a_name_goes_on_bit_for_bit(make):
+    whole, resumed = make(), make()
+    run(whole, seed=1)
+    resumed.load_state_dict(nameless(whole.state_dict()))
+    assert run(resumed, seed=2) == run(whole, seed=2)
+
+
+@every_controller
 def test_a_state_is_a_snapshot(make):
     controller = make()
     run(controller, seed=1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+import adabatch
 from adabatch.diagnostics import Diagnostics, Record
 from tests.diagnostics.synthetic import fill, steps
 from tests.estimators.test_averages import by_definition
@@ -209,3 +210,23 @@ def test_unknown_state():
         history.load_state_dict({**history.state_dict(), "version": 2})
     with pytest.raises(ValueError, match="lacks the averages"):
         history.load_state_dict({**history.state_dict(), "averages": {}})
+
+
+@pytest.mark.parametrize("given", [5, True, "out/history.jsonl", Diagnostics], ids=str)
+def test_what_is_no_history_is_refused_when_it_is_given(given):
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 3)), batch_size=16)
+    with pytest.raises(TypeError, match=r"diagnostics must be None, for a new history, or an adabatch\.Diagnostics\(\) to append to, got "):
+        adabatch.wrap(model, optimizer, loader, diagnostics=given)
+    assert not model._forward_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_history_is_appended_to():
+    history = Diagnostics()
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 3)), batch_size=16)
+    *_, scheduler = adabatch.wrap(model, optimizer, loader, diagnostics=history)
+    assert scheduler.diagnostics is history
