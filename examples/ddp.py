@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py
     torchrun --nproc-per-node 2 --max-restarts 3 examples/ddp.py --fsdp --every 10
+    torchrun --nproc-per-node 2 examples/ddp.py --quick --out out/ddp_quick       # one epoch
 
 On gloo without GPUs, one process per GPU on nccl with them. Every so many steps all processes write a checkpoint together; started again, with any number of
 processes, the run goes on from the last one that is whole.
@@ -32,11 +33,12 @@ HELD_OUT = 300
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fsdp", action="store_true", help="shard parameters by fully_shard instead of copying them")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--max-batch-size", type=int, default=256, help="of all processes together")
-    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("out/ddp"))
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the training set (default 5)")
+    parser.add_argument("--quick", action="store_const", dest="epochs", const=1, help="one epoch, to see that it runs: as --epochs 1")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of SGD (default 0.1)")
+    parser.add_argument("--max-batch-size", type=int, default=256, help="of all processes together (default 256)")
+    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints (default 20)")
+    parser.add_argument("--out", type=Path, default=Path("out/ddp"), help="folder of the checkpoints, from which a run goes on (default out/ddp)")
     return parser.parse_args()
 
 

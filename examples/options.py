@@ -37,6 +37,9 @@ class Budget:
         return max(1, round(self.amount * n_train if self.in_epochs else self.amount))
 
 
+QUICK = Budget(1000, in_epochs=False)
+
+
 def positive_int(text: str) -> int:
     """An integer from 1 on."""
     if not text.isdecimal() or int(text) == 0:
@@ -50,6 +53,8 @@ def shared_options(description: str | None, budget: str | None, out: str) -> arg
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate of SGD (default 0.1)")
     about_budget = f"samples to train on, as 180000, or passes over the training set, as 3epochs (default {budget or 'the one of the data'})"
     parser.add_argument("--budget", type=Budget.parse, default=budget, help=about_budget)
+    about_quick = f"train on {QUICK.amount:,} samples only, to see that it runs: as --budget {QUICK.amount}"
+    parser.add_argument("--quick", action="store_const", dest="budget", const=QUICK, help=about_quick)
     parser.add_argument("--seed", type=int, default=0, help="start weights and order of the samples (default 0)")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the results (default {out})")
     return parser

@@ -133,8 +133,9 @@ def draw(steps: int) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="steps of each schedule, 20 or more")
-    parser.add_argument("--out", type=Path, default=Path("out/schedules.png"), help="picture to write")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each schedule, 20 or more (default 60)")
+    parser.add_argument("--quick", action="store_const", dest="steps", const=20, help="20 steps, to see that it runs: as --steps 20")
+    parser.add_argument("--out", type=Path, default=Path("out/schedules.png"), help="picture to write (default out/schedules.png)")
     options = parser.parse_args(arguments)
     # torch's SequentialLR steps its parts with an argument that torch itself warns about.
     warnings.filterwarnings("ignore", message="The epoch parameter in")

@@ -49,12 +49,13 @@ def save(state: dict, path: Path) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/resumable"))
-    parser.add_argument("--samples", type=int, default=1000, help="in an epoch")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep in each step, to be killed in")
+    parser.add_argument("--out", type=Path, default=Path("out/resumable"), help="folder of the checkpoint, from which a run goes on (default out/resumable)")
+    parser.add_argument("--samples", type=int, default=1000, help="in an epoch (default 1000)")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the samples (default 3)")
+    parser.add_argument("--quick", action="store_const", dest="epochs", const=1, help="one epoch, to see that it runs: as --epochs 1")
+    parser.add_argument("--every", type=int, default=5, help="steps between checkpoints (default 5)")
+    parser.add_argument("--workers", type=int, default=0, help="of the data loader (default 0: none)")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep in each step, to be killed in (default 0)")
     return parser.parse_args(arguments)
 
 

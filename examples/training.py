@@ -87,8 +87,12 @@ def train(
 
 
 def train_loop(network, optimizer, loader, scheduler, run: Run, budget: int, test_set: TensorDataset) -> None:
-    """Steps until `budget` samples are seen, and evaluates `EVALUATIONS` times on the way; scheduler None: the batch size is fixed."""
+    """Steps until `budget` samples are seen, and evaluates `EVALUATIONS` times on the way; scheduler None: the batch size is fixed.
+
+    A short run evaluates less often, so that it scores at most ten held-out samples for each one trained on, but at its end in any case.
+    """
     start, evaluating, mark = time.perf_counter(), 0.0, 0
+    evaluations = max(1, min(EVALUATIONS, 10 * budget // len(test_set)))
     with tqdm(total=budget, unit=" samples", desc=run.name, disable=None) as bar:
         for inputs, targets in chain.from_iterable(repeat(loader)):
             optimizer.zero_grad()
@@ -101,8 +105,8 @@ def train_loop(network, optimizer, loader, scheduler, run: Run, budget: int, tes
                 record_plain_step(run.history, optimizer, len(targets), loss)
 
             latest = run.history.latest
-            if latest.samples_seen * EVALUATIONS // budget > mark:
-                mark = latest.samples_seen * EVALUATIONS // budget
+            if latest.samples_seen * evaluations // budget > mark:
+                mark = latest.samples_seen * evaluations // budget
                 stopped = time.perf_counter()
                 run.samples.append(latest.samples_seen)
                 run.seconds.append(stopped - start - evaluating)

@@ -28,3 +28,18 @@ def test_no_batch_size(text):
 
 def test_the_default_budget_is_parsed_too():
     assert shared_options(None, budget="3epochs", out="out").parse_args([]).budget == Budget(3, in_epochs=True)
+
+
+def test_quick_is_a_small_budget_and_the_last_one_given_wins():
+    parser = shared_options(None, budget="3epochs", out="out")
+    assert parser.parse_args(["--quick"]).budget == Budget(1000, in_epochs=False)
+    assert parser.parse_args(["--quick", "--budget", "500"]).budget == Budget(500, in_epochs=False)
+
+
+@pytest.mark.parametrize("script", ["compare", "ddp", "digits", "fashion_mnist", "controllers", "online_selection", "plot_schedules", "resumable"])
+def test_every_example_has_a_quick_form(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    module = __import__(script)
+    with pytest.raises(SystemExit):
+        module.parse() if script == "ddp" else module.main(["--help"])
+    assert "--quick" in capsys.readouterr().out
