@@ -37,5 +37,5 @@ def check_controller(state: dict[str, Any], version: int, name: str) -> None:
     found = state.get("controller", name)
     if found != name:
         raise ValueError(
-            f"the state is that of a controller {found}, and was to be loaded into {name}: go on with {found}, or leave the controller's state out and begin anew"
+            f"the state is that of a controller {found}, and was to be loaded into {name}: go on with {found}, or begin without the controller's state"
         )

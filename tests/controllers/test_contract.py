@@ -167,7 +167,8 @@ def test_the_state_of_another_controller_is_an_error_and_changes_nothing(make):
     for other in (CABS, NoiseScale, lambda: PadaDamp(8, rate=0.1), lambda: Seesaw(8), lambda: AtMost(CABS(), 8)):
         if type(other()) is type(controller):
             continue
-        with pytest.raises(ValueError, match=f"the state is that of a controller {type(other()).__name__}, and was to be loaded into {type(controller).__name__}"):
+        names = type(other()).__name__, type(controller).__name__
+        with pytest.raises(ValueError, match="the state is that of a controller {}, and was to be loaded into {}".format(*names)):
             controller.load_state_dict(other().state_dict())
     assert repr(controller.state_dict()) == repr(twin.state_dict())
 

@@ -1,6 +1,20 @@
 """On a noisy quadratic whose T, G², tr(PΣ), loss and floor are known: the estimates converge to them, and 90 % intervals hold them in 85 to 95 % of the runs.
 
 Where the parameters move, what an average estimates is the mean of the truth over its window, with the average's own shares.
+
+Share of 1,000 runs whose 90 % interval held the truth (its standard error .01), by `python -m pytest -n 0 -s -m slow tests/estimators/test_coverage.py`, at
+lr 0, .002 and .02; T and tr(PΣ) do not depend on the lr here:
+
+    batch sizes             T, one step   T, dots   T, residuals   tr(PΣ)   G²               loss             noise scale      wish of CABS
+    fixed (16)              .889          .894      .901           .899     .899 .905 .894   .903 .899 .901   .901 .907 .894   .911 .909 .900
+    small (8)               .880          .894      .887           .883     .898 .902 .893   .898 .912 .922   .896 .901 .894   .905 .903 .921
+    alternating (4, 64)     .898          .896      .902           .903     .935 .937 .929   .929 .926 .909   .932 .936 .932   .924 .932 .906
+    mixed (64, 16, 8, 32)   .899          .890      .901           .900     .908 .909 .913   .920 .923 .927   .918 .911 .915   .915 .922 .927
+    growing (16 to 135)     .892          .878      .902           .895     .897 .906 .896   .906 .913 .903   .890 .903 .897   .908 .916 .903
+    jump (16 to 128)        .909          .901      .902           .900     .944 .944 .936   .916 .920 .912   .938 .945 .936   .915 .923 .914
+    few steps (6 of 16)     .868          .897      .891           .894     .884 .884 .891   .912 .913 .920   .898 .898 .905   .918 .920 .925
+
+The floor F* of a power law, a hyperbola, an exponential: .898, .913, .919.
 """
 
 import math
@@ -160,25 +174,42 @@ def test_intervals_of_the_floor_cover_it_in_1000_runs(form, monkeypatch):
     assert 0.85 <= share <= 0.95
 
 
-@pytest.mark.parametrize(
-    ("scale", "lr"), [(1.0, 0.1), (2.0, 0.05), pytest.param(1.0, 0.02, marks=pytest.mark.slow), pytest.param(0.75, 0.1, marks=pytest.mark.slow)]
-)
-def test_cabs_with_a_floor_of_zero_stalls_at_the_predicted_excess(scale, lr):
-    """E F − F* = lr·T/(4m) and m = c·lr·T/F give F*/(4c − 1), whatever the lr while lr·h/2 is small. T is chosen for batches of about 100."""
+def stalled(scale, lr, smoothing, steps=16000):
+    """CABS with F* = 0 on a quadratic, T chosen for batches of about 100: (problem, curvature's factor k, excess, its recursion along the sizes, E F̂/E F)."""
     problem = Quadratic(curvature=np.linspace(0.7, 1.5, 12), variances=np.full(12, 100 / (12 * scale * lr)), floor=1.0, loss_noise=0.3)
-    rule, rng, w, losses, sizes = CABS(scale=scale), np.random.default_rng(5), np.full((1, 12), 0.3), [], []
-    m = 64
-    for _ in range(round(600 / lr)):
+    rule, rng, w, m = CABS(scale=scale, smoothing=smoothing), np.random.default_rng(5), np.full((1, 12), 0.3), 64
+    squares, rows = w[0] ** 2, []
+    for _ in range(steps):
         grads, values = problem.batch(w, m, rng)
         mean = grads.mean(1)
         moments = GradientMoments(m, torch.from_numpy((grads[0] ** 2).sum(1)), float((mean**2).sum()))
-        losses.append(float(problem.loss(w)[0]))
-        sizes.append(m)
-        wish = rule.propose(moments, loss=float(values.mean()), lr=lr)
-        m = round(wish)
-        w = w - lr * mean
-    settled = len(losses) // 4
-    stalled = float(np.mean(losses[settled:])) - problem.floor
-    predicted = problem.floor / (4 * scale - 1)
-    assert stalled == pytest.approx(predicted, rel=0.15)
-    assert np.mean(sizes[settled:]) == pytest.approx(scale * lr * problem.trace / (problem.floor + predicted), rel=0.1)
+        excess, expected = float(problem.loss(w)[0]) - problem.floor, float((problem.curvature * squares).sum()) / 2
+        # The second moments of SGD on a quadratic, exact whatever chose the size before the batch was drawn.
+        squares = (1 - lr * problem.curvature) ** 2 * squares + lr**2 * problem.variances / m
+        w, m = w - lr * mean, round(rule.propose(moments, loss=float(values.mean()), lr=lr))
+        rows.append((excess, expected, rule.loss.average))
+    excess, expected, smoothed = np.mean(rows[steps // 4 :], axis=0)
+    factor = float((problem.variances / (1 - lr * problem.curvature / 2)).sum()) / problem.trace
+    return problem, factor, excess, expected, smoothed / (problem.floor + excess)
+
+
+@pytest.mark.parametrize(
+    ("scale", "lr"), [(0.5, 0.1), (1.0, 0.1), pytest.param(2.0, 0.05, marks=pytest.mark.slow), pytest.param(0.75, 0.1, marks=pytest.mark.slow)]
+)
+def test_cabs_with_a_floor_of_zero_stalls_at_the_predicted_excess(scale, lr):
+    """A step adds lr²Σ/m to E w² and takes 1 − (1 − lr·h)² of it, so that E F − F* = lr·k·T/(4m), k the mean of 1/(1 − lr·h/2) weighted by Σ; with
+    m = c·lr·T/F that is F*·k/(4c − k). For lr·h → 0 k = 1: 12 % less at c = ½ and lr·h of .07 to .15."""
+    problem, factor, excess, expected, bias = stalled(scale, lr, smoothing=0.995)
+    assert excess == pytest.approx(expected, rel=0.03)
+    assert bias == pytest.approx(1, abs=0.02)
+    assert excess == pytest.approx(problem.floor * factor / (4 * scale - factor), rel=0.03)
+
+
+def test_cabs_with_short_averages_stalls_a_little_higher():
+    """The batch's loss holds noise along w that the next step takes out of F: a high one lowers the next size, just where F is lower, so that a short average
+    weighted by samples is r > 1 times too high on average, and the excess that of k·r. At c = ½ an r of 1.02 to 1.05 makes 5 to 10 % of the excess."""
+    problem, factor, excess, expected, bias = stalled(0.5, 0.1, smoothing=0.95)
+    assert excess == pytest.approx(expected, rel=0.03)
+    assert 1.01 < bias < 1.06
+    assert excess == pytest.approx(problem.floor * factor * bias / (4 * 0.5 - factor * bias), rel=0.05)
+    assert excess > 1.04 * problem.floor * factor / (4 * 0.5 - factor)
