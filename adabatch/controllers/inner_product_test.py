@@ -7,6 +7,7 @@ from adabatch.controllers.norm_test import SIGNALS
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.confidence import NO_INTERVAL, JointAverages
 from adabatch.estimators.moments import GradientMoments
+from adabatch.estimators.one_step import mean_error, ratio_interval
 
 
 class InnerProductTest(Controller):
@@ -52,6 +53,7 @@ class InnerProductTest(Controller):
         self.theta, self.nu, self.signal, self.smoothing = theta, nu, signal, smoothing
         self.along, self.across, self.square = MovingAverage(smoothing), MovingAverage(smoothing), MovingAverage(smoothing)
         self.joint = JointAverages(self.along, self.across, self.square)
+        self._latest: GradientMoments | None = None
         if signal == "raw":
             self.saved = ()
 
@@ -68,6 +70,7 @@ class InnerProductTest(Controller):
         """
         variance, square = moments.inner_product_variance, moments.grad_sq_norm
         across = moments.variance_trace - (variance / square if square else 0.0)
+        self._latest = moments if self.signal == "raw" else None
         if self.signal == "smoothed":
             measured, signal = moments.n_measured, (moments.true_grad_sq_norm, moments.batch_size)
             variance, across, square = self.joint.update((variance, measured), (across, measured), signal)
@@ -75,12 +78,30 @@ class InnerProductTest(Controller):
         return wish if self.nu is None else max(wish, ratio(across, self.nu**2 * square))
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """That of V/(θ²G⁴), with 2·Ĝ²·SE(Ĝ²) for the error of Ĝ⁴; augmented the larger ends of both tests'; none for the raw signal: see
-        `Controller.proposal_interval`."""
+        """That of V/(θ²G⁴), with 2·Ĝ²·SE(Ĝ²) for the error of Ĝ⁴; augmented the larger ends of both tests': see `Controller.proposal_interval`.
+
+        For the raw signal those of this one step: of the variance along the direction of its g, V/‖g‖², and of that across it, over θ²·E‖g‖² and ν²·E‖g‖²
+        (`adabatch.estimators.one_step.ratio_interval`). The direction counts as given. None where several processes share a batch.
+        """
         if self.signal == "raw":
-            return NO_INTERVAL
+            return self._of_one_step(level)
         along = self.joint.ratio_interval(level, denominator=2, scale=1 / self.theta**2, power=2)
         if self.nu is None:
             return along
         across = self.joint.ratio_interval(level, numerator=1, denominator=2, scale=1 / self.nu**2)
         return max(along[0], across[0]), max(along[1], across[1])
+
+    def _of_one_step(self, level: float) -> tuple[float, float]:
+        moments = self._latest
+        if moments is None or moments.totals is not None or not moments.grad_sq_norm > 0:
+            return NO_INTERVAL
+        square = moments.grad_sq_norm
+        weights = 1.0 if moments.weights is None else moments.weights
+        corrections = 1.0 if moments.corrections is None else moments.corrections
+        along = corrections * (moments.dots.double() - weights * square).square() / square
+        across = corrections * moments.centred_sq_norms - along
+        mean = moments.inner_product_variance / square
+        ends = [ratio_interval(mean, mean_error(along, moments), moments, level, 1 / self.theta**2)]
+        if self.nu is not None:
+            ends.append(ratio_interval(moments.variance_trace - mean, mean_error(across, moments), moments, level, 1 / self.nu**2))
+        return max(low for low, _ in ends), max(high for _, high in ends)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from adabatch.controllers.base import Controller, check_choice, check_positive, ratio
 from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, trace_and_signal
+from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, trace_and_signal, trace_error
 from adabatch.estimators.moments import GradientMoments
+from adabatch.estimators.one_step import ratio_interval
 
 SIGNALS = ("raw", "smoothed")
 
@@ -46,6 +47,7 @@ class NormTest(Controller):
         self.theta, self.signal, self.smoothing = theta, signal, smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
         self.joint = JointAverages(self.trace, self.square)
+        self._latest: GradientMoments | None = None
         if signal == "raw":
             self.saved = ()
 
@@ -56,10 +58,16 @@ class NormTest(Controller):
             ValueError: a batch of one has no variance.
         """
         if self.signal == "raw":
+            self._latest = moments
             return ratio(moments.variance_trace, self.theta**2 * moments.grad_sq_norm)
         trace, square = self.joint.update(*trace_and_signal(moments))
         return ratio(trace, self.theta**2 * square)
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """That of T/(θ²G²); none for the raw signal, which is of one step and means to follow its noise: see `Controller.proposal_interval`."""
-        return NO_INTERVAL if self.signal == "raw" else self.joint.ratio_interval(level, scale=1 / self.theta**2)
+        """That of T/(θ²G²): see `Controller.proposal_interval`. For the raw signal that of this one step's T/(θ²·E‖g‖²), whose errors need inner products
+        (wrap(dots=True)); none without: see `adabatch.estimators.one_step.ratio_interval`."""
+        if self.signal == "smoothed":
+            return self.joint.ratio_interval(level, scale=1 / self.theta**2)
+        if self._latest is None:
+            return NO_INTERVAL
+        return ratio_interval(self._latest.variance_trace, trace_error(self._latest)[0], self._latest, level, 1 / self.theta**2)
