@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from statistics import median
+from typing import Any
 
 import numpy as np
 
 from adabatch.controllers.base import Controller, check_positive
 from adabatch.controllers.throughput import StepTime, fit_step_time
-from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.averages import MovingAverage, student_quantile
+from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, fieller, trace_and_signal
 from adabatch.estimators.moments import GradientMoments
 
 KEPT_TIMES, TIMES_OF_A_SIZE = 992, 31  # of steps, the latest ones
@@ -66,7 +69,7 @@ class Goodput(Controller):
 
     needs_effective_lr = False
     arguments = ("base_batch_size", "max_batch_size", "gain", "replicas", "smoothing")
-    saved = ("trace", "square", "sizes", "seconds", "wish", "steps", "decided_at", "samples")
+    saved = ("trace", "square", "joint", "sizes", "seconds", "wish", "steps", "decided_at", "samples", "decided")
 
     def __init__(
         self,
@@ -84,6 +87,10 @@ class Goodput(Controller):
             raise ValueError(f"gain must be a number >= 0, got {gain!r}")
         self.base_batch_size, self.max_batch_size, self.gain, self.replicas, self.smoothing = base_batch_size, max_batch_size, gain, replicas, smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
+        self.joint = JointAverages(self.trace, self.square)
+        # Of the last decision by both models: T, G², their variances and covariance, degrees of freedom; the wish before, the size timed nearest to it, the
+        # largest one; the fields of StepTime.
+        self.decided: list[float] = []
         self.sizes: list[int] = []  # of the steps timed, the oldest first
         self.seconds: list[float] = []  # NaN for the first step at a size
         self.wish = math.nan
@@ -111,14 +118,32 @@ class Goodput(Controller):
         Raises:
             ValueError: a batch of one has no variance.
         """
-        self.trace.update(moments.variance_trace, moments.n_measured)
-        self.square.update(moments.true_grad_sq_norm, moments.batch_size)
+        self.joint.update(*trace_and_signal(moments))
         if math.isnan(self.wish):
             self.wish = float(moments.batch_size)
         if self.steps - self.decided_at >= REFIT:
             self.decided_at = self.steps
             self._decide()
         return self.wish
+
+    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """What the last decision would have been at both ends of the noise scale's interval, moved or kept: see `Controller.proposal_interval`.
+
+        A larger noise scale never makes a smaller size best, whatever the times: ∂/∂φ of log efficiency, 1/(φ + B₀) − 1/(φ + B), grows with B, so that the
+        ends of φ's interval are those of the size's, and so with the gain that a move must promise. The times of steps count as known. None before the first
+        decision by both models: doubling a size that was the only one so far tries a second one, it has no error.
+        """
+        if not self.decided:
+            return NO_INTERVAL
+        trace, square, of_trace, of_square, both, freedom, *_ = self.decided
+        ends = [self._choice(end) for end in fieller(trace, square, (of_trace, of_square), both, student_quantile(level, freedom))]
+        return min(*ends, self.wish), max(*ends, self.wish)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state_dict(), also one from before intervals were kept: see `Controller.load_state_dict`."""
+        if isinstance(state, dict) and "decided" not in state:
+            state = {"joint": JointAverages(MovingAverage(), MovingAverage()).state_dict(), "decided": [], **state}
+        super().load_state_dict(state)
 
     def best_size(self, step_time: StepTime, noise_scale: float, largest: float) -> float:
         """The size with the greatest goodput among B₀ … largest, in samples, to 0.01 %; the smallest of equals."""
@@ -146,9 +171,20 @@ class Goodput(Controller):
             return
         sizes = list(times)
         step_time = fit_step_time(sizes, [median(values) for values in times.values()], [len(values) for values in times.values()], self.replicas)
+        errors = [self.trace.std_error() ** 2, self.square.std_error() ** 2, self.joint.covariance()]
+        freedom = min(self.trace.freedom, self.square.freedom)
+        self.decided = [self.trace.average, self.square.average, *errors, freedom, self.wish, *self._nearest_and_largest(sizes), *astuple(step_time)]
         square = self.square.average
-        noise_scale = max(0.0, self.trace.average) / square if square > 0 else math.inf
-        best = self.best_size(step_time, noise_scale, 2.0 * max(sizes))
-        present = self._goodput(max(sizes, key=lambda size: -abs(size - self.wish)), step_time, noise_scale)
-        if self._goodput(best, step_time, noise_scale) > (1 + self.gain) * present:
-            self.wish = best
+        self.wish = self._choice(max(0.0, self.trace.average) / square if square > 0 else math.inf)
+
+    def _nearest_and_largest(self, sizes: list[int]) -> tuple[float, float]:
+        """Of the sizes timed, the one nearest to the wish, and the largest."""
+        return float(max(sizes, key=lambda size: -abs(size - self.wish))), float(max(sizes))
+
+    def _choice(self, noise_scale: float) -> float:
+        """The best size at this noise scale, or the wish before the last decision where moving promises too little."""
+        before, nearest, largest, *times = self.decided[6:]
+        step_time = StepTime(*times)
+        best = self.best_size(step_time, noise_scale, 2.0 * largest)
+        gained = self._goodput(best, step_time, noise_scale) > (1 + self.gain) * self._goodput(nearest, step_time, noise_scale)
+        return best if gained else before

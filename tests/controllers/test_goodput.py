@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from adabatch import GradientMoments
 from adabatch.controllers import Goodput
 from adabatch.controllers.goodput import REFIT
 from adabatch.controllers.throughput import StepTime, fit_step_time
+from tests.estimators.quadratic import Quadratic, statistics
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -127,6 +129,88 @@ def test_a_saved_run_goes_on():
     steps.take(16), steps.take(32)
     other.rule.load_state_dict(steps.rule.state_dict())
     assert other.take(64) == pytest.approx(steps.take(64))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_larger_noise_scale_never_makes_a_smaller_size_best(seed):
+    rng = np.random.default_rng(seed)
+    network = {"network": 10 ** rng.uniform(-3, 1), "gamma": rng.uniform(1, 10), "replicas": 4} if seed % 2 else {}
+    truth, rule = StepTime(10 ** rng.uniform(-4, 0), 10 ** rng.uniform(-6, -2), **network), Goodput(16)
+    sizes = [rule.best_size(truth, noise_scale, 8192) for noise_scale in [0.0, *np.geomspace(1, 1e6, 12), math.inf]]
+    assert all(first <= second * (1 + 1e-4) for first, second in zip(sizes, sizes[1:], strict=False))
+
+
+def noisy_run(seed, gain, truth, problem, sizes=(64, 256), n=2 * REFIT, size=0.8):
+    """A rule after so many steps of alternating sizes, and the statistics of each."""
+    rng, w, now = np.random.default_rng(seed), np.full((1, 12), size / math.sqrt(12)), [0.0]
+    rule, seen = Goodput(16, gain=gain, clock=lambda: now[0]), []
+    for step in range(n):
+        m = sizes[step % 2]
+        grads = problem.batch(w, m, rng)[0]
+        found = statistics(problem, grads, np.zeros((1, m)))
+        seen.append((m, float(found["trace"][0]), float(found["signal"][0])))
+        now[0] += truth.seconds(m)
+        rule.advance(samples=m, epoch=0)
+        moments = GradientMoments(m, torch.from_numpy((grads[0] ** 2).sum(1)), float((found["mean"][0] ** 2).sum()))
+        rule.propose(moments, loss=1.0, lr=0.1)
+    return rule, np.array(seen), w
+
+
+def ratio_ends(seen, smoothing=0.95):
+    """The ends of the noise scale's interval, by a fine grid on Fieller's inequality."""
+    m, x, y = seen.T
+    p = smoothing ** np.arange(len(m) - 1, -1, -1.0) * m
+    p /= p.sum()
+    dx, dy = x - p @ x, y - p @ y
+    lost = 1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum()
+    cov = [[(p**2 * a * b).sum() / lost for a in (dx, dy)] for b in (dx, dy)]
+    shares = p**2 / m
+    quantile = stats.t.ppf(0.95, shares.sum() ** 2 / (shares**2).sum() - 1)
+    ratios = np.geomspace(0.1, 1e4, 200_000)
+    kept = (p @ x - ratios * (p @ y)) ** 2 <= quantile**2 * (cov[0][0] - 2 * ratios * cov[0][1] + ratios**2 * cov[1][1])
+    return ratios[kept][0], ratios[kept][-1]
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.05])
+def test_the_interval_is_what_would_be_decided_at_the_ends_of_the_noise_scale(gain):
+    truth, problem = StepTime(1.0, 1e-3), Quadratic()
+    rule, seen, _ = noisy_run(0, gain, truth, problem, n=REFIT)
+
+    def goodput(size, noise_scale):
+        return size / truth.seconds(size) / (noise_scale + size)
+
+    grid, before = np.geomspace(16, 512, 20_000), 64.0  # the first decision is by both models; until then the wish is the first size
+    expected = []
+    for end in ratio_ends(seen):
+        best = grid[np.argmax([goodput(size, end) for size in grid])]
+        expected.append(best if goodput(best, end) > (1 + gain) * goodput(64, end) else before)
+    low, high = rule.proposal_interval(0.9)
+    assert (low, high) == pytest.approx((min(*expected, rule.wish), max(*expected, rule.wish)), rel=2e-3)
+    assert low <= rule.wish <= high
+
+
+def test_the_interval_holds_the_best_size():
+    problem, hits = Quadratic(), []
+    noise_scale = problem.trace / float(problem.grad_sq_norm(np.full((1, 12), 0.8 / math.sqrt(12)))[0])
+    truth = StepTime(200.0**2 / noise_scale, 1.0)  # the best size is √(φ·a/b) = 200
+    for seed in range(120):
+        low, high = noisy_run(seed, 0.0, truth, problem)[0].proposal_interval(0.9)
+        hits.append(low <= 200 <= high)
+    print("Goodput", np.mean(hits))
+    assert 0.82 <= np.mean(hits) <= 0.97
+
+
+def test_before_two_sizes_are_timed_there_is_no_interval_and_an_older_state_has_none():
+    steps = Steps(StepTime(0.1, 1e-3), noise_scale=100.0)
+    steps.take(16)
+    assert all(math.isnan(end) for end in steps.rule.proposal_interval())
+    steps.take(32), steps.take(64)
+    assert steps.rule.proposal_interval() == pytest.approx((100, 100), rel=0.01)
+    older = {name: value for name, value in steps.rule.state_dict().items() if name not in ("controller", "joint", "decided")}
+    resumed = Goodput(16)
+    resumed.load_state_dict(older)
+    assert resumed.wish == steps.rule.wish
+    assert all(math.isnan(end) for end in resumed.proposal_interval())
 
 
 @pytest.mark.parametrize(
