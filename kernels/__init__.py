@@ -20,6 +20,8 @@ import os
 from collections.abc import Callable
 from types import ModuleType
 
+from torch import Tensor
+
 from adabatch.kernels import cpu, operators, reference
 
 __all__ = [
@@ -57,6 +59,17 @@ def __getattr__(name: str) -> ModuleType:
     if name == "triton":
         return importlib.import_module("adabatch.kernels.triton")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def has_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether an operation on tensors of this one's device is done by a kernel for that device, and not by its definition.
+
+    Example:
+        >>> import torch
+        >>> has_kernel("weight_grad_moments", torch.zeros(1)) and not FORCED, has_kernel("outer_dot", torch.zeros(1))
+        (True, False)
+    """
+    return not FORCED and any(hasattr(backend, name) for backend in BACKENDS.get(tensor.device.type, ()))
 
 
 def _dispatched(definition: Callable) -> Callable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
@@ -87,7 +88,7 @@ class GradientMoments:
     @property
     def mean_sq_norm(self) -> float:
         """mean over the measured samples of ‖g_i‖²."""
-        return float(self.sq_norms.double().mean()) if self.totals is None else self.totals.mean_sq_norm
+        return float(self.sq_norms.mean(dtype=torch.float64)) if self.totals is None else self.totals.mean_sq_norm
 
     @property
     def biased_variance_trace(self) -> float:

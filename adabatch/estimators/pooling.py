@@ -122,8 +122,8 @@ def pool_passes(
     def summed(of_group: int | None) -> dict[str, Any]:
         """Over the rows of a group, or over all."""
         chosen = [row for row, group in enumerate(group_of_row) if of_group in (None, group)]
-        sums = {"sq_norms": torch.stack([rows[row] for row in chosen]).sum(0), "grad_sq_norm": sum(batch_norms[row] for row in chosen)}
-        return sums | {"dots": None if dots is None else torch.stack([dots[row] for row in chosen]).sum(0)} | common
+        sums = {"sq_norms": _sum([rows[row] for row in chosen]), "grad_sq_norm": sum(batch_norms[row] for row in chosen)}
+        return sums | {"dots": None if dots is None else _sum([dots[row] for row in chosen])} | common
 
     return GradientMoments(
         **summed(None),
@@ -136,6 +136,10 @@ def pool_passes(
     )
 
 
+def _sum(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum(0)
+
+
 def _row(passes: Sequence[BackwardPass], scales: Sequence[float], row: int, kind: str = "norms") -> Tensor:
     """One probe row's values over all passes, [s]; a row that no layer reported to has no gradient, so zeros."""
     parts = []
@@ -143,7 +147,7 @@ def _row(passes: Sequence[BackwardPass], scales: Sequence[float], row: int, kind
         values = getattr(step, kind)
         value = values[row]
         parts.append(value * scale if value is not None else torch.zeros_like(next(other for other in values if other is not None)))
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _effective(passes: Sequence[BackwardPass]) -> float | None:

@@ -1,10 +1,27 @@
-"""Whether modules are compiled, without importing the compiler: that alone would double the time to import adabatch."""
+"""Whether modules are compiled, without importing the compiler: that alone would double the time to import adabatch; and a context that costs little."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import nn
+
+_NOTHING = nullcontext()
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which autocast changes no types; entering torch.autocast costs as much as three small operations, so it is left out where none is on.
+
+    Example:
+        >>> with outside_autocast(torch.device("cpu")):
+        ...     torch.is_autocast_enabled("cpu")
+        False
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 from adabatch.grad_sample.compiled import is_compiled
-from adabatch.grad_sample.taps import Use
+from adabatch.grad_sample.stash import Use
 
 COMPILED = (
     "dots=True cannot measure a compiled model, whose graph ends before the mean gradient is known: leave dots=True away, or do not compile {what} "

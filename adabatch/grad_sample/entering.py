@@ -18,15 +18,39 @@ from adabatch.grad_sample.tracing import ParameterTracer
 _OPAQUE = (nn.RNNBase, nn.MultiheadAttention)
 
 
-def batch_size_of_inputs(source: BatchSizeSource | None, args: tuple, kwargs: dict[str, Any], traced: Collection[str]) -> int | None:
-    """N, from the model's inputs: from the source, or else from dimension 0 of the first tensor; None if there is none.
+def tensors_of(values: Any) -> list[Tensor]:
+    """All tensors in a structure of them.
+
+    Example:
+        >>> import torch
+        >>> len(tensors_of(((torch.zeros(2), {"mask": torch.ones(2), "name": "a"}), {})))
+        2
+    """
+    found, stack = [], [values]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) in (tuple, list):
+            stack.extend(reversed(value))
+        elif type(value) is dict:
+            stack.extend(reversed(value.values()))
+        elif value is not None and not isinstance(value, (str, int, float)):
+            stack.extend(leaf for leaf in reversed(tree_flatten(value)[0]) if isinstance(leaf, Tensor))
+    return found
+
+
+def batch_size_of_inputs(
+    source: BatchSizeSource | None, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor], traced: Collection[str]
+) -> int | None:
+    """N, from the model's inputs: from the source, or else from dimension 0 of the first of the tensors in them; None if there is none.
 
     Raises:
         RuntimeError: there is none, and parameters are to be traced.
     """
     if source is not None:
         return source.read(args, kwargs)
-    first = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()), None)
+    first = next((tensor for tensor in tensors if tensor.dim()), None)
     if first is None and traced:
         raise RuntimeError(
             f"the number of samples, which measuring {', '.join(sorted(traced))} needs, cannot be read from the model's inputs: none of them is a tensor. "

@@ -93,7 +93,7 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
 
 def _shortened(grad: Tensor) -> Tensor:
     """A tensor of the same norm: on a CPU one float32 sum of a large gradient's squares loses the small ones, two stages do not, and cost no more."""
-    if is_sharded(grad) or grad.device.type != "cpu" or grad.dim() < 2 or grad.numel() <= LONGEST_SUM:
+    if grad.dim() < 2 or grad.numel() <= LONGEST_SUM:
         return grad
     return torch.linalg.vector_norm(grad.flatten(1), dim=1)
 
@@ -103,5 +103,7 @@ def _group_norm(grads: Sequence[Tensor]) -> Tensor:
         return torch.zeros(())
     grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
     grads = [grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad for grad in grads]
-    norm = get_total_norm([_shortened(grad) for grad in grads])
+    if all(grad.device.type == "cpu" and not is_sharded(grad) for grad in grads):  # the library's way, which costs ten times the calls
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(_shortened(grad)) for grad in grads]))
+    norm = get_total_norm(grads)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

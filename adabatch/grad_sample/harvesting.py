@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from adabatch.grad_sample.passes import REENTRANT, batch_size_of, check_all_seen, check_gradients_left, reported_parameters, warn_of_mixing
-from adabatch.grad_sample.taps import TapSite, Use
+from adabatch.grad_sample.stash import Use
+from adabatch.grad_sample.taps import TapSite
 from adabatch.host_copies import HostCopies, is_remote
 
 
@@ -46,9 +47,8 @@ class ForwardSizes:
         self._sizes: set[int] = set()
 
     def note(self, n_samples: int) -> None:
-        """A tap was placed. What a compiled graph places is not heard of."""
-        if not torch.compiler.is_compiling():
-            self._sizes.add(n_samples)
+        """A tap was placed, outside compiled graphs."""
+        self._sizes.add(n_samples)
 
     def without_waiting(self, home: torch.device, first: bool) -> int | None:
         """N of the backward pass that has ended; None where the layers' reports are to be read: on the CPU, in a first pass, and where N is not known."""
@@ -60,14 +60,13 @@ class ForwardSizes:
         self._sizes.clear()
 
 
-def check_now(hooks: Any, reports: Tensor, uses: list[Use]) -> set[str]:
+def check_now(hooks: Any, reports: Sequence[Sequence[float]], uses: list[Use]) -> set[str]:
     """The checks of the backward pass that has ended, with its reports at hand: names of the parameters that took part.
 
     Raises:
         RuntimeError: as check_all_seen.
     """
-    if not hooks._mixing[0]:
-        hooks._mixing[0] = warn_of_mixing(reports, hooks.sites)
+    hooks._mixing[0] = hooks._mixing[0] or warn_of_mixing(reports, hooks.sites)
     seen = reported_parameters(reports, hooks.sites, uses)
     if not hooks._n_passes:
         check_all_seen(seen, hooks.parameters)
@@ -82,7 +81,7 @@ class LateChecks:
     """The checks of one backward pass that need the layers' reports, where those are still on their way.
 
     Attributes:
-        reports: [n_layers, 2].
+        reports: [n_layers, 2]; a tensor where compiled layers took part.
         sites: the layers.
         input_sizes: of the model's inputs.
         n_samples: N as the forward pass had it.
@@ -92,7 +91,7 @@ class LateChecks:
         mixing: [whether it was warned of layers that mix samples], shared by all passes.
     """
 
-    reports: Tensor
+    reports: Sequence[Sequence[float]] | Tensor
     sites: Sequence[TapSite]
     input_sizes: Collection[int]
     n_samples: int
@@ -102,7 +101,7 @@ class LateChecks:
     mixing: list[bool]
 
     @classmethod
-    def of(cls, reports: Tensor, hooks: Any, n_samples: int, used: Collection[str]) -> LateChecks:
+    def of(cls, reports: Sequence[Sequence[float]] | Tensor, hooks: Any, n_samples: int, used: Collection[str]) -> LateChecks:
         """Those of the pass that `hooks` have just taken."""
         parameters, sizes = hooks.parameters, frozenset(hooks._placer.input_sizes)
         unknown = {name: parameter.grad for name, parameter in parameters.items() if name not in hooks._seen and parameter.grad is not None}
@@ -120,13 +119,13 @@ class LateChecks:
         Raises:
             RuntimeError: as the backward pass itself would have, on the CPU.
         """
-        size = batch_size_of(self.reports, self.sites, self.input_sizes)
+        reports = self.reports.tolist() if isinstance(self.reports, Tensor) else self.reports
+        size = batch_size_of(reports, self.sites, self.input_sizes)
         if size != self.n_samples:
             raise RuntimeError(f"the layers saw {self.n_samples} samples forward and {size} backward: run backward() on the loss of the last forward pass")
-        if not self.mixing[0]:
-            self.mixing[0] = warn_of_mixing(self.reports, self.sites)
+        self.mixing[0] = self.mixing[0] or warn_of_mixing(reports, self.sites)
         used = [SimpleNamespace(parameter=name) for name in self.used]
-        seen = reported_parameters(self.reports, self.sites, used)
+        seen = reported_parameters(reports, self.sites, used)
         check_all_seen(seen, {name: SimpleNamespace(grad=count) for name, count in self.nonzero.items()})
         left = {name: SimpleNamespace(requires_grad=True, grad=self if has else None) for name, has in self.has_grad.items()}
         check_gradients_left(seen, left, self.sites)

@@ -18,6 +18,7 @@ from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import BackwardPass, check_arguments
 from adabatch.grad_sample import passes
 from adabatch.grad_sample.attach import plan_layers, unwrap
+from adabatch.grad_sample.compiled import outside_autocast
 from adabatch.grad_sample.cost import StepCost, step_cost
 from adabatch.grad_sample.dots import HeldUses, check_not_compiled
 from adabatch.grad_sample.harvesting import LateChecks, check_now, queue_harvest
@@ -31,7 +32,8 @@ from adabatch.grad_sample.probe import INITIAL_CAPACITY, ProbeSet
 from adabatch.grad_sample.probe_rows import ProbeRows
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.sharing import Sharing
-from adabatch.grad_sample.taps import Stash, TapSite
+from adabatch.grad_sample.stash import Stash
+from adabatch.grad_sample.taps import TapSite
 from adabatch.state import check_version
 
 
@@ -126,6 +128,7 @@ class GradSampleHooks:
         self._placer = TapPlacer(self.sites, plan.parameters, plan.traced, self._probes, self._row_sampler, self._stash, source)
         self._harvested_task = -1
         self._mixing, self._seen = [False], set()
+        self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self.reset()
         self._placer.attach(unwrap(model), self)
         self._attached = True
@@ -164,7 +167,7 @@ class GradSampleHooks:
     def _harvest(self) -> None:
         """Runs in the engine's last callback of a backward pass: every layer has reported, and the gradients are complete, also under DDP."""
         try:
-            with torch.autocast(self._probes.home.type, enabled=False):
+            with outside_autocast(self._probes.home):
                 self._take_pass()
         except Exception:
             self.reset()  # half of a pass must not be collected by a caller who goes on
@@ -173,13 +176,16 @@ class GradSampleHooks:
     def _take_pass(self) -> None:
         # On accelerators, after the first pass, the reports are read one step later.
         late = self._placer.forward_sizes.without_waiting(self._probes.home, first=not self._seen)
-        norms, reports, moments = self._probes.drain(self._harvested_task, late)
-        uses = self._stash.drain(self._harvested_task)
-        batch_size = batch_size_of(reports, self.sites, self._placer.input_sizes) if late is None else late
+        notes = self._stash.drain(self._harvested_task)
+        norms, reports, moments = self._probes.drain(self._harvested_task, notes.reports(len(self.sites)), late)
+        batch_size = late if isinstance(reports, Tensor) else batch_size_of(reports, self.sites, self._placer.input_sizes)
+        notes.add_norms(norms, self._probes.bring_home)
+        uses = notes.uses
         repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._stash.second_moments, self._probes.bring_home, self._stash.shares)
-        for site in self.sites:
+        for site in self.sites if repeated else ():
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
-            site.calls = max(0, site.calls - round(float(reports[site.index, 0]))) if late is None else 0
+        for index, site in enumerate(self.sites):
+            site.calls = 0 if isinstance(reports, Tensor) else max(0, site.calls - round(reports[index][0]))
         seen = check_now(self, reports, uses) if late is None else set()
         if late is not None:
             self._late.append(LateChecks.of(reports, self, late, {use.parameter for use in uses}))
@@ -263,13 +269,12 @@ class GradSampleHooks:
         self._late: list[LateChecks] = []
         self.loss_scale.clear()
         self._n_passes = 0
-        self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self._placer.recomputing_task = -1
         self._placer.input_sizes.clear()
         self._placer.forward_sizes.clear()
         self._row_sampler.redraw()
-        self._stash.drain(-1)
-        self._probes.drain(-1)
+        self._stash.clear()
+        self._probes.forget()
         for site in self.sites:
             site.calls = 0
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from adabatch.grad_sample.factors import Dense, Factor, Outer
 from adabatch.grad_sample.registry import register_grad_sampler
-from adabatch.kernels.chunks import accumulation_dtype, row_sq_norms
+from adabatch.kernels.chunks import accumulation_dtype
 
 
 @register_grad_sampler(nn.Linear, parameters=("weight", "bias"))
@@ -41,21 +41,3 @@ def linear_grad_sample(layer: nn.Linear, activations: Tensor, backprops: Tensor)
         factors["bias"] = Dense(b_NTO[:, 0] if b_NTO.shape[1] == 1 else b_NTO.sum(1, dtype=accumulation_dtype(b_NTO)))
     return factors
 
-
-def vector_sq_norms(layer: nn.Linear, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
-    """Squared norms of weight and bias, both trainable, from one vector per sample: ‖a_n‖² ‖b_n‖² and ‖b_n‖², which `linear_grad_sample` would work out twice.
-
-    Args:
-        layer: the layer.
-        activations: a, [N, I].
-        backprops: b, [N, O].
-
-    Example:
-        >>> import torch
-        >>> vector_sq_norms(nn.Linear(3, 1), torch.tensor([[2.0, 2.0, 1.0]]), torch.tensor([[2.0]]))
-        {'weight': tensor([36.]), 'bias': tensor([4.])}
-    """
-    dtype = accumulation_dtype(activations, backprops)
-    of_backprops = row_sq_norms(backprops, dtype)
-    norms = {"weight": row_sq_norms(activations, dtype) * of_backprops}
-    return norms if layer.bias is None else {**norms, "bias": of_backprops}

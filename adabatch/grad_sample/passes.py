@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from adabatch.grad_sample.preconditioned import SecondMoments
-from adabatch.grad_sample.taps import TapSite, Use
+from adabatch.grad_sample.stash import Use
+from adabatch.grad_sample.taps import TapSite
 from adabatch.grad_sample.uses import merge_uses
 
 NOTHING_MEASURED = (
@@ -47,16 +48,19 @@ def add_uses(
     return {name for name, factors in grouped.items() if len(factors) > 1}
 
 
-def batch_size_of(reports: Tensor, sites: Sequence[TapSite], input_sizes: Collection[int] = ()) -> int:
+def batch_size_of(reports: Sequence[Sequence[float]], sites: Sequence[TapSite], input_sizes: Collection[int] = ()) -> int:
     """The number of samples, from the layers' reports [n_layers, 2] of (uses, rows).
 
     Raises:
         RuntimeError: a layer was used twice where that cannot be undone, or layers saw different numbers of rows, or all the same one which is no dimension of
             the model's inputs (where some are known): samples and positions were flattened together before the first layer. All are listed.
     """
+    sizes = {total for uses, total in reports if uses}
+    if len(sizes) == 1 and max(uses for uses, _ in reports) == 1 and (not input_sizes or not sizes.isdisjoint(input_sizes)):
+        return round(sizes.pop())
     problems = []
     rows: dict[str, int] = {}
-    for site, (uses, total) in zip(sites, reports.tolist(), strict=True):
+    for site, (uses, total) in zip(sites, reports, strict=True):
         if uses > 1 and not (site.deferred or site.calls > 1):
             problems.append(
                 f"{site.name} was called {int(uses)} times, and the hooks did not see it called: inside a compiled graph (run the model without torch.compile, "
@@ -76,10 +80,9 @@ def batch_size_of(reports: Tensor, sites: Sequence[TapSite], input_sizes: Collec
     return size
 
 
-def warn_of_mixing(reports: Tensor, sites: Sequence[TapSite]) -> bool:
+def warn_of_mixing(reports: Sequence[Sequence[float]], sites: Sequence[TapSite]) -> bool:
     """Warn if a layer that took part mixes the samples of the batch; whether it did."""
-    used = reports[:, 0].tolist()
-    mixing = [site.name for site, uses in zip(sites, used, strict=True) if uses and site.mixes_samples]
+    mixing = [site.name for site, (uses, _) in zip(sites, reports, strict=True) if uses and site.mixes_samples]
     if mixing:
         warnings.warn(
             f"{', '.join(mixing)}: batch normalization in train mode mixes the samples of a batch. What is measured is each sample's contribution to the "
@@ -89,10 +92,9 @@ def warn_of_mixing(reports: Tensor, sites: Sequence[TapSite]) -> bool:
     return bool(mixing)
 
 
-def reported_parameters(reports: Tensor, sites: Sequence[TapSite], uses: Iterable[Use]) -> set[str]:
+def reported_parameters(reports: Sequence[Sequence[float]], sites: Sequence[TapSite], uses: Iterable[Use]) -> set[str]:
     """Names of the parameters that took part in the pass as far as the taps saw."""
-    counts = reports[:, 0].tolist()
-    return {name for site, count in zip(sites, counts, strict=True) if count for name in site.parameters.values()} | {use.parameter for use in uses}
+    return {name for site, (count, _) in zip(sites, reports, strict=True) if count for name in site.parameters.values()} | {use.parameter for use in uses}
 
 
 def check_gradients_left(seen: Collection[str], parameters: dict[str, Tensor], sites: Sequence[TapSite]) -> None:
@@ -118,6 +120,8 @@ def check_all_seen(seen: Collection[str], parameters: dict[str, Tensor]) -> None
     Raises:
         RuntimeError: listing the parameters whose gradient the taps never saw.
     """
+    if len(seen) == len(parameters):
+        return
     missing = [name for name, parameter in parameters.items() if name not in seen and parameter.grad is not None and bool(torch.count_nonzero(parameter.grad))]
     if missing:
         raise RuntimeError(

@@ -18,16 +18,18 @@ from adabatch.grad_sample.attention import AttentionCall, RandomState, random_st
 from adabatch.grad_sample.calls import ModuleCall, RecurrentCall, uncompiled
 from adabatch.grad_sample.compiled import is_compiled
 from adabatch.grad_sample.cost import called_shapes
-from adabatch.grad_sample.entering import batch_size_of_inputs, carries_samples, row_dim
+from adabatch.grad_sample.entering import batch_size_of_inputs, carries_samples, row_dim, tensors_of
 from adabatch.grad_sample.harvesting import ForwardSizes
 from adabatch.grad_sample.layouts import BatchSizeSource, Layout
 from adabatch.grad_sample.probe import ProbeSet
 from adabatch.grad_sample.recipes import Consumption
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.sharded_layers import check_parallel
+from adabatch.grad_sample.stash import Stash
 from adabatch.grad_sample.taking import take, takes_over
-from adabatch.grad_sample.taps import CallTap, Stash, TapSite, listen
+from adabatch.grad_sample.taps import CallTap, TapSite, listen
 from adabatch.grad_sample.tracing import READS_OUTPUT, ParameterTracer
+from adabatch.grad_sample.vectors import has_vectors, listen_to_vectors
 from adabatch.grad_sample.witness import FirstPassWitness
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
@@ -136,9 +138,10 @@ class TapPlacer:
                 cure = "Run the model uncompiled, or pass ignore=[...]"
                 raise RuntimeError(f"a compiled graph cannot measure parameters without a layer of their own: {names}. {cure}")
             return
-        self._n_samples = batch_size_of_inputs(self._source, args, kwargs, self._traced)
+        tensors = tensors_of((args, kwargs))
+        self._n_samples = batch_size_of_inputs(self._source, args, kwargs, tensors, self._traced)
         if self._source is None:
-            self.input_sizes.update(size for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) for size in leaf.shape)
+            self.input_sizes.update(size for tensor in tensors for size in tensor.shape)
         if self._tracing and self._n_samples is not None:
             self._enter_tracing(args, kwargs)
 
@@ -210,40 +213,50 @@ class TapPlacer:
             self._random[site.index] = random_state(layer.out_proj.weight.device)
 
     def _after_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if not self.enabled and (torch.compiler.is_compiling() or self._tracer is None):
+        if torch.compiler.is_compiling():
+            return self._tap_compiled(site, layer, args, kwargs, output)
+        if self._tracer is not None:
+            return self._tap_traced(site, layer, args, kwargs, output)
+        # A deep copy of the model carries the hooks along.
+        return self._tap_layer(site, layer, args, kwargs, output) if self.enabled and layer is site.layer and self._measures() else None
+
+    def _tap_compiled(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if not self.enabled or layer is not site.layer or not self._measures():
             return None
-        if layer is not site.layer:  # a deep copy of the model carries the hooks along
+        if site.deferred:
+            raise RuntimeError(
+                f"{site.name} shares a parameter with another use, or is measured with dots=True, which a compiled graph cannot do: do not compile the "
+                "model, or leave dots=True away"
+            )
+        return self._tap_by_rule(site, layer, args, kwargs, output)
+
+    def _tap_traced(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if layer is not site.layer:
             return None
-        tracer = None if torch.compiler.is_compiling() else self._tracer
-        suspended = self._suspending.pop() if tracer is not None and self._suspending else True
+        tracer = self._tracer
+        suspended = self._suspending.pop() if self._suspending else True
         try:
-            if not self._measures() or not suspended:
-                return None
-            if torch.compiler.is_compiling():
-                if site.deferred:
-                    raise RuntimeError(
-                        f"{site.name} shares a parameter with another use, or is measured with dots=True, which a compiled graph cannot do: do not compile the "
-                        "model, or leave dots=True away"
-                    )
-            else:
-                self._count_call(site)
-            result = self._tap_layer(site, layer, args, kwargs, output)
+            result = self._tap_layer(site, layer, args, kwargs, output) if suspended and self._measures() else None
             output = output if result is None else result
             return result
         finally:
-            if tracer is not None and suspended and tracer.suspended:
+            if suspended and tracer.suspended:
                 tracer.suspended -= 1
                 tracer.add_samples(tree_flatten(output)[0])
 
-    def _count_call(self, site: TapSite) -> None:
+    def _tap_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Outside compiled graphs."""
         task = torch._C._current_graph_task_id()
         if task == -1:
             site.calls += 1
-            self.recomputing_task = -1
-        else:  # activation checkpointing runs the layer again, inside backward
-            self.recomputing_task = task
+        self.recomputing_task = task  # activation checkpointing runs the layer again, inside backward
+        if args and has_vectors(site, layer, args[0], output):
+            site.shapes = args[0].shape, output.shape
+            rows, _ = self._rows(output.shape[0], output.device)
+            return listen_to_vectors(site, args[0], output, rows, self._probes.on(output.device).signal)
+        return self._tap_by_rule(site, layer, args, kwargs, output)
 
-    def _tap_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def _tap_by_rule(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         parallel = check_parallel(site.name, layer, self._stash.shares is not None)
         if site.sampler is None:
             return self._tap_call(site, layer, args, kwargs, output)
@@ -279,7 +292,7 @@ class TapPlacer:
         probe = self._probes.on(outputs[0].device)
         rows, length = self._rows(n_samples, outputs[0].device)
         extras = [] if site is None else self._extras(site, probe, length)
-        return CallTap.apply(call, site, self._stash, rows, probe.report(reporting.index), n_samples, copied, *outputs, *call.tensors, *extras)
+        return CallTap.apply(call, site, reporting, rows, probe.report(reporting.index), n_samples, copied, *outputs, *call.tensors, *extras)
 
     def _samples_in(self, site: TapSite, output: Tensor) -> int:
         if site.layout.tells_size:
@@ -289,12 +302,15 @@ class TapPlacer:
         return self._n_samples
 
     def _rows(self, n_samples: int, device: torch.device) -> tuple[Tensor | None, int]:
-        self._probes.on(device).reserve(n_samples)
-        self.forward_sizes.note(n_samples)
+        if torch.compiler.is_compiling():
+            self._probes.on(device).check_room(n_samples)
+        else:
+            self.forward_sizes.note(n_samples)
         rows = self._row_sampler.rows(n_samples, device)
         return rows, n_samples if rows is None else rows.shape[0]
 
     def _extras(self, site: TapSite, probe: Any, length: int) -> list[Tensor]:
         moments = self._stash.second_moments
         names = () if moments is None else site.parameters.values()
-        return [*(probe.row(row, length) for row in site.probe_rows), *(probe.second_moment(name, moments.shape(name)) for name in names)]
+        rows = site.probe_rows if torch.compiler.is_compiling() else ()
+        return [*(probe.row(row, length) for row in rows), *(probe.second_moment(name, moments.shape(name)) for name in names)]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from adabatch.grad_sample.rows import RowSampler
+from adabatch.host_copies import to_device
 
 INITIAL_CAPACITY = 1024
 
@@ -38,7 +39,8 @@ class ProbeSet:
         if device not in self._probes:
             probe = self._probes[device] = self._make(device)
             self._row_sampler.reserve(self._capacity, device)
-            probe.reports.register_post_accumulate_grad_hook(self._on_complete)
+            for leaf in (probe.signal, probe.reports):
+                leaf.register_post_accumulate_grad_hook(self._on_complete)
         return self._probes[device]
 
     def __iter__(self) -> Iterator[Probe]:
@@ -56,35 +58,46 @@ class ProbeSet:
     @property
     def reports(self) -> list[Tensor]:
         """The leaves that taps report to."""
-        return [probe.reports for probe in self]
+        return [leaf for probe in self for leaf in (probe.signal, probe.reports)]
 
     def reserve_keys(self) -> None:
         """Make sure that the row sampler's keys lie on every device."""
         for device in self._probes:
             self._row_sampler.reserve(self._capacity, device)
 
-    def drain(self, task: int, n_samples: int | None = None) -> tuple[list[Tensor | None], Tensor, dict[str, Tensor]]:
+    def drain(
+        self, task: int, noted: list[Sequence[float]], n_samples: int | None = None
+    ) -> tuple[list[Tensor | None], list[Sequence[float]] | Tensor, dict[str, Tensor]]:
         """Hand over one backward pass: row norms [s] or None per row, reports [n_layers, 2], second moments by name.
 
-        Without n_samples it is read from the reports, which are then on the host: on an accelerator that waits.
+        Args:
+            task: the pass.
+            noted: what was reported outside compiled graphs, [n_layers, 2].
+            n_samples: N; without it it is read from the reports of compiled graphs: on an accelerator that waits. With it they stay there, as a tensor.
         """
         norms: list[Tensor | None] = [None] * self._n_rows
-        here = self.home if n_samples is not None else torch.device("cpu")
-        reports = torch.zeros(self._n_layers, 2, device=here)
-        moments: dict[str, Tensor] = {}
+        here = torch.device("cpu") if n_samples is None else self.home
+        reports, moments = None, {}
         for probe in self._probes.values():
             rows, seen, second = probe.drain(task)
+            moments.update(second)
             if seen is None:
                 continue
             samples = self._row_sampler.samples
             length = rows_measured(seen, samples) if n_samples is None else min(n_samples, samples or n_samples)
-            reports = reports + seen.to(here)
-            moments.update(second)
+            reports = seen.to(here) if reports is None else reports + seen.to(here)
             for index, row in enumerate(rows):
                 if row is not None:
                     value = row[:length].to(self.home)
                     norms[index] = value if norms[index] is None else norms[index] + value
-        return norms, reports, moments
+        if reports is not None:
+            reports = reports + to_device(torch.tensor(noted, dtype=reports.dtype), here)
+        return norms, noted if reports is None else reports if n_samples is not None else reports.tolist(), moments
+
+    def forget(self) -> None:
+        """Drop what a backward pass left."""
+        for probe in self._probes.values():
+            probe.drain(-1)
 
     def clear(self) -> None:
         """Give all leaves up."""
@@ -106,23 +119,21 @@ class Probe:
         capacity: the largest number of samples of a batch to be measured.
         dtype: float32, or float64 if any measured parameter is.
 
-    After a backward pass, row k's gradient is Σ over the layers that report to it of ‖contribution of sample i‖², and `reports` [n_layers, 2] has
-    (uses, sum of the rows seen) per layer.
+    After a backward pass, row k's gradient is Σ over the compiled layers that report to it of ‖contribution of sample i‖², and `reports` [n_layers, 2] has
+    (uses, sum of the rows seen) per layer. Layers outside compiled graphs put these aside (Stash); they give `signal` a gradient, of no meaning but that
+    the pass is one that accumulates gradients.
     """
 
     def __init__(self, n_rows: int, n_layers: int, capacity: int, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
-        self.n_rows = n_rows
-        self.rows: list[Tensor] = []
-        self._outgrown: list[Tensor] = []
         self._task_of: dict[int, int] = {}
-        self.reports = self._leaf(n_layers, 2)
+        self.signal, self.reports = self._leaf(), self._leaf(n_layers, 2)
         self.second_moments: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self.capacity = 0
-        self.grow(capacity)
+        self.capacity = max(INITIAL_CAPACITY, 1 << math.ceil(math.log2(capacity)))
+        self.rows = [self._leaf(self.capacity) for _ in range(n_rows)]
 
     def _leaf(self, *shape: int) -> Tensor:
-        return self._watched(torch.zeros(*shape, dtype=self.dtype, device=self.device, requires_grad=True))
+        return self._watched(torch.zeros(shape, dtype=self.dtype, device=self.device, requires_grad=True))
 
     def _watched(self, leaf: Tensor) -> Tensor:
         """The leaf, made to forget what a backward pass that failed half way left in it, and to remember which pass its gradient is from."""
@@ -135,47 +146,22 @@ class Probe:
         leaf.register_hook(before_accumulation)
         return leaf
 
-    def reserve(self, n_samples: int) -> None:
-        """Make room for a batch.
+    def check_room(self, n_samples: int) -> None:
+        """Refuse a batch that has no room in a compiled graph; elsewhere norms do not lie in the probe.
 
         Raises:
-            RuntimeError: it is larger than the capacity, in a compiled graph, which cannot grow the probe.
+            RuntimeError: a batch larger than the capacity.
         """
-        if not torch.compiler.is_compiling():
-            self.grow(n_samples)
-        elif n_samples > self.capacity:
+        if n_samples > self.capacity:
             raise RuntimeError(f"a batch is larger than the {self.capacity} samples this compiled model is prepared for: pass capacity= with the largest size")
 
-    def grow(self, capacity: int) -> None:
-        """Make room for batches of `capacity` samples. What graphs still to be differentiated report to the shorter rows is not lost."""
-        if capacity <= self.capacity:
-            return
-        self._outgrown += self.rows
-        self.capacity = max(INITIAL_CAPACITY, 1 << math.ceil(math.log2(capacity)))
-        self.rows = [self._leaf(self.capacity) for _ in range(self.n_rows)]
-        self._slices: dict[tuple[int, int], Tensor] = {}
-        self._layers: dict[int, Tensor] = {}
-
     def row(self, index: int, length: int) -> Tensor:
-        """The first `length` entries of a row, as an input of a tap. Slices are reused in eager mode, so that layers share one node."""
-        if torch.compiler.is_compiling():
-            return self.rows[index][:length]
-        key = (index, length)
-        if key not in self._slices:
-            if len(self._slices) >= 64 * self.n_rows:
-                self._slices.clear()
-            with torch.enable_grad():
-                self._slices[key] = self.rows[index][:length]
-        return self._slices[key]
+        """The first `length` entries of a row, as an input of a compiled tap."""
+        return self.rows[index][:length]
 
     def report(self, layer: int) -> Tensor:
-        """The layer's line of the reports, as an input of its tap."""
-        if torch.compiler.is_compiling():
-            return self.reports[layer]
-        if layer not in self._layers:
-            with torch.enable_grad():
-                self._layers[layer] = self.reports[layer]
-        return self._layers[layer]
+        """What a tap reports to: the layer's line of the reports; in eager mode the signal, for then the report itself goes to the stash."""
+        return self.reports[layer] if torch.compiler.is_compiling() else self.signal
 
     def second_moment(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A leaf without memory of its own (stride 0) whose gradient is the parameter's second moment, or, with shape (), its weighed sum."""
@@ -188,11 +174,8 @@ class Probe:
     def drain(self, task: int) -> tuple[list[Tensor | None], Tensor | None, dict[str, Tensor]]:
         """Hand over the gradients of one backward pass (row norms, reports, second moments) and clear them, with what other passes left."""
         rows = [self._take(leaf, task) for leaf in self.rows]
-        for index, leaf in enumerate(self._outgrown):
-            outgrown = self._take(leaf, task)
-            if outgrown is not None:
-                rows[index % self.n_rows] = outgrown
         moments = [(name, self._take(leaf, task)) for (name, _), leaf in self.second_moments.items()]
+        self.signal.grad = None
         return rows, self._take(self.reports, task), {name: moment for name, moment in moments if moment is not None}
 
     def _take(self, leaf: Tensor, task: int) -> Tensor | None:

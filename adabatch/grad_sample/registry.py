@@ -43,6 +43,11 @@ class GradSampler:
     unsupported: Callable[[nn.Module], str | None] = _nothing
     parameters: frozenset[str] | None = None
 
+    @property
+    def may_mix(self) -> bool:
+        """Whether a layer of this kind can mix samples at all."""
+        return self.full_batch is not _never
+
 
 def register_grad_sampler(
     *layer_types: type[nn.Module],

@@ -32,6 +32,7 @@ class RowSampler:
         self._capacity = capacity
         self._host_keys: Tensor | None = None
         self._keys: dict[torch.device, Tensor] = {}
+        self._chosen: dict[tuple, Tensor] = {}  # of the present keys, so that layers need not choose anew
         self._before_draws = self._generator.get_state()
         self._draws: list[int] = []
         self.redraw()
@@ -40,9 +41,13 @@ class RowSampler:
         """The measured rows [S] of a batch of `n_samples`, or None for all of them."""
         if self.samples is None or n_samples <= self.samples:
             return None
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._keys[device][:n_samples].argsort()[: self.samples]
+        key = n_samples, self.samples, device
+        if key not in self._chosen:
             self.reserve(n_samples, device)
-        return self._keys[device][:n_samples].argsort()[: self.samples]
+            self._chosen[key] = self._keys[device][:n_samples].argsort()[: self.samples]
+        return self._chosen[key]
 
     def reserve(self, capacity: int, device: torch.device) -> None:
         """Make sure that keys for `capacity` rows lie on the device."""
@@ -68,6 +73,7 @@ class RowSampler:
             return
         self._before_draws, self._draws = self._generator.get_state(), []
         self._host_keys = self._draw(self._capacity)
+        self._chosen.clear()
         self._keys = {device: to_device(self._host_keys, device) for device in self._keys}
 
     def _draw(self, count: int) -> Tensor:
@@ -88,6 +94,7 @@ class RowSampler:
             return
         self._host_keys = torch.cat([self._draw(count) for count in state["draws"]])
         self._capacity = len(self._host_keys)
+        self._chosen.clear()
         self._keys = {device: to_device(self._host_keys, device) for device in self._keys}
         for device in self._keys:
             self.reserve(room, device)

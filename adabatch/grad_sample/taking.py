@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from adabatch import kernels
+from adabatch.grad_sample.compiled import outside_autocast
 from adabatch.grad_sample.conv import symmetric_padding
 from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.layouts import Layout
 from adabatch.grad_sample.taking_norm import can_take_norm, take_norm
-from adabatch.grad_sample.taps import DOUBLE_BACKWARD, TapSite, keep_uses, report_of, sums_by_row
+from adabatch.grad_sample.taps import DOUBLE_BACKWARD, TapSite, keep_uses, report_norms, report_use, saved_signal
 from adabatch.kernels.chunks import accumulation_dtype
 
 TAKEN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm)
@@ -77,9 +78,9 @@ def take(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, n_s
 
 
 class TakingTap(torch.autograd.Function):
-    """Identity on the detached output; in backward, the gradients of the layer's input, weight and bias, and the norms as gradients of the probe rows.
+    """Identity on the detached output; in backward, the gradients of the layer's input, weight and bias; the norms are reported.
 
-    forward(output, inputs, weight, bias, saved, rows, report [2], site, n_samples, *extras): `saved` is the input as the layer computed with it; the others
+    forward(output, inputs, weight, bias, saved, rows, report, site, n_samples, *extras): `saved` is the input as the layer computed with it; the others
     are as ListeningTap's.
     """
 
@@ -91,7 +92,7 @@ class TakingTap(torch.autograd.Function):
             ctx.mark_dirty(output)
         ctx.save_for_backward(saved, weight, rows)
         ctx.site, ctx.n_samples, ctx.needs_inputs, ctx.input_dtype = site, n_samples, inputs.requires_grad, inputs.dtype
-        ctx.dtype, ctx.n_extras = report.dtype, len(extras)
+        ctx.signal, ctx.dtype, ctx.n_extras = saved_signal(report), report.dtype, len(extras)
         return output
 
     @staticmethod
@@ -100,24 +101,24 @@ class TakingTap(torch.autograd.Function):
             raise RuntimeError(DOUBLE_BACKWARD)
         site, (saved, weight, rows) = ctx.site, ctx.saved_tensors
         layer = site.layer
-        with torch.autocast(backprops.device.type, enabled=False):
+        with outside_autocast(backprops.device):
             n_samples = site.layout.size(backprops) if ctx.n_samples is None else ctx.n_samples
             grad_inputs = _input_grad(layer, saved, weight, backprops).to(ctx.input_dtype) if ctx.needs_inputs else None
             a, b = site.layout.split(saved, n_samples), site.layout.split(backprops, n_samples)
-            n_moments = ctx.n_extras - len(site.probe_rows)
+            second_moments = site.stash.second_moments
             if site.deferred or site.calls > 1:
                 grads = _plain_grads(layer, saved, weight, backprops)
                 pick = (a, b) if rows is None else (a.index_select(0, rows), b.index_select(0, rows))
                 keep_uses(site, site.sampler.rule(layer, *pick), rows)
                 extras = [None] * ctx.n_extras
             else:
-                grads, norms, moments = _grads_and_norms(layer, a, b, second_moment=n_moments > 0)
+                grads, norms, moments = _grads_and_norms(layer, a, b, second_moment=second_moments is not None)
                 if rows is not None:
                     norms = {name: value.index_select(0, rows) for name, value in norms.items()}
-                extras = sums_by_row(site, norms, ctx.dtype)
-                extras += [site.stash.second_moments.of_whole(full, moments[name]) for name, full in site.parameters.items() if n_moments]
+                extras = report_norms(site, norms, n_samples if rows is None else rows.shape[0], ctx.dtype)
+                extras += [second_moments.of_whole(full, moments[name]) for name, full in site.parameters.items() if second_moments is not None]
         grad_bias = grads["bias"].to(weight.dtype) if "bias" in grads else None
-        report = report_of(backprops, ctx.dtype, n_samples)
+        report = report_use(site, n_samples, ctx.signal, backprops, ctx.dtype)
         return None, grad_inputs, grads["weight"].to(weight.dtype), grad_bias, None, None, report, None, None, *extras
 
 

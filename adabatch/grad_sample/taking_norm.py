@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from adabatch import kernels
+from adabatch.grad_sample.compiled import outside_autocast
 from adabatch.grad_sample.factors import Dense
-from adabatch.grad_sample.taps import DOUBLE_BACKWARD, TapSite, keep_uses, report_of, sums_by_row
+from adabatch.grad_sample.taps import DOUBLE_BACKWARD, TapSite, keep_uses, report_norms, report_use, saved_signal
 
 NODE = "NativeGroupNormBackward0"
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -37,9 +38,9 @@ def take_norm(site: TapSite, inputs: Tensor, output: Tensor, report: Tensor, ext
 
 
 class TakingNormTap(torch.autograd.Function):
-    """Identity on the detached output; in backward, the gradients of input, scale and shift, and the norms as gradients of the probe rows.
+    """Identity on the detached output; in backward, the gradients of input, scale and shift; the norms are reported.
 
-    forward(output, inputs, weight, bias, saved, mean, rstd, report [2], site, *extras), all samples measured; the rest as in TakingTap.
+    forward(output, inputs, weight, bias, saved, mean, rstd, report, site, *extras), all samples measured; the rest as in TakingTap.
     """
 
     @staticmethod
@@ -47,6 +48,7 @@ class TakingNormTap(torch.autograd.Function):
         ctx.mark_dirty(output)
         ctx.save_for_backward(saved, weight, mean, rstd)
         ctx.site, ctx.needs_inputs, ctx.dtype, ctx.n_extras = site, inputs.requires_grad, report.dtype, len(extras)
+        ctx.signal = saved_signal(report)
         return output
 
     @staticmethod
@@ -56,7 +58,7 @@ class TakingNormTap(torch.autograd.Function):
         site, (saved, weight, mean, rstd) = ctx.site, ctx.saved_tensors
         samples, channels = saved.shape[:2]
         rows, groups = samples * channels, mean.numel()
-        with torch.autocast(backprops.device.type, enabled=False):
+        with outside_autocast(backprops.device):
             grad_inputs, *per_sample = torch.ops.aten.native_group_norm_backward(
                 backprops.to(saved.dtype).contiguous(), saved, mean, rstd, weight.repeat(samples), 1, rows, saved.numel() // rows, groups,
                 [ctx.needs_inputs, True, True],
@@ -66,10 +68,10 @@ class TakingNormTap(torch.autograd.Function):
                 keep_uses(site, factors, None)
                 extras = [None] * ctx.n_extras
             else:
-                extras = sums_by_row(site, {name: factor.sq_norms() for name, factor in factors.items()}, ctx.dtype)
-                if ctx.n_extras > len(extras):
+                extras = report_norms(site, {name: factor.sq_norms() for name, factor in factors.items()}, samples, ctx.dtype)
+                if site.stash.second_moments is not None:
                     moments = {name: kernels.dense_second_moment(factor.grad) for name, factor in factors.items()}
                     extras += [site.stash.second_moments.of_whole(full, moments[name]) for name, full in site.parameters.items()]
         grads = (factor.grad.sum(0) for factor in factors.values())
         grad_inputs = None if grad_inputs is None else grad_inputs.view_as(saved)
-        return None, grad_inputs, *grads, None, None, None, report_of(backprops, ctx.dtype, samples), None, *extras
+        return None, grad_inputs, *grads, None, None, None, report_use(site, samples, ctx.signal, backprops, ctx.dtype), None, *extras

@@ -1,15 +1,14 @@
 """Taps: identity autograd nodes that report per-sample squared gradient norms while the backward pass runs.
 
 A tap passes a layer's output through unchanged. It saves the measured rows of the layer's input; in backward it gets the gradient b of the
-output, works out the layer's per-sample squared norms, and returns b unchanged together with the norms as the gradient of its extra
-inputs, the probe rows. Autograd itself then adds up the norms of all layers.
+output, works out the layer's per-sample squared norms, and returns b unchanged. In eager mode the norms go to the stash; in a compiled graph they are the
+gradient of the tap's extra inputs, the probe rows, and autograd itself adds up the norms of all layers.
 
 Legend: N samples in the batch, S rows measured.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from adabatch.grad_sample.attach import Plan
+from adabatch.grad_sample.compiled import outside_autocast
 from adabatch.grad_sample.factors import Factor
 from adabatch.grad_sample.grad_norms import is_sharded
 from adabatch.grad_sample.layouts import Layout
-from adabatch.grad_sample.linear import linear_grad_sample, vector_sq_norms
-from adabatch.grad_sample.preconditioned import SecondMoments
 from adabatch.grad_sample.registry import GradSampler
 from adabatch.grad_sample.sharded_layers import is_parallel, own_activations, own_backprops
-from adabatch.grad_sample.witness import FirstPassWitness
+from adabatch.grad_sample.stash import Stash, Use
 
 DOUBLE_BACKWARD = (
     "a backward pass with create_graph=True ran through a measured layer: its higher-order gradient reaches the parameters but not the taps, so the "
@@ -34,51 +32,6 @@ DOUBLE_BACKWARD = (
 
 
 TRACED = "operations on traced parameters"
-
-
-@dataclass
-class Use:
-    """One use of a parameter in a backward pass, kept until the pass ends: the parameter's name in the model and its factor over the measured rows."""
-
-    parameter: str
-    factor: Factor
-
-
-class Stash:
-    """What taps put aside during a backward pass because it can only be finished when all uses of a parameter are known.
-
-    Attributes:
-        witness: hears of every use until a first pass could be compared with the gradient; None afterwards.
-        second_moments: what the taps report of Σ g_i²; None for nothing.
-        shares: {parameter: the factor by which its norms count here} of a model that several processes hold in parts; None of one that is whole.
-    """
-
-    def __init__(self):
-        self._uses: dict[int, list[Use]] = {}
-        self._lock = threading.Lock()
-        self.witness: FirstPassWitness | None = None
-        self.second_moments: SecondMoments | None = None
-        self.shares: dict[str, float] | None = None
-
-    def add(self, uses: list[Use]) -> None:
-        """Keep uses under the running backward pass."""
-        with self._lock:  # the engine runs one thread per device
-            task = torch._C._current_graph_task_id()
-            if task not in self._uses:  # what is left of another pass is never asked for: it failed, or was not a backward() to the leaves
-                self._uses = {task: []}
-            self._uses[task].extend(uses)
-
-    def drain(self, task: int) -> list[Use]:
-        """The uses of that backward pass, which has ended; what a failed pass left behind is dropped.
-
-        Raises:
-            RuntimeError: the first pass's contributions do not add up to the gradient.
-        """
-        with self._lock:
-            uses, self._uses = self._uses.get(task, []), {}
-        if self.witness is not None and self.witness.compare(task):
-            self.witness = None
-        return uses
 
 
 @dataclass(eq=False)
@@ -140,7 +93,7 @@ class TapSite:
     @property
     def mixes_samples(self) -> bool:
         """Whether the layer, as it is now, mixes the samples of a batch, so that its rule needs all rows."""
-        return self.sampler is not None and self.sampler.full_batch(self.layer)
+        return self.sampler is not None and self.sampler.may_mix and self.sampler.full_batch(self.layer)
 
     def factors(self, activations: Tensor, backprops: Tensor, rows: Tensor | None, n_samples: int) -> dict[str, Factor]:
         """The measured parameters' factors, restricted to the measured rows; without those frozen since the hooks were attached."""
@@ -155,28 +108,32 @@ class TapSite:
         return factors
 
 
-def _extras(site: TapSite, factors: dict[str, Factor], dtype: torch.dtype, n_extras: int) -> list[Tensor | None]:
-    """Gradients of a tap's extra inputs: the probe rows, then the second moments if they were asked for."""
-    if n_extras > len(site.probe_rows):
-        factors = {name: factor.compact() for name, factor in factors.items()}
-    extras = sums_by_row(site, {name: factor.sq_norms() for name, factor in factors.items()}, dtype)
-    if n_extras > len(extras):
-        moments = site.stash.second_moments
-        extras += [moments.of(full, factors[name]) if name in factors else None for name, full in site.parameters.items()]
-    return extras
-
-
-def sums_by_row(site: TapSite, sq_norms: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor | None]:
-    """Squared norms [S] of each of the site's probe rows: the sum over the parameters that share the row, None where all of them are frozen."""
+def report_norms(site: TapSite, sq_norms: Mapping[str, Tensor], measured: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """Report the squared norms [S] of the site's parameters; gives the gradients of those of the tap's inputs that are probe rows, none in eager mode."""
     norms: dict[int, Tensor] = {}
     for name, value in sq_norms.items():
-        if value.dim() != 1:
+        if value.dim() != 1 or (value.shape[0] != measured and not torch.compiler.is_compiling()):
             raise RuntimeError(f"the rule of {site.name} gave squared norms of shape {tuple(value.shape)}; one value per sample was expected")
         if site.stash.shares is not None:
             value = value * site.stash.shares[site.parameters[name]]
         row = site.rows[name]
         norms[row] = norms[row] + value.to(dtype) if row in norms else value.to(dtype)
-    return [norms.get(row) for row in site.probe_rows]
+    if torch.compiler.is_compiling():
+        return [norms.get(row) for row in site.probe_rows]
+    for row, value in norms.items():
+        site.stash.add_norms(row, value)
+    return []
+
+
+def report_factors(site: TapSite, factors: dict[str, Factor], measured: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """Report norms, and second moments if they were asked for: the gradients of a tap's extra inputs, probe rows first."""
+    moments = site.stash.second_moments
+    if moments is not None:
+        factors = {name: factor.compact() for name, factor in factors.items()}
+    extras = report_norms(site, {name: factor.sq_norms() for name, factor in factors.items()}, measured, dtype)
+    if moments is not None:
+        extras += [moments.of(full, factors[name]) if name in factors else None for name, full in site.parameters.items()]
+    return extras
 
 
 def keep_uses(site: TapSite, factors: dict[str, Factor], rows: Tensor | None) -> None:
@@ -187,9 +144,17 @@ def keep_uses(site: TapSite, factors: dict[str, Factor], rows: Tensor | None) ->
     site.stash.add([Use(site.parameters[name], factor) for name, factor in factors.items()])
 
 
-def report_of(backprops: Tensor, dtype: torch.dtype, n_samples: int) -> Tensor:
-    """(1, N) as a tensor [2]: this use of the layer, and how many samples its output has."""
-    one = backprops.new_ones((1,), dtype=dtype)
+def saved_signal(report: Tensor) -> Tensor | None:
+    """What a tap keeps of its report input: in eager mode the gradient that it will give it, of no meaning but that the pass accumulates gradients."""
+    return None if torch.compiler.is_compiling() else report.detach()
+
+
+def report_use(site: TapSite, n_samples: int, signal: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Report a use of the layer; gives the gradient of the tap's report input: the signal, or in a compiled graph (1, N) as a tensor [2]."""
+    if signal is not None:
+        site.stash.report(site.index, n_samples)
+        return signal
+    one = like.new_ones((1,), dtype=dtype)
     return torch.cat((one, one.new_full((1,), n_samples)))
 
 
@@ -204,22 +169,13 @@ def listen(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, n
     return ListeningTap.apply(output, activations, rows, report, site, None if site.layout.tells_size else n_samples, *extras)
 
 
-def _is_plain_product(site: TapSite, activations: Tensor, backprops: Tensor) -> bool:
-    """Whether the layer is a Linear whose parameters are all measured, and has one vector per sample; on accelerators and in compiled graphs kernels decide."""
-    if site.sampler.rule is not linear_grad_sample or not (activations.dim() == backprops.dim() == 2) or site.layout is not Layout.BATCH_FIRST:
-        return False
-    own = [parameter for parameter in site.layer._parameters.values() if parameter is not None]
-    trained = len(own) == len(site.parameters) and all(parameter.requires_grad for parameter in own)
-    return trained and backprops.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 class ListeningTap(torch.autograd.Function):
-    """Identity on the output; in backward, the per-sample squared norms of the layer's parameters as gradients of the probe rows.
+    """Identity on the output; in backward, the per-sample squared norms of the layer's parameters are reported.
 
-    forward(output, activations, rows, report [2], site, n_samples, *extras): `activations` are the measured rows of the layer's input (all rows
-    when the rule needs them), `rows` the measured indices [S] or None for all, `n_samples` N where the output does not tell it (a number known to the
-    graph costs a recompilation for each value), `extras` the probe rows [S], then, if the site asks for second moments, one
-    leaf per parameter that receives Σ_i (contribution of sample i)² as its gradient.
+    forward(output, activations, rows, report, site, n_samples, *extras): `activations` are the measured rows of the layer's input (all rows
+    when the rule needs them), `rows` the measured indices [S] or None for all, `report` what Probe.report gives, `n_samples` N where the output does not
+    tell it (a number known to the graph costs a recompilation for each value), `extras` in a compiled graph the probe rows [S], then, if the site asks for
+    second moments, one leaf per parameter that receives Σ_i (contribution of sample i)² as its gradient.
 
     The output is marked dirty, not copied: in-place operations after the layer stay legal, and the layers listed in the registry never read their
     own output in backward.
@@ -233,7 +189,8 @@ class ListeningTap(torch.autograd.Function):
             ctx.mark_dirty(output)
         ctx.save_for_backward(activations, rows)
         ctx.site, ctx.n_samples, ctx.mixed = site, n_samples, site.mixes_samples
-        ctx.dtype, ctx.n_extras, ctx.parallel = extras[0].dtype, len(extras), not torch.compiler.is_compiling() and is_sharded(output)
+        ctx.signal, ctx.dtype, ctx.n_extras = saved_signal(report), report.dtype, len(extras)
+        ctx.parallel = not torch.compiler.is_compiling() and is_sharded(output)
         return output
 
     @staticmethod
@@ -244,52 +201,51 @@ class ListeningTap(torch.autograd.Function):
         if site.mixes_samples != ctx.mixed:
             raise RuntimeError(f"{site.name} changed between train and eval mode after its forward pass: call model.train() or eval() after loss.backward()")
         activations, rows = ctx.saved_tensors
-        with torch.autocast(backprops.device.type, enabled=False):
+        with outside_autocast(backprops.device):
             own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
             n_samples = site.layout.size(own) if ctx.n_samples is None else ctx.n_samples
-            several = site.deferred or site.calls > 1
-            if not several and not ctx.parallel and ctx.n_extras == len(site.probe_rows) and _is_plain_product(site, activations, own):
-                norms = vector_sq_norms(site.layer, activations, own if rows is None else own.index_select(0, rows))
-                extras = sums_by_row(site, norms, ctx.dtype)
+            factors = site.factors(activations, own, rows, n_samples)
+            if site.deferred or site.calls > 1:
+                keep_uses(site, factors, rows)
+                extras = [None] * ctx.n_extras
             else:
-                factors = site.factors(activations, own, rows, n_samples)
-                if several:
-                    keep_uses(site, factors, rows)
-                extras = [None] * ctx.n_extras if several else _extras(site, factors, ctx.dtype, ctx.n_extras)
-        return backprops, None, None, report_of(own, ctx.dtype, n_samples), None, None, *extras
+                extras = report_factors(site, factors, n_samples if rows is None else rows.shape[0], ctx.dtype)
+        return backprops, None, None, report_use(site, n_samples, ctx.signal, own, ctx.dtype), None, None, *extras
 
 
 class CallTap(torch.autograd.Function):
     """Identity on the outputs of a call without a rule: a module run again per sample, or an operation that meets a traced parameter.
 
-    forward(call, site, stash, rows, report [2], n_samples, copied, *tensors): `tensors` are the outputs, the call's input tensors,
-    then the probe rows of the site, if it has one.
+    forward(call, site, reporting, rows, report, n_samples, copied, *tensors): `tensors` are the outputs, the call's input tensors,
+    then the extra inputs of the site, if it has one; `reporting` is the site that the use is reported of.
     `copied` says for each output whether it is returned as a copy, because the backward formula of what made it may read it, or marked dirty.
     """
 
     @staticmethod
-    def forward(ctx, call, site, stash, rows, report, n_samples, copied, *tensors):
+    def forward(ctx, call, site, reporting, rows, report, n_samples, copied, *tensors):
         n_outputs, n_inputs = len(copied), len(call.tensors)
         outputs = [tensor.clone() if copy else tensor for tensor, copy in zip(tensors, copied, strict=False)]
         ctx.mark_dirty(*(tensor for tensor, copy in zip(outputs, copied, strict=True) if not copy))
         ctx.save_for_backward(rows, *tensors[n_outputs : n_outputs + n_inputs])
-        ctx.call, ctx.site, ctx.stash, ctx.n_samples = call, site, stash, n_samples
-        ctx.dtype, ctx.n_inputs, ctx.n_extras = report.dtype, n_inputs, len(tensors) - n_outputs - n_inputs
+        ctx.call, ctx.site, ctx.reporting, ctx.n_samples = call, site, reporting, n_samples
+        ctx.signal, ctx.dtype = saved_signal(report), report.dtype
+        ctx.n_inputs, ctx.n_extras = n_inputs, len(tensors) - n_outputs - n_inputs
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *backprops):
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
-        site, (rows, *inputs) = ctx.site, ctx.saved_tensors
-        with torch.autocast(backprops[0].device.type, enabled=False):
+        site, stash, (rows, *inputs) = ctx.site, ctx.reporting.stash, ctx.saved_tensors
+        with outside_autocast(backprops[0].device):
             factors = ctx.call.factors(inputs, backprops, rows)
             names = site.parameters if site is not None else {name: name for name in factors}
-            if not torch.compiler.is_compiling() and rows is None and ctx.stash.witness is not None:
-                ctx.stash.witness.hear(names, factors)
+            if not torch.compiler.is_compiling() and rows is None and stash.witness is not None:
+                stash.witness.hear(names, factors)
             if site is None or site.deferred or site.calls > 1:
-                ctx.stash.add([Use(names[name], factor) for name, factor in factors.items()])
+                stash.add([Use(names[name], factor) for name, factor in factors.items()])
                 extras = [None] * ctx.n_extras
             else:
-                extras = _extras(site, factors, ctx.dtype, ctx.n_extras)
-        return None, None, None, None, report_of(backprops[0], ctx.dtype, ctx.n_samples), None, None, *backprops, *[None] * ctx.n_inputs, *extras
+                extras = report_factors(site, factors, ctx.n_samples if rows is None else rows.shape[0], ctx.dtype)
+        report = report_use(ctx.reporting, ctx.n_samples, ctx.signal, backprops[0], ctx.dtype)
+        return None, None, None, None, report, None, None, *backprops, *[None] * ctx.n_inputs, *extras

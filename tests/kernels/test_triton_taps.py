@@ -71,8 +71,7 @@ def test_all_layers_are_measured_by_triton(asked, options, monkeypatch):
             close(moments.second_moment[name], grads[name].square().sum(0))
         if "preconditioner" in options:
             close(moments.second_moment[name], (parameter.detach().double().exp() * grads[name].square().sum(0)).sum())
-    wanted = {"affine_sq_norms", "embedding_sq_norms"}
-    wanted |= {"outer_sq_norms"} if options else set()  # all samples of vectors: the output gradient's norm serves weight and bias
+    wanted = {"affine_sq_norms", "embedding_sq_norms", "outer_sq_norms"}
     wanted |= {"conv_sq_norms"} if "samples" in options else {"weight_grad_moments", "conv_weight_grad_moments"}
     if "second_moment" in options or "preconditioner" in options:
         wanted -= {"affine_sq_norms"}  # the gradients [N, P] themselves tell norms and moments

@@ -1,0 +1,111 @@
+"""What taps put aside while a backward pass runs, for the end of it.
+
+In eager mode a tap reports here: autograd carries only a signal to a leaf, which tells that the pass is one that accumulates gradients. Inside a compiled
+graph, where nothing can be put aside, autograd adds the reports up in the probe's leaves.
+
+Legend: N samples in the batch, S rows measured.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adabatch.grad_sample.factors import Factor
+from adabatch.grad_sample.preconditioned import SecondMoments
+from adabatch.grad_sample.witness import FirstPassWitness
+
+
+@dataclass
+class Use:
+    """One use of a parameter in a backward pass, kept until the pass ends: the parameter's name in the model and its factor over the measured rows."""
+
+    parameter: str
+    factor: Factor
+
+
+@dataclass
+class PassNotes:
+    """What the taps of one backward pass put aside.
+
+    Attributes:
+        uses: of parameters that can only be finished when all their uses are known.
+        norms: {probe row: squared norms [S] of the layers that report to it}.
+        counts: {layer: [uses, samples of all uses together]}.
+    """
+
+    uses: list[Use] = field(default_factory=list)
+    norms: dict[int, list[Tensor]] = field(default_factory=dict)
+    counts: dict[int, list[int]] = field(default_factory=dict)
+
+    def add_norms(self, norms: list[Tensor | None], bring_home: Callable[[Tensor], Tensor]) -> None:
+        """Add what was noted of each probe row to its norms."""
+        for row, noted in self.norms.items():
+            values = [bring_home(value) for value in noted]
+            whole = values[0] if len(values) == 1 else torch.stack(values).sum(0)
+            norms[row] = whole if norms[row] is None else norms[row] + whole
+
+    def reports(self, n_layers: int) -> list[Sequence[float]]:
+        """(uses, samples) of each layer."""
+        return [self.counts.get(index, (0, 0)) for index in range(n_layers)]
+
+
+class Stash:
+    """The notes of the backward pass that runs.
+
+    Attributes:
+        witness: hears of every use until a first pass could be compared with the gradient; None afterwards.
+        second_moments: what the taps report of Σ g_i²; None for nothing.
+        shares: {parameter: the factor by which its norms count here} of a model that several processes hold in parts; None of one that is whole.
+    """
+
+    def __init__(self):
+        self._notes, self._task = PassNotes(), -1
+        self._lock = threading.Lock()
+        self.witness: FirstPassWitness | None = None
+        self.second_moments: SecondMoments | None = None
+        self.shares: dict[str, float] | None = None
+
+    def _now(self) -> PassNotes:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # what is left of another pass is never asked for: it failed, or was not a backward() to the leaves
+            self._notes, self._task = PassNotes(), task
+        return self._notes
+
+    def add(self, uses: list[Use]) -> None:
+        """Keep uses under the running backward pass."""
+        with self._lock:  # the engine runs one thread per device
+            self._now().uses.extend(uses)
+
+    def report(self, layer: int, n_samples: int) -> None:
+        """A use of the layer that many samples passed."""
+        with self._lock:
+            count = self._now().counts.setdefault(layer, [0, 0])
+            count[0] += 1
+            count[1] += n_samples
+
+    def add_norms(self, row: int, sq_norms: Tensor) -> None:
+        """Squared norms [S] of a layer, for that probe row."""
+        with self._lock:
+            self._now().norms.setdefault(row, []).append(sq_norms)
+
+    def clear(self) -> None:
+        """Drop all notes."""
+        self._notes, self._task = PassNotes(), -1
+
+    def drain(self, task: int) -> PassNotes:
+        """The notes of that backward pass, which has ended; what a failed pass left behind is dropped.
+
+        Raises:
+            RuntimeError: the first pass's contributions do not add up to the gradient.
+        """
+        with self._lock:
+            notes = self._notes if self._task == task else PassNotes()
+            self.clear()
+        if self.witness is not None and self.witness.compare(task):
+            self.witness = None
+        return notes

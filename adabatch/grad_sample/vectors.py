@@ -1,0 +1,78 @@
+"""The tap of a Linear with one vector per sample, the commonest layer: ‖a_n b_nᵀ‖² = ‖a_n‖² ‖b_n‖², and the latter serves the bias as well.
+
+In eager mode, for a layer whose own parameters are all trained and measured, where no kernel does both norms in one pass. It says and checks what
+ListeningTap does, in a few calls: of a small step, Python's share is what measuring costs.
+
+Legend: N samples in the batch, S rows measured, I in, O out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adabatch import kernels
+from adabatch.grad_sample.compiled import outside_autocast
+from adabatch.grad_sample.layouts import Layout
+from adabatch.grad_sample.linear import linear_grad_sample
+from adabatch.grad_sample.taps import DOUBLE_BACKWARD, TapSite, keep_uses
+from adabatch.kernels.chunks import accumulation_dtype
+
+
+def has_vectors(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor) -> bool:
+    """Whether the layer, outside compiled graphs, is to get the tap for vectors."""
+    if site.sampler is None or site.sampler.rule is not linear_grad_sample or site.deferred or site.layout is not Layout.BATCH_FIRST:
+        return False
+    if inputs.dim() != 2 or type(output) is not Tensor or site.stash.second_moments is not None or site.stash.shares is not None:
+        return False
+    own = layer._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if type(weight) is not nn.Parameter or not weight.requires_grad or len(site.parameters) != (1 if bias is None else 2):
+        return False
+    return (bias is None or (type(bias) is nn.Parameter and bias.requires_grad)) and not kernels.has_kernel("outer_sq_norms", output)
+
+
+def listen_to_vectors(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, report: Tensor) -> Tensor:
+    """The layer's output behind its tap."""
+    activations = inputs.detach()
+    return VectorTap.apply(output, activations if rows is None else activations.index_select(0, rows), rows, report, site)
+
+
+class VectorTap(torch.autograd.Function):
+    """Identity on the output [N, O]; in backward, the layer's squared norms are reported.
+
+    forward(output, activations [S, I], rows [S] or None for all, report, site); the output is marked dirty, as by ListeningTap.
+    """
+
+    @staticmethod
+    def forward(ctx, output, activations, rows, report, site):
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(activations)
+        ctx.rows, ctx.site, ctx.signal, ctx.dtype = rows, site, report.detach(), report.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx, backprops):
+        if torch.is_grad_enabled():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        site, (activations,) = ctx.site, ctx.saved_tensors
+        measured = backprops if ctx.rows is None else backprops.index_select(0, ctx.rows)
+        if site.deferred or site.calls > 1:
+            with outside_autocast(backprops.device):
+                keep_uses(site, site.sampler.rule(site.layer, activations, measured), ctx.rows)
+        else:
+            _report(site, activations, measured, ctx.dtype)
+        site.stash.report(site.index, backprops.shape[0])
+        return backprops, None, None, ctx.signal, None
+
+
+def _report(site: TapSite, activations: Tensor, backprops: Tensor, dtype: torch.dtype) -> None:
+    """Report the norms of weight and bias, one or both to a probe row."""
+    inner = accumulation_dtype(activations, backprops)
+    left, right = (torch.linalg.vector_norm(rows, dim=1, dtype=inner).square_() for rows in (activations, backprops))
+    rows = site.rows
+    if "bias" in rows and rows["bias"] != rows["weight"]:
+        site.stash.add_norms(rows["bias"], right.to(dtype))
+        site.stash.add_norms(rows["weight"], left.mul_(right).to(dtype))
+    else:
+        site.stash.add_norms(rows["weight"], (left.add_(1) if "bias" in rows else left).mul_(right).to(dtype))
