@@ -1,37 +1,35 @@
 """Everything that has to be measured on a GPU, in one run of under ten minutes: the kernels, and whole training steps with and without measurement.
 
     python examples/benchmarks/gpu.py                          # on the GPU; writes gpu.json and gpu.md into --out
-    python examples/benchmarks/gpu.py --device cpu --small     # tries the script
+    python examples/benchmarks/gpu.py --device cpu --quick     # tries the script, in a minute
 
 1. The table of kernels.py, errors against float64 among it.
 2. Steps of a GPT-2-small-like model (compiled), a ResNet-50-like and a ViT-S-like one, all under bfloat16 autocast: plain, all samples measured, and what
    overhead=0.05 chooses (its whole cycle: a measured step and those up to the next one). Plain and measured steps follow each other; the ratio is the median
    over pairs, with its 90 % interval.
 3. compute-sanitizer over small cases of every kernel, where it is on the path.
-What there was no time for is listed as left out.
+
+Each part is a process of its own with a time limit, so that a fault, a hang or a slow compiler costs no more than that part: what it had found until then is
+reported, and the rest runs. Its output goes to a .log in --out. The results are written after each part, and what there was no time for is listed.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_models import Vit, resnet
-from models import Gpt, class_losses, token_losses
-from report import _line, median_interval
-
-import adabatch
-from adabatch.grad_sample.cost import within_budget
+from gpu_steps import MODELS, compare, setting_of
+from report import _line
 
 # kernels.py beside this file, loaded by its path: the name `kernels` belongs to another package.
 _spec = importlib.util.spec_from_file_location("kernel_benchmark", Path(__file__).with_name("kernels.py"))
@@ -39,176 +37,192 @@ kernel_benchmark = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = kernel_benchmark
 _spec.loader.exec_module(kernel_benchmark)
 
+KERNELS_SHARE = 0.4  # of the time
+RESERVED = {"gpt": 45, "cnn": 45, "vit": 45, "sanitizer": 60}  # seconds kept for a part by those before it, of 540
+TO_FINISH = 20  # seconds from the last thing begun to the limit, of 540
+# What was asked for.
+RATIO, SHARE, ERRORS = 1.25, 0.8, {"bfloat16": 1e-2, "float32": 1e-4}
+STEP = {"all samples": 1.10, "overhead=0.05": 1.03}
 
-def settings(device: str, small: bool) -> dict[str, tuple]:
-    """{title: (model, inputs, targets, losses, compiled)}"""
-    torch.manual_seed(0)
+
+# -- a part, in a process of its own
+
+
+def run_part(options: argparse.Namespace) -> None:
+    """Run one part, writing what it has found so far to --out / part.json again and again."""
+    end = time.monotonic() + options.seconds
+
+    def save(result: object) -> None:
+        path = options.out / f"{options.part}.json"
+        path.with_suffix(".new").write_text(json.dumps(result))
+        path.with_suffix(".new").replace(path)
+
+    if options.part == "kernels":
+        result = kernel_benchmark.run(options.device, options.small, lambda: time.monotonic() > end, save, options.first)
+        save(result)
+        return
     # The measured model is a copy of the plain one: without guards on hooks torch.compile would run it by the plain one's code, taps left out.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
-    rows, tokens, vocabulary, size = (4, 16, 64, 32) if small else (8, 1024, 50304, 224)
-    images = 4 if small else 64
-    gpt = Gpt(1, 32, 2, tokens, vocabulary) if small else Gpt(12, 768, 12, tokens, vocabulary)
-    ids = torch.randint(vocabulary, (2, rows, tokens), device=device)
-    pictures, classes = torch.randn(images, 3, size, size, device=device), torch.randint(1000, (images,), device=device)
-    cnn, vit = (resnet((1, 1), 8), Vit(1, 32, 2, size)) if small else (resnet(), Vit(12, 384, 6, size))
-    return {
-        f"GPT-2-small-like, N={rows}, T={tokens}, compiled": (gpt, *ids, token_losses, True),
-        f"ResNet-50-like, N={images}": (cnn, pictures.contiguous(memory_format=torch.channels_last), classes, class_losses, False),
-        f"ViT-S-like, N={images}": (vit, pictures, classes, class_losses, False),
-    }
+    setting = setting_of(options.part, options.device, options.small)
+    compare(setting, options.device, options.repeats, end, lambda rows: save({"title": setting[0], "rows": rows}))
 
 
-class Steps:
-    """Training steps of a copy of the model that measure nothing, all samples, or what a budget allows.
-
-    Args:
-        setting: of settings().
-        device: where to train.
-        measured: whether the copy carries hooks.
-        overhead: the share that measuring may cost; None: all samples at every step. It is planned by the shapes of a first step, which is not compiled.
-    """
-
-    def __init__(self, setting: tuple, device: str, measured: bool, overhead: float | None = None):
-        model, self.inputs, self.targets, self.losses, compiled = setting
-        self.model, self.device, self.every, self.samples = copy.deepcopy(model).to(device), device, 1, len(self.inputs)
-        self.hooks = adabatch.GradSampleHooks(self.model, capacity=self.samples) if measured else None
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
-        self.forward: Callable = self.model
-        if overhead is not None:
-            self.step()
-            plan = within_budget(self.hooks.cost(), self.samples, overhead)
-            self.hooks.samples, self.every = plan.samples, plan.every
-            self.samples = plan.samples or self.samples
-        self.forward = torch.compile(self.model) if compiled else self.model
-
-    def step(self) -> float:
-        """One step; the trace, 0 where nothing was measured."""
-        self.optimizer.zero_grad()
-        with torch.autocast(self.device, torch.bfloat16):
-            loss = self.losses(self.forward(self.inputs), self.targets).mean()
-        loss.backward()
-        self.optimizer.step()
-        return self.hooks.collect().variance_trace if self.hooks and self.hooks.enabled else 0.0
-
-    def cycle(self) -> float:
-        """Milliseconds a step, the mean over a measured one and those up to the next one."""
-        spent = 0.0
-        for step in range(self.every):
-            if self.hooks:
-                self.hooks.enabled = step == 0
-            spent += _once(self.step)
-        if self.hooks:
-            self.hooks.enabled = True
-        return spent / self.every
+def start_part(name: str, limit: float, options: argparse.Namespace, first: int = 0) -> dict:
+    """The part's result, with "problem" where it did not end well."""
+    path, log = options.out / f"{name}.json", options.out / f"{name}.log"
+    path.unlink(missing_ok=True)
+    soft = max(1.0, limit - TO_FINISH * options.seconds / 540)
+    command = [sys.executable, __file__, "--part", name, "--device", options.device, "--repeats", str(options.repeats), "--seconds", str(soft)]
+    command += ["--out", str(options.out), "--first", str(first), *(["--quick"] if options.small else [])]
+    with log.open("w") as output:
+        problem = ended(command, limit, output)
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if problem:
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        result["problem"] = f"{problem}; last line of {log}: {' '.join(last)[:300]}"
+    return result
 
 
-def compare(setting: tuple, device: str, repeats: int, end: float) -> list[dict]:
-    """Rows of one model; fewer repeats, but five at least, where time is short."""
-    steps = {"plain": Steps(setting, device, False), "all samples": Steps(setting, device, True), "overhead=0.05": Steps(setting, device, True, 0.05)}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    traces = {name: each.step() for name, each in steps.items()}
-    for each in steps.values():
-        each.cycle()
-        each.step()
-    for repeat in range(repeats):
-        if repeat >= 5 and time.monotonic() > end:
-            break
-        for name, each in steps.items():
-            times[name].append(each.cycle())
-    rows = []
-    for name, each in steps.items():
-        ratios = [own / plain for own, plain in zip(times[name], times["plain"], strict=True)]
-        way = name if name == "plain" else f"{name}: {each.samples} samples at one step in {each.every}"
-        rows.append({"way": way, "ms": sorted(times[name])[len(ratios) // 2], "trace": float(traces[name]), **median_interval(ratios)})
-    return rows
-
-
-def _once(step: Callable[[], object]) -> float:
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    begin = time.perf_counter()
-    step()
-    wait()
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def sanitize(seconds: float, out: Path) -> str:
-    """compute-sanitizer's verdict on small cases of every kernel, or why there is none."""
-    if shutil.which("compute-sanitizer") is None:
-        return "not run: compute-sanitizer is not on the path"
-    kernels = [str(Path(__file__).with_name("kernels.py")), "--device", "cuda", "--small", "--deterministic", "--out", str(out)]
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "7", sys.executable, *kernels]
+def ended(command: list[str], limit: float, output: object) -> str:
+    """Run a command in a process group of its own, all of which is killed at the limit (seconds); what went wrong, or nothing."""
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        status = process.wait(limit)
     except subprocess.TimeoutExpired:
-        return f"not finished within {seconds:.0f} s"
-    return "clean" if result.returncode == 0 else f"exit status {result.returncode}: {(result.stdout + result.stderr)[-500:]}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"stopped after {limit:.0f} s"
+    return f"exit status {status}" if status else ""
+
+
+# -- all parts
+
+
+def kernels(limit: float, options: argparse.Namespace) -> dict:
+    """The rows of kernels.py; after a case whose fault ended the process, a new one goes on behind it."""
+    end, found, first = time.monotonic() + limit, {"peaks": {}, "rows": [], "left_out": []}, 0
+    while first is not None and end - time.monotonic() > TO_FINISH * options.seconds / 540:
+        result = start_part("kernels", end - time.monotonic(), options, first)
+        found |= {"peaks": found["peaks"] or result.get("peaks", {}), **{name: result[name] for name in ("problem",) if name in result}}
+        for name in ("rows", "left_out"):
+            found[name] += result.get(name, [])
+        after = result.get("next")
+        # A process that ended by itself has counted the case that broke it; one that died has not.
+        first = after + 1 if after is not None and "problem" in result else after
+    return found
+
+
+def sanitize(limit: float, options: argparse.Namespace) -> str:
+    """compute-sanitizer's verdict on small cases of every kernel, or why there is none."""
+    if options.device != "cuda" or shutil.which("compute-sanitizer") is None:
+        return "not run: compute-sanitizer is not on the path" if options.device == "cuda" else "not run: no GPU"
+    own = [str(Path(__file__).with_name("kernels.py")), "--device", "cuda", "--quick", "--deterministic", "--out", str(options.out / "sanitizer")]
+    log = options.out / "sanitizer.log"
+    with log.open("w") as output:
+        problem = ended(["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "7", sys.executable, *own], limit, output)
+    return f"{problem}: {log.read_text(errors='replace')[-300:]}" if problem else "clean"
 
 
 def machine(device: str) -> dict[str, str]:
     """Device and versions."""
-    found = {"torch": torch.__version__, "python": platform.python_version(), "command": " ".join(sys.argv)}
+    found = {"torch": torch.__version__, "python": platform.python_version(), "command": " ".join(["python", *sys.argv])}
     if device == "cuda":
-        import triton
+        found |= {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda or torch.version.hip)}
+        try:
+            import triton
 
-        found |= {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "triton": triton.__version__}
+            found["triton"] = triton.__version__
+        except ImportError as error:
+            found["triton"] = f"none ({error})"
     return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny cases")
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--seconds", type=float, default=540, help="nothing new is begun after this long (default 540)")
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--device", default="cuda", help="cuda, also for ROCm, or cpu (default cuda)")
+    parser.add_argument("--quick", "--small", dest="small", action="store_true", help="tiny cases, to see that it runs")
+    parser.add_argument("--repeats", type=int, default=21, help="steps of each way of measuring, at most (default 21)")
+    parser.add_argument("--seconds", type=float, default=540, help="all is over after this long (default 540)")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for the results (default out/gpu)")
+    parser.add_argument("--part", choices=("kernels", *MODELS), help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    end = time.monotonic() + options.seconds
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --device cpu --quick tries the script without one")
+    if options.part:
+        run_part(options)
+        return
+    begin = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     result: dict = {"machine": machine(options.device), "steps": {}}
 
-    def save() -> None:
+    def left(*later: str) -> float:
+        """Seconds that are left without those reserved for the parts named."""
+        return begin + options.seconds - time.monotonic() - sum(RESERVED[name] for name in later) * options.seconds / 540
+
+    def done(part: str) -> None:
+        result["seconds"] = round(time.monotonic() - begin)
         (options.out / "gpu.json").write_text(json.dumps(result, indent=1))
         (options.out / "gpu.md").write_text(report(result))
+        print(f"{part} done after {result['seconds']} s", flush=True)
 
-    result["kernels"] = kernel_benchmark.run(options.device, options.small, lambda: time.monotonic() > end - 0.6 * options.seconds)
-    save()
-    of_steps = settings(options.device, options.small)
-    for index, (title, setting) in enumerate(of_steps.items()):
-        if time.monotonic() > end - 60:
-            result["steps"][title] = "left out: no time"
-            continue
-        try:
-            share = (end - 60 - time.monotonic()) / (len(of_steps) - index)
-            result["steps"][title] = compare(setting, options.device, options.repeats, time.monotonic() + share)
-        except (RuntimeError, ValueError) as error:  # one model that fails must not cost the others
-            result["steps"][title] = f"failed: {type(error).__name__}: {error}"[:500]
-        print(report(result), flush=True)
-        save()
-    if options.device == "cuda":
-        result["sanitizer"] = sanitize(max(10.0, end - time.monotonic()), options.out / "sanitizer")
-    save()
+    result["kernels"] = kernels(min(KERNELS_SHARE * options.seconds, left(*RESERVED)), options)
+    done("kernels")
+    for number, name in enumerate(MODELS):
+        limit = left(*MODELS[number + 1 :], "sanitizer")
+        result["steps"][name] = start_part(name, limit, options) if limit > 5 else {"problem": "left out: no time"}
+        done(name)
+    result["sanitizer"] = sanitize(max(5.0, left()), options)
+    done("sanitizer")
+    print(report(result))
+
+
+# -- the report
+
+
+def found_of(result: dict) -> list[tuple[str, str, str]]:
+    """(what was asked for, what was found, whether it is met) of each figure that there is."""
+    rows = [row for row in result.get("kernels", {}).get("rows", []) if "failed" not in row]
+    found: list[tuple[str, str, bool]] = []
+    for row in rows:
+        if row["kernel"] == "weight_grad_moments" and "T=2048" in row["case"]:
+            ratio = row["ms"] / row["weight_grad"]
+            found.append((f"weight_grad_moments over torch's weight gradient, {row['case']}: at most {RATIO}", f"{ratio:.2f}", ratio <= RATIO))
+    if shares := [row["share"] for row in rows if row["unit"] == "B/s"]:
+        found.append((f"memory-bound kernels, least share of a copy's bandwidth: at least {SHARE:.0%}", f"{min(shares):.0%}", min(shares) >= SHARE))
+    for kind, most in ERRORS.items():
+        if errors := [row["error"] for row in rows if kind in row["case"]]:
+            found.append((f"largest error of {kind} beside float64: at most {most:g}", f"{max(errors):.1e}", max(errors) <= most))
+    for row in result["steps"].get("gpt", {}).get("rows", []):
+        for way, most in STEP.items():
+            if row["way"].startswith(way) and "failed" not in row:
+                found.append((f"GPT's step over a plain one, {way}: at most {most}", f"{row['median']:.3f}", row["median"] <= most))
+    if "sanitizer" in result:
+        found.append(("compute-sanitizer: clean", result["sanitizer"], result["sanitizer"] == "clean"))
+    return [(asked, value, "yes" if met else "no") for asked, value, met in found]
 
 
 def report(result: dict) -> str:
     """Markdown."""
-    parts = [", ".join(f"{name} {value}" for name, value in result["machine"].items()) + "\n"]
+    parts = [", ".join(f"{name} {value}" for name, value in result["machine"].items()) + f"; {result.get('seconds', 0)} s in all\n"]
+    cells = [[cell.replace("|", "/").replace("\n", " ") for cell in row] for row in found_of(result)]
+    parts.append("\n".join(_line(row) for row in [["asked for", "found", "met"], ["---"] * 3, *cells]) + "\n")
+    problems = {name: part["problem"] for name, part in {"kernels": result.get("kernels", {}), **result["steps"]}.items() if "problem" in part}
+    parts += [f"{name}: {problem}\n" for name, problem in problems.items()]
     if "kernels" in result:
         peak = ", ".join(f"{name} {value / 1e12:.3g} T{'B/s' if name == 'copy' else 'FLOP/s'}" for name, value in result["kernels"]["peaks"].items())
         parts += [f"Peaks: {peak}\n", kernel_benchmark.table(result["kernels"]["rows"])]
         parts += [f"left out: {title}\n" for title in result["kernels"]["left_out"]]
-    for title, rows in result["steps"].items():
-        parts.append(f"**{title}**\n")
-        if isinstance(rows, str):
-            parts.append(rows + "\n")
-            continue
+    for name, part in result["steps"].items():
+        parts.append(f"**{part.get('title', name)}**\n")
         lines = [_line(["measured", "step, ms", "time / plain", "90 % interval", "variance trace"]), _line(["---"] * 5)]
-        for row in rows:
+        for row in part.get("rows", []):
+            if "failed" in row:
+                lines.append(_line([row["way"], f"failed: {row['failed']}".replace("\n", " ").replace("|", "/"), "", "", ""]))
+                continue
             interval = f"{row['low']:.3f} to {row['high']:.3f}"
             lines.append(_line([row["way"], f"{row['ms']:.2f}", f"{row['median']:.3f}", interval, f"{row['trace']:.4g}"]))
-        parts.append("\n".join(lines) + "\n")
-    if "sanitizer" in result:
-        parts.append(f"compute-sanitizer: {result['sanitizer']}\n")
+        parts += ["\n".join(lines) + "\n"] * bool(part.get("rows"))
     return "\n".join(parts)
 
 
