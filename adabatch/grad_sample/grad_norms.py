@@ -88,7 +88,7 @@ def _own_part(grad: Tensor, world_size: int) -> tuple[Tensor, float]:
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:
     device = next((value.device for value in values if value.numel() and value.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([value.to(device) for value in values])
+    return values[0].to(device).reshape(1) if len(values) == 1 else torch.stack([value.to(device) for value in values])
 
 
 def _shortened(grad: Tensor) -> Tensor:

@@ -110,7 +110,9 @@ class TapPlacer:
         original = weakref.ref(model)
         # Last, so that it runs before the hook of a layer that is the model itself.
         self._handles.append(model.register_forward_pre_hook(bound(self._before_model, original, owner), prepend=True, with_kwargs=True))
-        self._handles.append(model.register_forward_hook(bound(self._after_model, original, owner), always_call=True))
+        (self._handles if self._must_trace else self._tracing_handles).append(
+            model.register_forward_hook(bound(self._after_model, original, owner), always_call=True)
+        )
 
     def remove(self) -> None:
         """Take all hooks off the model."""

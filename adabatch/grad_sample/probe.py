@@ -127,7 +127,8 @@ class Probe:
     def __init__(self, n_rows: int, n_layers: int, capacity: int, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
         self._task_of: dict[int, int] = {}
-        self.signal, self.reports = self._leaf(), self._leaf(n_layers, 2)
+        self.signal = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
+        self.reports = self._leaf(n_layers, 2)
         self.second_moments: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.capacity = max(INITIAL_CAPACITY, 1 << math.ceil(math.log2(capacity)))
         self.rows = [self._leaf(self.capacity) for _ in range(n_rows)]

@@ -8,6 +8,7 @@ Legend: N samples in the batch, S rows measured.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,21 @@ from torch import Tensor
 from adabatch.grad_sample.factors import Factor
 from adabatch.grad_sample.preconditioned import SecondMoments
 from adabatch.grad_sample.witness import FirstPassWitness
+
+
+@functools.lru_cache(maxsize=64)
+def _signal_gradient(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), device=device, dtype=dtype)
+
+
+def signal_gradient(signal: Tensor) -> Tensor:
+    """What the first tap of a backward pass gives the signal as its gradient: of no meaning but that the pass is one that accumulates gradients.
+
+    Example:
+        >>> signal_gradient(torch.zeros((), requires_grad=True))
+        tensor(0.)
+    """
+    return _signal_gradient(signal.device, signal.dtype)
 
 
 @dataclass
@@ -35,18 +51,22 @@ class PassNotes:
     Attributes:
         uses: of parameters that can only be finished when all their uses are known.
         norms: {probe row: squared norms [S] of the layers that report to it}.
+        roots: the same, norms not squared yet.
         counts: {layer: [uses, samples of all uses together]}.
     """
 
     uses: list[Use] = field(default_factory=list)
     norms: dict[int, list[Tensor]] = field(default_factory=dict)
+    roots: dict[int, list[Tensor]] = field(default_factory=dict)
     counts: dict[int, list[int]] = field(default_factory=dict)
 
     def add_norms(self, norms: list[Tensor | None], bring_home: Callable[[Tensor], Tensor]) -> None:
-        """Add what was noted of each probe row to its norms."""
+        """Add what was noted of each probe row to its squared norms."""
+        wholes = [(row, torch.linalg.vector_norm(torch.stack([bring_home(value) for value in values]), dim=0).square()) for row, values in self.roots.items()]
         for row, noted in self.norms.items():
             values = [bring_home(value) for value in noted]
-            whole = values[0] if len(values) == 1 else torch.stack(values).sum(0)
+            wholes.append((row, values[0] if len(values) == 1 else torch.stack(values).sum(0)))
+        for row, whole in wholes:
             norms[row] = whole if norms[row] is None else norms[row] + whole
 
     def reports(self, n_layers: int) -> list[Sequence[float]]:
@@ -81,17 +101,26 @@ class Stash:
         with self._lock:  # the engine runs one thread per device
             self._now().uses.extend(uses)
 
-    def report(self, layer: int, n_samples: int) -> None:
-        """A use of the layer that many samples passed."""
+    def report(self, layer: int, n_samples: int) -> bool:
+        """A use of the layer that many samples passed; whether it is the first of the pass."""
         with self._lock:
-            count = self._now().counts.setdefault(layer, [0, 0])
+            counts = self._now().counts
+            is_first = not counts
+            count = counts.setdefault(layer, [0, 0])
             count[0] += 1
             count[1] += n_samples
+            return is_first
 
     def add_norms(self, row: int, sq_norms: Tensor) -> None:
         """Squared norms [S] of a layer, for that probe row."""
         with self._lock:
             self._now().norms.setdefault(row, []).append(sq_norms)
+
+    def add_roots(self, row: int, norms: Tensor) -> None:
+        """Norms [S] of a layer, which are squared and added up together with others: fewer kinds of operations, each of which costs far more the first time
+        in a step than it does again."""
+        with self._lock:
+            self._now().roots.setdefault(row, []).append(norms)
 
     def clear(self) -> None:
         """Drop all notes."""

@@ -23,7 +23,7 @@ from adabatch.grad_sample.grad_norms import is_sharded
 from adabatch.grad_sample.layouts import Layout
 from adabatch.grad_sample.registry import GradSampler
 from adabatch.grad_sample.sharded_layers import is_parallel, own_activations, own_backprops
-from adabatch.grad_sample.stash import Stash, Use
+from adabatch.grad_sample.stash import Stash, Use, signal_gradient
 
 DOUBLE_BACKWARD = (
     "a backward pass with create_graph=True ran through a measured layer: its higher-order gradient reaches the parameters but not the taps, so the "
@@ -145,15 +145,14 @@ def keep_uses(site: TapSite, factors: dict[str, Factor], rows: Tensor | None) ->
 
 
 def saved_signal(report: Tensor) -> Tensor | None:
-    """What a tap keeps of its report input: in eager mode the gradient that it will give it, of no meaning but that the pass accumulates gradients."""
-    return None if torch.compiler.is_compiling() else report.detach()
+    """What a tap keeps of its report input: in eager mode the gradient that it may give it."""
+    return None if torch.compiler.is_compiling() else signal_gradient(report)
 
 
-def report_use(site: TapSite, n_samples: int, signal: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Report a use of the layer; gives the gradient of the tap's report input: the signal, or in a compiled graph (1, N) as a tensor [2]."""
+def report_use(site: TapSite, n_samples: int, signal: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Report a use of the layer; gives the gradient of the tap's report input: in eager mode once in a pass, in a compiled graph (1, N) as a tensor [2]."""
     if signal is not None:
-        site.stash.report(site.index, n_samples)
-        return signal
+        return signal if site.stash.report(site.index, n_samples) else None
     one = like.new_ones((1,), dtype=dtype)
     return torch.cat((one, one.new_full((1,), n_samples)))
 

@@ -15,6 +15,7 @@ from adabatch import kernels
 from adabatch.grad_sample.compiled import outside_autocast
 from adabatch.grad_sample.layouts import Layout
 from adabatch.grad_sample.linear import linear_grad_sample
+from adabatch.grad_sample.stash import signal_gradient
 from adabatch.grad_sample.taps import DOUBLE_BACKWARD, TapSite, keep_uses
 from adabatch.kernels.chunks import accumulation_dtype
 
@@ -34,21 +35,21 @@ def has_vectors(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor)
 
 def listen_to_vectors(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, report: Tensor) -> Tensor:
     """The layer's output behind its tap."""
-    activations = inputs.detach()
-    return VectorTap.apply(output, activations if rows is None else activations.index_select(0, rows), rows, report, site)
+    return VectorTap.apply(output, (inputs if rows is None else inputs.detach().index_select(0, rows),), rows, report, site)
 
 
 class VectorTap(torch.autograd.Function):
-    """Identity on the output [N, O]; in backward, the layer's squared norms are reported.
+    """Identity on the output [N, O]; in backward, the layer's norms are reported.
 
-    forward(output, activations [S, I], rows [S] or None for all, report, site); the output is marked dirty, as by ListeningTap.
+    forward(output, (activations [S, I],), rows [S] or None for all, report, site); the output is marked dirty, as by ListeningTap. The activations come in a
+    tuple, so that autograd takes them for no input of the tap.
     """
 
     @staticmethod
     def forward(ctx, output, activations, rows, report, site):
         ctx.mark_dirty(output)
-        ctx.save_for_backward(activations)
-        ctx.rows, ctx.site, ctx.signal, ctx.dtype = rows, site, report.detach(), report.dtype
+        ctx.save_for_backward(*activations)
+        ctx.rows, ctx.site, ctx.signal, ctx.dtype = rows, site, signal_gradient(report), report.dtype
         return output
 
     @staticmethod
@@ -59,20 +60,15 @@ class VectorTap(torch.autograd.Function):
         measured = backprops if ctx.rows is None else backprops.index_select(0, ctx.rows)
         if site.deferred or site.calls > 1:
             with outside_autocast(backprops.device):
-                keep_uses(site, site.sampler.rule(site.layer, activations, measured), ctx.rows)
+                keep_uses(site, site.sampler.rule(site.layer, activations.detach(), measured), ctx.rows)
         else:
             _report(site, activations, measured, ctx.dtype)
-        site.stash.report(site.index, backprops.shape[0])
-        return backprops, None, None, ctx.signal, None
+        return backprops, None, None, ctx.signal if site.stash.report(site.index, backprops.shape[0]) else None, None
 
 
 def _report(site: TapSite, activations: Tensor, backprops: Tensor, dtype: torch.dtype) -> None:
-    """Report the norms of weight and bias, one or both to a probe row."""
+    """Report ‖a_n‖ ‖b_n‖ for the weight, ‖b_n‖ for the bias."""
     inner = accumulation_dtype(activations, backprops)
-    left, right = (torch.linalg.vector_norm(rows, dim=1, dtype=inner).square_() for rows in (activations, backprops))
-    rows = site.rows
-    if "bias" in rows and rows["bias"] != rows["weight"]:
-        site.stash.add_norms(rows["bias"], right.to(dtype))
-        site.stash.add_norms(rows["weight"], left.mul_(right).to(dtype))
-    else:
-        site.stash.add_norms(rows["weight"], (left.add_(1) if "bias" in rows else left).mul_(right).to(dtype))
+    left, right = torch.linalg.vector_norm(activations, dim=1, dtype=inner), torch.linalg.vector_norm(backprops, dim=1, dtype=inner)
+    for name, row in site.rows.items():
+        site.stash.add_roots(row, (right if name == "bias" else left * right).to(dtype))
