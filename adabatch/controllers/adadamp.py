@@ -16,6 +16,9 @@ class AdaDamp(Controller):
     The published rule evaluates F on the whole data set and rounds up; ours takes the losses of the batches. Nothing need be measured. Beyond
     max_batch_size, spill='lr' lowers the lr as lr·max/m, as published. A smoothed loss at or below f_star wishes infinity.
 
+    Where theory is thin: that noise must fall as the excess loss does is argued for plain SGD on losses whose floor is known; momentum and Adam do not enter,
+    and at small batches F₀ is one noisy loss: give initial_loss. The wish has an interval, by the error of F alone.
+
     Args:
         batch_size: B₀, in samples.
         f_star: floor of the loss.
@@ -75,7 +78,7 @@ class AdaDamp(Controller):
 
 
 class PadaDamp(Controller):
-    """m = B₀ + rate·k after k steps: what AdaDamp's batch does where the loss falls as 1/k. Nothing is measured.
+    """m = B₀ + rate·k after k steps: what AdaDamp's batch does where the loss falls as 1/k. Nothing is measured, so the wish has no error and no interval.
 
     Args:
         batch_size: B₀, in samples.
@@ -121,7 +124,7 @@ class PadaDamp(Controller):
 
 
 class GeoDamp(Controller):
-    """m = B₀·factor^⌊epochs/every⌋: doubled every five epochs unless said otherwise. Nothing is measured.
+    """m = B₀·factor^⌊epochs/every⌋: doubled every five epochs unless said otherwise. Nothing is measured, so the wish has no error and no interval.
 
     Args:
         batch_size: B₀, in samples.

@@ -29,6 +29,14 @@ class AdaScale(Controller):
     not at the number of steps: LambdaLR(optimizer, lambda _: schedule(controller.base_steps)). T̂ and Ĝ² are smoothed each by itself. Before the first
     measurement r is 1. Leave `coupling` at 'none'; coupling='adascale' is the same gain under a batch that another controller moves.
 
+    The size is given, not measured: it has no interval, and the error of r is that of T̂ and Ĝ² (the history's). Where theory is thin: the bound r <= B/B₀ is
+    the algebra's, not the loss's. The published guarantee takes it that lr · r stays within what the loss's curvature allows at every step; where noise
+    dominates, r goes to B/B₀ and with it the lr, so choose the base lr with that much room, or bound B/B₀: at lr .3 with B = 8·B₀ one of three runs on
+    scikit-learn's digits collapsed at a gain near 8. The gain is of one plain SGD step: under momentum, steps of different gains mix in one buffer, and for
+    Adam it is no more than a rule of thumb. A schedule read at `base_steps` is right as far as r steps of the base run may be taken at once, which fails
+    where the schedule changes within r steps: a warm-up of few base steps is passed in one. In the first steps, and at small B, Ĝ² is hardly known; below 0 it
+    counts as 0, which makes r = B/B₀ just when least is known: warm up.
+
     Args:
         batch_size: B, in samples.
         base_batch_size: B₀, for which the lr was chosen.

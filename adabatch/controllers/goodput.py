@@ -40,6 +40,9 @@ class Goodput(Controller):
     Ĝ². Sizes beyond twice the largest one timed are not considered; while all steps had one size their time says nothing of another: the wish is then twice
     that size, once there are 20 of them.
 
+    Where theory is thin: that efficiency is of plain SGD under AdaScale's lr, and the progress per sample of momentum or Adam may differ; early and at small
+    sizes φ is hardly known, which `proposal_interval` shows: with confidence= the size then stays.
+
     Pair it with coupling='adascale', under which the efficiency is meant. The lr then grows up to B/B₀ times, and beyond what the model can be trained at a
     run collapses: choose max_batch_size for it. Measured on scikit-learn's digits (20 epochs, sizes 16 to 1024, lr .1 and .3, ten seeds each): 18 of 20 runs
     ended at .97 to .99 held-out accuracy, two at .93 and .96; at lr .1 and no size beyond 128, nine at .98 to .99 and one at .88. It follows the clock, so

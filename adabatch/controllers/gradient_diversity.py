@@ -17,7 +17,8 @@ class GradientDiversity(Controller):
 
     On one batch of m the plain m·Δ cannot exceed m where noise dominates, as ‖g‖² holds the noise T/m. So Σ m·mean‖g_i‖² and Σ m·Ĝ², Ĝ² unbiased, are summed
     over the epoch and divided at its end: our form of the published rule, which sums the gradients themselves while the parameters move. Before the first
-    epoch has ended the wish is the size in use.
+    epoch has ended the wish is the size in use. Where theory is thin: that batches up to n·Δ cost no convergence is a bound for plain SGD at fixed
+    parameters, which move over the epoch; momentum and Adam do not enter.
 
     The published rule is paired with coupling='linear', which is unstable without a low max_batch_size: at a size near the noise scale T/G², where δ = 1 asks
     to be, a step is worth about half of what linear scaling takes it for, and the lr outgrows what the network can be trained at. Measured on scikit-learn's

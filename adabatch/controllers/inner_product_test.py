@@ -18,7 +18,7 @@ class InnerProductTest(Controller):
 
     signal='raw' takes this step's V, T̂ and ‖g‖², as published; 'smoothed' averages V, the part across and the unbiased Ĝ² each by itself and divides
     the averages. Where theory is thin: g is the batch's own gradient, so that E V = GᵀΣG + tr(Σ²)/m, and for a batch below the noise scale V is mostly the
-    second part. The published rule never shrinks the batch: wrap it in Monotone.
+    second part; and as for the norm test neither momentum nor Adam enters. The published rule never shrinks the batch: wrap it in Monotone.
 
     Args:
         theta: θ, the error of ⟨g, G⟩ allowed relative to ‖G‖², > 0.

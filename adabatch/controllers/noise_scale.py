@@ -14,7 +14,8 @@ class NoiseScale(Controller):
     T̂ and the unbiased Ĝ² are smoothed each by itself, weighted by samples, then divided and clamped; an average of ratios would be badly biased. Where the
     smoothed Ĝ² is not above 0 the wish is infinite.
 
-    Where theory is thin: T/G² ignores the curvature; for language models it is reported to lie orders of magnitude below the batch size at which larger
+    Where theory is thin: T/G² ignores the curvature, momentum, and Adam's geometry; at batches far below it Ĝ² is a small difference of large numbers, and the
+    interval is open above for many steps; for language models it is reported to lie orders of magnitude below the batch size at which larger
     batches cease to pay.
 
     Args:

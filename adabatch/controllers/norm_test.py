@@ -17,6 +17,9 @@ class NormTest(Controller):
     signal='raw' takes T̂ and ‖g‖² of this one step, as published. ‖g‖² holds the noise T/m itself, so that the wish stays below about m/θ²: a batch can
     grow only step by step. signal='smoothed' divides the averages of T̂ and of the unbiased Ĝ²; where the latter is not above 0 the wish is infinite.
 
+    Where theory is thin: the test asks for descent at a step of plain gradient descent; momentum, which averages noise over steps, and Adam, which steps in
+    another geometry, do not enter. At small batches the raw ‖g‖² is mostly noise, and the smoothed Ĝ² needs many steps to stand clear of 0.
+
     The published rule never shrinks the batch: Monotone(NormTest(signal="raw")), whose size is then the larger of the present one and the wish, rounded up.
 
     Args:

@@ -14,6 +14,8 @@ from adabatch.state import check_controller
 class OnlineSelection:
     """Wishes one of a few sizes, chosen anew after as many samples as the largest has: two 128s or four 64s for one 256.
 
+    The wish has no interval: which loss is smallest is mostly chance where the splits differ by dropout (see `adabatch.online`).
+
     With BatchSizeScheduler(..., coupling="linear", base_batch_size=<largest>) a batch steps with lr · size/largest, as published. No moments are needed.
 
     As published one batch is loaded, split and stepped: that is `adabatch.online.online_step`, a function. Here the loader's batches have the chosen size, so

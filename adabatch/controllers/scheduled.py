@@ -15,7 +15,8 @@ UNITS = ("step", "epoch", "samples")
 
 
 class Scheduled:
-    """Wishes what a schedule says, whatever the gradients: nothing need be measured. Bounds, lr coupling, state and diagnostics are the scheduler's.
+    """Wishes what a schedule says, whatever the gradients: nothing need be measured, and the wish has no error and no interval. Bounds, lr coupling, state
+    and diagnostics are the scheduler's.
 
     A schedule of `adabatch.schedules` is built over a size that is only remembered, `HeldBatchSize(n)`, whose loader is None. It is stepped with
     `metrics=` the mean loss of the samples since it was last stepped (NaN and infinite losses left out) and `samples=` their number.

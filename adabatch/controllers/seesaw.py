@@ -16,7 +16,8 @@ class Seesaw:
     """The batch half of Seesaw: batch = base · c for Adam, base · √c for SGD, where the lr schedule has cut the lr by c = largest lr so far / lr.
 
     The lr half is the coupling: lr ∝ √batch for Adam, lr ∝ batch for SGD makes lr/√c of the schedule's lr/c. Beyond max_batch_size the lr falls as
-    scheduled. `BatchSizeScheduler(..., coupling="seesaw")` without a controller is both. While a warm-up raises the lr, c is 1. Nothing need be measured.
+    scheduled. `BatchSizeScheduler(..., coupling="seesaw")` without a controller is both. While a warm-up raises the lr, c is 1. Nothing need be measured: the
+    wish has no error and no interval. Where theory is thin: the exchange holds at or below the critical batch size, which is not looked at: bound the size.
 
     Call the lr scheduler's step before this scheduler's, otherwise the batch follows one step later (the coupling keeps lr and batch in step even so).
 

@@ -1,6 +1,7 @@
 """Goodput: the fitted step time against the one that made the times, the chosen size against closed forms and a search by brute force."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_a_larger_noise_scale_never_makes_a_smaller_size_best(seed):
     network = {"network": 10 ** rng.uniform(-3, 1), "gamma": rng.uniform(1, 10), "replicas": 4} if seed % 2 else {}
     truth, rule = StepTime(10 ** rng.uniform(-4, 0), 10 ** rng.uniform(-6, -2), **network), Goodput(16)
     sizes = [rule.best_size(truth, noise_scale, 8192) for noise_scale in [0.0, *np.geomspace(1, 1e6, 12), math.inf]]
-    assert all(first <= second * (1 + 1e-4) for first, second in zip(sizes, sizes[1:], strict=False))
+    assert all(first <= second * (1 + 1e-4) for first, second in pairwise(sizes))
 
 
 def noisy_run(seed, gain, truth, problem, sizes=(64, 256), n=2 * REFIT, size=0.8):
