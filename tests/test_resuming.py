@@ -1,7 +1,6 @@
 """Resumed from any position, a run ends as if it had never stopped: the same samples, sizes, rates and weights, bit for bit."""
 
 import copy
-import io
 import math
 
 import pytest
@@ -11,6 +10,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import Dataset
 
 import adabatch
+from tests.data.streams import through_a_file
 
 
 class Noisy(Dataset):
@@ -45,13 +45,6 @@ class Growing:
 
     def load_state_dict(self, state):
         self.steps = state["steps"]
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def build(workers, limit, collate_in):

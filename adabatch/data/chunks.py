@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class Reply(NamedTuple):
         layout: how such batches are cut and joined; in a process's first reply.
         ended: an iterable data set has no more samples in this worker.
         state: of an iterable data set after this chunk.
+        seconds: that fetching and collating took.
+        nbytes: of the batch; in a process's first reply.
     """
 
     batch: Any
@@ -47,6 +50,8 @@ class Reply(NamedTuple):
     layout: Layout = None
     ended: bool = False
     state: Any = None
+    seconds: float = 0.0
+    nbytes: int = 0
 
 
 def split_into(total: int, parts: int) -> list[int]:
@@ -60,14 +65,61 @@ def split_into(total: int, parts: int) -> list[int]:
     return [small + 1] * more + [small] * (parts - more)
 
 
+class Pace:
+    """How many samples a chunk should have at least, because handing one over takes worker and consumer some tenths of a millisecond whatever its size.
+
+    As many as take 4 ms to fetch; while the batch size keeps changing, four batches that take 32 ms at most (the longer a chunk, the fewer batches begin in one
+    and end in the next, and are copied). No more than 8 MiB, and towards the end of the epoch few enough for the workers to end together.
+
+    Example:
+        >>> pace = Pace()
+        >>> pace.measure(Reply(None, 10, seconds=1e-3, nbytes=10_000))
+        >>> pace.least
+        40
+        >>> for size in (28, 32, 28, 32): pace.asked(size)
+        >>> pace.least
+        128
+    """
+
+    _SECONDS, _SECONDS_UNSTEADY, _NBYTES = 4e-3, 32e-3, 2**23
+
+    def __init__(self):
+        self._seconds = self._nbytes = 0.0
+        self._size, self._changes = 0, 0
+
+    def asked(self, size: int) -> None:
+        """The batch size asked for now."""
+        self._changes = min(self._changes + 2, 16) if size != self._size else max(self._changes - 1, 0)
+        self._size = size
+
+    def measure(self, reply: Reply) -> None:
+        """Learn from a chunk that arrived."""
+        if reply.n:
+            self._nbytes = max(self._nbytes, reply.nbytes / reply.n)
+            seconds = reply.seconds / reply.n
+            self._seconds = seconds if not self._seconds else 0.75 * self._seconds + 0.25 * seconds
+
+    @property
+    def least(self) -> int:
+        """Samples; 1 before anything was measured."""
+        if not self._nbytes or not self._seconds:
+            return 1
+        samples = self._SECONDS / self._seconds
+        if self._changes >= 8:
+            samples = max(samples, min(4 * self._size, self._SECONDS_UNSTEADY / self._seconds))
+        return max(1, int(min(samples, self._NBYTES / self._nbytes)))
+
+
 class ChunkPlan:
     """Sizes of the chunks to draw: what is asked for and not yet drawn is shared out among the workers; what is drawn ahead ends where batches will end.
 
-    At a constant batch size every chunk is one batch, and nothing needs cutting or joining.
+    At a constant batch size every chunk is one batch or several, and nothing needs joining.
 
     Args:
         workers: that fetch at the same time; 0 for none.
         cycle: gives the sizes that a batch of the present size will be asked for in.
+        pace: says how many samples a chunk should have at least; None for one.
+        left: samples that this process has still to draw in this epoch, where it is known.
 
     Attributes:
         drawn, asked: samples of this epoch so far.
@@ -80,8 +132,8 @@ class ChunkPlan:
         [4, 4, 8, 8]
     """
 
-    def __init__(self, workers: int, cycle: Callable[[], list[int]]):
-        self._workers, self._cycle = max(1, workers), cycle
+    def __init__(self, workers: int, cycle: Callable[[], list[int]], pace: Pace | None = None, left: float = math.inf):
+        self._workers, self._cycle, self._pace, self._left = max(1, workers), cycle, pace, left
         self.drawn = self.asked = 0
         self.rest: list[int] = []
         self._share = 1
@@ -96,6 +148,10 @@ class ChunkPlan:
         """Size of the next chunk; counted as drawn."""
         ahead = self.drawn - self.asked
         size = min(-ahead, self._share) if ahead < 0 else self._to_boundary(ahead)
+        if ahead >= 0 and self._pace is not None:
+            least = min(self._pace.least, (self._left - self.drawn) / (2 * self._workers))
+            while size < least:
+                size += self._to_boundary(ahead + size)
         self.drawn += size
         return size
 

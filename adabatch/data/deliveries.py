@@ -39,7 +39,10 @@ class Deliveries:
             loader.learn_layout()
         self._whole = loader.collate_in == "consumer"
         self._sized, self._processes = self._sampler.is_sized, self._sampler.processes
-        self._plan = ChunkPlan(loader.num_workers, SizesAhead(self._sampler, self._micro, in_parts=self._sized and not self._whole))
+        self._pace = loader._pace
+        cycle = SizesAhead(self._sampler, self._micro, in_parts=self._sized and not self._whole)
+        left = self._sampler._left / self._processes.world_size if self._sized else math.inf
+        self._plan = ChunkPlan(loader.num_workers, cycle, self._pace, left)
         self.epoch = self._new_epoch()
         self._buffer: ChunkBuffer | None = None
 
@@ -52,7 +55,17 @@ class Deliveries:
                 if n == 0:
                     break
                 sampler._count(size, n)
-                yield from self._batch(n)
+                if self._pace is not None:
+                    self._pace.asked(size)
+                if self._micro.is_cut:
+                    yield from self._micro_batches(n)
+                    continue
+                share = sampler._draws(n)
+                batch = self._whole_batch(share)
+                self._advance(n, share)
+                yield batch
+                batch = None  # it need not be kept while the next is waited for
+                sampler._check_newest(self._generation)
             if self._buffer is not None:
                 self._buffer.finish()
             sampler._go_to(sampler.epoch + 1)
@@ -85,15 +98,17 @@ class Deliveries:
         got = self._buffer.fill(share)
         return 0 if sampler.drop_last and got < share else got * world
 
-    def _batch(self, n: int) -> Iterator[Any]:
+    def _whole_batch(self, share: int) -> Any:
+        if self._whole:
+            return self._cut_whole(share)(0, share, [])
+        if self._sized:
+            self._ask(share, [])
+        self._fill(share)
+        return self._buffer.take(share)
+
+    def _micro_batches(self, n: int) -> Iterator[Any]:
         share = self._sampler._draws(n)
         pieces = self._cut_whole(share) if self._whole else self._take_parts(share)
-        if not self._micro.is_cut:
-            batch = pieces(0, share, [])
-            self._advance(n, share)
-            yield batch
-            self._sampler._check_newest(self._generation)
-            return
         sizes, part, at = self._micro.start(n, self._processes, share), 0, 0
         advanced, kept = False, []
         while part < len(sizes):
@@ -169,6 +184,8 @@ class Deliveries:
     def _received(self, reply: Reply) -> Reply:
         if reply.layout is not None and not self._whole:
             self._loader._layout = reply.layout
+        if self._pace is not None:
+            self._pace.measure(reply)
         return self.epoch.received(reply, self._cut)
 
     def _cut(self, batch: Any, start: int, stop: int) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from adabatch.data.adopting import arguments_of
-from adabatch.data.chunks import Reply, Request, Requests
+from adabatch.data.chunks import Pace, Reply, Request, Requests
+from adabatch.data.collating import quickest
 from adabatch.data.deliveries import Deliveries
 from adabatch.data.epochs import Epoch, check_same_streams
 from adabatch.data.joining import JoinFn, Layout
@@ -29,7 +30,8 @@ class AdaptiveDataLoader(SamplerView):
     """A DataLoader whose batches have the size that `loader.batch_size` is when they are asked for, with any number of workers.
 
     Workers fetch and collate chunks of the order ahead of time; what comes out is cut and joined to size. So a change holds on the very next batch, and nothing
-    fetched is lost or repeated. While the size stays the same a chunk is a batch, and nothing is copied.
+    fetched is lost or repeated. While the size stays the same a chunk is a batch, or several where batches take less than 4 ms to fetch and the collate_fn is
+    torch's, and nothing is joined. Batches cut from one chunk share its memory but no element of it, and may be changed in place.
 
     Args:
         dataset: map-style, or iterable (each worker reads its own copy: let it take its share by torch's get_worker_info, as for a DataLoader).
@@ -108,6 +110,7 @@ class AdaptiveDataLoader(SamplerView):
         self._epoch: Epoch | None = None
         self._progress: dict[str, Any] | None = None
         self._layout: Layout = None
+        self._pace: Pace | None = None
         self._loader = self._engine(**kwargs)
 
     def _engine(self, *, worker_init_fn: Callable[[int], None] | None = None, generator: torch.Generator | None = None, **kwargs: Any) -> DataLoader:
@@ -116,8 +119,11 @@ class AdaptiveDataLoader(SamplerView):
         if self.collate_in == "consumer":
             kwargs["pin_memory"] = False  # samples are not what is handed over
         self._fetcher = (StreamFetcher if self.is_stream else Fetcher)(
-            self.dataset, None if self.collate_in == "consumer" else self.collate_fn, learns=self.num_workers > 0, seeded=self.seed_samples
+            self.dataset, None if self.collate_in == "consumer" else quickest(self.collate_fn), learns=self.num_workers > 0, seeded=self.seed_samples
         )
+        if self.num_workers and not self.is_stream and (self.collate_in == "consumer" or self.collate_fn is default_collate):
+            # Only where batches are the same whatever chunks they are cut from: not where a collate_fn pads, or an iterable data set is shared out by chunks.
+            self._pace = Pace()
         self._fetcher.processes = self.batch_sampler.processes
         # Its own generator, because a DataLoader draws a number at each iter(): a resumed run draws once more, and would go on with other dropout masks.
         generator = torch.Generator() if generator is None else generator

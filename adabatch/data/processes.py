@@ -39,7 +39,7 @@ class Processes:
 
     def share(self, position: int, size: int) -> int:
         """Samples of this process in the batch of `size` at `position`: within one of those of any other."""
-        return self._before(position + size) - self._before(position)
+        return size if self.world_size == 1 else self._before(position + size) - self._before(position)
 
     def _before(self, position: int) -> int:
         return (position - self.rank + self.world_size - 1) // self.world_size

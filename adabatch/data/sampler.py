@@ -243,14 +243,16 @@ class ResizableBatchSampler(Sampler[list[int]]):
             self._check_newest(generation)
         self._go_to(self._epoch + 1)
 
+    @property
+    def _left(self) -> int:
+        return max(0, self.num_samples - self._position)
+
     def _to_come(self) -> tuple[int, list[int]]:
-        return self.processes.sizes_to_come(self.batch_size, max(0, self.num_samples - self._position), self.drop_last)
+        return self.processes.sizes_to_come(self.batch_size, self._left, self.drop_last)
 
     def _upcoming(self, asked: int) -> int:
         """Samples of the next batch: what is asked for where the epoch's length need not be known."""
-        if not self.is_sized:
-            return asked
-        return self.processes.size_at(asked, max(0, self.num_samples - self._position), self.drop_last)
+        return self.processes.size_at(asked, self._left, self.drop_last) if self.is_sized else asked
 
     def _draws(self, size: int) -> int:
         """Samples of this process in the next batch; one at least, see Processes.positions."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
+
+from adabatch.data.generators import NumPy, Python, PythonInWorker, Torch
 
 _MASK = 2**64 - 1
-# Looking whether generators have moved takes as long as fetching several samples, so that it is not done for every batch.
-_LOOK_EVERY = 1024
+# Keys worked out at a time: NumPy's cost per call is shared by many.
+_BLOCK = 1024
 
 
 def mix(*words: int) -> int:
@@ -33,18 +33,47 @@ def mix(*words: int) -> int:
     return state
 
 
+class Keys:
+    """mix(stream, position) of many positions, worked out a block at a time.
+
+    Example:
+        >>> Keys().at(7, 10, 3, 2) == [mix(7, 10), mix(7, 13)]
+        True
+    """
+
+    def __init__(self):
+        self._of, self._first, self._block = (0, 0), 0, []
+
+    def at(self, stream: int, start: int, stride: int, count: int) -> list[int]:
+        """Those of the positions start, start + stride, …"""
+        row = (start - self._first) // stride
+        known = (stream, stride) == self._of and 0 <= row <= len(self._block) - count and self._first + row * stride == start
+        if not known:
+            self._of, self._first, row = (stream, stride), start, 0
+            self._block = _mix_last(stream, start, stride, max(count, _BLOCK))
+        return self._block[row : row + count]
+
+
+def _mix_last(stream: int, start: int, stride: int, count: int) -> list[int]:
+    state = np.arange(count, dtype=np.uint64) * np.uint64(stride) + np.uint64((mix(stream) + start + 0x9E3779B97F4A7C15) & _MASK)
+    state = (state ^ (state >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> 27)) * np.uint64(0x94D049BB133111EB)
+    return (state ^ (state >> 31)).tolist()
+
+
 class SampleSeeds:
     """Fetches samples with the global CPU generators of torch, NumPy and Python seeded for each, where the data set draws from them at all.
 
-    Samples are fetched at once first; if a generator has moved, the data set is random, and those and all later samples are fetched one by one,
-    that generator seeded before each by mix(stream, position). In the training process the generators are given back as they were.
-
-    Generators are looked at for the first 1,024 samples and once in so many after them.
+    A generator that nothing was drawn from so far is looked at before and after each chunk. If it has moved, the chunk is fetched a second time, and those and
+    all later samples one by one, that generator seeded before each by mix(stream, position). So the first sample that draws at all is seeded too, however late
+    it comes; a data set whose fetching has effects besides sees them twice in that one chunk. In the training process the generators are given back as they
+    were.
 
     Args:
         in_worker: whether this process fetches and does nothing else.
 
     Example:
+        >>> import random
         >>> seeds = SampleSeeds(in_worker=False)
         >>> draws = lambda indices: [random.random() for _ in indices]
         >>> four = seeds.fetch(draws, lambda index: random.random(), 7, 0, range(4))
@@ -53,8 +82,9 @@ class SampleSeeds:
     """
 
     def __init__(self, in_worker: bool):
-        self._sources = (_Torch(), _NumPy(), _PythonInWorker() if in_worker else _Python())
-        self._unwatched = -_LOOK_EVERY
+        self._sources = (Torch(), NumPy(), PythonInWorker() if in_worker else Python())
+        self._used: list[Any] = []
+        self._keys = Keys()
 
     def fetch(
         self,
@@ -66,136 +96,45 @@ class SampleSeeds:
         stride: int = 1,
     ) -> list[Any]:
         """The samples of these indices, at the positions start, start + stride, … of the order."""
-        first, second, third = self._sources
-        looks = self._looks(len(indices))
         while True:
-            used = [source for source in self._sources if source.used]
-            if not used and not looks:
-                return fetch_all(indices)
-            first.begin(looks), second.begin(looks), third.begin(looks)
+            first, second, third = self._sources
+            first.begin(), second.begin(), third.begin()
             try:
-                if used:
-                    samples = [self._fetch_seeded(used, fetch_one, mix(stream, start + row * stride), index) for row, index in enumerate(indices)]
-                else:
-                    samples = fetch_all(indices)
-                moved = (first.find(), second.find(), third.find()) if looks else ()
+                samples = self._fetch_seeded(fetch_one, stream, start, indices, stride) if self._used else fetch_all(indices)
             finally:
-                first.end(), second.end(), third.end()
-            if True not in moved:
+                moved = first.end(), second.end(), third.end()
+            if not self._note(moved):
                 return samples
 
-    def _looks(self, count: int) -> bool:
-        looks = self._unwatched <= 0 or self._unwatched >= _LOOK_EVERY
-        self._unwatched = (min(self._unwatched, 1) if looks else self._unwatched) + count
-        return looks
+    def _note(self, moved: tuple[bool, ...]) -> bool:
+        """Keep in mind which generators were found to be in use; whether one was found only now."""
+        if True not in moved:
+            return False
+        found = [source for source, has_moved in zip(self._sources, moved, strict=True) if has_moved and not source.used]
+        for source in found:
+            source.used = True
+        self._used += found
+        return bool(found)
+
+    def _fetch_seeded(self, fetch_one: Callable[[Any], Any], stream: int, start: int, indices: Sequence[Any], stride: int) -> list[Any]:
+        keys, samples = self._keys.at(stream, start, stride, len(indices)), []
+        seed, *others = [source.seed for source in self._used]
+        for key, index in zip(keys, indices, strict=True):
+            seed(key)
+            for also in others:
+                also(key)
+            samples.append(fetch_one(index))
+        return samples
 
     def seeded(self, key: int, run: Callable[[], Any]) -> Any:
         """run(), all three generators seeded with `key` before it and given back after it."""
         for source in self._sources:
             source.used = True
-            source.begin(True)
+            source.begin()
         try:
-            return self._fetch_seeded(self._sources, lambda _: run(), key, None)
+            for source in self._sources:
+                source.seed(key)
+            return run()
         finally:
             for source in self._sources:
                 source.end()
-
-    @staticmethod
-    def _fetch_seeded(sources: Sequence[Any], fetch_one: Callable[[Any], Any], key: int, index: Any) -> Any:
-        for source in sources:
-            source.seed(key)
-        return fetch_one(index)
-
-
-class _Torch:
-    """Each source has begin() before a chunk, seed() before a sample, find() whether it is found to be in use only now, and end() to give it back."""
-
-    used = False
-
-    def begin(self, looks: bool) -> None:
-        self._before = torch.default_generator.get_state() if self.used or looks else None
-
-    def find(self) -> bool:
-        if self.used:
-            return False
-        self.used = not torch.equal(self._before, torch.default_generator.get_state())
-        return self.used
-
-    def seed(self, key: int) -> None:
-        torch.default_generator.manual_seed(key)
-
-    def end(self) -> None:
-        if self.used and self._before is not None:
-            torch.default_generator.set_state(self._before)
-
-
-class _NumPy:
-    """The global RandomState is given a bit generator of our own meanwhile: swapping is a hundred times faster than saving the state."""
-
-    used = False
-
-    def __init__(self):
-        self._own, self._twin = np.random.MT19937(0), np.random.MT19937(0)
-
-    def begin(self, looks: bool) -> None:
-        self._theirs = np.random.get_bit_generator()
-        np.random.set_bit_generator(self._own)
-
-    def find(self) -> bool:
-        if self.used:
-            return False
-        self.used = self._own.random_raw() != self._twin.random_raw()
-        return self.used
-
-    def seed(self, key: int) -> None:
-        np.random.seed(key >> 32)  # noqa: NPY002 the generator that data sets use is the global one
-
-    def end(self) -> None:
-        np.random.set_bit_generator(self._theirs)
-
-
-class _Python:
-    used = False
-
-    def begin(self, looks: bool) -> None:
-        self._before = random.getstate() if self.used or looks else None
-
-    def find(self) -> bool:
-        if self.used:
-            return False
-        self.used = self._before is not None and self._before != random.getstate()
-        return self.used
-
-    def seed(self, key: int) -> None:
-        random.seed(key)
-
-    def end(self) -> None:
-        if self.used and self._before is not None:
-            random.setstate(self._before)
-
-
-class _PythonInWorker:
-    """Nobody else draws in a worker: a twin tells what the next number is if the data set has drawn none."""
-
-    used = False
-
-    def __init__(self):
-        # Begun from torch's own seed of this worker: a collate_fn may draw too, and not the same in all workers.
-        seed = random.getrandbits(64)
-        random.seed(seed)
-        self._twin = random.Random(seed)
-
-    def begin(self, looks: bool) -> None:
-        pass
-
-    def find(self) -> bool:
-        if self.used:
-            return False
-        self.used = random.random() != self._twin.random()
-        return self.used
-
-    def seed(self, key: int) -> None:
-        random.seed(key)
-
-    def end(self) -> None:
-        pass

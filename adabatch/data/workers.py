@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, get_worker_info
 
 from adabatch.data.chunks import Reply, Request
+from adabatch.data.collating import Stacked, quick_collate
 from adabatch.data.joining import COLUMN, Layout, learn_layout
 from adabatch.data.processes import Processes
 from adabatch.data.seeding import SampleSeeds, mix
+
+# Bytes of samples fetched before they are stacked, where a sample has so many that the batch would leave the processor's cache meanwhile.
+_CACHED, _LARGE = 2**21, 2**11
 
 
 class Fetcher(Dataset):
@@ -34,10 +40,31 @@ class Fetcher(Dataset):
         self.dataset, self._collate_fn = dataset, collate_fn
         self.learns, self._seeded = learns, seeded
         self._seeds: SampleSeeds | None = None
+        self._at_a_time: int | None = None  # 0: fetched and collated at once
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seeds": None}  # bound to this process's generators
 
     def __getitem__(self, request: Request) -> Reply:
-        samples = self._samples(request)
-        return self._reply(samples)
+        began = time.perf_counter()
+        n, piece = len(request.indices), self._at_a_time
+        if piece and n >= 2 * piece:
+            return Reply(self._stacked(request, piece), n, seconds=time.perf_counter() - began)
+        reply = self._reply(self._samples(request), began)
+        if piece is None and n:
+            self._at_a_time = self._learn_piece(_nbytes(reply.batch) // n)
+        return reply
+
+    def _learn_piece(self, nbytes: int) -> int:
+        stacks = self._collate_fn is quick_collate and not callable(getattr(self.dataset, "__getitems__", None))
+        return max(1, _CACHED // nbytes) if stacks and nbytes >= _LARGE else 0
+
+    def _stacked(self, request: Request, piece: int) -> Any:
+        batch = Stacked(len(request.indices))
+        for at in range(0, len(request.indices), piece):
+            part = request._replace(start=request.start + at * request.stride, indices=request.indices[at : at + piece])
+            batch.add(self._samples(part))
+        return batch.result()
 
     def _samples(self, request: Request) -> list[Any]:
         if not self._seeded:
@@ -50,14 +77,15 @@ class Fetcher(Dataset):
         return self._seeds
 
     def _fetch_all(self, indices: list[Any]) -> list[Any]:
-        if callable(getattr(self.dataset, "__getitems__", None)):
-            samples = self.dataset.__getitems__(indices)
+        dataset = self.dataset
+        if callable(getattr(dataset, "__getitems__", None)):
+            samples = dataset.__getitems__(indices)
             if len(samples) != len(indices):
-                raise ValueError(f"{type(self.dataset).__name__}.__getitems__ gave {len(samples)} samples for {len(indices)} indices; one for each is needed.")
+                raise ValueError(f"{type(dataset).__name__}.__getitems__ gave {len(samples)} samples for {len(indices)} indices; one for each is needed.")
             return samples
-        return [self.dataset[index] for index in indices]
+        return [dataset[index] for index in indices]
 
-    def _reply(self, samples: list[Any], **fields: Any) -> Reply:
+    def _reply(self, samples: list[Any], began: float, ended: bool = False, state: Any = None) -> Reply:
         layout: Layout = None
         if samples and self.learns:
             self.learns = False
@@ -65,7 +93,7 @@ class Fetcher(Dataset):
         # Counted before collating: a collate_fn may take the list apart.
         n = len(samples)
         batch = samples if self._collate_fn is None or not samples else self._collate_fn(samples)
-        return Reply(batch, n, layout, **fields)
+        return Reply(batch, n, layout, ended, state, time.perf_counter() - began, 0 if layout is None else _nbytes(batch))
 
 
 class StreamFetcher(Fetcher):
@@ -81,6 +109,7 @@ class StreamFetcher(Fetcher):
     processes = Processes()
 
     def __getitem__(self, request: Request) -> Reply:
+        began = time.perf_counter()
         if request.run != self._run:
             self._run = request.run
             self._begin(request.epoch, request.restore)
@@ -88,7 +117,7 @@ class StreamFetcher(Fetcher):
         samples = self._samples(request) if wanted else []
         self._count += len(samples)
         self._ended |= len(samples) < wanted
-        return self._reply(samples, ended=self._ended, state=self._state())
+        return self._reply(samples, began, self._ended, self._state())
 
     def _begin(self, epoch: int, restore: dict[str, Any] | None) -> None:
         if hasattr(self.dataset, "set_epoch"):
@@ -143,3 +172,8 @@ class WorkerStart:
         object.__setattr__(info, "dataset", info.dataset.dataset)
         if self._then is not None:
             self._then(worker)
+
+
+def _nbytes(batch: Any) -> int:
+    """Of its tensors and arrays, and of anything else a little, so that it is never 0."""
+    return sum(getattr(leaf, "nbytes", 8) for leaf in tree_leaves(batch))

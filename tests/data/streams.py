@@ -1,6 +1,8 @@
-"""Data sets whose samples say which they are."""
+"""Data sets whose samples say which they are, and what tests of loaders do with them."""
 
+import io
 import random
+from itertools import chain
 
 import numpy as np
 import torch
@@ -57,6 +59,39 @@ class Plain(IterableDataset):
     def __iter__(self):
         info = get_worker_info()
         return iter(range(self.n)) if info is None else iter(range(info.id, self.n, info.num_workers))
+
+
+class Restartable:
+    """An order of its own that can be saved: 7, 8, …, n − 1, 0, …, 6."""
+
+    def __init__(self, n):
+        self.n, self.at = n, 0
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        while self.at < self.n:
+            self.at += 1
+            yield (self.at - 1 + 7) % self.n
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def flat(batches):
+    return list(chain.from_iterable(batches))
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def drawn(loader, sizes=(), stop=None):

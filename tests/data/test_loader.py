@@ -1,36 +1,11 @@
 """AdaptiveDataLoader: sizes hold from the next batch, and it knows what it delivered, whatever workers drew ahead."""
 
-from itertools import chain
-
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 from adabatch import AdaptiveDataLoader, ResizableBatchSampler
-
-
-class Numbers(Dataset):
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, index):
-        return index
-
-
-def drawn(loader, sizes=()):
-    """The batches of one epoch as lists, setting these sizes in turn after each batch."""
-    sizes, batches = iter(sizes), []
-    for batch in loader:
-        batches.append(batch.tolist())
-        loader.batch_size = next(sizes, loader.batch_size)
-    return batches
-
-
-def flat(batches):
-    return list(chain.from_iterable(batches))
+from tests.data.streams import Numbers, drawn, flat
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

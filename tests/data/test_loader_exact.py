@@ -1,16 +1,14 @@
 """Exactly once, exactly the sizes asked for, exactly resumed: random lengths, workers, sizes and kill points."""
 
-import io
 from itertools import accumulate, chain
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adabatch import AdaptiveDataLoader
 from adabatch.data import KeyedPermutation
-from tests.data.streams import Counting, Numbers, drawn
+from tests.data.streams import Counting, Numbers, drawn, through_a_file
 
 CASES = st.fixed_dictionaries(
     {
@@ -26,13 +24,6 @@ CASES = st.fixed_dictionaries(
     }
 )
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large]
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def expected_sizes(n, sizes, drop_last):

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 import adabatch
 from adabatch import AdaptiveDataLoader, ResizableBatchSampler
 from adabatch.data import KeyedPermutation
-from tests.data.streams import Augmented, Counting, Numbers, Plain
-from tests.data.test_loader_exact import through_a_file
+from tests.data.streams import Augmented, Counting, Numbers, Plain, Restartable, through_a_file
 
 CASES = st.fixed_dictionaries(
     {
@@ -32,28 +31,6 @@ CASES = st.fixed_dictionaries(
         "own_sampler": st.booleans(),
     }
 )
-
-
-class Restartable:
-    """An order of its own that can be saved: 7, 8, …, n − 1, 0, …, 6."""
-
-    def __init__(self, n):
-        self.n, self.at = n, 0
-
-    def __len__(self):
-        return self.n
-
-    def __iter__(self):
-        while self.at < self.n:
-            self.at += 1
-            yield (self.at - 1 + 7) % self.n
-        self.at = 0
-
-    def state_dict(self):
-        return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
 
 
 def loaders_of(case, world, **options):

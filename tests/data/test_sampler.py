@@ -1,7 +1,6 @@
 """ResizableBatchSampler: every index once, exactly the sizes asked for, len right at each moment, resumable from any batch."""
 
 import copy
-import io
 import math
 from itertools import chain, islice
 
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from adabatch import ResizableBatchSampler
 from adabatch.data import KeyedPermutation
+from tests.data.streams import flat, through_a_file
 
 LENGTHS = st.integers(0, 200)
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=20)
@@ -33,17 +33,6 @@ def draw(sampler, sizes):
             return drawn
         drawn.append((size, batch, before))
         asked += 1
-
-
-def flat(batches):
-    return list(chain.from_iterable(batches))
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def expected_order(n, shuffle, seed, epoch):

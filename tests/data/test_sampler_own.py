@@ -1,6 +1,5 @@
 """ResizableBatchSampler over a sampler of the caller's own: taken as it is, resumed as far as it can be."""
 
-import io
 import math
 from itertools import chain, islice
 
@@ -9,44 +8,12 @@ import torch
 from torch.utils.data import DistributedSampler, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from adabatch import ResizableBatchSampler
-
-
-def flat(batches):
-    return list(chain.from_iterable(batches))
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+from tests.data.streams import Restartable, flat, through_a_file
 
 
 class Unsized(Sampler):
     def __iter__(self):
         return iter([4, 2, 0, 1])
-
-
-class Stateful(Sampler):
-    """Counts what it has yielded, and goes on from there."""
-
-    def __init__(self, n):
-        self.n, self.at = n, 0
-
-    def __len__(self):
-        return self.n
-
-    def __iter__(self):
-        while self.at < self.n:
-            self.at += 1
-            yield self.n - self.at
-        self.at = 0
-
-    def state_dict(self):
-        return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
 
 
 def test_an_own_sampler_is_taken_as_it_is():
@@ -110,15 +77,15 @@ def test_an_own_sampler_with_a_generator_resumes_exactly(make, drawn):
 
 
 def test_an_own_sampler_with_a_state_goes_on_by_itself():
-    killed = ResizableBatchSampler(Stateful(10), 4)
-    assert next(iter(killed)) == [9, 8, 7, 6]
+    killed = ResizableBatchSampler(Restartable(10), 4)
+    assert next(iter(killed)) == [7, 8, 9, 0]
     state = through_a_file(killed.state_dict())
     assert state["sampler"] == {"at": 4}
-    resumed = ResizableBatchSampler(Stateful(10), 1)
+    resumed = ResizableBatchSampler(Restartable(10), 1)
     resumed.load_state_dict(state)
     assert len(resumed) == 2
-    assert list(resumed) == [[5, 4, 3, 2], [1, 0]]
-    assert next(iter(resumed)) == [9, 8, 7, 6]
+    assert list(resumed) == [[1, 2, 3, 4], [5, 6]]
+    assert next(iter(resumed)) == [7, 8, 9, 0]
 
 
 def test_a_repeatable_own_sampler_is_fast_forwarded():

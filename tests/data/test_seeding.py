@@ -1,13 +1,15 @@
 """Random augmentation repeats: it depends on seed, epoch and position, not on workers, batch sizes or where a run was resumed."""
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from adabatch import AdaptiveDataLoader
+from adabatch.data.seeding import Keys, mix
 from tests.data.streams import Augmented, Counting
 
 
@@ -73,3 +75,59 @@ class Late(Augmented):
 
 def test_a_data_set_that_draws_now_and_then():
     assert draws(dataset=Late(30)) == draws(1, (3,), dataset=Late(30))
+
+
+SOURCES = {
+    "torch": lambda: float(torch.rand(())),
+    "numpy": lambda: np.random.rand(),  # noqa: NPY002
+    "python": lambda: random.random(),
+    "gauss": lambda: random.gauss(0, 1),
+    "normal": lambda: float(torch.randn(())),
+}
+
+
+class Once(Dataset):
+    """Draws for one sample of 3,000, and counts how often it was asked for each."""
+
+    def __init__(self, draw, at):
+        self.draw, self.at, self.fetched = draw, at, Counter()
+
+    def __len__(self):
+        return 3000
+
+    def __getitem__(self, index):
+        self.fetched[index] += 1
+        return index, self.draw() if index == self.at else 0.0
+
+
+@pytest.mark.parametrize("draw", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_very_first_sample_that_draws_is_seeded(draw, workers):
+    torch.manual_seed(workers), np.random.seed(workers), random.seed(workers)  # noqa: NPY002
+    late = dict(draws(workers, (16,), epochs=1, dataset=Once(draw, 2900)))[2900]
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)  # noqa: NPY002
+    assert dict(draws(0, (7, 64, 3), epochs=1, dataset=Once(draw, 2900)))[2900] == late != 0.0
+
+
+@pytest.mark.parametrize("draw", SOURCES.values(), ids=SOURCES)
+def test_a_late_draw_leaves_the_training_processs_generators_alone(draw):
+    def all_draws():
+        return [source() for source in SOURCES.values()]
+
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)  # noqa: NPY002
+    expected = all_draws() + all_draws()
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)  # noqa: NPY002
+    # Not NumPy's cached normal number, which changing its bit generator drops.
+    seen = all_draws()
+    dataset = Once(draw, 1500)
+    for _ in AdaptiveDataLoader(dataset, 100):
+        pass
+    assert seen + all_draws() == expected
+    assert dataset.fetched.total() == 3100
+    assert dataset.fetched[1500] == dataset.fetched[1599] == 2
+
+
+def test_keys_are_those_of_mix():
+    keys = Keys()
+    for stream, start, stride, count in ((7, 0, 1, 5), (7, 1000, 1, 40), (7, 3, 4, 2000), (7, 11, 4, 10), (8, 2**62, 3, 4), (2**64 - 1, 2**62 + 6, 3, 2)):
+        assert keys.at(stream, start, stride, count) == [mix(stream, start + row * stride) for row in range(count)]
