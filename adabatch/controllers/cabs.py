@@ -239,7 +239,7 @@ class ReferenceCABS:
         """Continue from a state_dict().
 
         Raises:
-            ValueError: unknown version.
+            ValueError: unknown version, or the state of another controller.
         """
         check_controller(state, self.version, type(self).__name__)
         self.trace_average, self.loss_average = state["trace_average"], state["loss_average"]

@@ -82,7 +82,7 @@ class OnlineSelection:
         """Continue from a state_dict().
 
         Raises:
-            ValueError: unknown version.
+            ValueError: unknown version, or the state of another controller.
         """
         check_controller(state, self.version, type(self).__name__)
         self._chosen, self._samples = state["chosen"], state["samples"]

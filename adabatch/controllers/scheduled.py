@@ -112,7 +112,7 @@ class Scheduled:
         """Continue from a state_dict().
 
         Raises:
-            ValueError: unknown version, or the state of another schedule.
+            ValueError: unknown version, or the state of another controller or schedule.
         """
         check_controller(state, self.version, type(self).__name__)
         if "schedule" not in state:

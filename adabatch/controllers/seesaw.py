@@ -65,7 +65,7 @@ class Seesaw:
         """Continue from a state_dict(), with its base.
 
         Raises:
-            ValueError: unknown version.
+            ValueError: unknown version, or the state of another controller.
         """
         check_controller(state, self.version, type(self).__name__)
         self.batch_size, self.largest_lr = state["batch_size"], state["largest_lr"]

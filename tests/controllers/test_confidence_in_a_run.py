@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 import adabatch
 from adabatch import CABS
-from adabatch.controllers import NoiseScale, PadaDamp
+from adabatch.controllers import Goodput, InnerProductTest, NoiseScale, NormTest, PadaDamp
 from adabatch.diagnostics import Diagnostics
 from tests.scripted import regression, squared_error
 
@@ -49,6 +49,22 @@ def test_the_size_moves_only_out_of_the_interval(dots):
     assert any(before != after for before, after, *_ in held)
     assert sum(before != after for before, after, *_ in held) < 0.5 * sum(before != after for before, after, *_ in free)
     assert held[0] == (16, 16, 0.0, math.inf)  # after one step nothing is known
+
+
+@pytest.mark.parametrize("make", [lambda: NormTest(theta=0.5, signal="raw"), lambda: InnerProductTest(theta=0.1, nu=0.1, signal="raw")], ids=["norm", "inner"])
+def test_raw_signals_are_as_sure_as_their_one_step(make):
+    held = moves(trained(40, controller=make(), confidence=0.9, dots=True).diagnostics)
+    assert all(before == after for before, after, low, high in held if low <= before <= high)
+    assert any(before != after for before, after, *_ in held)
+    assert all(0 <= low <= high for *_, low, high in held)
+
+
+def test_goodput_has_an_interval_once_it_knows_two_sizes():
+    """The clock of a run is not to be foretold, but that its interval holds the wish is."""
+    history = trained(80, controller=Goodput(16), coupling="adascale").diagnostics
+    known = [record for record in history if not math.isnan(record.proposed_low)]
+    assert known
+    assert all(record.proposed_low <= record.proposed_batch_size <= record.proposed_high for record in known)
 
 
 def test_a_higher_level_moves_less_often_and_has_longer_intervals():
