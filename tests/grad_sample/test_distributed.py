@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch import GradSampleHooks
 from tests import oracle
 from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, mean_grad_sq_norm, squared_error
+from tests.grad_sample.parallel import needs_gloo, shard, tripled
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
-
-@pytest.fixture(autouse=True)
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [needs_gloo, pytest.mark.usefixtures("one_process")]
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}, {"static_graph": True}], ids=str)
@@ -34,17 +27,10 @@ def test_data_parallel(attach_first, options):
 
 
 def test_grad_sq_norm_is_that_of_the_reduced_gradient():
-    """A communication hook that triples the gradient stands for the average over ranks: read too early, the norm would be nine times too small."""
+    """Read too early, the norm would be nine times too small."""
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    parallel = DistributedDataParallel(model)
-
-    def triple(state, bucket):
-        future = torch.futures.Future()
-        future.set_result(3 * bucket.buffer())
-        return future
-
-    parallel.register_comm_hook(None, triple)
+    parallel = tripled(model)
     hooks = GradSampleHooks(parallel)
     backward(parallel, batch)
     moments = hooks.collect()
@@ -74,14 +60,9 @@ def test_compiled():
 
 
 def test_fully_shard():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    mesh = init_device_mesh("cpu", (1,))
-    for layer in (model[0], model[2], model):
-        fully_shard(layer, mesh=mesh)
+    shard(model, 0, 2)
     hooks = GradSampleHooks(model)
     for _ in range(2):
         model.zero_grad()

@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from adabatch import GradSampleHooks
 from tests import oracle
 from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, squared_error
+from tests.grad_sample.parallel import needs_gloo, shard, tripled
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
-
-@pytest.fixture(autouse=True)
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [needs_gloo, pytest.mark.usefixtures("one_process")]
 
 
 def expected_dots(grads):
@@ -25,17 +17,9 @@ def expected_dots(grads):
 
 
 def test_dots_are_with_the_reduced_gradient():
-    """A communication hook that triples the gradient stands for the average over ranks."""
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    parallel = DistributedDataParallel(model)
-
-    def triple(state, bucket):
-        future = torch.futures.Future()
-        future.set_result(3 * bucket.buffer())
-        return future
-
-    parallel.register_comm_hook(None, triple)
+    parallel = tripled(model)
     hooks = GradSampleHooks(parallel, dots=True)
     for _ in range(2):
         parallel.zero_grad()
@@ -44,14 +28,9 @@ def test_dots_are_with_the_reduced_gradient():
 
 
 def test_dots_of_sharded_parameters():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    mesh = init_device_mesh("cpu", (1,))
-    for layer in (model[0], model[2], model):
-        fully_shard(layer, mesh=mesh)
+    shard(model, 0, 2)
     hooks = GradSampleHooks(model, dots=True)
     for _ in range(2):
         model.zero_grad()

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from adabatch import GradSampleHooks
 from tests import oracle
 from tests.grad_sample.measuring import TOLERANCE, agrees, backward, close, squared_error
+from tests.grad_sample.parallel import needs_gloo, shard
 
 
 class Checkpointed(nn.Module):
@@ -258,29 +258,13 @@ def test_the_layers_own_node_is_dropped():
     assert all("Addmm" not in function.name() for function, _ in node.next_functions if function is not None)
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize("sharded", [False, True])
 def test_data_parallel(sharded):
     model, batch = make_tokens()
     expected, grads = plain_grads(model, batch), oracle.per_sample_grads(model, squared_error, batch)
-    if sharded:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (1,))
-        for layer in (model[0], model[2], model[4], model):
-            fully_shard(layer, mesh=mesh)
-        run = model
-    else:
-        run = nn.parallel.DistributedDataParallel(model)
+    run = shard(model, 0, 2, 4) if sharded else nn.parallel.DistributedDataParallel(model)
     hooks = GradSampleHooks(run)
     for _ in range(2):
         model.zero_grad()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from adabatch import GradSampleHooks
 from tests import oracle
 from tests.grad_sample.measuring import agrees, backward, close, squared_error
+from tests.grad_sample.parallel import needs_gloo, shard
 from tests.grad_sample.test_taking import make_images, make_tokens, plain_grads, same_grads, taken
 
 
@@ -250,16 +251,7 @@ def in_process(rank, path, sharded):
     model, batch = make_tokens(samples=6)
     expected, grads = plain_grads(model, batch), oracle.per_sample_grads(model, squared_error, batch)
     own = slice(3 * rank, 3 * rank + 3)
-    if sharded:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in (model[0], model[2], model[4], model):
-            fully_shard(layer, mesh=mesh)
-        run = model
-    else:
-        run = nn.parallel.DistributedDataParallel(model)
+    run = shard(model, 0, 2, 4, world_size=2) if sharded else nn.parallel.DistributedDataParallel(model)
     hooks = GradSampleHooks(run)
     for _ in range(2):
         model.zero_grad()
@@ -275,7 +267,7 @@ def in_process(rank, path, sharded):
     os._exit(0)  # torch's own threads may abort an interpreter that ends in the ordinary way, once in some dozen runs on busy cores
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes(tmp_path, sharded):
     torch.multiprocessing.spawn(in_process, args=(str(tmp_path / "store"), sharded), nprocs=2)
