@@ -142,18 +142,22 @@ class ChunkPlan:
         """The consumer asks for so many samples, and will then ask for the rest."""
         self.asked += size
         self.rest = rest
-        self._share = max(1, -(-(self.asked - self.drawn) // self._workers))
+        self._share = max(1, -(-(self.asked - self.drawn) // self._workers), self._worth())
 
     def next_size(self) -> int:
         """Size of the next chunk; counted as drawn."""
         ahead = self.drawn - self.asked
         size = min(-ahead, self._share) if ahead < 0 else self._to_boundary(ahead)
         if ahead >= 0 and self._pace is not None:
-            least = min(self._pace.least, (self._left - self.drawn) / (2 * self._workers))
+            least = min(self._pace.least, max(self._worth(), (self._left - self.drawn) / (2 * self._workers)))
             while size < least:
                 size += self._to_boundary(ahead + size)
         self.drawn += size
         return size
+
+    def _worth(self) -> int:
+        """Samples that are not worth being shared out."""
+        return self._pace.least // 4 if self._pace is not None else 0
 
     def _to_boundary(self, ahead: int) -> int:
         for size in self.rest:

@@ -3,7 +3,9 @@
     python examples/benchmarks/loader.py --out out/loader
     python examples/benchmarks/loader.py --quick
 
-Ratios are of passes over the same data taken in turn with torch's DataLoader at the constant size: above 1 is faster. Workers are started beforehand.
+Ratios are of passes over the same data taken in turn with torch's DataLoader at the constant size: above 1 is faster. Workers are started beforehand. Costly
+samples draw random numbers, and pay for being seeded one by one: a microsecond and a half each, which torch's DataLoader does not do.
+Takes about five minutes on two cores that do nothing else.
 """
 
 from __future__ import annotations
@@ -70,11 +72,19 @@ def pass_through(loader: Any, sizes: Iterable[int]) -> float:
     return time.perf_counter() - begin
 
 
+def enough(kind: type, batch_size: int, seconds: float, options: dict) -> int:
+    """Samples that torch's DataLoader takes about so many seconds for, and four batches at least."""
+    few = max(4 * batch_size, int(0.1 * seconds / kind.seconds))
+    pilot = DataLoader(kind(few), batch_size, shuffle=True, **options)
+    taken = min(pass_through(pilot, ()) for _ in range(3))  # the first starts the workers
+    return max(4 * batch_size, int(few * seconds / taken))
+
+
 def throughput(kind: type, workers: int, batch_size: int, seconds: float, repeats: int) -> dict:
     """Ratios of ours to torch's, at a constant size and at one that changes with every batch."""
-    samples = min(200_000, max(4 * batch_size, int(seconds / kind.seconds)))
-    data = kind(samples)
     options = {"num_workers": workers, "persistent_workers": workers > 0}
+    samples = enough(kind, batch_size, seconds, options)
+    data = kind(samples)
     loaders = {"torch": DataLoader(data, batch_size, shuffle=True, **options)}
     loaders |= {name: adabatch.AdaptiveDataLoader(data, batch_size, True, **options) for name in ASKED}
     changing = [max(1, round(batch_size * change)) for change in CHANGES]
@@ -141,14 +151,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/loader"))
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.3, help="of a pass over the data, about (default 0.3)")
+    parser.add_argument("--seconds", type=float, default=0.7, help="that a pass of torch's takes, about (default 0.7)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 256, 4096])
     parser.add_argument("--samples", choices=["cheap", "costly"], nargs="+", default=["cheap", "costly"])
     parser.add_argument("--quick", action="store_true", help="three short passes of few settings, to see that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.repeats, options.seconds, options.batch_sizes = 3, 0.02, [16, 256]
+        options.repeats, options.seconds, options.batch_sizes = 3, 0.05, [16, 256]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kinds = {"cheap": Cheap, "costly": Costly}
