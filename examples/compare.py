@@ -10,11 +10,9 @@ shows the shapes of the curves; to say which is better, tune the learning rate o
 
 from __future__ import annotations
 
-import digits
-import fashion_mnist
+from either_data import add_data, chosen_data
 from matplotlib.figure import Figure
-from networks import digits_network
-from options import Budget, add_fashion_data, positive_int, shared_options
+from options import positive_int, shared_options
 from training import Run, train
 
 COLOURS = ("#4878b0", "#5aa469", "#8a6fb0", "#b08a48", "#6b6b6b", "#48a8b0")
@@ -51,15 +49,10 @@ def table(runs: list[Run]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = shared_options(__doc__, budget=None, out="out/compare")
-    parser.add_argument("--data", choices=("digits", "fashion"), default="digits", help="which data to train on (default digits)")
     parser.add_argument("--sizes", type=positive_int, nargs="+", default=[16, 64, 256], metavar="N", help="fixed batch sizes (default 16 64 256)")
-    add_fashion_data(parser)
+    add_data(parser)
     options = parser.parse_args(arguments)
-    if options.data == "digits":
-        data, network, default_budget = digits.load_data(), digits_network, digits.BUDGET
-    else:
-        data, network, default_budget = fashion_mnist.load_data(options.data_dir), fashion_mnist.NETWORKS[options.network], fashion_mnist.BUDGET
-    budget = (options.budget or Budget.parse(default_budget)).samples(len(data[0]))
+    data, network, budget = chosen_data(options)
     out = options.out / options.data
     runs = [train(network, data, lr=options.lr, budget=budget, seed=options.seed, out=out, batch_size=size) for size in (None, *options.sizes)]
     draw(runs).savefig(out / "compare.png", dpi=120)

@@ -19,13 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import digits
-import fashion_mnist
 import numpy as np
 import torch
+from either_data import add_data, chosen_data
 from matplotlib.figure import Figure
-from networks import digits_network
-from options import Budget, add_fashion_data, shared_options
+from options import shared_options
 from torch.utils.data import DataLoader
 from training import ImageSets, Run, train_loop
 
@@ -163,18 +161,13 @@ def draw(rows: dict[str, tuple[list[Run], float]]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = shared_options(__doc__, budget=None, out="out/controllers")
-    parser.add_argument("--data", choices=("digits", "fashion"), default="digits", help="which data to train on (default digits)")
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="what steps (default sgd)")
     parser.add_argument("--lrs", type=float, nargs="+", default=None, metavar="LR", help="rates to choose from, for each row by itself (default --lr)")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, metavar="N", help="seeds; the lr is chosen on the first (default --seed)")
     parser.add_argument("--only", nargs="+", choices=list(methods()), metavar="ROW", help=f"rows to run, of: {', '.join(methods())}".replace("%", "%%"))
-    add_fashion_data(parser)
+    add_data(parser)
     options = parser.parse_args(arguments)
-    if options.data == "digits":
-        data, network, default_budget = digits.load_data(), digits_network, digits.BUDGET
-    else:
-        data, network, default_budget = fashion_mnist.load_data(options.data_dir), fashion_mnist.NETWORKS[options.network], fashion_mnist.BUDGET
-    budget = (options.budget or Budget.parse(default_budget)).samples(len(data[0]))
+    data, network, budget = chosen_data(options)
     out: Path = options.out / options.data
     out.mkdir(parents=True, exist_ok=True)
     chosen = {name: method for name, method in methods().items() if options.only is None or name in options.only}

@@ -24,27 +24,7 @@ from torch import Tensor
 
 from adabatch.kernels import cpu, operators, reference
 
-__all__ = [
-    "affine_grad_sample",
-    "affine_sq_norms",
-    "conv_dot",
-    "conv_grad_sample",
-    "conv_second_moment",
-    "conv_sq_norms",
-    "conv_weight_grad_moments",
-    "dense_dot",
-    "dense_second_moment",
-    "dense_sq_norms",
-    "embedding_dot",
-    "embedding_second_moment",
-    "embedding_sq_norms",
-    "outer_dot",
-    "outer_second_moment",
-    "outer_sq_norms",
-    "preconditioned_trace",
-    "reference",
-    "weight_grad_moments",
-]
+__all__ = [*reference.__all__, "reference"]
 
 # Device type -> the modules asked for an operation, first come first served; what none of them has is the reference's.
 # ROCm calls its devices "cuda" as well.
