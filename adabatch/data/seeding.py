@@ -119,6 +119,11 @@ class SampleSeeds:
     def _fetch_seeded(self, fetch_one: Callable[[Any], Any], stream: int, start: int, indices: Sequence[Any], stride: int) -> list[Any]:
         keys, samples = self._keys.at(stream, start, stride, len(indices)), []
         seed, *others = [source.seed for source in self._used]
+        if not others:
+            for key, index in zip(keys, indices, strict=True):
+                seed(key)
+                samples.append(fetch_one(index))
+            return samples
         for key, index in zip(keys, indices, strict=True):
             seed(key)
             for also in others:
