@@ -131,12 +131,8 @@ def wrap(
     settings |= {"accumulate": accumulate, "ignore": ignore, "seed": seed, "dots": dots, "max_micro_batch_size": max_micro_batch_size}
     settings |= {"controller": controller, "estimator": estimator, "max_grad_norm": max_grad_norm, "per_parameter": per_parameter, **scheduler_options}
     parallel = DataParallel.find(group, estimator, model)
-    if parallel is not None:
-        adaptive = parallel.take_loader(loader, summed=loss_reduction == "sum")
-        parallel.check_same(model, optimizer, adaptive, settings)
-        samples = parallel.samples_here(samples)
-    else:
-        adaptive = loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
+    adaptive = _adaptive(loader, parallel, model, optimizer, settings)
+    samples = samples if parallel is None else parallel.samples_here(samples)
     coupling = scheduler_options.get("coupling", "none")
     controller = CABS() if controller is None and coupling != "seesaw" else controller
     if max_grad_norm is not None and hasattr(controller, "clips"):
@@ -176,6 +172,17 @@ def wrap(
         adaptive.batch_size, adaptive.drop_last = before
         raise
     return optimizer, adaptive, scheduler
+
+
+def _adaptive(
+    loader: DataLoader | AdaptiveDataLoader, parallel: DataParallel | None, model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]
+) -> AdaptiveDataLoader:
+    """The adaptive loader, of all processes that share each batch, whose set-ups are compared."""
+    if parallel is None:
+        return loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
+    adaptive = parallel.take_loader(loader, summed=settings["loss_reduction"] == "sum")
+    parallel.check_same(model, optimizer, adaptive, settings)
+    return adaptive
 
 
 def _hooks(model: nn.Module, optimizer: Optimizer, needs: Collection[str], options: dict[str, Any]) -> GradSampleHooks:

@@ -92,7 +92,7 @@ def test_commands_name_what_exists():
     kernels = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"(examples/[\w/]+\.py)((?: (?:--[\w-]+|[\w./'\"^()-]+))*)", README + kernels)
     assert len(commands) > 15
-    shared = (ROOT / "examples" / "options.py").read_text(encoding="utf-8")
+    shared = "".join((ROOT / "examples" / name).read_text(encoding="utf-8") for name in ("options.py", "either_data.py"))
     for script, options in commands:
         source = (ROOT / script).read_text(encoding="utf-8") + shared
         for option in re.findall(r"--[\w-]+", options):
