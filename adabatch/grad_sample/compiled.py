@@ -8,7 +8,23 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+# Names of this module: each look-up along torch's large modules reads memory that the step has just evicted from the caches.
+is_compiling, _is_grad_enabled, _is_tracing = torch.compiler.is_compiling, torch.is_grad_enabled, torch.jit.is_tracing
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+_transforms = torch._C._functorch.peek_interpreter_stack
+
 _NOTHING = nullcontext()
+
+
+def can_measure() -> bool:
+    """Whether gradients are taken of what runs now: not under no_grad, nor while a model is exported, traced or transformed by torch.func.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     can_measure()
+        False
+    """
+    return _is_grad_enabled() and not _is_exporting() and (is_compiling() or not (_is_tracing() or _transforms() is not None))
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager:

@@ -22,7 +22,8 @@ def grad_sq_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
         >>> grad_sq_norms([[p], []])
         tensor([25.,  0.])
     """
-    return _stacked([_group_norm([parameter.grad for parameter in group if parameter.grad is not None]) for group in groups]).square()
+    norms = _stacked([_group_norm([parameter.grad for parameter in group if parameter.grad is not None]) for group in groups])
+    return norms * norms
 
 
 def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) -> Tensor:
@@ -88,7 +89,7 @@ def _own_part(grad: Tensor, world_size: int) -> tuple[Tensor, float]:
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:
     device = next((value.device for value in values if value.numel() and value.device.type != "cpu"), torch.device("cpu"))
-    return values[0].to(device).reshape(1) if len(values) == 1 else torch.stack([value.to(device) for value in values])
+    return torch.stack([value.to(device) for value in values])
 
 
 def _shortened(grad: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from adabatch.grad_sample.compiled import outside_autocast
 from adabatch.grad_sample.cost import StepCost, step_cost
 from adabatch.grad_sample.dots import HeldUses, check_not_compiled
 from adabatch.grad_sample.harvesting import LateChecks, check_now, queue_harvest
-from adabatch.grad_sample.loss_graph import unseen_uses
+from adabatch.grad_sample.loss_graph import check_uses_seen
 from adabatch.grad_sample.loss_scale import LossScale
 from adabatch.grad_sample.passes import add_uses, batch_size_of, check_gradients_left
 from adabatch.grad_sample.pending import PendingMoments
@@ -255,12 +255,7 @@ class GradSampleHooks:
         Raises:
             RuntimeError: listing the parameters used outside the model's forward pass, in the loss function or in a penalty inside the loss.
         """
-        unseen = unseen_uses(loss, self.parameters, self._probes.reports)
-        if unseen:
-            raise RuntimeError(
-                f"the loss uses these parameters outside the model's layers, which no tap sees: {', '.join(unseen)}. A tied weight: apply it inside the "
-                "model's forward. A penalty on the weights: use the optimizer's weight_decay, or add its gradient after backward()"
-            )
+        check_uses_seen(loss, self.parameters, self._probes.reports)
 
     def reset(self) -> None:
         """Forget what was measured since the last collect(), e.g. after a backward pass that failed half way, and draw new rows."""

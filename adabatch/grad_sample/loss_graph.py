@@ -49,3 +49,17 @@ def unseen_uses(loss: Tensor, parameters: Mapping[str, Tensor], reports: Iterabl
 def _reaches(function: Any, leaves: Collection[int]) -> bool:
     """Whether an edge leads to one of the leaves, at once or through the selection of a line of it."""
     return function is not None and any(id(getattr(node, "variable", None)) in leaves for node in (function, *(below for below, _ in function.next_functions)))
+
+
+def check_uses_seen(loss: Tensor, parameters: Mapping[str, Tensor], reports: Iterable[Tensor] = ()) -> None:
+    """Refuse a loss that reaches parameters without passing a tap.
+
+    Raises:
+        RuntimeError: listing them, with the cure.
+    """
+    unseen = unseen_uses(loss, parameters, reports)
+    if unseen:
+        raise RuntimeError(
+            f"the loss uses these parameters outside the model's layers, which no tap sees: {', '.join(unseen)}. A tied weight: apply it inside the "
+            "model's forward. A penalty on the weights: use the optimizer's weight_decay, or add its gradient after backward()"
+        )

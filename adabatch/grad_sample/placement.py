@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.attach import bound
-from adabatch.grad_sample.attention import AttentionCall, RandomState, random_state
-from adabatch.grad_sample.calls import ModuleCall, RecurrentCall, uncompiled
-from adabatch.grad_sample.compiled import is_compiled
+from adabatch.grad_sample.attention import RandomState, random_state
+from adabatch.grad_sample.calling import call_again, rows_of_output
+from adabatch.grad_sample.calls import uncompiled
+from adabatch.grad_sample.compiled import can_measure, is_compiled, is_compiling
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.entering import batch_size_of_inputs, carries_samples, row_dim, tensors_of
 from adabatch.grad_sample.harvesting import ForwardSizes
@@ -27,12 +28,15 @@ from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.sharded_layers import check_parallel
 from adabatch.grad_sample.stash import Stash
 from adabatch.grad_sample.taking import take, takes_over
-from adabatch.grad_sample.taps import CallTap, TapSite, listen
+from adabatch.grad_sample.taps import CallTap, TapSite, extra_inputs, listen
 from adabatch.grad_sample.tracing import READS_OUTPUT, ParameterTracer
 from adabatch.grad_sample.vectors import has_vectors, listen_to_vectors
 from adabatch.grad_sample.witness import FirstPassWitness
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+NO_LAYER = "a compiled graph cannot measure parameters without a layer of their own: {names}. Run the model uncompiled, or pass ignore=[...]"
+SHARES = "{name} shares a parameter, or is measured with dots=True, which a compiled graph cannot do: run the model uncompiled, or without dots=True"
+
+_running_backward = torch._C._current_graph_task_id
 
 
 class TapPlacer:
@@ -89,8 +93,7 @@ class TapPlacer:
         self._tracing_handles: list[Any] = []
 
     def attach(self, model: nn.Module, owner: object) -> None:
-        """Put the hooks on the model; they keep `owner` alive. They are plain functions: a deep copy of the model shares them, where it would copy a
-        bound method's object."""
+        """Put the hooks on the model; they keep `owner` alive. They are plain functions, which a deep copy of the model shares."""
         for site in self._sites[:-1]:
             self._handles.append(site.layer.register_forward_hook(bound(self._after_layer, site, owner), prepend=True, with_kwargs=True))
             if isinstance(site.layer, nn.MultiheadAttention):
@@ -110,9 +113,8 @@ class TapPlacer:
         original = weakref.ref(model)
         # Last, so that it runs before the hook of a layer that is the model itself.
         self._handles.append(model.register_forward_pre_hook(bound(self._before_model, original, owner), prepend=True, with_kwargs=True))
-        (self._handles if self._must_trace else self._tracing_handles).append(
-            model.register_forward_hook(bound(self._after_model, original, owner), always_call=True)
-        )
+        handles = self._handles if self._must_trace else self._tracing_handles
+        handles.append(model.register_forward_hook(bound(self._after_model, original, owner), always_call=True))
 
     def remove(self) -> None:
         """Take all hooks off the model."""
@@ -121,25 +123,18 @@ class TapPlacer:
         self._handles.clear()
         self._tracing_handles.clear()
 
-    def _measures(self) -> bool:
-        if not self.enabled or not torch.is_grad_enabled() or _is_exporting():
-            return False
-        return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None)
-
     def _before_model(self, original: weakref.ref[nn.Module], model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self.enabled and (torch.compiler.is_compiling() or self._tracer is None):
+        if not self.enabled and (is_compiling() or self._tracer is None):
             return
         if model is not original():
             return
         self._leave_tracing()
-        if not self._measures():
+        if not (self.enabled and can_measure()):
             return
-        if torch.compiler.is_compiling():
-            if self._must_trace:
-                names = ", ".join(sorted(self._traced)) or "position tables that are looked up once for all samples"
-                cure = "Run the model uncompiled, or pass ignore=[...]"
-                raise RuntimeError(f"a compiled graph cannot measure parameters without a layer of their own: {names}. {cure}")
-            return
+        if is_compiling():
+            if not self._must_trace:
+                return
+            raise RuntimeError(NO_LAYER.format(names=", ".join(sorted(self._traced)) or "position tables that are looked up once for all samples"))
         tensors = tensors_of((args, kwargs))
         self._n_samples = batch_size_of_inputs(self._source, args, kwargs, tensors, self._traced)
         if self._source is None:
@@ -149,9 +144,9 @@ class TapPlacer:
 
     def _before_part(self, original: weakref.ref[nn.Module], part: nn.Module, args: tuple, kwargs: dict) -> None:
         """Activation checkpointing runs a part of the model again inside backward, where the model itself is not called."""
-        if not self.enabled or torch.compiler.is_compiling() or self._tracer is not None or self._n_samples is None or torch._C._current_graph_task_id() == -1:
+        if not self.enabled or is_compiling() or self._tracer is not None or self._n_samples is None or torch._C._current_graph_task_id() == -1:
             return
-        if part is original() and self._must_trace and self._measures():
+        if part is original() and self._must_trace and self.enabled and can_measure():
             self._enter_tracing(args, kwargs)
             self._traced_part = original
 
@@ -195,7 +190,7 @@ class TapPlacer:
         return list(self._call_tap(operation, None, outputs, [reads_output or output._is_view() for output in outputs], self._sites[-1], self._n_samples))
 
     def _before_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if torch.compiler.is_compiling() or self._tracer is None or layer is not site.layer:
+        if is_compiling() or self._tracer is None or layer is not site.layer:
             return None
         tracer = self._tracer
         leaves, tree = tree_flatten((args, kwargs))
@@ -211,34 +206,30 @@ class TapPlacer:
         return tree_unflatten(leaves, tree)
 
     def _keep_random_state(self, site: TapSite, layer: nn.MultiheadAttention, args: tuple) -> None:
-        if layer.dropout and layer.training and not torch.compiler.is_compiling() and self._measures():
+        if layer.dropout and layer.training and not is_compiling() and self.enabled and can_measure():
             self._random[site.index] = random_state(layer.out_proj.weight.device)
 
     def _after_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._tap_compiled(site, layer, args, kwargs, output)
         if self._tracer is not None:
             return self._tap_traced(site, layer, args, kwargs, output)
         # A deep copy of the model carries the hooks along.
-        return self._tap_layer(site, layer, args, kwargs, output) if self.enabled and layer is site.layer and self._measures() else None
+        return self._tap_layer(site, layer, args, kwargs, output) if self.enabled and layer is site.layer_reference() and can_measure() else None
 
     def _tap_compiled(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if not self.enabled or layer is not site.layer or not self._measures():
+        if not self.enabled or layer is not site.layer or not can_measure():
             return None
         if site.deferred:
-            raise RuntimeError(
-                f"{site.name} shares a parameter with another use, or is measured with dots=True, which a compiled graph cannot do: do not compile the "
-                "model, or leave dots=True away"
-            )
+            raise RuntimeError(SHARES.format(name=site.name))
         return self._tap_by_rule(site, layer, args, kwargs, output)
 
     def _tap_traced(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if layer is not site.layer:
             return None
-        tracer = self._tracer
-        suspended = self._suspending.pop() if self._suspending else True
+        tracer, suspended = self._tracer, self._suspending.pop() if self._suspending else True
         try:
-            result = self._tap_layer(site, layer, args, kwargs, output) if suspended and self._measures() else None
+            result = self._tap_layer(site, layer, args, kwargs, output) if suspended and self.enabled and can_measure() else None
             output = output if result is None else result
             return result
         finally:
@@ -248,14 +239,16 @@ class TapPlacer:
 
     def _tap_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Outside compiled graphs."""
-        task = torch._C._current_graph_task_id()
+        task = _running_backward()
         if task == -1:
             site.calls += 1
         self.recomputing_task = task  # activation checkpointing runs the layer again, inside backward
         if args and has_vectors(site, layer, args[0], output):
-            site.shapes = args[0].shape, output.shape
-            rows, _ = self._rows(output.shape[0], output.device)
-            return listen_to_vectors(site, args[0], output, rows, self._probes.on(output.device).signal)
+            shape, device = output.shape, output.device
+            site.shapes = args[0].shape, shape
+            self.forward_sizes.note(shape[0])
+            rows = self._row_sampler.rows(shape[0], device)
+            return listen_to_vectors(site, args[0], output, rows, self._probes.on(device).signal)
         return self._tap_by_rule(site, layer, args, kwargs, output)
 
     def _tap_by_rule(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -267,7 +260,7 @@ class TapPlacer:
         rows, length = self._rows(n_samples, output.device)
         probe = self._probes.on(output.device)
         tap = take if not parallel and takes_over(site, layer, inputs, output, rows, n_samples, self._stash.second_moments is not None) else listen
-        return tap(site, inputs, output, rows, n_samples, probe.report(site.index), self._extras(site, probe, length))
+        return tap(site, inputs, output, rows, n_samples, probe.report(site.index), extra_inputs(site, probe, length))
 
     @uncompiled
     def _tap_call(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -275,15 +268,10 @@ class TapPlacer:
         leaves, tree = tree_flatten(output)
         if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             return None
-        if isinstance(layer, nn.MultiheadAttention):
-            n_samples = leaves[0].shape[0 if layer.batch_first else 1]
-            call = AttentionCall(site.name, layer, site.parameters, args, kwargs, output, self._random.pop(site.index, None))
-        elif isinstance(layer, nn.RNNBase):
-            n_samples = tree_flatten(output)[0][0].shape[0 if layer.batch_first else 1]
-            call = RecurrentCall(site.name, layer, site.parameters, args, kwargs, output, n_samples)
-        else:
+        n_samples = rows_of_output(layer, leaves)
+        if n_samples is None:
             n_samples = self._samples_in(site, next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad))
-            call = ModuleCall(site.name, layer, site.parameters, args, kwargs, output, n_samples, site.layout)
+        call = call_again(site, layer, (args, kwargs, output), n_samples, self._random.pop(site.index, None))
         outputs = [leaves[index] for index in call.tapped]
         site.shapes = called_shapes(tree_flatten((args, kwargs))[0], outputs[0], n_samples)
         for index, tapped in zip(call.tapped, self._call_tap(call, site, outputs, [True] * len(outputs), site, n_samples), strict=True):
@@ -293,7 +281,7 @@ class TapPlacer:
     def _call_tap(self, call: Any, site: TapSite | None, outputs: list[Tensor], copied: list[bool], reporting: TapSite, n_samples: int) -> Sequence[Tensor]:
         probe = self._probes.on(outputs[0].device)
         rows, length = self._rows(n_samples, outputs[0].device)
-        extras = [] if site is None else self._extras(site, probe, length)
+        extras = [] if site is None else extra_inputs(site, probe, length)
         return CallTap.apply(call, site, reporting, rows, probe.report(reporting.index), n_samples, copied, *outputs, *call.tensors, *extras)
 
     def _samples_in(self, site: TapSite, output: Tensor) -> int:
@@ -304,15 +292,9 @@ class TapPlacer:
         return self._n_samples
 
     def _rows(self, n_samples: int, device: torch.device) -> tuple[Tensor | None, int]:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._probes.on(device).check_room(n_samples)
         else:
             self.forward_sizes.note(n_samples)
         rows = self._row_sampler.rows(n_samples, device)
         return rows, n_samples if rows is None else rows.shape[0]
-
-    def _extras(self, site: TapSite, probe: Any, length: int) -> list[Tensor]:
-        moments = self._stash.second_moments
-        names = () if moments is None else site.parameters.values()
-        rows = site.probe_rows if torch.compiler.is_compiling() else ()
-        return [*(probe.row(row, length) for row in rows), *(probe.second_moment(name, moments.shape(name)) for name in names)]

@@ -62,7 +62,10 @@ class PassNotes:
 
     def add_norms(self, norms: list[Tensor | None], bring_home: Callable[[Tensor], Tensor]) -> None:
         """Add what was noted of each probe row to its squared norms."""
-        wholes = [(row, torch.linalg.vector_norm(torch.stack([bring_home(value) for value in values]), dim=0).square()) for row, values in self.roots.items()]
+        wholes = []
+        for row, noted in self.roots.items():
+            whole = torch.linalg.vector_norm(torch.stack([bring_home(value) for value in noted]), dim=0)
+            wholes.append((row, whole * whole))  # squaring by square() would be one more kind of operation
         for row, noted in self.norms.items():
             values = [bring_home(value) for value in noted]
             wholes.append((row, values[0] if len(values) == 1 else torch.stack(values).sum(0)))

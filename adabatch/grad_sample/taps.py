@@ -21,6 +21,7 @@ from adabatch.grad_sample.compiled import outside_autocast
 from adabatch.grad_sample.factors import Factor
 from adabatch.grad_sample.grad_norms import is_sharded
 from adabatch.grad_sample.layouts import Layout
+from adabatch.grad_sample.probe import Probe
 from adabatch.grad_sample.registry import GradSampler
 from adabatch.grad_sample.sharded_layers import is_parallel, own_activations, own_backprops
 from adabatch.grad_sample.stash import Stash, Use, signal_gradient
@@ -51,6 +52,7 @@ class TapSite:
         takes: whether its last tap was a taking one.
         pays, taken: by the shapes of its calls, whether a taking tap would pay, and whether it was placed (activation checkpointing places the same again).
         shapes: of its last input and output, samples first (eager mode), for the cost model.
+        vectors: its weight and bias, and whether the layer with them may get the tap for vectors.
     """
 
     name: str
@@ -67,6 +69,7 @@ class TapSite:
     pays: dict[tuple, bool] = field(default_factory=dict)
     taken: dict[tuple, bool] = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    vectors: tuple[Tensor | None, Tensor | None, bool] | None = None
 
     @classmethod
     def all_of(cls, plan: Plan, row_of: Mapping[str, int], stash: Stash, layouts: Mapping[str, Layout]) -> list[TapSite]:
@@ -106,6 +109,14 @@ class TapSite:
         if rows is not None and full_batch:
             factors = {name: factor.select(rows) for name, factor in factors.items()}
         return factors
+
+
+def extra_inputs(site: TapSite, probe: Probe, length: int) -> list[Tensor]:
+    """What a tap of S = `length` measured rows gets beside its report: in a compiled graph the probe rows, then leaves for second moments, if asked for."""
+    moments = site.stash.second_moments
+    rows = site.probe_rows if torch.compiler.is_compiling() else ()
+    names = () if moments is None else site.parameters.values()
+    return [*(probe.row(row, length) for row in rows), *(probe.second_moment(name, moments.shape(name)) for name in names)]
 
 
 def report_norms(site: TapSite, sq_norms: Mapping[str, Tensor], measured: int, dtype: torch.dtype) -> list[Tensor | None]:

@@ -21,16 +21,23 @@ from adabatch.kernels.chunks import accumulation_dtype
 
 
 def has_vectors(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor) -> bool:
-    """Whether the layer, outside compiled graphs, is to get the tap for vectors."""
-    if site.sampler is None or site.sampler.rule is not linear_grad_sample or site.deferred or site.layout is not Layout.BATCH_FIRST:
-        return False
-    if inputs.dim() != 2 or type(output) is not Tensor or site.stash.second_moments is not None or site.stash.shares is not None:
-        return False
-    own = layer._parameters
+    """Whether the layer, outside compiled graphs, is to get the tap for vectors. What cannot change while the layer keeps its parameters is looked at
+    once."""
+    own, stash = layer._parameters, site.stash
     weight, bias = own.get("weight"), own.get("bias")
-    if type(weight) is not nn.Parameter or not weight.requires_grad or len(site.parameters) != (1 if bias is None else 2):
+    if site.vectors is None or site.vectors[0] is not weight or site.vectors[1] is not bias:
+        site.vectors = weight, bias, _is_plain(site, weight, bias, output)
+    if not site.vectors[2] or site.deferred or stash.second_moments is not None or stash.shares is not None:
         return False
-    return (bias is None or (type(bias) is nn.Parameter and bias.requires_grad)) and not kernels.has_kernel("outer_sq_norms", output)
+    return inputs.dim() == 2 and type(output) is Tensor and weight.requires_grad and (bias is None or bias.requires_grad)
+
+
+def _is_plain(site: TapSite, weight: Tensor | None, bias: Tensor | None, output: Tensor) -> bool:
+    """Whether it is a Linear of samples first, with parameters of its own that are all measured, on a device without a kernel for both norms."""
+    if site.sampler is None or site.sampler.rule is not linear_grad_sample or site.layout is not Layout.BATCH_FIRST:
+        return False
+    own = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+    return own and len(site.parameters) == (1 if bias is None else 2) and not kernels.has_kernel("outer_sq_norms", output)
 
 
 def listen_to_vectors(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, report: Tensor) -> Tensor:
