@@ -34,7 +34,7 @@ from adabatch.grad_sample.vectors import has_vectors, listen_to_vectors
 from adabatch.grad_sample.witness import FirstPassWitness
 
 NO_LAYER = "a compiled graph cannot measure parameters without a layer of their own: {names}. Run the model uncompiled, or pass ignore=[...]"
-SHARES = "{name} shares a parameter with another use, or is measured with dots=True, which a compiled graph cannot do: run it uncompiled, or without dots=True"
+SHARES = "{name} shares a parameter with another use, or is measured with dots=True, which a compiled graph cannot do: do not compile the model"
 
 _running_backward = torch._C._current_graph_task_id
 
