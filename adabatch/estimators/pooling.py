@@ -213,6 +213,8 @@ def _indices(passes: Sequence[BackwardPass]) -> Tensor | None:
     """Measured rows counted through the passes, or None when every pass measured all of its rows."""
     if all(step.indices is None for step in passes):
         return None
+    if len(passes) == 1:
+        return passes[0].indices.cpu()
     parts, offset = [], 0
     for step in passes:
         rows = torch.arange(step.batch_size) if step.indices is None else step.indices.cpu()

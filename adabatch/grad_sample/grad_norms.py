@@ -12,6 +12,8 @@ from torch.nn.utils import get_total_norm
 
 from adabatch.kernels.chunks import LONGEST_SUM
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
 
 def grad_sq_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
     """Σ over the group's parameters of ‖p.grad‖², one value per group, [K], float32 at least; a parameter without a gradient counts 0.
@@ -73,7 +75,7 @@ def is_sharded(tensor: Any) -> bool:
         >>> is_sharded(torch.zeros(2))
         False
     """
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def _own_part(grad: Tensor, world_size: int) -> tuple[Tensor, float]:

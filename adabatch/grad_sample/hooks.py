@@ -198,7 +198,8 @@ class GradSampleHooks:
         if self._n_passes >= self.accumulate:
             check_gradients_left(seen, self.parameters, self.sites)
             self._grad_sq_norms = self.sharing.grad_sq_norms(self._probe_rows.groups)
-            self._passes[-1].preconditioned = gradient_shares(self._stash.second_moments)
+            if self._stash.second_moments is not None:
+                self._passes[-1].preconditioned = gradient_shares(self._stash.second_moments)
             for step, held in zip(self._passes, self._held, strict=False):
                 step.dots = held.dots(self.parameters, self._probe_rows.row_of, self._probes.bring_home)
             self._held.clear()

@@ -28,13 +28,12 @@ from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.sharded_layers import check_parallel
 from adabatch.grad_sample.stash import Stash
 from adabatch.grad_sample.taking import take, takes_over
-from adabatch.grad_sample.taps import CallTap, TapSite, extra_inputs, listen
+from adabatch.grad_sample.taps import SHARED_COMPILED, CallTap, TapSite, extra_inputs, listen
 from adabatch.grad_sample.tracing import READS_OUTPUT, ParameterTracer
 from adabatch.grad_sample.vectors import has_vectors, listen_to_vectors
 from adabatch.grad_sample.witness import FirstPassWitness
 
 NO_LAYER = "a compiled graph cannot measure parameters without a layer of their own: {names}. Run the model uncompiled, or pass ignore=[...]"
-SHARES = "{name} shares a parameter with another use, or is measured with dots=True, which a compiled graph cannot do: do not compile the model"
 
 _running_backward = torch._C._current_graph_task_id
 
@@ -221,7 +220,7 @@ class TapPlacer:
         if not self.enabled or layer is not site.layer or not can_measure():
             return None
         if site.deferred:
-            raise RuntimeError(SHARES.format(name=site.name))
+            raise RuntimeError(SHARED_COMPILED.format(name=site.name))
         return self._tap_by_rule(site, layer, args, kwargs, output)
 
     def _tap_traced(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -174,10 +174,14 @@ class Probe:
 
     def drain(self, task: int) -> tuple[list[Tensor | None], Tensor | None, dict[str, Tensor]]:
         """Hand over the gradients of one backward pass (row norms, reports, second moments) and clear them, with what other passes left."""
+        self.signal.grad = None
+        if not self._task_of:
+            return [], None, {}
         rows = [self._take(leaf, task) for leaf in self.rows]
         moments = [(name, self._take(leaf, task)) for (name, _), leaf in self.second_moments.items()]
-        self.signal.grad = None
-        return rows, self._take(self.reports, task), {name: moment for name, moment in moments if moment is not None}
+        reports = self._take(self.reports, task)
+        self._task_of.clear()
+        return rows, reports, {name: moment for name, moment in moments if moment is not None}
 
     def _take(self, leaf: Tensor, task: int) -> Tensor | None:
         grad, leaf.grad = leaf.grad, None

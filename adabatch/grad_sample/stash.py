@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from adabatch.grad_sample.factors import Factor
 from adabatch.grad_sample.preconditioned import SecondMoments
 from adabatch.grad_sample.witness import FirstPassWitness
+
+_running_backward = torch._C._current_graph_task_id
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,7 +96,7 @@ class Stash:
         self.shares: dict[str, float] | None = None
 
     def _now(self) -> PassNotes:
-        task = torch._C._current_graph_task_id()
+        task = _running_backward()
         if task != self._task:  # what is left of another pass is never asked for: it failed, or was not a backward() to the leaves
             self._notes, self._task = PassNotes(), task
         return self._notes
@@ -104,26 +106,28 @@ class Stash:
         with self._lock:  # the engine runs one thread per device
             self._now().uses.extend(uses)
 
-    def report(self, layer: int, n_samples: int) -> bool:
-        """A use of the layer that many samples passed; whether it is the first of the pass."""
+    def report(self, layer: int, n_samples: int, roots: Iterable[tuple[int, Tensor]] = ()) -> bool:
+        """A use of the layer that many samples passed; whether it is the first of the pass.
+
+        Args:
+            layer, n_samples: the use.
+            roots: (probe row, norms [S] of the layer that are still to be squared): squaring and adding them up for all layers at once takes fewer kinds of
+                operations, each of which costs far more the first time in a step than it does again.
+        """
         with self._lock:
-            counts = self._now().counts
-            is_first = not counts
-            count = counts.setdefault(layer, [0, 0])
+            notes = self._now()
+            is_first = not notes.counts
+            count = notes.counts.setdefault(layer, [0, 0])
             count[0] += 1
             count[1] += n_samples
+            for row, norms in roots:
+                notes.roots.setdefault(row, []).append(norms)
             return is_first
 
     def add_norms(self, row: int, sq_norms: Tensor) -> None:
         """Squared norms [S] of a layer, for that probe row."""
         with self._lock:
             self._now().norms.setdefault(row, []).append(sq_norms)
-
-    def add_roots(self, row: int, norms: Tensor) -> None:
-        """Norms [S] of a layer, which are squared and added up together with others: fewer kinds of operations, each of which costs far more the first time
-        in a step than it does again."""
-        with self._lock:
-            self._now().roots.setdefault(row, []).append(norms)
 
     def clear(self) -> None:
         """Drop all notes."""

@@ -32,6 +32,11 @@ DOUBLE_BACKWARD = (
 )
 
 
+SHARED_COMPILED = (
+    "{name} shares a parameter with another use, or is measured with dots=True, which a compiled graph cannot do: do not compile the model, or leave "
+    "dots=True away"
+)
+
 TRACED = "operations on traced parameters"
 
 

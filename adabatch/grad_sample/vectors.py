@@ -42,7 +42,7 @@ def _is_plain(site: TapSite, weight: Tensor | None, bias: Tensor | None, output:
 
 def listen_to_vectors(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, report: Tensor) -> Tensor:
     """The layer's output behind its tap."""
-    return VectorTap.apply(output, (inputs if rows is None else inputs.detach().index_select(0, rows),), rows, report, site)
+    return _apply(output, (inputs if rows is None else inputs.detach().index_select(0, rows),), rows, report, site)
 
 
 class VectorTap(torch.autograd.Function):
@@ -65,17 +65,21 @@ class VectorTap(torch.autograd.Function):
             raise RuntimeError(DOUBLE_BACKWARD)
         site, (activations,) = ctx.site, ctx.saved_tensors
         measured = backprops if ctx.rows is None else backprops.index_select(0, ctx.rows)
+        roots = ()
         if site.deferred or site.calls > 1:
             with outside_autocast(backprops.device):
                 keep_uses(site, site.sampler.rule(site.layer, activations.detach(), measured), ctx.rows)
         else:
-            _report(site, activations, measured, ctx.dtype)
-        return backprops, None, None, ctx.signal if site.stash.report(site.index, backprops.shape[0]) else None, None
+            roots = _norms(site, activations, measured, ctx.dtype)
+        return backprops, None, None, ctx.signal if site.stash.report(site.index, backprops.shape[0], roots) else None, None
 
 
-def _report(site: TapSite, activations: Tensor, backprops: Tensor, dtype: torch.dtype) -> None:
-    """Report ‖a_n‖ ‖b_n‖ for the weight, ‖b_n‖ for the bias."""
+# What VectorTap.apply comes to where no torch.func transform is at work, as can_measure() has seen.
+_apply = super(torch.autograd.Function, VectorTap).apply
+
+
+def _norms(site: TapSite, activations: Tensor, backprops: Tensor, dtype: torch.dtype) -> list[tuple[int, Tensor]]:
+    """(probe row, norms [S]): ‖a_n‖ ‖b_n‖ for the weight, ‖b_n‖ for the bias."""
     inner = accumulation_dtype(activations, backprops)
     left, right = torch.linalg.vector_norm(activations, dim=1, dtype=inner), torch.linalg.vector_norm(backprops, dim=1, dtype=inner)
-    for name, row in site.rows.items():
-        site.stash.add_roots(row, (right if name == "bias" else left * right).to(dtype))
+    return [(row, (right if name == "bias" else left * right).to(dtype)) for name, row in site.rows.items()]
