@@ -50,7 +50,8 @@ def test_the_average_cost_is_within_the_budget(share, overhead):
         warnings.simplefilter("ignore")
         measured, spent = run(plan, hooks, n_steps)
     assert all(measured[:WARM_UP])
-    assert spent <= overhead * n_steps * 1.001 or plan.measurement.every == 100
+    one = plan.measurement.share * plan.measurement.every  # the run may end just after a measurement
+    assert spent <= overhead * n_steps + one or plan.measurement.every == 100
     assert spent >= 0.6 * min(overhead, share) * n_steps
     gaps = [later - earlier for earlier, later in zip(at(measured), at(measured)[1:], strict=False)]
     assert set(gaps[WARM_UP - 1 :]) <= {plan.measurement.every, math.ceil(STRETCH * plan.measurement.every)}
@@ -92,7 +93,7 @@ def test_accumulated_passes_are_what_is_planned_for():
 def test_a_budget_that_nothing_fits_is_warned_about_at_once():
     hooks = Priced(100.0)
     plan = Budget(hooks, 0.01)
-    with pytest.warns(UserWarning, match=r"overhead=0.01 is too small for this model: measuring 8 of 64 samples at one step in 20 costs 0.75[0-9]* of a step"):
+    with pytest.warns(UserWarning, match=r"overhead=0.01 is too small for this model: measuring 8 of 64 samples at one step in 20 costs 0.70[0-9]* of a step"):
         plan.next_step(1, True, 64)
     assert plan.measurement.every > 20
 

@@ -32,16 +32,16 @@ PASS = 16.0
 # Python, dispatch and small tensors of one layer's tap in one step; the same layer's share of a plain step.
 # What is measured beside norms and needs Σ g_i² of every layer.
 SQUARES = frozenset({"second_moment", "preconditioned_trace"})
-CALL, PLAIN_CALL = 8e6, 1.5e7
+CALL, PLAIN_CALL = 3e6, 1.5e7
 # Gathering the results of a step and working out its moments; the loop, the optimizer and the loader of a plain step.
-STEP, PLAIN_STEP = 3e7, 4e7
+STEP, PLAIN_STEP = 1.5e7, 4e7
 # torch.func costs that many calls.
 RUN_AGAIN_CALLS = 16
 # Per-sample weight gradients of a convolution over one for the batch.
 CONVOLUTION_FACTOR = 1.4
 # Whole measured steps over the products and passes counted here, and what every step pays besides (the scheduler's own work, colder caches): fitted to the
-# five models of the benchmark, whose shares of .13, .24, .29, .15 and .06 come out as .12, .27, .33, .17 and .05.
-MARGIN, FLOOR = 1.2, 0.02
+# five models of the benchmark, whose shares of .08, .24, .25, .13 and .04 come out as .09, .24, .30, .15 and .05.
+MARGIN, FLOOR = 1.12, 0.02
 # Where the layers' shapes are not seen (inside a compiled graph): measuring all samples, as a share of the step.
 UNSEEN_SHARE = 0.4
 # Longer intervals make the controller slow, fewer samples make its input noisy.
@@ -197,7 +197,7 @@ def within_budget(cost: StepCost, samples: int, overhead: float) -> Measurement:
     Example:
         >>> cost = StepCost((LayerCost(training=1e9, listening=2e8),), numel=0)
         >>> within_budget(cost, 1000, 0.05)  # doctest: +ELLIPSIS
-        Measurement(samples=None, every=6, share=0.043...)
+        Measurement(samples=None, every=5, share=0.048...)
         >>> within_budget(cost, 1000, 0.005).samples
         333
     """

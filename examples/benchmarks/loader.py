@@ -60,8 +60,8 @@ class Drawn(Cheap):
 
 
 class Costly(Cheap):
-    """The usual augmentation: a part of random place and size, brought to 32 x 32 by antialiased interpolation, turned round at random, normalized. A photograph
-    that is decoded before costs ten times as much."""
+    """The usual augmentation: a part of random place and size, brought to 32 x 32 by antialiased interpolation, turned round at random, normalized. To decode
+    a photograph before costs ten times as much."""
 
     seconds = 2e-4
     pictures = 256
