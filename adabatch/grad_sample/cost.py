@@ -199,7 +199,7 @@ def within_budget(cost: StepCost, samples: int, overhead: float) -> Measurement:
         >>> within_budget(cost, 1000, 0.05)  # doctest: +ELLIPSIS
         Measurement(samples=None, every=5, share=0.048...)
         >>> within_budget(cost, 1000, 0.005).samples
-        333
+        357
     """
     every = _interval(cost.share(samples), overhead)
     if every <= LONGEST_INTERVAL or samples <= FEWEST_SAMPLES:

@@ -178,8 +178,8 @@ def tables(rows: list[dict], delays: list[dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/loader"))
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.6, help="that a pass of torch's takes, about (default 0.6)")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="that a pass of torch's takes, about (default 1)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 256, 4096])
     parser.add_argument("--samples", choices=list(KINDS), nargs="+", default=list(KINDS))
