@@ -93,7 +93,7 @@ def test_accumulated_passes_are_what_is_planned_for():
 def test_a_budget_that_nothing_fits_is_warned_about_at_once():
     hooks = Priced(100.0)
     plan = Budget(hooks, 0.01)
-    with pytest.warns(UserWarning, match=r"overhead=0.01 is too small for this model: measuring 8 of 64 samples at one step in 20 costs 0.70[0-9]* of a step"):
+    with pytest.warns(UserWarning, match=r"overhead=0.01 is too small for this model: measuring 8 of 64 samples at one step in 20 costs 0.75[0-9]* of a step"):
         plan.next_step(1, True, 64)
     assert plan.measurement.every > 20
 

@@ -108,8 +108,9 @@ def pool_passes(
     common = {"batch_size": batch_size, "indices": _indices(passes), "share": share}
     if weights is None:
         per_pass = [(step.whole * (1 if by_samples else k) if mean else 1) / loss_scale for step in passes]
-        common |= {"effective_batch_size": _effective(passes) if mean and not by_samples else None}
-        common |= {"corrections": _corrections(passes, common["effective_batch_size"])}
+        if k > 1:
+            m_eff = _effective(passes) if mean and not by_samples else None
+            common |= {"effective_batch_size": m_eff, "corrections": _corrections(passes, m_eff)}
     else:
         per_pass = [(step.whole if by_samples else whole_size) / loss_scale for step in passes]
         common |= {"weights": measured_weights(passes, weights, loss_reduction, by_samples), "corrections": _strata(passes)}
@@ -117,7 +118,7 @@ def pool_passes(
     rows = [_row(passes, [scale**2 for scale in per_pass], row) for row in range(len(group_of_row))]
     dots = [_row(passes, [scale * whole for scale in per_pass], row, "dots") for row in range(len(group_of_row))] if passes[0].dots is not None else None
     batch_norms = [float(value) * whole**2 for value in grad_sq_norms.tolist()]
-    groups = sorted(set(group_of_row))
+    groups = sorted(set(group_of_row)) if len(group_of_row) > 1 else ()
 
     def summed(of_group: int | None) -> dict[str, Any]:
         """Over the rows of a group, or over all."""
