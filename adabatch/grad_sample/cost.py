@@ -32,9 +32,9 @@ PASS = 16.0
 # Python, dispatch and small tensors of one layer's tap in one step; the same layer's share of a plain step.
 # What is measured beside norms and needs Σ g_i² of every layer.
 SQUARES = frozenset({"second_moment", "preconditioned_trace"})
-CALL, PLAIN_CALL = 3e6, 1.5e7
+CALL, PLAIN_CALL = 4e6, 1.5e7
 # Gathering the results of a step and working out its moments; the loop, the optimizer and the loader of a plain step.
-STEP, PLAIN_STEP = 1.5e7, 4e7
+STEP, PLAIN_STEP = 2e7, 4e7
 # torch.func costs that many calls.
 RUN_AGAIN_CALLS = 16
 # Per-sample weight gradients of a convolution over one for the batch.

@@ -18,14 +18,17 @@ from adabatch.grad_sample.tracing import ParameterTracer
 _OPAQUE = (nn.RNNBase, nn.MultiheadAttention)
 
 
-def tensors_of(values: Any) -> list[Tensor]:
-    """All tensors in a structure of them.
+def tensors_of(values: tuple[tuple, dict[str, Any]]) -> list[Tensor]:
+    """All tensors in a call's arguments and keyword arguments, in order.
 
     Example:
         >>> import torch
         >>> len(tensors_of(((torch.zeros(2), {"mask": torch.ones(2), "name": "a"}), {})))
         2
     """
+    args, kwargs = values
+    if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
+        return [args[0]]
     found, stack = [], [values]
     while stack:
         value = stack.pop()

@@ -101,12 +101,19 @@ def _shortened(grad: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grad.flatten(1), dim=1)
 
 
+def _dense(grad: Tensor) -> Tensor:
+    """The values of the gradient, in float32 at least."""
+    grad = grad.coalesce().values() if grad.is_sparse else grad
+    return grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+
+
 def _group_norm(grads: Sequence[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(())
-    grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-    grads = [grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad for grad in grads]
-    if all(grad.device.type == "cpu" and not is_sharded(grad) for grad in grads):  # the library's way, which costs ten times the calls
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(_shortened(grad)) for grad in grads]))
+    grads = [_dense(grad) for grad in grads]
+    plain = [grad.is_cpu and type(grad) is Tensor for grad in grads]
+    grads = [_shortened(grad) if is_plain else grad for grad, is_plain in zip(grads, plain, strict=True)]
+    if all(plain):  # what the library does in ten times the calls
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
     norm = get_total_norm(grads)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

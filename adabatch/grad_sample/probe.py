@@ -53,7 +53,8 @@ class ProbeSet:
 
     def bring_home(self, values: Tensor) -> Tensor:
         """The values in the probes' type, where results are gathered."""
-        return values.to(self.home, self._dtype)
+        at_home = values.dtype is self._dtype and len(self._probes) == 1
+        return values if at_home else values.to(self.home, self._dtype)
 
     @property
     def reports(self) -> list[Tensor]:

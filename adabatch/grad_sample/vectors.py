@@ -74,12 +74,16 @@ class VectorTap(torch.autograd.Function):
         return backprops, None, None, ctx.signal if site.stash.report(site.index, backprops.shape[0], roots) else None, None
 
 
+_norm = torch.linalg.vector_norm
 # What VectorTap.apply comes to where no torch.func transform is at work, as can_measure() has seen.
 _apply = super(torch.autograd.Function, VectorTap).apply
 
 
 def _norms(site: TapSite, activations: Tensor, backprops: Tensor, dtype: torch.dtype) -> list[tuple[int, Tensor]]:
     """(probe row, norms [S]): ‖a_n‖ ‖b_n‖ for the weight, ‖b_n‖ for the bias."""
+    if activations.dtype is backprops.dtype is dtype:
+        left, right = _norm(activations, dim=1), _norm(backprops, dim=1)
+        return [(row, right if name == "bias" else left * right) for name, row in site.rows.items()]
     inner = accumulation_dtype(activations, backprops)
-    left, right = torch.linalg.vector_norm(activations, dim=1, dtype=inner), torch.linalg.vector_norm(backprops, dim=1, dtype=inner)
+    left, right = _norm(activations, dim=1, dtype=inner), _norm(backprops, dim=1, dtype=inner)
     return [(row, (right if name == "bias" else left * right).to(dtype)) for name, row in site.rows.items()]
