@@ -163,8 +163,6 @@ def wrap(
         scheduler = BatchSizeScheduler(optimizer, adaptive, hooks, controller, **options)
         if parallel is not None:
             parallel.join(model, hooks, scheduler, of_processes=estimator == "cross_rank")
-        if hasattr(hooks, "loss_scale"):
-            hooks.loss_scale.watch(optimizer)
         optimizer = micro.accumulating(optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)
     except Exception:
         (hooks if scheduler is None else scheduler).remove()

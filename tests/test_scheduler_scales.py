@@ -135,6 +135,20 @@ def test_a_grad_scaler_that_wrap_was_not_told_of_is_noticed(options, message):
         epoch()
 
 
+def test_a_scheduler_made_by_hand_notices_a_grad_scaler_too():
+    torch.manual_seed(0)
+    model, scaler = nn.Linear(3, 1), torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer = SGD(model.parameters(), lr=0.01)
+    loader = adabatch.AdaptiveDataLoader(regression(64), 8)
+    scheduler = adabatch.BatchSizeScheduler(optimizer, loader, adabatch.GradSampleHooks(model), Wishes(8), min_batch_size=8, max_batch_size=8)
+    inputs, targets = next(iter(loader))
+    loss = squared_error(model(inputs), targets)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match="called by a GradScaler that adabatch was not told of"):
+        scheduler.step(loss)
+
+
 def test_a_grad_scaler_whose_scale_is_told_at_each_step_or_that_is_off_will_do():
     loader, scheduler, step = scaled(torch.amp.GradScaler("cpu", init_scale=64.0))
     for inputs, targets in loader:
