@@ -110,16 +110,12 @@ def test_the_output_of_a_custom_autograd_function_meets_a_traced_parameter():
     exact(model, torch.randn(N, T, D))
 
 
-def test_distributed_data_parallel_with_traced_parameters(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        model, batch = Model("raw").double(), double((torch.randn(N, T, D),))
-        grads = grads_of_one_forward(model, batch)
-        parallel = DistributedDataParallel(model)
-        hooks = GradSampleHooks(parallel)
-        for _ in range(2):
-            parallel.zero_grad()
-            outputs_loss(parallel, batch).mean().backward()
-            close(hooks.collect().sq_norms, sum(grad.flatten(1).square().sum(1) for grad in grads.values()), 1e-9)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_distributed_data_parallel_with_traced_parameters(one_process):
+    model, batch = Model("raw").double(), double((torch.randn(N, T, D),))
+    grads = grads_of_one_forward(model, batch)
+    parallel = DistributedDataParallel(model)
+    hooks = GradSampleHooks(parallel)
+    for _ in range(2):
+        parallel.zero_grad()
+        outputs_loss(parallel, batch).mean().backward()
+        close(hooks.collect().sq_norms, sum(grad.flatten(1).square().sum(1) for grad in grads.values()), 1e-9)
