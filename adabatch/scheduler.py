@@ -133,8 +133,6 @@ class BatchSizeScheduler:
         check_measured(hooks, self.controller, coupling)
         check_unscaled(optimizer)
         self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
-        if hasattr(hooks, "loss_scale"):
-            hooks.loss_scale.watch(optimizer)
         self._plan, self.short_batch, self.confidence = plan_for(hooks, every, overhead), short_batch, checked_confidence(confidence)
         self._base_lr = MeanLr(optimizer, effective_lr_of_controller(self.controller, optimizer, effective_lr), getattr(hooks, "parameters", {}).values())
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
@@ -146,6 +144,8 @@ class BatchSizeScheduler:
         self._force = SizeInForce(loader, self.accumulate, first, self.size_rule.dwell)
         self._stale, self._late = StaleGradients(), LateParameters(optimizer, getattr(hooks, "parameters", {}).values())
         hooks.enabled = True
+        if hasattr(hooks, "loss_scale"):
+            hooks.loss_scale.watch(optimizer)
         if short_batch == "drop":
             loader.drop_last = True
 

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import itertools
 import math
 
 import pytest
@@ -211,6 +212,9 @@ def test_the_repr_builds_the_same_controller(make):
     controller = make()
     twin = eval(repr(controller), vars(adabatch.controllers))
     assert type(twin) is type(controller)
+    for either in (controller, twin):
+        if hasattr(either, "_clock"):  # two runs by the wall's clock differ
+            either._clock = itertools.count().__next__
     assert run(twin, seed=1) == run(controller, seed=1)
 
 
