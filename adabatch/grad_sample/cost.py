@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 # One pass over an element in memory (read, and write in part), in multiply-adds.
 PASS = 16.0
-# Python, dispatch and small tensors of one layer's tap in one step; the same layer's share of a plain step.
 # What is measured beside norms and needs Σ g_i² of every layer.
 SQUARES = frozenset({"second_moment", "preconditioned_trace"})
+# Python, dispatch and small tensors of one layer's tap in one step; the same layer's share of a plain step.
 CALL, PLAIN_CALL = 4e6, 1.5e7
 # Gathering the results of a step and working out its moments; the loop, the optimizer and the loader of a plain step.
 STEP, PLAIN_STEP = 2e7, 4e7

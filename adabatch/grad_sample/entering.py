@@ -27,20 +27,9 @@ def tensors_of(values: tuple[tuple, dict[str, Any]]) -> list[Tensor]:
         2
     """
     args, kwargs = values
-    if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
+    if not kwargs and len(args) == 1 and type(args[0]) is Tensor:  # the commonest call, which need not be flattened
         return [args[0]]
-    found, stack = [], [values]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif type(value) in (tuple, list):
-            stack.extend(reversed(value))
-        elif type(value) is dict:
-            stack.extend(reversed(value.values()))
-        elif value is not None and not isinstance(value, (str, int, float)):
-            stack.extend(leaf for leaf in reversed(tree_flatten(value)[0]) if isinstance(leaf, Tensor))
-    return found
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
 
 
 def batch_size_of_inputs(

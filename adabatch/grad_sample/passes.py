@@ -120,8 +120,6 @@ def check_all_seen(seen: Collection[str], parameters: dict[str, Tensor]) -> None
     Raises:
         RuntimeError: listing the parameters whose gradient the taps never saw.
     """
-    if len(seen) == len(parameters):
-        return
     missing = [name for name, parameter in parameters.items() if name not in seen and parameter.grad is not None and bool(torch.count_nonzero(parameter.grad))]
     if missing:
         raise RuntimeError(

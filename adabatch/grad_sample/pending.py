@@ -12,7 +12,7 @@ from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import BackwardPass, pool_passes
 from adabatch.grad_sample.harvesting import LateChecks
 from adabatch.grad_sample.loss_scale import NotedScale
-from adabatch.host_copies import HostCopies, is_remote
+from adabatch.host_copies import HostCopies
 
 
 class PendingMoments:
@@ -52,10 +52,9 @@ class PendingMoments:
 
 def _copied(step: BackwardPass, copies: HostCopies) -> BackwardPass:
     """The pass with its small tensors on the host; elementwise second moments stay where they are."""
-    if not any(is_remote(row) for row in step.norms) and not is_remote(step.indices):
-        return step
     rows = {"norms": [copies.add(row) for row in step.norms], "dots": None if step.dots is None else [copies.add(row) for row in step.dots]}
     moments = {name: copies.add(value) if value.dim() == 0 else value for name, value in step.second_moments.items()}
     if getattr(step, "preconditioned", None):
         rows["preconditioned"] = {name: copies.add(value) for name, value in step.preconditioned.items()}
-    return replace(step, indices=copies.add(step.indices), second_moments=moments, **rows)
+    indices = copies.add(step.indices)
+    return replace(step, indices=indices, second_moments=moments, **rows) if copies.under_way else step

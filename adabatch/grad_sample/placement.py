@@ -17,7 +17,7 @@ from adabatch.grad_sample.attach import bound
 from adabatch.grad_sample.attention import RandomState, random_state
 from adabatch.grad_sample.calling import call_again, rows_of_output
 from adabatch.grad_sample.calls import uncompiled
-from adabatch.grad_sample.compiled import can_measure, is_compiled, is_compiling
+from adabatch.grad_sample.compiled import can_measure, is_compiled, is_compiling, running_backward
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.entering import batch_size_of_inputs, carries_samples, row_dim, tensors_of
 from adabatch.grad_sample.harvesting import ForwardSizes
@@ -34,8 +34,6 @@ from adabatch.grad_sample.vectors import has_vectors, listen_to_vectors
 from adabatch.grad_sample.witness import FirstPassWitness
 
 NO_LAYER = "a compiled graph cannot measure parameters without a layer of their own: {names}. Run the model uncompiled, or pass ignore=[...]"
-
-_running_backward = torch._C._current_graph_task_id
 
 
 class TapPlacer:
@@ -143,7 +141,7 @@ class TapPlacer:
 
     def _before_part(self, original: weakref.ref[nn.Module], part: nn.Module, args: tuple, kwargs: dict) -> None:
         """Activation checkpointing runs a part of the model again inside backward, where the model itself is not called."""
-        if not self.enabled or is_compiling() or self._tracer is not None or self._n_samples is None or torch._C._current_graph_task_id() == -1:
+        if not self.enabled or is_compiling() or self._tracer is not None or self._n_samples is None or running_backward() == -1:
             return
         if part is original() and self._must_trace and self.enabled and can_measure():
             self._enter_tracing(args, kwargs)
@@ -238,15 +236,14 @@ class TapPlacer:
 
     def _tap_layer(self, site: TapSite, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Outside compiled graphs."""
-        task = _running_backward()
+        task = running_backward()
         if task == -1:
             site.calls += 1
         self.recomputing_task = task  # activation checkpointing runs the layer again, inside backward
         if args and has_vectors(site, layer, args[0], output):
             shape, device = output.shape, output.device
             site.shapes = args[0].shape, shape
-            self.forward_sizes.note(shape[0])
-            rows = self._row_sampler.rows(shape[0], device)
+            rows, _ = self._rows(shape[0], device)
             return listen_to_vectors(site, args[0], output, rows, self._probes.on(device).signal)
         return self._tap_by_rule(site, layer, args, kwargs, output)
 

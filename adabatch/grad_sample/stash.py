@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adabatch.grad_sample.compiled import running_backward
 from adabatch.grad_sample.factors import Factor
 from adabatch.grad_sample.preconditioned import SecondMoments
 from adabatch.grad_sample.witness import FirstPassWitness
-
-_running_backward = torch._C._current_graph_task_id
 
 
 @functools.lru_cache(maxsize=64)
@@ -96,7 +95,7 @@ class Stash:
         self.shares: dict[str, float] | None = None
 
     def _now(self) -> PassNotes:
-        task = _running_backward()
+        task = running_backward()
         if task != self._task:  # what is left of another pass is never asked for: it failed, or was not a backward() to the leaves
             self._notes, self._task = PassNotes(), task
         return self._notes

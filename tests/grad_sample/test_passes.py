@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from adabatch import GradSampleHooks
+from adabatch.grad_sample.passes import check_all_seen
 from tests import oracle
 from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, measure, squared_error
 
@@ -217,3 +218,10 @@ def test_models_in_bfloat16():
     model, batch = make_mlp(torch.bfloat16), make_batch(dtype=torch.bfloat16)
     grads = oracle.per_sample_grads(model, squared_error, batch)
     agrees(measure(model, batch), grads, rtol=3e-2)
+
+
+def test_as_many_parameters_seen_as_asked_about_are_not_the_same_ones():
+    unseen = nn.Parameter(torch.zeros(2))
+    unseen.grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match="no tap saw: late"):
+        check_all_seen({"early"}, {"late": unseen})
