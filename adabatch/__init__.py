@@ -7,7 +7,7 @@ from adabatch.data import AdaptiveDataLoader, ResizableBatchSampler
 from adabatch.diagnostics import Diagnostics
 from adabatch.estimators import GradientMoments
 from adabatch.grad_sample import GradSampleHooks, register_grad_sampler
-from adabatch.scheduler import BatchSizeScheduler
+from adabatch.scheduler.scheduler import BatchSizeScheduler
 from adabatch.wrap import wrap
 
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from adabatch.state import check_version
+from adabatch._checks import check_version
 
 # The loader before the scheduler, which writes the batch size last.
 _ORDER = ("model", "optimizer", "grad_scaler", "lr_scheduler", "loader", "scheduler")

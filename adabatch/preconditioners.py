@@ -25,7 +25,7 @@ def register_preconditioner(*optimizers: type[Optimizer]) -> Callable[[Precondit
     """Decorator of a function (state of a parameter, its param group) -> P of the parameter's shape. It is not asked before the state exists.
 
     P takes in what the update does beside the lr: w ← w − lr·P∘g in the long run, with momentum's 1/(1 − momentum) and a decay of the lr of its own.
-    Where P grows without bound for a coordinate that had no gradient yet, as 1/√v does, add a function with `register_next_state`.
+    Where P grows without bound for a coordinate that had no gradient yet, as 1/√v does, add a function with `register_lookahead`.
 
     Example:
         >>> class Scaled(torch.optim.SGD): ...
@@ -52,7 +52,7 @@ def preconditioner_of(optimizer: Optimizer) -> Preconditioner | None:
     return next((PRECONDITIONERS[kind] for kind in type(optimizer).__mro__ if kind in PRECONDITIONERS), None)
 
 
-def register_next_state(preconditioner: Preconditioner) -> Callable[[NextState], NextState]:
+def register_lookahead(preconditioner: Preconditioner) -> Callable[[NextState], NextState]:
     """Decorator of a function (state, group) -> the state that the step to come will leave, as far as P reads it, should each coordinate's squared gradient be
     the mean of the parameter's so far.
 
@@ -62,7 +62,7 @@ def register_next_state(preconditioner: Preconditioner) -> Callable[[NextState],
     A parameter without any gradient so far has P = 0: it counts from its next step on.
 
     Example:
-        >>> NEXT_STATES[adam] is adam_after
+        >>> NEXT_STATES[adam] is adam_lookahead
         True
     """
 
@@ -87,8 +87,8 @@ def adam(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     return 1 / ((average / (1 - beta**step)).sqrt() + group["eps"])
 
 
-@register_next_state(adam)
-def adam_after(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+@register_lookahead(adam)
+def adam_lookahead(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """v ← β₂v + (1 − β₂)g², t ← t + 1."""
     beta, step, average = group["betas"][1], _steps(state), state["exp_avg_sq"]
     average = beta * average + (1 - beta) * _expected_square(average / (1 - beta**step))
@@ -105,7 +105,7 @@ def rmsprop(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     return 1 / ((average.sqrt() + group["eps"]) * (1 - group["momentum"]))
 
 
-@register_next_state(rmsprop)
+@register_lookahead(rmsprop)
 def rmsprop_after(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """v ← αv + (1 − α)g², ḡ as it is."""
     keep, average = group["alpha"], state["square_avg"]
@@ -118,7 +118,7 @@ def adagrad(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     return 1 / ((state["sum"].sqrt() + group["eps"]) * (1 + (_steps(state) - 1) * group["lr_decay"]))
 
 
-@register_next_state(adagrad)
+@register_lookahead(adagrad)
 def adagrad_after(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """Σg² ← Σg² + g², t ← t + 1."""
     step, total = _steps(state), state["sum"]
@@ -131,7 +131,7 @@ def _steps(state: dict[str, Any]) -> Tensor | float:
 
 
 def preconditioner_reader(optimizer: Optimizer) -> Callable[[Tensor], Tensor | None]:
-    """A function parameter -> P of the step to come, as far as the optimizer's state tells it (`register_next_state`), None before the parameter's first step:
+    """A function parameter -> P of the step to come, as far as the optimizer's state tells it (`register_lookahead`), None before the parameter's first step:
     what GradSampleHooks(preconditioner=) takes.
 
     Raises:

@@ -12,22 +12,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from adabatch.arguments import bind_controller, check_switches, needs_moments
-from adabatch.budget import DEFAULT_OVERHEAD, budget_of_wrap
 from adabatch.check import CheckReport
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
-from adabatch.distributed.data_parallel import DataParallel
-from adabatch.effective_lr import EffectiveLr
+from adabatch.distributed.setup import DataParallel
 from adabatch.estimators.cross_rank import CrossRankMoments
 from adabatch.estimators.micro_batch import MicroBatchMoments
-from adabatch.estimators.unmeasured import Unmeasured
+from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
-from adabatch.micro_batching import MicroBatching
-from adabatch.micro_search import LossFn
+from adabatch.micro_batches.search import LossFn
+from adabatch.micro_batches.setup import MicroBatching
 from adabatch.preconditioners import preconditioner_reader
-from adabatch.scheduler import BatchSizeScheduler
-from adabatch.sizing import SizeRule
+from adabatch.scheduler.arguments import bind_controller, check_switches, needs_moments
+from adabatch.scheduler.effective_lr import EffectiveLr
+from adabatch.scheduler.plan import DEFAULT_OVERHEAD, budget_of_wrap
+from adabatch.scheduler.scheduler import BatchSizeScheduler
+from adabatch.scheduler.sizing import SizeRule
 
 
 def wrap(
@@ -45,7 +45,7 @@ def wrap(
     ignore: Collection[str] = (),
     layout: CheckReport | None = None,
     seed: int = 0,
-    dots: bool = False,
+    inner_products: bool = False,
     grad_scaler: Any = None,
     effective_lr: EffectiveLr | None = None,
     max_micro_batch_size: int | str | None = None,
@@ -69,10 +69,10 @@ def wrap(
         loader: a map-style DataLoader with a batch_size. A shuffling one gets an order keyed by a seed drawn from its generator; sampler,
             collate_fn, workers, pinning, generator and worker_init_fn are kept.
         controller: default adabatch.CABS(). Where neither it nor the coupling needs moments (controllers.Scheduled, Seesaw, OnlineSelection), the model is
-            measured only if overhead=, samples=, dots= or every= asks for it.
+            measured only if overhead=, samples=, inner_products= or every= asks for it.
         min_batch_size, max_batch_size: bounds of a step's size, in samples.
         overhead: the share of a step that measuring may cost on average, by a cost model of the model's layers: the samples measured and the interval follow
-            from it, see `adabatch.budget.Budget` and scheduler.measurement. None measures all samples at every step.
+            from it, see `adabatch.scheduler.plan.Budget` and scheduler.measurement. None measures all samples at every step.
         loss_reduction: 'mean' or 'sum', of the loss that is differentiated.
         samples: measure so many samples of each batch, at every step or one in every=, instead of what the default overhead chooses.
         accumulate: backward passes per optimizer step in the caller's own accumulation; the loader's batches are that much smaller than the step's. The
@@ -80,7 +80,7 @@ def wrap(
         ignore: names of modules to leave out of the measurement.
         layout: what adabatch.check(model, batch, loss_fn) found, for models whose layers do not all see their samples along dimension 0.
         seed: of the choice of measured samples.
-        dots: measure inner products with the mean gradient too, which scheduler.step(loss, weights=...) needs; a controller that
+        inner_products: measure inner products with the mean gradient too, which scheduler.step(loss, weights=...) needs; a controller that
             needs them asks for them itself. See GradSampleHooks.
         grad_scaler: the GradScaler that scales the loss under float16; scheduler.step(loss) takes the loss without its scale.
         effective_lr: a callable of a param group, for optimizers other than SGD.
@@ -126,9 +126,9 @@ def wrap(
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     SizeRule(min_batch_size, max_batch_size)  # refuses what are no bounds under their names here, before the hooks reserve room for the largest size
     _check_names(scheduler_options)
-    _check_arguments(seed, layout, ignore, estimator, comm_hook=comm_hook, comm_state=comm_state, dots=dots, per_parameter=per_parameter)
+    _check_arguments(seed, layout, ignore, estimator, comm_hook=comm_hook, comm_state=comm_state, inner_products=inner_products, per_parameter=per_parameter)
     settings = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "loss_reduction": loss_reduction, "samples": samples}
-    settings |= {"accumulate": accumulate, "ignore": ignore, "seed": seed, "dots": dots, "max_micro_batch_size": max_micro_batch_size}
+    settings |= {"accumulate": accumulate, "ignore": ignore, "seed": seed, "inner_products": inner_products, "max_micro_batch_size": max_micro_batch_size}
     settings |= {"controller": controller, "estimator": estimator, "max_grad_norm": max_grad_norm, "per_parameter": per_parameter, **scheduler_options}
     parallel = DataParallel.find(group, estimator, model)
     adaptive = _adaptive(loader, parallel, model, optimizer, settings)
@@ -138,7 +138,7 @@ def wrap(
     if max_grad_norm is not None and hasattr(controller, "clips"):
         controller.clips(max_grad_norm)
     needs = bind_controller(controller, optimizer, effective_lr)
-    asked = samples is not None or dots or per_parameter or "every" in scheduler_options or overhead is not DEFAULT_OVERHEAD
+    asked = samples is not None or inner_products or per_parameter or "every" in scheduler_options or overhead is not DEFAULT_OVERHEAD
     overhead = budget_of_wrap(overhead, samples, scheduler_options)
     micro = MicroBatching(adaptive, max_micro_batch_size, accumulate, estimator, loss_fn)
     common: dict[str, Any] = {"loss_reduction": loss_reduction, "grad_scaler": grad_scaler}
@@ -148,11 +148,11 @@ def wrap(
     elif estimator == "cross_rank":
         hooks = CrossRankMoments(model, parallel.sharing, accumulate=accumulate, comm_hook=comm_hook, comm_state=comm_state, **common)
     elif asked or needs_moments(controller, coupling):
-        common |= {"samples": samples, "seed": seed, "accumulate": accumulate, "ignore": ignore, "layout": layout, "dots": dots or "dots" in needs}
+        common |= {"samples": samples, "seed": seed, "accumulate": accumulate, "ignore": ignore, "layout": layout, "inner_products": inner_products or "inner_products" in needs}
         common |= {"capacity": max_batch_size, "per_parameter": per_parameter}
         hooks = _hooks(model, optimizer, needs, common)
     else:
-        hooks = Unmeasured(accumulate, loss_reduction)
+        hooks = NullEstimator(accumulate, loss_reduction)
     scheduler, before = None, (adaptive.batch_size, adaptive.drop_last)
     try:
         micro.find_limit(model, optimizer, hooks, max_batch_size)
@@ -205,10 +205,10 @@ def _check_names(scheduler_options: Collection[str]) -> None:
 
 
 def _check_arguments(
-    seed: int, layout: CheckReport | None, ignore: Collection[str], estimator: str, *, comm_hook: Any, comm_state: Any, dots: bool, per_parameter: bool
+    seed: int, layout: CheckReport | None, ignore: Collection[str], estimator: str, *, comm_hook: Any, comm_state: Any, inner_products: bool, per_parameter: bool
 ) -> None:
     """Refuse arguments that nothing else looks at."""
-    check_switches(dots=dots, per_parameter=per_parameter)
+    check_switches(inner_products=inner_products, per_parameter=per_parameter)
     if not hasattr(seed, "__index__"):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if layout is not None:

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from training import EVALUATIONS, accuracy
 
-from adabatch.online import online_step
+from adabatch.schedules.online import online_step
 
 COLOURS = {"smallest loss": "#c8442f", "largest loss": "#8a6fb0"}
 FIXED_COLOURS = ("#4878b0", "#5aa469", "#b08a48", "#6b6b6b")

@@ -3,7 +3,7 @@
     python examples/plot_schedules.py
     python examples/plot_schedules.py --steps 100 --out schedules.png
 
-No data are loaded: the schedules run over HeldBatchSize, which only remembers a size. Where batches are large, the budget of samples is spent in fewer
+No data are loaded: the schedules run over VirtualBatchSize, which only remembers a size. Where batches are large, the budget of samples is spent in fewer
 steps, so the lr falls faster there.
 """
 
@@ -26,7 +26,7 @@ SIZE_COLOUR, LR_COLOUR = "#c8442f", "#4878b0"
 
 def place(batch_size: int = START, limit: int = LIMIT) -> dict:
     """Where the schedules of one panel keep their size, and its bounds."""
-    return {"dataloader": None, "batch_size_manager": s.HeldBatchSize(batch_size), "max_batch_size": limit}
+    return {"dataloader": None, "batch_size_manager": s.VirtualBatchSize(batch_size), "max_batch_size": limit}
 
 
 def chained(at: dict) -> s.BSScheduler:

@@ -91,11 +91,11 @@ def conv_dot(
     dtype = accumulation_dtype(activations, backprops, other)
     convolution = _CONVOLUTIONS[other.dim() - 2]
     other = other.to(dtype)
-    dots = []
+    inner_products = []
     for a, b in sample_chunks(math.prod(backprops.shape[1:]), dtype, activations, backprops):
         outputs = convolution(a.to(dtype), other, None, tuple(stride), tuple(padding), tuple(dilation), groups)
-        dots.append((outputs * b).flatten(1).sum(1))
-    return torch.cat(dots)
+        inner_products.append((outputs * b).flatten(1).sum(1))
+    return torch.cat(inner_products)
 
 
 def conv_grad_sample(

@@ -1,4 +1,4 @@
-"""A controller whose wishes are written down beforehand, and models on which every quantity is known."""
+"""A controller whose proposals are written down beforehand, and models on which every quantity is known."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
 
 
 class Wishes:
-    """Hands out the wishes in turn, the last one for ever, and keeps what it was told."""
+    """Hands out the proposals in turn, the last one for ever, and keeps what it was told."""
 
     version = 1
 
-    def __init__(self, *wishes, needs_effective_lr=False):
-        self.wishes, self.needs_effective_lr = list(wishes), needs_effective_lr
+    def __init__(self, *proposals, needs_effective_lr=False):
+        self.proposals, self.needs_effective_lr = list(proposals), needs_effective_lr
         self.told: list[dict] = []
 
     def propose(self, moments, *, loss, lr):
         self.told.append({"moments": moments, "loss": loss, "lr": lr})
-        return self.wishes[min(len(self.told), len(self.wishes)) - 1]
+        return self.proposals[min(len(self.told), len(self.proposals)) - 1]
 
     def state_dict(self):
         return {"version": 1, "asked": len(self.told)}

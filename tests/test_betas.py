@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, SparseAdam
 
-from adabatch.betas import BetaHorizon
+from adabatch.scheduler.betas import BetaRescaler
 
 RATIOS = (1.0, 4.0, 0.5, 2.5, 16.0, 1.0, 0.25)
 BETAS, LR, EPS = (0.9, 0.99), 0.1, 1e-8
@@ -43,7 +43,7 @@ def grads_of(n):
 def make(kind=Adam, **options):
     parameter, ratio = nn.Parameter(torch.zeros(1, dtype=torch.float64)), [1.0]
     optimizer = kind([parameter], lr=LR, betas=BETAS, eps=EPS, **options)
-    return parameter, optimizer, ratio, BetaHorizon(optimizer, lambda: ratio[0])
+    return parameter, optimizer, ratio, BetaRescaler(optimizer, lambda: ratio[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"capturable": False, "amsgrad": False}], ids=["plain", "foreach", "explicit"])
@@ -68,7 +68,7 @@ def test_steps_before_it_was_attached_count_as_of_the_base_size():
     optimizer = Adam([parameter], lr=LR, betas=BETAS, eps=EPS)
     path = run(optimizer, parameter, [1.0] * 3, [1.0], grads_of(3))
     ratio = [1.0]
-    BetaHorizon(optimizer, lambda: ratio[0])
+    BetaRescaler(optimizer, lambda: ratio[0])
     path += run(optimizer, parameter, RATIOS, ratio, grads_of(10)[3:])
     assert path == pytest.approx(reference(grads_of(10), (1.0, 1.0, 1.0, *RATIOS)), rel=1e-5)
 
@@ -82,14 +82,14 @@ def test_resumed():
     fresh.load_state_dict(horizon.state_dict())
     rest = grads_of(7)[4:]
     assert run(other, again, RATIOS[4:], other_ratio, rest) == run(optimizer, parameter, RATIOS[4:], ratio, rest)
-    with pytest.raises(ValueError, match="BetaHorizon has version 9"):
+    with pytest.raises(ValueError, match="BetaRescaler has version 9"):
         fresh.load_state_dict({"version": 9})
 
 
 def test_a_parameter_left_out_of_steps_keeps_its_count():
     one, two = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
     optimizer = Adam([{"params": [one]}, {"params": [two], "betas": (0.5, 0.9)}], lr=LR, betas=BETAS)
-    BetaHorizon(optimizer, lambda: 3.0)
+    BetaRescaler(optimizer, lambda: 3.0)
     for step in range(5):
         one.grad = torch.ones_like(one)
         two.grad = torch.ones_like(two) if step % 2 == 0 else None
@@ -128,7 +128,7 @@ def test_a_step_that_raised_leaves_nothing_behind():
 def test_counts_that_are_plain_integers():
     parameter = nn.Parameter(torch.zeros(3, 1))
     optimizer = SparseAdam([parameter], lr=LR, betas=BETAS)
-    BetaHorizon(optimizer, lambda: 4.0)
+    BetaRescaler(optimizer, lambda: 4.0)
     for _ in range(3):
         parameter.grad = torch.sparse_coo_tensor([[1]], [[1.0]], (3, 1), check_invariants=True)
         optimizer.step()
@@ -142,4 +142,4 @@ def test_removed_it_leaves_no_trace():
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
     with pytest.raises(ValueError, match="SGD has none"):
-        BetaHorizon(SGD([parameter], lr=0.1), lambda: 1.0)
+        BetaRescaler(SGD([parameter], lr=0.1), lambda: 1.0)

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 import adabatch
 from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
-from adabatch.budget import STRETCH, WARM_UP, Budget
 from adabatch.controllers import Scheduled
 from adabatch.estimators.averages import MovingAverage
 from adabatch.grad_sample.cost import LayerCost, StepCost
+from adabatch.scheduler.plan import STRETCH, WARM_UP, Budget
 from tests.scripted import Wishes, ones, slope_run, steps
 
 

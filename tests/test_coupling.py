@@ -141,7 +141,7 @@ def test_what_cannot_be_coupled_is_refused_and_leaves_no_hook():
 
 
 def test_a_coupled_lr_does_not_run_away():
-    """CABS is told the base lr: with T and the loss constant its wish is, too."""
+    """CABS is told the base lr: with T and the loss constant its proposal is, too."""
     run = slope_run(CABS(), max_batch_size=4096, n=50_000, lr=0.5, coupling="linear")
     run[3].hooks.remove()
     run[3].hooks = Moments(run[2], [(320.0, 1.0)])

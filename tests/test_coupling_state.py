@@ -17,7 +17,7 @@ DATA = regression(500, width=4)
 
 
 def growing():
-    return Scheduled(schedules.ExponentialBS(None, 1.15, batch_size_manager=schedules.HeldBatchSize(8)))
+    return Scheduled(schedules.ExponentialBS(None, 1.15, batch_size_manager=schedules.VirtualBatchSize(8)))
 
 
 LR_SCHEDULES = {
@@ -106,7 +106,7 @@ def test_the_state_is_small(options):
     torch.save(state, file)
     assert file.tell() < 10_000
     run.scheduler.load_state_dict(run.scheduler.state_dict())
-    with pytest.raises(ValueError, match="Stepping has version 7"):
+    with pytest.raises(ValueError, match="LrAdjuster has version 7"):
         run.scheduler.load_state_dict(run.scheduler.state_dict() | {"stepping": {"version": 7}})
 
 

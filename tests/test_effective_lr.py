@@ -3,7 +3,7 @@
 import pytest
 from torch.optim import Adam
 
-from adabatch.effective_lr import effective_lr_for, sgd_effective_lr
+from adabatch.scheduler.effective_lr import effective_lr_for, sgd_effective_lr
 from tests.test_step_factor import make_optimizer, weights
 
 

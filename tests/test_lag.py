@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import adabatch
-from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks, host_copies
-from adabatch.observing import Arrival
+from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from adabatch import _transfers as host_copies
+from adabatch.scheduler.pipeline import HostTransferStage
 from tests.scripted import Wishes, regression, squared_error
 
 READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::item")
@@ -37,14 +38,14 @@ def lag(monkeypatch):
 @pytest.fixture
 def watched(lag, monkeypatch):
     """Reading is allowed where the pipeline reads its copies, and nowhere else."""
-    finish = Arrival.finish
+    finish = HostTransferStage.finish
 
     def reading(self, observation):
         NoReads.allowed = True
         finish(self, observation)
         # What follows is the host's: its tensors are copies.
 
-    monkeypatch.setattr(Arrival, "finish", reading)
+    monkeypatch.setattr(HostTransferStage, "finish", reading)
 
 
 class Run:
@@ -81,7 +82,7 @@ OPTIONS = {
     "all": {},
     "subset": {"samples": 3},
     "budget": {"overhead": 0.2},
-    "dots": {"dots": True},
+    "inner_products": {"inner_products": True},
     "micro-batches": {"max_micro_batch_size": 6},
     "micro-batch estimator": {"estimator": "micro_batch"},
     "per parameter": {"per_parameter": True},
@@ -93,7 +94,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def plain(options):
     given = dict(options)
     if {"samples", "every"} & given.keys():
-        given["overhead"] = adabatch.budget.DEFAULT_OVERHEAD
+        given["overhead"] = adabatch.scheduler.plan.DEFAULT_OVERHEAD
     return given
 
 

@@ -19,7 +19,7 @@ SIZES = (20, 7, 33, 12, 1, 40, 5, 23)
 LOSSES = {"mean": lambda outputs, targets: (outputs - targets).square().mean(), "sum": lambda outputs, targets: (outputs - targets).square().sum() / 100}
 
 
-def make(limit=None, *, wishes=SIZES, optimizer=SGD, lr=0.05, model=None, loss_reduction="mean", loader_options=None, n=240, **options):
+def make(limit=None, *, proposals=SIZES, optimizer=SGD, lr=0.05, model=None, loss_reduction="mean", loader_options=None, n=240, **options):
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     inner = optimizer(model.parameters(), lr=lr)
@@ -29,7 +29,7 @@ def make(limit=None, *, wishes=SIZES, optimizer=SGD, lr=0.05, model=None, loss_r
     if callable(options.get("lr_scheduler")):
         options["lr_scheduler"] = options["lr_scheduler"](inner)
     options = {"min_batch_size": 1, "max_batch_size": 64, "effective_lr": lambda group: group["lr"], **options}
-    controller = Wishes(*wishes)
+    controller = Wishes(*proposals)
     return model, *adabatch.wrap(model, inner, loader, controller=controller, loss_reduction=loss_reduction, max_micro_batch_size=limit, **options)
 
 
@@ -77,7 +77,7 @@ def test_the_same_run_as_with_whole_batches(limit, reduction, zero, optimizer):
 
 
 def test_pieces_are_nearly_equal_and_the_loader_says_which_is_last():
-    model, optimizer, loader, scheduler = make(10, wishes=[25])
+    model, optimizer, loader, scheduler = make(10, proposals=[25])
     loader.batch_size = 25
     sizes, last = [], []
     for indices, inputs, targets in loader:
@@ -284,7 +284,7 @@ def test_retrying_halves_and_loses_nothing(workers, collate_in):
 
 
 def test_retrying_in_the_middle_of_a_batch_starts_it_anew():
-    model, optimizer, loader, scheduler = make(8, wishes=[32])
+    model, optimizer, loader, scheduler = make(8, proposals=[32])
     loader.batch_size = 32
     failing = iter([False, False, True, *[False] * 1000])
     pieces = []
@@ -300,7 +300,7 @@ def test_retrying_in_the_middle_of_a_batch_starts_it_anew():
         pieces.append(indices.tolist())
     assert [len(piece) for piece in pieces[:11]] == [8, 8, 8, *[4] * 8]
     assert [index for piece in pieces[3:11] for index in piece] == list(range(32))
-    whole = make(None, wishes=[32])
+    whole = make(None, proposals=[32])
     whole[2].batch_size = 32
     _, expected = train(*whole, epochs=1)
     for ours, theirs in zip(model.parameters(), expected[-1], strict=True):
@@ -382,7 +382,7 @@ def test_auto_with_room_for_the_largest_batch():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("limit", [None, 4])
 def test_the_micro_batch_estimator_against_the_oracle(limit, reduction):
-    parts = make(limit, wishes=[11], loss_reduction=reduction, estimator="micro_batch", lr=0.0)
+    parts = make(limit, proposals=[11], loss_reduction=reduction, estimator="micro_batch", lr=0.0)
     model, loader = parts[0], parts[2]
     assert not any(module._forward_hooks for module in model.modules())
     loader.batch_size = 11

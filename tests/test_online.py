@@ -9,7 +9,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from adabatch.controllers import OnlineSelection
-from adabatch.online import OnlineStep, online_step, select_batch_size, split_losses
+from adabatch.schedules.online import OnlineStep, online_step, select_batch_size, split_losses
 from tests.scripted import Slope, regression, slope_run, steps
 
 

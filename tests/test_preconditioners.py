@@ -154,7 +154,7 @@ class Transposed(nn.Module):
         return inputs.mT
 
 
-@pytest.mark.parametrize("options", [{}, {"samples": 4}, {"dots": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"samples": 4}, {"inner_products": True}], ids=str)
 def test_every_kind_of_tap_weighs_and_keeps_no_copy_of_the_parameters(options):
     model = image_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -168,7 +168,7 @@ def test_every_kind_of_tap_weighs_and_keeps_no_copy_of_the_parameters(options):
     model.zero_grad()
     grads = oracle.per_sample_grads(model, losses, batch)
     hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer), **options)
-    assert hooks.measures == {"preconditioned_trace", *(["dots"] if "dots" in options else [])}
+    assert hooks.measures == {"preconditioned_trace", *(["inner_products"] if "inner_products" in options else [])}
     losses(model, batch).mean().backward()
     moments = hooks.collect()
     rows = range(8) if moments.indices is None else moments.indices.tolist()

@@ -1,4 +1,4 @@
-"""BatchSizeScheduler: from wishes to the sizes of the batches delivered, and the record of it."""
+"""BatchSizeScheduler: from proposals to the sizes of the batches delivered, and the record of it."""
 
 import math
 

@@ -113,7 +113,7 @@ def test_an_empty_batch_is_dropped_where_the_loader_cannot_tell():
 def test_a_wish_of_nan_is_dropped():
     run = slope_run(Wishes(20, math.nan, 30))
     assert [rows for rows, _ in steps(*run, 4)] == [16, 20, 20, 30]
-    assert run[3].diagnostics.dropped == {"the controller's wish is NaN": 1}
+    assert run[3].diagnostics.dropped == {"the controller's proposal is NaN": 1}
 
 
 def test_a_step_without_a_backward_pass():

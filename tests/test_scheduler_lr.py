@@ -148,8 +148,8 @@ def test_the_wish_is_computed_from_the_base_lr_so_it_cannot_run_away(scheduler_f
         assert scheduler.diagnostics.latest.proposed_batch_size == pytest.approx(320 * base, rel=1e-5)
         moved.append(move)
         expected.append(base)
-    wishes = [0.0, *(320 * base for base in expected)]
-    assert moved == pytest.approx([base * min(1.0, 64 / max(wish, 1)) for base, wish in zip(expected, wishes, strict=False)], rel=1e-4)
+    proposals = [0.0, *(320 * base for base in expected)]
+    assert moved == pytest.approx([base * min(1.0, 64 / max(proposal, 1)) for base, proposal in zip(expected, proposals, strict=False)], rel=1e-4)
 
 
 def test_momentum_counts_in_full_and_is_read_at_every_step():

@@ -12,13 +12,13 @@ from tests import oracle
 from tests.scripted import Wishes, per_sample_loss, regression, slope_run, squared_error
 
 
-def run(controller=None, dots=False, loss_reduction="mean", grad_scaler=None, every=1):
+def run(controller=None, inner_products=False, loss_reduction="mean", grad_scaler=None, every=1):
     """(model, optimizer, batches of 8, scheduler) of a linear model."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     optimizer = SGD(model.parameters(), lr=0.0)
     loader = AdaptiveDataLoader(regression(64), 8)
-    hooks = GradSampleHooks(model, dots=dots, loss_reduction=loss_reduction, grad_scaler=grad_scaler)
+    hooks = GradSampleHooks(model, inner_products=inner_products, loss_reduction=loss_reduction, grad_scaler=grad_scaler)
     options = {"min_batch_size": 8, "max_batch_size": 8, "every": every}
     return model, optimizer, loader, BatchSizeScheduler(optimizer, loader, hooks, controller or Wishes(8), **options)
 
@@ -30,9 +30,9 @@ def true_trace(model, batch):
     return float(oracle.variance_trace(oracle.per_sample_grads(bare, per_sample_loss, batch)))
 
 
-@pytest.mark.parametrize("dots", [False, True])
-def test_a_loss_scale_is_undone(dots):
-    model, optimizer, loader, scheduler = run(dots=dots)
+@pytest.mark.parametrize("inner_products", [False, True])
+def test_a_loss_scale_is_undone(inner_products):
+    model, optimizer, loader, scheduler = run(inner_products=inner_products)
     for inputs, targets in loader:
         optimizer.zero_grad()
         loss = squared_error(model(inputs), targets)
@@ -43,14 +43,14 @@ def test_a_loss_scale_is_undone(dots):
 
 
 @pytest.mark.parametrize("scheduler_first", [False, True])
-@pytest.mark.parametrize("dots", [False, True])
-def test_a_grad_scaler_given_to_wrap_is_read_while_its_scale_holds(dots, scheduler_first):
+@pytest.mark.parametrize("inner_products", [False, True])
+def test_a_grad_scaler_given_to_wrap_is_read_while_its_scale_holds(inner_products, scheduler_first):
     """Its scale doubles at every update: read in step(), the trace would be off by four."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
     options = {"controller": Wishes(8), "min_batch_size": 8, "max_batch_size": 8, "overhead": None}
-    wrapped = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8), dots=dots, grad_scaler=scaler, **options)
+    wrapped = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8), inner_products=inner_products, grad_scaler=scaler, **options)
     optimizer, loader, scheduler = wrapped
     for inputs, targets in loader:
         expected = true_trace(model, (inputs, targets))
@@ -73,7 +73,7 @@ def test_a_step_whose_scaled_gradient_overflows_is_dropped():
     scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
     optimizer = SGD(model.parameters(), lr=0.01)
     loader = AdaptiveDataLoader(regression(64), 8)
-    hooks = GradSampleHooks(model, dots=True, grad_scaler=scaler)
+    hooks = GradSampleHooks(model, inner_products=True, grad_scaler=scaler)
     scheduler = BatchSizeScheduler(optimizer, loader, hooks, Wishes(8), min_batch_size=8, max_batch_size=8)
     inputs, targets = next(iter(loader))
     loss = squared_error(model(1e3 * inputs), targets)
@@ -163,8 +163,8 @@ def test_a_grad_scaler_whose_scale_is_told_at_each_step_or_that_is_off_will_do()
 
 
 def test_token_counts_reach_the_moments():
-    wishes = Wishes(8)
-    model, optimizer, loader, scheduler = run(wishes, dots=True)
+    proposals = Wishes(8)
+    model, optimizer, loader, scheduler = run(proposals, inner_products=True)
     for inputs, targets in loader:
         counts = torch.randint(1, 9, (len(inputs),))
         shares = counts.double() / counts.sum()
@@ -177,7 +177,7 @@ def test_token_counts_reach_the_moments():
         scheduler.step(loss, weights=counts)
         expected = 8 / 7 * float((8 * shares.unsqueeze(1) * (grads - shares @ grads)).square().sum(1).mean())
         assert scheduler.diagnostics.latest.variance_trace == pytest.approx(expected, rel=1e-4)
-        assert wishes.told[-1]["moments"].weights is not None
+        assert proposals.told[-1]["moments"].weights is not None
 
 
 def test_weights_need_dots_on_measuring_steps():
@@ -187,7 +187,7 @@ def test_weights_need_dots_on_measuring_steps():
         model.zero_grad()
         loss.backward()
         if step == 0:
-            with pytest.raises(ValueError, match="dots=True"):
+            with pytest.raises(ValueError, match="inner_products=True"):
                 scheduler.step(loss, weights=torch.ones(8))
             return
 

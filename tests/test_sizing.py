@@ -1,4 +1,4 @@
-"""From wishes to sizes: properties that must hold for every wish and every bound."""
+"""From proposals to sizes: properties that must hold for every proposal and every bound."""
 
 import math
 from fractions import Fraction
@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from adabatch.size_in_force import SizeInForce
-from adabatch.sizing import SizeRule
+from adabatch.scheduler.size_in_force import CurrentBatchSize
+from adabatch.scheduler.sizing import SizeRule
 
-wishes = st.floats(allow_nan=False)
+proposals = st.floats(allow_nan=False)
 counts = st.integers(1, 5000)
 
 
@@ -24,25 +24,25 @@ def rules(draw, **options):
     return SizeRule(minimum, minimum + span, multiple_of, **options)
 
 
-@given(rules(), wishes)
-def test_sizes_are_multiples_within_the_bounds(rule, wish):
-    size = rule.size_for(wish)
+@given(rules(), proposals)
+def test_sizes_are_multiples_within_the_bounds(rule, proposal):
+    size = rule.size_for(proposal)
     assert type(size) is int
     assert rule.minimum <= size <= rule.maximum
     assert size % rule.multiple_of == 0
 
 
 @given(rules(), st.floats(-1e4, 2e4))
-def test_no_allowed_size_is_nearer_to_the_wish(rule, wish):
+def test_no_allowed_size_is_nearer_to_the_wish(rule, proposal):
     allowed = range(rule.lowest, rule.highest + 1, rule.multiple_of)
-    # wish / multiple is a float: where it rounds to a tie, the tie's even side may lie farther away by that rounding.
-    slack = Fraction(wish) * Fraction(2) ** -52
-    assert abs(rule.size_for(wish) - Fraction(wish)) <= min(abs(size - Fraction(wish)) for size in allowed) + abs(slack)
+    # proposal / multiple is a float: where it rounds to a tie, the tie's even side may lie farther away by that rounding.
+    slack = Fraction(proposal) * Fraction(2) ** -52
+    assert abs(rule.size_for(proposal) - Fraction(proposal)) <= min(abs(size - Fraction(proposal)) for size in allowed) + abs(slack)
 
 
 @given(st.floats(-100, 3000))
-def test_rounds_half_to_even_then_clips(wish):
-    assert SizeRule(16, 2048).size_for(wish) == int(np.clip(np.rint(wish), 16, 2048))
+def test_rounds_half_to_even_then_clips(proposal):
+    assert SizeRule(16, 2048).size_for(proposal) == int(np.clip(np.rint(proposal), 16, 2048))
 
 
 @given(st.integers(0, 4000), st.integers(1, 64))
@@ -52,7 +52,7 @@ def test_ties_go_to_even_multiples(k, multiple_of):
     assert SizeRule(1, 10**6, multiple_of).size_for(tie) == max(nearest, 1) * multiple_of
 
 
-@given(rules(), wishes, wishes)
+@given(rules(), proposals, proposals)
 def test_a_larger_wish_never_gets_a_smaller_size(rule, one, other):
     low, high = sorted((one, other))
     assert rule.size_for(low) <= rule.size_for(high)
@@ -71,36 +71,36 @@ def test_a_nan_wish_is_an_error():
         SizeRule(1, 2).size_for(math.nan)
 
 
-@given(rules(), wishes, wishes)
-def test_a_wish_is_met_by_its_own_size_unless_the_maximum_lies_below(rule, wish, other):
-    assert rule.is_met(wish, rule.size_for(wish)) == (wish <= rule.highest)
+@given(rules(), proposals, proposals)
+def test_a_wish_is_met_by_its_own_size_unless_the_maximum_lies_below(rule, proposal, other):
+    assert rule.is_met(proposal, rule.size_for(proposal)) == (proposal <= rule.highest)
     held = rule.size_for(other)
-    assert rule.is_met(wish, held) == (wish <= rule.highest and held >= rule.size_for(wish))
+    assert rule.is_met(proposal, held) == (proposal <= rule.highest and held >= rule.size_for(proposal))
 
 
-@given(rules(dwell=3), wishes, st.integers(0, 10))
-def test_dwell_holds_the_size_for_so_many_steps(rule, wish, waited):
-    expected = rule.lowest if waited < 3 else rule.size_for(wish)
-    assert rule.next_size(wish, rule.lowest, waited) == expected
+@given(rules(dwell=3), proposals, st.integers(0, 10))
+def test_dwell_holds_the_size_for_so_many_steps(rule, proposal, waited):
+    expected = rule.lowest if waited < 3 else rule.size_for(proposal)
+    assert rule.next_size(proposal, rule.lowest, waited) == expected
 
 
 @given(st.integers(16, 2048), st.floats(1, 4000), st.floats(0, 1))
-def test_hysteresis_keeps_the_size_within_the_relative_change(present, wish, hysteresis):
+def test_hysteresis_keeps_the_size_within_the_relative_change(present, proposal, hysteresis):
     rule = SizeRule(16, 2048, hysteresis=hysteresis)
-    size, plain = rule.next_size(wish, present, 0), SizeRule(16, 2048).size_for(wish)
+    size, plain = rule.next_size(proposal, present, 0), SizeRule(16, 2048).size_for(proposal)
     assert size == (present if Fraction(abs(plain - present), present) <= Fraction(hysteresis) else plain) or math.isclose(
         abs(plain - present), hysteresis * present
     )
 
 
-@pytest.mark.parametrize(("wish", "size"), [(100, 100), (109, 100), (110, 100), (111, 111), (90, 100), (89, 89)])
-def test_hysteresis_by_hand(wish, size):
-    assert SizeRule(1, 1000, hysteresis=0.1).next_size(wish, 100, 0) == size
+@pytest.mark.parametrize(("proposal", "size"), [(100, 100), (109, 100), (110, 100), (111, 111), (90, 100), (89, 89)])
+def test_hysteresis_by_hand(proposal, size):
+    assert SizeRule(1, 1000, hysteresis=0.1).next_size(proposal, 100, 0) == size
 
 
-@given(rules(hysteresis=0.5), counts, wishes)
-def test_a_present_size_that_is_not_allowed_is_left_at_once(rule, present, wish):
-    size = rule.next_size(wish, present, 0)
+@given(rules(hysteresis=0.5), counts, proposals)
+def test_a_present_size_that_is_not_allowed_is_left_at_once(rule, present, proposal):
+    size = rule.next_size(proposal, present, 0)
     assert rule.size_for(size) == size
 
 
@@ -153,20 +153,20 @@ def ladders(draw):
     return draw(rules(ladder=draw(st.floats(1.01, 4.0)), hysteresis=draw(st.floats(0, 0.5))))
 
 
-@given(ladders(), wishes)
-def test_sizes_on_a_ladder_are_rungs(rule, wish):
+@given(ladders(), proposals)
+def test_sizes_on_a_ladder_are_rungs(rule, proposal):
     rungs = rule.rungs
     assert (rungs[0], rungs[-1]) == (rule.lowest, rule.highest)
     assert all(low < high for low, high in pairwise(rungs))
     assert all(rung % rule.multiple_of == 0 for rung in rungs)
-    assert rule.size_for(wish) in rungs
+    assert rule.size_for(proposal) in rungs
     assert all(rule.size_for(rung) == rung for rung in rungs)
 
 
 @given(ladders(), st.floats(1, 2e4))
-def test_no_rung_is_nearer_by_ratio(rule, wish):
-    chosen = abs(math.log(rule.size_for(wish) / wish))
-    assert chosen <= min(abs(math.log(rung / wish)) for rung in rule.rungs) + 1e-9
+def test_no_rung_is_nearer_by_ratio(rule, proposal):
+    chosen = abs(math.log(rule.size_for(proposal) / proposal))
+    assert chosen <= min(abs(math.log(rung / proposal)) for rung in rule.rungs) + 1e-9
 
 
 def test_a_ladder_has_few_rungs():
@@ -205,13 +205,13 @@ def test_the_size_moves_only_when_the_interval_of_the_wish_leaves_it(interval, m
     rule = SizeRule(16, 64, ladder=ladder)
     present = rule.size_for(32)
     loader = SimpleNamespace(batch_size=0)
-    force = SizeInForce(loader, accumulate=1, size=present, dwell=0)
+    force = CurrentBatchSize(loader, accumulate=1, size=present, dwell=0)
     assert force.move(50.0, rule, interval)
     assert loader.batch_size == force.size == rule.next_size(50.0, present, 0, interval) == (rule.size_for(50) if moves else present)
 
 
 def test_a_wish_beyond_the_bounds_is_met_as_far_as_its_interval_tells():
     rule = SizeRule(16, 64)
-    force = SizeInForce(SimpleNamespace(batch_size=0), accumulate=1, size=64, dwell=0)
+    force = CurrentBatchSize(SimpleNamespace(batch_size=0), accumulate=1, size=64, dwell=0)
     assert [force.move(1000.0, rule, interval) for interval in ((50.0, 2000.0), (500.0, 2000.0), (math.nan, math.nan))] == [True, False, False]
     assert force.size == 64

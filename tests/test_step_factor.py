@@ -10,7 +10,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, ExponentialLR, LambdaLR, LinearLR, MultiplicativeLR, OneCycleLR, SequentialLR, StepLR
 
 from adabatch import schedules
-from adabatch.step_factor import Pending, StepFactor, read_lrs
+from adabatch.scheduler.step_factor import Pending, StepFactor, read_lrs
 
 SCHEDULES = {
     "StepLR": lambda optimizer: StepLR(optimizer, 3, 0.5),

@@ -1,4 +1,4 @@
-"""Spill wherever sizes fall short of the wish, and the count of epochs."""
+"""Spill wherever sizes fall short of the proposal, and the count of epochs."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from adabatch import AdaptiveDataLoader, ResizableBatchSampler
-from adabatch.stepping import EpochCount
+from adabatch.scheduler.lr import EpochCount
 from tests.scripted import Wishes, ones, slope_run, steps
 
 
@@ -17,7 +17,7 @@ def rows_and_moves(run, n_steps, **options):
 
 @pytest.mark.parametrize("scheduler_first", [False, True])
 def test_a_size_held_by_dwell_spills_what_it_lacks(scheduler_first):
-    """Noise level ~ lr/size: it is 1/wish from the step after the wish, at the cap, below it, and while the size is held."""
+    """Noise level ~ lr/size: it is 1/proposal from the step after the proposal, at the cap, below it, and while the size is held."""
     run = slope_run(Wishes(20, 40, 128, 128, 50), n=5000, spill="lr", dwell=3)
     rows, moves = rows_and_moves(run, 8, scheduler_first=scheduler_first)
     assert rows == [16, 20, 20, 20, 20, 50, 50, 50]

@@ -87,7 +87,7 @@ ERRORS = {
     "ignore-number": ({"ignore": [0]}, TypeError, r"ignore must be a list of module names.*got \[0\]"),
     "layout": ({"layout": 5}, TypeError, "layout must be what adabatch.check.* returned, got 5"),
     "seed": ({"seed": None}, TypeError, "seed must be an integer, got None"),
-    "dots": ({"dots": "yes"}, TypeError, "dots must be True or False, got 'yes'"),
+    "inner_products": ({"inner_products": "yes"}, TypeError, "inner_products must be True or False, got 'yes'"),
     "per-parameter": ({"per_parameter": "yes"}, TypeError, "per_parameter must be True or False, got 'yes'"),
     "max-grad-norm": ({"max_grad_norm": "1", "controller": adabatch.controllers.NormTest()}, ValueError, "max_grad_norm must be a number > 0 or None, got '1'"),
     "hysteresis": ({"hysteresis": "a"}, ValueError, "hysteresis must be a number >= 0, got 'a'"),

@@ -1,4 +1,4 @@
-"""wrap takes over a plain DataLoader: its order, workers and options stay, its sizes follow the wishes."""
+"""wrap takes over a plain DataLoader: its order, workers and options stay, its sizes follow the proposals."""
 
 import gc
 import weakref

@@ -9,17 +9,17 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from adabatch._tree import tensors
 from adabatch.check.batches import MAX_SAMPLES, Trial, batch_dims, find_batch_size_source, run_trial, smaller_batch
 from adabatch.check.comparison import MAX_COMPARED, compare_with_taps, exact_norms
 from adabatch.check.filling import enter_comparison, make_rows, mark_contributions, refuse_differing, refuse_unaccounted
 from adabatch.check.inference import draw_weights
 from adabatch.check.listening import LossFunction, listen
-from adabatch.check.owners import Owner, find_owners
+from adabatch.check.owners import ParameterOwner, find_owners
 from adabatch.check.report import CheckReport, CheckRow
 from adabatch.check.settling import settle
 from adabatch.check.state import batch_norm_by_running_statistics, mixing_batch_norm, plain_arithmetic, restored
-from adabatch.check.trees import tensors
-from adabatch.grad_sample.attach import unwrap
+from adabatch.grad_sample.plan import unwrap
 
 __all__ = ["CheckReport", "CheckRow", "check"]
 
@@ -68,7 +68,7 @@ def check(model: nn.Module, batch: Any, loss_fn: LossFunction, *, verbose: bool 
     return report
 
 
-def _check(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunction) -> CheckReport:
+def _check(model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction) -> CheckReport:
     large = _first_trial(model, owners, batch, loss_fn)
     size = len(large.losses)
     if size < 2:
@@ -103,7 +103,7 @@ def _check(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunct
     return report
 
 
-def _first_trial(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunction) -> Trial:
+def _first_trial(model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction) -> Trial:
     try:
         return run_trial(model, owners, batch, loss_fn)
     except Exception as error:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adabatch.check.listening import Call, Ears, LossFunction
-from adabatch.check.owners import Owner
+from adabatch._tree import Path, map_tensors, tensors
+from adabatch.check.listening import Call, LayerRecorder, LossFunction
+from adabatch.check.owners import ParameterOwner
 from adabatch.check.state import restored
-from adabatch.check.trees import Path, map_tensors, tensors
-from adabatch.grad_sample.layouts import BatchSizeSource
+from adabatch.grad_sample.layout import BatchSizeSource
 
 MAX_SAMPLES = 8
 _MAX_GUESSES = 64
@@ -33,14 +33,14 @@ class Trial:
     inputs: tuple[tuple, dict] | None
 
 
-def run_trial(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunction) -> Trial:
+def run_trial(model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction) -> Trial:
     """Run loss_fn(model, batch) with the whole model in evaluation mode, so that sizes can be compared; state is put back.
 
     Raises:
         TypeError: loss_fn does not return a tensor.
         ValueError: it does not return one loss per sample, or fewer than two.
     """
-    with restored(model), Ears(model, owners) as ears:
+    with restored(model), LayerRecorder(model, owners) as ears:
         for module in model.modules():
             module.training = False
         losses = loss_fn(model, batch)
@@ -56,7 +56,7 @@ def run_trial(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFu
     return Trial(losses.detach(), ears.calls, ears.inputs)
 
 
-def smaller_batch(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunction, full: Trial, n_samples: int) -> tuple[Any, Trial] | None:
+def smaller_batch(model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction, full: Trial, n_samples: int) -> tuple[Any, Trial] | None:
     """The first n_samples of a batch, and a trial of them; None if no way of cutting gives the losses that these samples had in the whole batch.
 
     Every tensor is cut along a dimension as long as the batch, or not at all; the first dimension is tried first.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adabatch.check.listening import Listened, LossFunction
-from adabatch.check.owners import Owner
+from adabatch.check.listening import LossFunction, PassRecord
+from adabatch.check.owners import ParameterOwner
 from adabatch.check.state import no_gradients_yet, restored
 from adabatch.grad_sample.hooks import GradSampleHooks
 
@@ -66,7 +66,7 @@ def exact_norms(model: nn.Module, parameters: dict[str, Tensor], batch: Any, los
     )
 
 
-def unaccounted(name: str, first: Listened, second: Listened, weight_ratio: float) -> str | None:
+def unaccounted(name: str, first: PassRecord, second: PassRecord, weight_ratio: float) -> str | None:
     """Why the calls of the layers do not account for a parameter's whole gradient, or None if they do.
 
     A part r that is the same for every sample grows from pass to pass like the sum of the weights: r' = r·Σw'/Σw.
@@ -80,7 +80,7 @@ def unaccounted(name: str, first: Listened, second: Listened, weight_ratio: floa
 
 
 def compare_with_taps(
-    model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunction, exact: ExactNorms, layouts: Any
+    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction, exact: ExactNorms, layouts: Any
 ) -> tuple[dict[str, Tensor], dict[str, str], str]:
     """Measure the batch with GradSampleHooks. Layers that the hooks' error names are left out, and the rest is tried again.
 
@@ -139,7 +139,7 @@ def lines_about(names: Iterable[str], message: str) -> str:
     return "; ".join(line.strip(" -") for line in message.splitlines() if re.search("|".join(patterns), line))
 
 
-def _rest(name: str, listened: Listened) -> Tensor | None:
+def _rest(name: str, listened: PassRecord) -> Tensor | None:
     """A parameter's gradient less what came through its layers' calls, or None if nothing is left but rounding."""
     grad, parts = listened.grads[name], list(listened.inside.get(name, {}).values())
     if grad is None:

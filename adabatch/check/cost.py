@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from adabatch.check.listening import Call
-from adabatch.grad_sample.layouts import Layout
+from adabatch.grad_sample.layout import Layout
 
 _ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase, nn.PReLU)
 

@@ -10,28 +10,28 @@ from torch import Tensor
 
 from adabatch.check.comparison import OUTSIDE, ExactNorms, relative_error, unaccounted
 from adabatch.check.cost import relative_cost
-from adabatch.check.listening import Listened
-from adabatch.check.owners import Owner
+from adabatch.check.listening import PassRecord
+from adabatch.check.owners import ParameterOwner
 from adabatch.check.report import CheckRow
-from adabatch.check.settling import Settled, settle
-from adabatch.grad_sample.layouts import Layout
+from adabatch.check.settling import LayoutResult, settle
+from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.registry import find_grad_sampler
 
 # The taps' norms equal exact ones to this: nothing that matters escaped them.
 AGREEMENT = 1e-4
 
 
-def _parameters(owners: list[Owner]) -> dict[str, Tensor]:
+def _parameters(owners: list[ParameterOwner]) -> dict[str, Tensor]:
     return {name: parameter for owner in owners for name, parameter in owner.parameters.items()}
 
 
-def _homes(owners: list[Owner], first: Listened) -> dict[str, str]:
+def _homes(owners: list[ParameterOwner], first: PassRecord) -> dict[str, str]:
     """{parameter's name: the layer it counts with}: the first whose calls gave it a gradient, else the first that holds it."""
     homes = {name: owner.name for owner in reversed(owners) for name in owner.parameters}
     return {name: next((owner.name for owner in owners if owner.name in first.inside.get(name, {})), home) for name, home in homes.items()}
 
 
-def make_rows(owners: list[Owner], settled: dict[str, Settled], first: Listened, exact: ExactNorms, n_samples: int) -> dict[str, CheckRow]:
+def make_rows(owners: list[ParameterOwner], settled: dict[str, LayoutResult], first: PassRecord, exact: ExactNorms, n_samples: int) -> dict[str, CheckRow]:
     """{layer's name: its row}, as far as the passes over the layers tell."""
     homes, total = _homes(owners, first), sum(exact.variance_trace.values())
     rows = {}
@@ -55,7 +55,7 @@ def make_rows(owners: list[Owner], settled: dict[str, Settled], first: Listened,
     return rows
 
 
-def refuse_unaccounted(rows: dict[str, CheckRow], owners: list[Owner], first: Listened, second: Listened, weights: Tensor, ratios: Tensor) -> None:
+def refuse_unaccounted(rows: dict[str, CheckRow], owners: list[ParameterOwner], first: PassRecord, second: PassRecord, weights: Tensor, ratios: Tensor) -> None:
     """Refuse the layers whose parameters have a gradient that did not come through their calls."""
     homes, growth = _homes(owners, first), float((weights * ratios).sum() / weights.sum())
     reasons: dict[str, list[str]] = {}
@@ -70,7 +70,7 @@ def refuse_unaccounted(rows: dict[str, CheckRow], owners: list[Owner], first: Li
         rows[layer].refuse("; ".join(listed))
 
 
-def mark_contributions(rows: dict[str, CheckRow], owners: list[Owner], passes: list[Listened], ratios: Tensor, dims: dict[str, Any]) -> None:
+def mark_contributions(rows: dict[str, CheckRow], owners: list[ParameterOwner], passes: list[PassRecord], ratios: Tensor, dims: dict[str, Any]) -> None:
     """Mark the layers whose rows belong to single samples only while batch norm does not mix them, and batch norm itself."""
     for owner in owners:
         row, sampler = rows[owner.name], find_grad_sampler(owner.module)
@@ -81,7 +81,7 @@ def mark_contributions(rows: dict[str, CheckRow], owners: list[Owner], passes: l
 
 
 def enter_comparison(
-    rows: dict[str, CheckRow], owners: list[Owner], first: Listened, exact: ExactNorms, differences: dict[str, Tensor], refused: dict[str, str]
+    rows: dict[str, CheckRow], owners: list[ParameterOwner], first: PassRecord, exact: ExactNorms, differences: dict[str, Tensor], refused: dict[str, str]
 ) -> None:
     """Enter the errors of the taps' norms, and refuse the layers that the hooks could not measure."""
     homes = _homes(owners, first)
@@ -96,7 +96,7 @@ def enter_comparison(
             row.rule, row.status, row.reason = "generic", "exact", ""
 
 
-def refuse_differing(rows: dict[str, CheckRow], owners: list[Owner]) -> None:
+def refuse_differing(rows: dict[str, CheckRow], owners: list[ParameterOwner]) -> None:
     """Refuse the layers whose norms are wrong for a reason that nothing else explained."""
     for owner in owners:
         row = rows[owner.name]
@@ -104,5 +104,5 @@ def refuse_differing(rows: dict[str, CheckRow], owners: list[Owner]) -> None:
             row.refuse(f"the taps' squared norms differ from exact ones by {row.error:.1%}")
 
 
-def _is_narrow(owner: Owner) -> bool:
+def _is_narrow(owner: ParameterOwner) -> bool:
     return any(torch.finfo(parameter.dtype).bits < 32 for parameter in owner.parameters.values())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adabatch.grad_sample.layouts import Layout
+from adabatch.grad_sample.layout import Layout
 
 # Far above what unordered atomic additions leave behind, far below the factor of two between samples.
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-6}

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adabatch.check.owners import Owner
+from adabatch._tree import holds_packed_sequence, map_tensors
+from adabatch.check.owners import ParameterOwner
 from adabatch.check.state import restored
-from adabatch.check.trees import holds_packed_sequence, map_tensors
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -37,7 +37,7 @@ class Call:
 
 
 @dataclass(eq=False)
-class Listened:
+class PassRecord:
     """What one pass has shown.
 
     Attributes:
@@ -57,10 +57,10 @@ class Listened:
     inputs: tuple[tuple, dict] | None
 
 
-class Ears:
+class LayerRecorder:
     """Hooks on the layers and on the model. A context manager: everything is put back on leaving it."""
 
-    def __init__(self, model: nn.Module, owners: list[Owner]):
+    def __init__(self, model: nn.Module, owners: list[ParameterOwner]):
         self.model, self.owners = model, owners
         self.calls: dict[str, list[Call]] = {owner.name: [] for owner in owners}
         self.inside: dict[str, dict[str, Tensor]] = {}
@@ -69,7 +69,7 @@ class Ears:
         self._places = [(place.holder, place.key, place.holder._parameters[place.key]) for owner in owners for place in owner.places]
         self._open: dict[nn.Module, list[Callable[[], None]]] = {owner.module: [] for owner in owners}
 
-    def __enter__(self) -> Ears:
+    def __enter__(self) -> LayerRecorder:
         self._handles = [self.model.register_forward_pre_hook(self._take_inputs, prepend=True, with_kwargs=True)]
         for owner in self.owners:
             self._handles.append(owner.module.register_forward_pre_hook(lambda module, args, owner=owner: self._enter_layer(owner), prepend=True))
@@ -89,7 +89,7 @@ class Ears:
         if self.inputs is None:
             self.inputs = args, kwargs
 
-    def _enter_layer(self, owner: Owner) -> None:
+    def _enter_layer(self, owner: ParameterOwner) -> None:
         if not torch.is_grad_enabled():
             self._open[owner.module].append(lambda: None)
             return
@@ -117,7 +117,7 @@ class Ears:
 
         return add
 
-    def _leaver(self, owner: Owner) -> Callable[..., Any]:
+    def _leaver(self, owner: ParameterOwner) -> Callable[..., Any]:
         def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             self._open[module].pop()()
             if not torch.is_grad_enabled():
@@ -145,14 +145,14 @@ def _overheard(tensor: Tensor, call: Call) -> Tensor:
     return copied
 
 
-def listen(model: nn.Module, owners: list[Owner], batch: Any, loss_fn: LossFunction, weights: Tensor) -> Listened:
+def listen(model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction, weights: Tensor) -> PassRecord:
     """Run loss_fn(model, batch) and the backward pass of Σ w_i l_i, with the model's state put back afterwards.
 
     Args:
         weights: w, [N], moved to the losses' device and type.
     """
     named = {place.name: place.parameter for owner in owners for place in owner.places}
-    with restored(model), Ears(model, owners) as ears:
+    with restored(model), LayerRecorder(model, owners) as ears:
         losses = loss_fn(model, batch)
         grads = torch.autograd.grad(losses, list(named.values()), grad_outputs=weights.to(losses), allow_unused=True)
-    return Listened(losses.detach(), ears.calls, dict(zip(named, grads, strict=True)), ears.inside, ears.uses, ears.inputs)
+    return PassRecord(losses.detach(), ears.calls, dict(zip(named, grads, strict=True)), ears.inside, ears.uses, ears.inputs)

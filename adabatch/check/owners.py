@@ -22,7 +22,7 @@ class Place:
 
 
 @dataclass(eq=False)
-class Owner:
+class ParameterOwner:
     """A layer that owns trainable parameters, itself or through parts that are never called: its parametrizations, lists of parameters, and what
     nn.MultiheadAttention holds.
 
@@ -47,7 +47,7 @@ class Owner:
         return {place.name: place.parameter for place in self.places}
 
 
-def find_owners(model: nn.Module) -> list[Owner]:
+def find_owners(model: nn.Module) -> list[ParameterOwner]:
     """Every layer that owns trainable parameters, in the order of named_modules.
 
     Raises:
@@ -59,7 +59,7 @@ def find_owners(model: nn.Module) -> list[Owner]:
         [('0', ['0.weight', '0.bias']), ('2', ['2.in_proj_weight', '2.out_proj.weight'])]
     """
     modules = dict(model.named_modules())
-    owners: dict[str, Owner] = {}
+    owners: dict[str, ParameterOwner] = {}
     names: dict[int, str] = {}
     for path, module in modules.items():
         for key, parameter in module._parameters.items():
@@ -69,7 +69,7 @@ def find_owners(model: nn.Module) -> list[Owner]:
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"{name} is not initialized: run one batch through the lazy module first")
             owner_path = _answering(path, modules)
-            owner = owners.setdefault(owner_path, Owner(clean_name(owner_path), modules[owner_path]))
+            owner = owners.setdefault(owner_path, ParameterOwner(clean_name(owner_path), modules[owner_path]))
             owner.places.append(Place(name, module, key, parameter))
     if not owners:
         raise ValueError("the model has no trainable parameters, so there is nothing to check")

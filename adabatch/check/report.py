@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from adabatch.grad_sample.layouts import BatchSizeSource, Layout
+from adabatch.grad_sample.layout import BatchSizeSource, Layout
 
 STATUSES = ("exact", "contribution", "refused")
 

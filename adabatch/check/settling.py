@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adabatch.check.inference import consistent_layouts, is_live, layouts_by_shape, rows_are_pure
-from adabatch.check.listening import Call, Listened
-from adabatch.check.owners import Owner
-from adabatch.grad_sample.layouts import Layout
+from adabatch.check.listening import Call, PassRecord
+from adabatch.check.owners import ParameterOwner
+from adabatch.grad_sample.layout import Layout
 
 # Dimensions of each output of each call that grow with the number of samples; None: not known.
 BatchDims = list[list[frozenset[int]]] | None
@@ -24,7 +24,7 @@ UNKNOWN_ORDER = (
 
 
 @dataclass(frozen=True)
-class Settled:
+class LayoutResult:
     """A layer's layout, or None with the reason; a reason beside a layout is a remark."""
 
     layout: Layout | None
@@ -32,19 +32,19 @@ class Settled:
     refused: bool = False
 
 
-def settle(owner: Owner, first: Listened, second: Listened, ratios: Tensor, batch_dims: BatchDims) -> Settled:
+def settle(owner: ParameterOwner, first: PassRecord, second: PassRecord, ratios: Tensor, batch_dims: BatchDims) -> LayoutResult:
     """One layout for all calls of a layer."""
     calls = list(zip(first.calls[owner.name], second.calls[owner.name], strict=False))
     if len(first.calls[owner.name]) != len(second.calls[owner.name]):
-        return Settled(None, "was called a different number of times with the same inputs and random state", refused=True)
+        return LayoutResult(None, "was called a different number of times with the same inputs and random state", refused=True)
     if any(call.packed for call, _ in calls):
-        return Settled(None, PACKED, refused=True)
+        return LayoutResult(None, PACKED, refused=True)
     possible: list[list[Layout]] = []
     for index, (call, again) in enumerate(calls):
         dims = batch_dims[index] if batch_dims is not None and len(batch_dims) == len(calls) and len(batch_dims[index]) == len(call.shapes) else None
         settled = _settle_call(owner.module, call, again, ratios, dims)
         if isinstance(settled, str):
-            return Settled(None, settled, refused=True)
+            return LayoutResult(None, settled, refused=True)
         if settled:
             possible.append(settled)
     if not possible:
@@ -52,8 +52,8 @@ def settle(owner: Owner, first: Listened, second: Listened, ratios: Tensor, batc
     common = [layout for layout in possible[0] if all(layout in others for others in possible)]
     if not common:
         listed = " and ".join(dict.fromkeys(str(layouts[0]) for layouts in possible))
-        return Settled(None, f"is called in different layouts: {listed}; use a layer of its own for each, or one layout", refused=True)
-    return Settled(common[0])
+        return LayoutResult(None, f"is called in different layouts: {listed}; use a layer of its own for each, or one layout", refused=True)
+    return LayoutResult(common[0])
 
 
 def _settle_call(layer: nn.Module, call: Call, again: Call, ratios: Tensor, dims: list[frozenset[int]] | None) -> list[Layout] | str:
@@ -88,10 +88,10 @@ def _settle_output(first: Tensor, second: Tensor, ratios: Tensor, dims: frozense
     return [Layout.SHARED] if carries_no_sample and first.dim() else MIXES
 
 
-def _without_gradient(calls: list[Call], ratios: Tensor, batch_dims: BatchDims) -> Settled:
+def _without_gradient(calls: list[Call], ratios: Tensor, batch_dims: BatchDims) -> LayoutResult:
     if not calls:
-        return Settled(None, "not called with a gradient on this batch")
+        return LayoutResult(None, "not called with a gradient on this batch")
     shapes = [call.shapes[0] for call in calls if call.shapes]
     known = batch_dims[0][0] if batch_dims and batch_dims[0] else None
     layouts = layouts_by_shape(shapes[0], len(ratios), known) if shapes else []
-    return Settled(layouts[0] if len(layouts) == 1 else None, "no gradient reached its output on this batch")
+    return LayoutResult(layouts[0] if len(layouts) == 1 else None, "no gradient reached its output on this batch")

@@ -1,4 +1,4 @@
-"""Controllers: from a step's moments and loss to the batch size they wish for. One class a file, all behind propose(moments, *, loss, lr)."""
+"""Controllers: from a step's moments and loss to the batch size they proposal for. One class a file, all behind propose(moments, *, loss, lr)."""
 
 from adabatch.controllers.adadamp import AdaDamp, GeoDamp, PadaDamp
 from adabatch.controllers.adascale import AdaScale

@@ -6,7 +6,7 @@ import math
 
 from adabatch.controllers.base import Controller, check_positive, ratio
 from adabatch.estimators.averages import MovingAverage, student_quantile
-from adabatch.estimators.confidence import NO_INTERVAL, fieller
+from adabatch.estimators.intervals import NO_INTERVAL, fieller
 from adabatch.estimators.moments import GradientMoments
 
 
@@ -14,10 +14,10 @@ class AdaDamp(Controller):
     """m = B₀·(F₀ − f_star)/(F − f_star), F the smoothed loss, F₀ the loss at the start: the batch grows as the excess loss falls.
 
     The published rule evaluates F on the whole data set and rounds up; ours takes the losses of the batches. Nothing need be measured. Beyond
-    max_batch_size, spill='lr' lowers the lr as lr·max/m, as published. A smoothed loss at or below f_star wishes infinity.
+    max_batch_size, spill='lr' lowers the lr as lr·max/m, as published. A smoothed loss at or below f_star proposals infinity.
 
     Where theory is thin: that noise must fall as the excess loss does is argued for plain SGD on losses whose floor is known; momentum and Adam do not enter,
-    and at small batches F₀ is one noisy loss: give initial_loss. The wish has an interval, by the error of F alone.
+    and at small batches F₀ is one noisy loss: give initial_loss. The proposal has an interval, by the error of F alone.
 
     Args:
         batch_size: B₀, in samples.
@@ -61,7 +61,7 @@ class AdaDamp(Controller):
         self.samples = samples
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Take one step's raw loss; give the wished batch size, in samples. A loss that is not finite is left out."""
+        """Take one step's raw loss; give the proposed batch size, in samples. A loss that is not finite is left out."""
         if self.start is None and math.isfinite(loss):
             self.start = loss
         loss = self.average.update(loss, self.samples)
@@ -78,7 +78,7 @@ class AdaDamp(Controller):
 
 
 class PadaDamp(Controller):
-    """m = B₀ + rate·k after k steps: what AdaDamp's batch does where the loss falls as 1/k. Nothing is measured, so the wish has no error and no interval.
+    """m = B₀ + rate·k after k steps: what AdaDamp's batch does where the loss falls as 1/k. Nothing is measured, so the proposal has no error and no interval.
 
     Args:
         batch_size: B₀, in samples.
@@ -124,7 +124,7 @@ class PadaDamp(Controller):
 
 
 class GeoDamp(Controller):
-    """m = B₀·factor^⌊epochs/every⌋: doubled every five epochs unless said otherwise. Nothing is measured, so the wish has no error and no interval.
+    """m = B₀·factor^⌊epochs/every⌋: doubled every five epochs unless said otherwise. Nothing is measured, so the proposal has no error and no interval.
 
     Args:
         batch_size: B₀, in samples.

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from adabatch.estimators.confidence import NO_INTERVAL
-from adabatch.state import check_controller
+from adabatch._checks import check_controller
+from adabatch.estimators.intervals import NO_INTERVAL
 
 
 class Controller:
-    """Base of the controllers. A subclass computes the wished batch size in propose(moments, *, loss, lr), unrounded and unbounded.
+    """Base of the controllers. A subclass computes the proposed batch size in propose(moments, *, loss, lr), unrounded and unbounded.
 
     Class attributes a subclass sets:
         arguments: names of the constructor's arguments, kept under the same names.
         saved: names of the attributes that make up the state: plain numbers, lists of them, or objects with state_dict and load_state_dict.
-        needs: what the hooks must measure beside norms: 'dots', 'second_moment', 'preconditioned_trace'. wrap() hands it to GradSampleHooks.
+        needs: what the hooks must measure beside norms: 'inner_products', 'second_moment', 'preconditioned_trace'. wrap() hands it to GradSampleHooks.
         needs_effective_lr: whether the lr means a step per unit of gradient.
         needs_moments: False for a rule that is asked at every step, measured or not.
 
@@ -87,10 +87,10 @@ class Controller:
         return next((rule for rule in rules if rule is not None), None)
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """(low, high) of the latest wish: which sizes the rule may ask for, as far as is known what it measures. (NaN, NaN): the wish has no error, or none
+        """(low, high) of the latest proposal: which sizes the rule may ask for, as far as is known what it measures. (NaN, NaN): the proposal has no error, or none
         that is known. (0, ∞): it has one, which is not known yet.
 
-        Ratios of averages have Fieller's interval (`adabatch.estimators.confidence.fieller`), with t quantiles and the covariance of the averages; powers are
+        Ratios of averages have Fieller's interval (`adabatch.estimators.intervals.fieller`), with t quantiles and the covariance of the averages; powers are
         taken to first order. Where theory is thin: a drift of what is averaged, a falling loss above all, counts as noise where errors come from residuals,
         which makes the interval too long; that a rule's own past sizes depend on the same measurements is left out.
 
@@ -100,7 +100,7 @@ class Controller:
         return NO_INTERVAL
 
     def readings(self) -> dict[str, float]:
-        """What the rule estimates beside its wish, for the history: f_star, preconditioned_trace_ema and their _std_error, where it has them."""
+        """What the rule estimates beside its proposal, for the history: f_star, preconditioned_trace_ema and their _std_error, where it has them."""
         return {name: value for part in self.parts if hasattr(part, "readings") for name, value in part.readings().items()}
 
     def advance(self, *, samples: int, epoch: int) -> None:
@@ -152,7 +152,7 @@ class Controller:
 
 
 def interval_of(controller: Any, level: float = 0.9) -> tuple[float, float]:
-    """The interval of a controller's latest wish; (NaN, NaN) for any object that has none.
+    """The interval of a controller's latest proposal; (NaN, NaN) for any object that has none.
 
     Example:
         >>> interval_of(object())

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from adabatch._checks import check_controller
 from adabatch.controllers.base import Controller
 from adabatch.estimators.averages import MovingAverage, check_smoothing, student_quantile
-from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, fieller, trace_error
-from adabatch.estimators.floor import LossFloor
+from adabatch.estimators.intervals import NO_INTERVAL, JointAverages, fieller, trace_error
+from adabatch.estimators.loss_floor import LossFloor
 from adabatch.estimators.moments import GradientMoments
 from adabatch.preconditioners import preconditioned_trace, preconditioner_of
-from adabatch.state import check_controller
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
@@ -22,7 +22,7 @@ class CABS(Controller):
     """Coupled adaptive batch size: m = scale · lr · T / (F − f_star + eps).
 
     T is the smoothed trace of the covariance of the per-sample gradients, F the smoothed loss. Averages are weighted by samples (a batch of 64 counts
-    16 times one of 4) and bias-corrected. The result is the wish, neither rounded nor bounded: that is the scheduler's part.
+    16 times one of 4) and bias-corrected. The result is the proposal, neither rounded nor bounded: that is the scheduler's part.
 
     Plain SGD is treated as published; with momentum the scheduler hands in lr·(1 − dampening)/(1 − momentum), an extension of ours. So are the following.
     Where theory is thin: momentum's effective lr holds once the buffer is filled (1/(1 − momentum) steps) and while the size changes little in that time; at
@@ -32,7 +32,7 @@ class CABS(Controller):
     pays lr²·tr(PΣ·PH)/(2m); with the published rule's assumptions taken in the coordinates P^(−½)w, lr·PH = 1 and F − F* = lr·⟨∇F, P∇F⟩/2, its derivation
     gives m = lr·tr(PΣ)/(F − F*). Decoupled or coupled, weight decay brings no noise and enters through P alone. Where theory is thin: v̂ holds noise itself, so
     that P ∝ √m where noise dominates, and lags by about 5/(1 − β₂) steps; Adam's first steps have a P of a few gradients, and the P of a step is foretold from
-    the step before (`adabatch.preconditioners.register_next_state`): tr(PΣ) was .8 to 1.3 of the true one in the first steps of a trial, later 1.0. Measured
+    the step before (`adabatch.preconditioners.register_lookahead`): tr(PΣ) was .8 to 1.3 of the true one in the first steps of a trial, later 1.0. Measured
     with Adam on digits and Fashion-MNIST over a range of 10 in lr, the size does not flutter (1 to 2 % a step); it sticks to min_batch_size where the lr is
     low.
 
@@ -107,10 +107,10 @@ class CABS(Controller):
         self.clipping = MovingAverage(self.smoothing) if self.clipping is None else self.clipping
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
-        """Take one step's raw moments and raw loss, and the base effective lr (the plain one where there is a preconditioner); give the wish in samples.
+        """Take one step's raw moments and raw loss, and the base effective lr (the plain one where there is a preconditioner); give the proposal in samples.
 
-        A trace whose average is negative wishes 0; a smoothed loss at or below f_star wishes infinity: the noise is then all there is. Before the first
-        step of an optimizer with a preconditioner the wish is NaN.
+        A trace whose average is negative proposals 0; a smoothed loss at or below f_star proposals infinity: the noise is then all there is. Before the first
+        step of an optimizer with a preconditioner the proposal is NaN.
 
         Raises:
             ValueError: a batch of one has no variance; what the preconditioned trace needs is missing.
@@ -192,7 +192,7 @@ class ReferenceCABS:
     """CABS as the authors' TensorFlow code computes it: m = scale · lr · ξ / (F + eps).
 
     ξ is the smoothed mean of ‖g_i‖² − ‖g‖² (divisor m, so biased), F the smoothed loss; the averages start at 0 and 1, weigh all steps alike and are not
-    bias-corrected, so the first wishes are low: their errors are not known, and the wish has no interval (CABS has). They are updated before use. The code
+    bias-corrected, so the first proposals are low: their errors are not known, and the proposal has no interval (CABS has). They are updated before use. The code
     then rounds half to even and clips to 16..2048: bounds that the scheduler applies.
 
     Args:
@@ -221,7 +221,7 @@ class ReferenceCABS:
         self.trace_average, self.loss_average = 0.0, 1.0
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
-        """Take one step's raw moments, raw loss and lr; give the unrounded, unbounded wish in samples."""
+        """Take one step's raw moments, raw loss and lr; give the unrounded, unbounded proposal in samples."""
         keep = self.smoothing
         self.loss_average = keep * self.loss_average + (1 - keep) * loss
         self.trace_average = keep * self.trace_average + (1 - keep) * moments.biased_variance_trace

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from adabatch.controllers.base import Controller, check_positive, interval_of
-from adabatch.estimators.confidence import NO_INTERVAL
+from adabatch.estimators.intervals import NO_INTERVAL
 from adabatch.estimators.moments import GradientMoments
 
 
 class AtLeast(Controller):
-    """The largest of several wishes, each a controller's or a number of samples.
+    """The largest of several proposals, each a controller's or a number of samples.
 
     Raises:
         ValueError: no member, or a number that is not positive.
@@ -27,9 +27,9 @@ class AtLeast(Controller):
         self.members, self.parts = _checked(members)
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask all members; give the largest wish, in samples."""
-        self.wishes = _wishes(self.members, moments, loss, lr)
-        return max(self.wishes)
+        """Ask all members; give the largest proposal, in samples."""
+        self.proposals = _wishes(self.members, moments, loss, lr)
+        return max(self.proposals)
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
         """From the largest low end of the members to their largest high one: see `Controller.proposal_interval`."""
@@ -37,7 +37,7 @@ class AtLeast(Controller):
 
 
 class AtMost(Controller):
-    """The smallest of several wishes, each a controller's or a number of samples.
+    """The smallest of several proposals, each a controller's or a number of samples.
 
     Raises:
         ValueError: no member, or a number that is not positive.
@@ -52,9 +52,9 @@ class AtMost(Controller):
         self.members, self.parts = _checked(members)
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask all members; give the smallest wish, in samples."""
-        self.wishes = _wishes(self.members, moments, loss, lr)
-        return min(self.wishes)
+        """Ask all members; give the smallest proposal, in samples."""
+        self.proposals = _wishes(self.members, moments, loss, lr)
+        return min(self.proposals)
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
         """From the smallest low end of the members to their smallest high one: see `Controller.proposal_interval`."""
@@ -62,10 +62,10 @@ class AtMost(Controller):
 
 
 class Average(Controller):
-    """The weighted arithmetic mean of several wishes, Σ w_i m_i / Σ w_i.
+    """The weighted arithmetic mean of several proposals, Σ w_i m_i / Σ w_i.
 
     It is a mean over controllers, not over time: each smooths its own numerator and denominator, and an average of ratios would mislead. One infinite
-    wish makes the mean infinite.
+    proposal makes the mean infinite.
 
     Args:
         members: controllers or numbers of samples.
@@ -92,9 +92,9 @@ class Average(Controller):
         self.weights = weights
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask all members; give the mean of their wishes, in samples."""
-        self.wishes = _wishes(self.members, moments, loss, lr)
-        return self._mean(self.wishes)
+        """Ask all members; give the mean of their proposals, in samples."""
+        self.proposals = _wishes(self.members, moments, loss, lr)
+        return self._mean(self.proposals)
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
         """The mean of the members' ends, as if all erred to one side at once: members measure the same gradients. See `Controller.proposal_interval`."""
@@ -106,7 +106,7 @@ class Average(Controller):
 
 
 class Monotone(Controller):
-    """The largest wish so far, and not less than the largest batch used: the size never shrinks.
+    """The largest proposal so far, and not less than the largest batch used: the size never shrinks.
 
     Raises:
         ValueError: the member is a number that is not positive.
@@ -130,22 +130,22 @@ class Monotone(Controller):
         self.largest = max(self.largest, float(samples))
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask the member; give the largest wish so far, in samples. A wish that is NaN is handed on."""
-        self.wishes = [wish] = _wishes(self.members, moments, loss, lr)
-        if math.isnan(wish):
-            return wish
-        self._before, self.largest = self.largest, max(self.largest, wish)
+        """Ask the member; give the largest proposal so far, in samples. A proposal that is NaN is handed on."""
+        self.proposals = [proposal] = _wishes(self.members, moments, loss, lr)
+        if math.isnan(proposal):
+            return proposal
+        self._before, self.largest = self.largest, max(self.largest, proposal)
         return self.largest
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """The member's, cut off at what the largest wish was before: see `Controller.proposal_interval`."""
+        """The member's, cut off at what the largest proposal was before: see `Controller.proposal_interval`."""
         return _combined(self, level, lambda ends: max(self._before, *ends))
 
 
 class Warmup(Controller):
-    """Grows no faster than by `growth` every `samples` samples: wish = min(wished, limit · growth^(n/samples)).
+    """Grows no faster than by `growth` every `samples` samples: proposal = min(proposed, limit · growth^(n/samples)).
 
-    n is the size of the step, limit the last wish of this controller, or the size in use where that is larger. It may fall as fast as it likes.
+    n is the size of the step, limit the last proposal of this controller, or the size in use where that is larger. It may fall as fast as it likes.
 
     Args:
         member: a controller, or a number of samples.
@@ -182,12 +182,12 @@ class Warmup(Controller):
         self.limit = min(1e300, max(self.limit, float(samples)) * self.growth ** min(samples / self.samples, 990 / math.log2(self.growth)))
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask the member; give its wish or the limit, in samples."""
-        self.wishes = [wish] = _wishes(self.members, moments, loss, lr)
-        if math.isnan(wish):
-            return wish
+        """Ask the member; give its proposal or the limit, in samples."""
+        self.proposals = [proposal] = _wishes(self.members, moments, loss, lr)
+        if math.isnan(proposal):
+            return proposal
         self._before = self.limit if self.limit else math.inf
-        self.limit = min(wish, self._before)
+        self.limit = min(proposal, self._before)
         return self.limit
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
@@ -196,16 +196,16 @@ class Warmup(Controller):
 
 
 def _combined(rule: Any, level: float, combine: Callable[[Sequence[float]], float]) -> tuple[float, float]:
-    """Both ends by the rule that combines the wishes; a member's wish that has no error stands for both. Without any error there is no interval."""
+    """Both ends by the rule that combines the proposals; a member's proposal that has no error stands for both. Without any error there is no interval."""
     intervals = [interval_of(member, level) for member in rule.members]
-    if not hasattr(rule, "wishes") or all(math.isnan(low) for low, _ in intervals):
+    if not hasattr(rule, "proposals") or all(math.isnan(low) for low, _ in intervals):
         return NO_INTERVAL
-    ends = [(wish, wish) if math.isnan(interval[0]) else interval for wish, interval in zip(rule.wishes, intervals, strict=True)]
+    ends = [(proposal, proposal) if math.isnan(interval[0]) else interval for proposal, interval in zip(rule.proposals, intervals, strict=True)]
     return combine([low for low, _ in ends]), combine([high for _, high in ends])
 
 
 def _wishes(members: tuple[Any, ...], moments: GradientMoments | None, loss: float, lr: float) -> list[float]:
-    """Every member is asked at every step, so that its averages go on whichever wish counts."""
+    """Every member is asked at every step, so that its averages go on whichever proposal counts."""
     return [float(member.propose(moments, loss=loss, lr=lr)) if hasattr(member, "propose") else float(member) for member in members]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from adabatch.controllers.base import Controller, check_positive
 from adabatch.controllers.throughput import StepTime, fit_step_time
 from adabatch.estimators.averages import MovingAverage, student_quantile
-from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, fieller, trace_and_signal
+from adabatch.estimators.intervals import NO_INTERVAL, JointAverages, fieller, trace_and_signal
 from adabatch.estimators.moments import GradientMoments
 
 KEPT_TIMES, TIMES_OF_A_SIZE = 992, 31  # of steps, the latest ones
@@ -37,7 +37,7 @@ class Goodput(Controller):
 
     Throughput is B/seconds(B), seconds(B) a model fitted by scipy every 20 steps to the median times of the sizes so far (`StepTime`; of each size its last
     31 steps, so that an evaluation or a busy machine in between does not count); efficiency is (φ + B₀)/(φ + B), φ = T/G² from separately smoothed T̂ and
-    Ĝ². Sizes beyond twice the largest one timed are not considered; while all steps had one size their time says nothing of another: the wish is then twice
+    Ĝ². Sizes beyond twice the largest one timed are not considered; while all steps had one size their time says nothing of another: the proposal is then twice
     that size, once there are 20 of them.
 
     Where theory is thin: that efficiency is of plain SGD under AdaScale's lr, and the progress per sample of momentum or Adam may differ; early and at small
@@ -72,7 +72,7 @@ class Goodput(Controller):
 
     needs_effective_lr = False
     arguments = ("base_batch_size", "max_batch_size", "gain", "replicas", "smoothing")
-    saved = ("trace", "square", "joint", "sizes", "seconds", "wish", "steps", "decided_at", "samples", "decided")
+    saved = ("trace", "square", "joint", "sizes", "seconds", "proposal", "steps", "decided_at", "samples", "decided")
 
     def __init__(
         self,
@@ -91,12 +91,12 @@ class Goodput(Controller):
         self.base_batch_size, self.max_batch_size, self.gain, self.replicas, self.smoothing = base_batch_size, max_batch_size, gain, replicas, smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
         self.joint = JointAverages(self.trace, self.square)
-        # Of the last decision by both models: T, G², their variances and covariance, degrees of freedom; the wish before, the size timed nearest to it, the
+        # Of the last decision by both models: T, G², their variances and covariance, degrees of freedom; the proposal before, the size timed nearest to it, the
         # largest one; the fields of StepTime.
         self.decided: list[float] = []
         self.sizes: list[int] = []  # of the steps timed, the oldest first
         self.seconds: list[float] = []  # NaN for the first step at a size
-        self.wish = math.nan
+        self.proposal = math.nan
         self.steps = self.decided_at = self.samples = 0
         self._clock, self._last = clock, math.nan
 
@@ -116,18 +116,18 @@ class Goodput(Controller):
         self.seconds.append(now - before if known else math.nan)
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
-        """Take one step's raw moments; give the wished batch size, in samples.
+        """Take one step's raw moments; give the proposed batch size, in samples.
 
         Raises:
             ValueError: a batch of one has no variance.
         """
         self.joint.update(*trace_and_signal(moments))
-        if math.isnan(self.wish):
-            self.wish = float(moments.batch_size)
+        if math.isnan(self.proposal):
+            self.proposal = float(moments.batch_size)
         if self.steps - self.decided_at >= REFIT:
             self.decided_at = self.steps
             self._decide()
-        return self.wish
+        return self.proposal
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
         """What the last decision would have been at both ends of the noise scale's interval, moved or kept: see `Controller.proposal_interval`.
@@ -140,7 +140,7 @@ class Goodput(Controller):
             return NO_INTERVAL
         trace, square, of_trace, of_square, both, freedom, *_ = self.decided
         ends = [self._choice(end) for end in fieller(trace, square, (of_trace, of_square), both, student_quantile(level, freedom))]
-        return min(*ends, self.wish), max(*ends, self.wish)
+        return min(*ends, self.proposal), max(*ends, self.proposal)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict(), also one from before intervals were kept: see `Controller.load_state_dict`."""
@@ -170,22 +170,22 @@ class Goodput(Controller):
             if not math.isnan(seconds):
                 times.setdefault(size, []).append(seconds)
         if len(times) < 2:
-            self.wish = min(2 * self.wish, self._limit) if times else self.wish
+            self.proposal = min(2 * self.proposal, self._limit) if times else self.proposal
             return
         sizes = list(times)
         step_time = fit_step_time(sizes, [median(values) for values in times.values()], [len(values) for values in times.values()], self.replicas)
         errors = [self.trace.std_error() ** 2, self.square.std_error() ** 2, self.joint.covariance()]
         freedom = min(self.trace.freedom, self.square.freedom)
-        self.decided = [self.trace.average, self.square.average, *errors, freedom, self.wish, *self._nearest_and_largest(sizes), *astuple(step_time)]
+        self.decided = [self.trace.average, self.square.average, *errors, freedom, self.proposal, *self._nearest_and_largest(sizes), *astuple(step_time)]
         square = self.square.average
-        self.wish = self._choice(max(0.0, self.trace.average) / square if square > 0 else math.inf)
+        self.proposal = self._choice(max(0.0, self.trace.average) / square if square > 0 else math.inf)
 
     def _nearest_and_largest(self, sizes: list[int]) -> tuple[float, float]:
-        """Of the sizes timed, the one nearest to the wish, and the largest."""
-        return float(max(sizes, key=lambda size: -abs(size - self.wish))), float(max(sizes))
+        """Of the sizes timed, the one nearest to the proposal, and the largest."""
+        return float(max(sizes, key=lambda size: -abs(size - self.proposal))), float(max(sizes))
 
     def _choice(self, noise_scale: float) -> float:
-        """The best size at this noise scale, or the wish before the last decision where moving promises too little."""
+        """The best size at this noise scale, or the proposal before the last decision where moving promises too little."""
         before, nearest, largest, *times = self.decided[6:]
         step_time = StepTime(*times)
         best = self.best_size(step_time, noise_scale, 2.0 * largest)

@@ -6,18 +6,18 @@ import math
 
 from adabatch.controllers.base import Controller, check_positive, ratio
 from adabatch.estimators.averages import MovingAverage, student_quantile
-from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, fieller
+from adabatch.estimators.intervals import NO_INTERVAL, JointAverages, fieller
 from adabatch.estimators.moments import GradientMoments
 
 UNDECAYED = 1 - 1e-12  # of a moving average that is a mean
 
 
 class GradientDiversity(Controller):
-    """m = δ·n·Δ, with n·Δ = n·Σ‖g_i‖²/‖Σ g_i‖² over n samples = E‖g_i‖²/‖E g_i‖² = 1 + T/G²; once every n samples, the wish holding in between.
+    """m = δ·n·Δ, with n·Δ = n·Σ‖g_i‖²/‖Σ g_i‖² over n samples = E‖g_i‖²/‖E g_i‖² = 1 + T/G²; once every n samples, the proposal holding in between.
 
     On one batch of m the plain m·Δ cannot exceed m where noise dominates, as ‖g‖² holds the noise T/m. So Σ m·mean‖g_i‖² and Σ m·Ĝ², Ĝ² unbiased, are summed
     over the epoch and divided at its end: our form of the published rule, which sums the gradients themselves while the parameters move. Before the first
-    epoch has ended the wish is the size in use. Where theory is thin: that batches up to n·Δ cost no convergence is a bound for plain SGD at fixed
+    epoch has ended the proposal is the size in use. Where theory is thin: that batches up to n·Δ cost no convergence is a bound for plain SGD at fixed
     parameters, which move over the epoch; momentum and Adam do not enter.
 
     The published rule is paired with coupling='linear', which is unstable without a low max_batch_size: at a size near the noise scale T/G², where δ = 1 asks
@@ -47,14 +47,14 @@ class GradientDiversity(Controller):
 
     needs_effective_lr = False
     arguments = ("delta", "epoch_samples")
-    saved = ("square_norms", "signals", "joint", "decided", "wish", "samples", "epoch", "decided_at")
+    saved = ("square_norms", "signals", "joint", "decided", "proposal", "samples", "epoch", "decided_at")
 
     def __init__(self, delta: float = 1.0, epoch_samples: int | None = None):
         check_positive(delta=delta, **({} if epoch_samples is None else {"epoch_samples": epoch_samples}))
         self.delta, self.epoch_samples = delta, epoch_samples
         self._begin()
-        self.decided: list[float] = []  # X, Y, V_X, V_Y, V_XY and the degrees of freedom of the epoch that the wish is of
-        self.wish = math.nan
+        self.decided: list[float] = []  # X, Y, V_X, V_Y, V_XY and the degrees of freedom of the epoch that the proposal is of
+        self.proposal = math.nan
         self.samples = self.epoch = self.decided_at = 0
 
     def advance(self, *, samples: int, epoch: int) -> None:
@@ -63,7 +63,7 @@ class GradientDiversity(Controller):
         self.epoch = epoch
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
-        """Take one step's raw moments; give the wished batch size of the last finished epoch, in samples.
+        """Take one step's raw moments; give the proposed batch size of the last finished epoch, in samples.
 
         Raises:
             ValueError: a batch of one has no variance.
@@ -72,11 +72,11 @@ class GradientDiversity(Controller):
         epochs = self.epoch if self.epoch_samples is None else self.samples // self.epoch_samples
         if epochs > self.decided_at:
             norms, signals = self.square_norms, self.signals
-            self.wish, self.decided_at = ratio(self.delta * norms.average, signals.average), epochs
+            self.proposal, self.decided_at = ratio(self.delta * norms.average, signals.average), epochs
             errors = [norms.std_error() ** 2, signals.std_error() ** 2, self.joint.covariance()]
             self.decided = [norms.average, signals.average, *errors, signals.freedom]
             self._begin()
-        return float(moments.batch_size) if math.isnan(self.wish) else self.wish
+        return float(moments.batch_size) if math.isnan(self.proposal) else self.proposal
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
         """That of the last finished epoch's ratio; none before one has ended: see `Controller.proposal_interval`."""

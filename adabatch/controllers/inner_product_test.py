@@ -5,7 +5,7 @@ from __future__ import annotations
 from adabatch.controllers.base import Controller, check_choice, check_positive, ratio
 from adabatch.controllers.norm_test import SIGNALS
 from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.confidence import NO_INTERVAL, JointAverages
+from adabatch.estimators.intervals import NO_INTERVAL, JointAverages
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.one_step import mean_error, ratio_interval
 
@@ -32,7 +32,7 @@ class InnerProductTest(Controller):
     Example:
         >>> import torch
         >>> grads = torch.tensor([[3.0, 1.0], [1.0, -1.0]])  # g = (2, 0): ⟨g_i, g⟩ = 6 and 2, their variance 8
-        >>> moments = GradientMoments(2, sq_norms=grads.square().sum(1), grad_sq_norm=4.0, dots=2 * grads[:, 0])
+        >>> moments = GradientMoments(2, sq_norms=grads.square().sum(1), grad_sq_norm=4.0, inner_products=2 * grads[:, 0])
         >>> InnerProductTest(theta=1.0, signal="raw").propose(moments, loss=1.0, lr=0.1)  # 8 / 4²
         0.5
         >>> InnerProductTest(theta=1.0, nu=0.5, signal="raw").propose(moments, loss=1.0, lr=0.1)  # the variance across g is 2: 2 / (0.25 · 4)
@@ -42,7 +42,7 @@ class InnerProductTest(Controller):
         Bollapragada, Byrd, Nocedal (2017), "Adaptive sampling strategies for stochastic optimization", arXiv 1710.11258.
     """
 
-    needs = frozenset({"dots"})
+    needs = frozenset({"inner_products"})
     needs_effective_lr = False
     arguments = ("theta", "nu", "signal", "smoothing")
     saved = ("along", "across", "square", "joint")
@@ -63,10 +63,10 @@ class InnerProductTest(Controller):
         return cls(theta, nu, signal, smoothing)
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
-        """Take one step's raw moments with dots; give the wished batch size, in samples.
+        """Take one step's raw moments with inner_products; give the proposed batch size, in samples.
 
         Raises:
-            ValueError: measured without dots, or a batch of one.
+            ValueError: measured without inner_products, or a batch of one.
         """
         variance, square = moments.inner_product_variance, moments.grad_sq_norm
         across = moments.variance_trace - (variance / square if square else 0.0)
@@ -74,8 +74,8 @@ class InnerProductTest(Controller):
         if self.signal == "smoothed":
             measured, signal = moments.n_measured, (moments.true_grad_sq_norm, moments.batch_size)
             variance, across, square = self.joint.update((variance, measured), (across, measured), signal)
-        wish = ratio(variance, self.theta**2 * square**2 if square > 0 else 0.0)
-        return wish if self.nu is None else max(wish, ratio(across, self.nu**2 * square))
+        proposal = ratio(variance, self.theta**2 * square**2 if square > 0 else 0.0)
+        return proposal if self.nu is None else max(proposal, ratio(across, self.nu**2 * square))
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
         """That of V/(θ²G⁴), with 2·Ĝ²·SE(Ĝ²) for the error of Ĝ⁴; augmented the larger ends of both tests': see `Controller.proposal_interval`.
@@ -98,7 +98,7 @@ class InnerProductTest(Controller):
         square = moments.grad_sq_norm
         weights = 1.0 if moments.weights is None else moments.weights
         corrections = 1.0 if moments.corrections is None else moments.corrections
-        along = corrections * (moments.dots.double() - weights * square).square() / square
+        along = corrections * (moments.inner_products.double() - weights * square).square() / square
         across = corrections * moments.centred_sq_norms - along
         mean = moments.inner_product_variance / square
         ends = [ratio_interval(mean, mean_error(along, moments), moments, level, 1 / self.theta**2)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adabatch.controllers.base import Controller, check_positive, ratio
 from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.confidence import JointAverages, trace_and_signal
+from adabatch.estimators.intervals import JointAverages, trace_and_signal
 from adabatch.estimators.moments import GradientMoments
 
 
@@ -12,7 +12,7 @@ class NoiseScale(Controller):
     """m = scale·T/G², the simple noise scale: at scale = 1 the noise in the batch gradient is as large as its signal.
 
     T̂ and the unbiased Ĝ² are smoothed each by itself, weighted by samples, then divided and clamped; an average of ratios would be badly biased. Where the
-    smoothed Ĝ² is not above 0 the wish is infinite.
+    smoothed Ĝ² is not above 0 the proposal is infinite.
 
     Where theory is thin: T/G² ignores the curvature, momentum, and Adam's geometry; at batches far below it Ĝ² is a small difference of large numbers, and the
     interval is open above for many steps; for language models it is reported to lie orders of magnitude below the batch size at which larger
@@ -47,7 +47,7 @@ class NoiseScale(Controller):
         self.joint = JointAverages(self.trace, self.square)
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
-        """Take one step's raw moments; give the wished batch size, in samples.
+        """Take one step's raw moments; give the proposed batch size, in samples.
 
         Raises:
             ValueError: a batch of one has no variance.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adabatch.controllers.base import Controller, check_choice, check_positive, ratio
 from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.confidence import NO_INTERVAL, JointAverages, trace_and_signal, trace_error
+from adabatch.estimators.intervals import NO_INTERVAL, JointAverages, trace_and_signal, trace_error
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.one_step import ratio_interval
 
@@ -14,13 +14,13 @@ SIGNALS = ("raw", "smoothed")
 class NormTest(Controller):
     """m = T/(θ²·signal): the batch at which the variance T/m of its gradient is θ² of the gradient's squared norm.
 
-    signal='raw' takes T̂ and ‖g‖² of this one step, as published. ‖g‖² holds the noise T/m itself, so that the wish stays below about m/θ²: a batch can
-    grow only step by step. signal='smoothed' divides the averages of T̂ and of the unbiased Ĝ²; where the latter is not above 0 the wish is infinite.
+    signal='raw' takes T̂ and ‖g‖² of this one step, as published. ‖g‖² holds the noise T/m itself, so that the proposal stays below about m/θ²: a batch can
+    grow only step by step. signal='smoothed' divides the averages of T̂ and of the unbiased Ĝ²; where the latter is not above 0 the proposal is infinite.
 
     Where theory is thin: the test asks for descent at a step of plain gradient descent; momentum, which averages noise over steps, and Adam, which steps in
     another geometry, do not enter. At small batches the raw ‖g‖² is mostly noise, and the smoothed Ĝ² needs many steps to stand clear of 0.
 
-    The published rule never shrinks the batch: Monotone(NormTest(signal="raw")), whose size is then the larger of the present one and the wish, rounded up.
+    The published rule never shrinks the batch: Monotone(NormTest(signal="raw")), whose size is then the larger of the present one and the proposal, rounded up.
 
     Args:
         theta: θ, the error allowed relative to the gradient, > 0.
@@ -55,7 +55,7 @@ class NormTest(Controller):
             self.saved = ()
 
     def propose(self, moments: GradientMoments, *, loss: float, lr: float) -> float:
-        """Take one step's raw moments; give the wished batch size, in samples.
+        """Take one step's raw moments; give the proposed batch size, in samples.
 
         Raises:
             ValueError: a batch of one has no variance.
@@ -68,7 +68,7 @@ class NormTest(Controller):
 
     def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
         """That of T/(θ²G²): see `Controller.proposal_interval`. For the raw signal that of this one step's T/(θ²·E‖g‖²), whose errors need inner products
-        (wrap(dots=True)); none without: see `adabatch.estimators.one_step.ratio_interval`."""
+        (wrap(inner_products=True)); none without: see `adabatch.estimators.one_step.ratio_interval`."""
         if self.signal == "smoothed":
             return self.joint.ratio_interval(level, scale=1 / self.theta**2)
         if self._latest is None:

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from adabatch._checks import check_controller
 from adabatch.estimators.moments import GradientMoments
-from adabatch.online import CANDIDATES, select_batch_size
 from adabatch.schedules.arguments import choice, function, integers
-from adabatch.state import check_controller
+from adabatch.schedules.online import CANDIDATES, select_batch_size
 
 
 class OnlineSelection:
     """Wishes one of a few sizes, chosen anew after as many samples as the largest has: two 128s or four 64s for one 256.
 
-    The wish has no interval: which loss is smallest is mostly chance where the splits differ by dropout (see `adabatch.online`).
+    The proposal has no interval: which loss is smallest is mostly chance where the splits differ by dropout (see `adabatch.schedules.online`).
 
     With BatchSizeScheduler(..., coupling="linear", base_batch_size=<largest>) a batch steps with lr · size/largest, as published. No moments are needed.
 
-    As published one batch is loaded, split and stepped: that is `adabatch.online.online_step`, a function. Here the loader's batches have the chosen size, so
+    As published one batch is loaded, split and stepped: that is `adabatch.schedules.online.online_step`, a function. Here the loader's batches have the chosen size, so
     the losses are of a batch that `losses_by_size` chooses: a fresh one, or the last one.
 
     Args:
-        losses_by_size: called without arguments for {size: mean loss}, usually of `adabatch.online.split_losses`.
+        losses_by_size: called without arguments for {size: mean loss}, usually of `adabatch.schedules.online.split_losses`.
         candidates: sizes in samples.
         pick: 'smallest' or 'largest'.
 
@@ -37,7 +37,7 @@ class OnlineSelection:
         128.0
 
     References:
-        The experiment is reported with AlexNet on CIFAR-10; see `adabatch.online` for when the losses differ at all.
+        The experiment is reported with AlexNet on CIFAR-10; see `adabatch.schedules.online` for when the losses differ at all.
     """
 
     needs_moments = False

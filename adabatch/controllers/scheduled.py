@@ -6,25 +6,25 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from adabatch._checks import check_controller
 from adabatch.estimators.moments import GradientMoments
-from adabatch.schedules import BSScheduler, HeldBatchSize, RampBS, stepwise_ramp
+from adabatch.schedules import BSScheduler, RampBS, VirtualBatchSize, stepwise_ramp
 from adabatch.schedules.arguments import choice, integer
-from adabatch.state import check_controller
 
 UNITS = ("step", "epoch", "samples")
 
 
 class Scheduled:
-    """Wishes what a schedule says, whatever the gradients: nothing need be measured, and the wish has no error and no interval. Bounds, lr coupling, state
+    """Wishes what a schedule says, whatever the gradients: nothing need be measured, and the proposal has no error and no interval. Bounds, lr coupling, state
     and diagnostics are the scheduler's.
 
-    A schedule of `adabatch.schedules` is built over a size that is only remembered, `HeldBatchSize(n)`, whose loader is None. It is stepped with
+    A schedule of `adabatch.schedules` is built over a size that is only remembered, `VirtualBatchSize(n)`, whose loader is None. It is stepped with
     `metrics=` the mean loss of the samples since it was last stepped (NaN and infinite losses left out) and `samples=` their number.
 
     A function count -> batch size, or a ramp as a string, is asked with the count itself.
 
     Args:
-        schedule: a schedule over HeldBatchSize; a ramp such as "0:64 100K:128"; or a function of the count, as `schedules.doubling_ramp` makes them.
+        schedule: a schedule over VirtualBatchSize; a ramp such as "0:64 100K:128"; or a function of the count, as `schedules.doubling_ramp` makes them.
         unit: what is counted: 'step' (optimizer steps), 'epoch' (epochs that have ended) or 'samples' (samples seen).
         every: units to one step of the schedule; default 1. With unit='samples' it must be given, except for a RampBS, which is told the samples themselves.
 
@@ -34,7 +34,7 @@ class Scheduled:
 
     Example:
         >>> from adabatch.schedules import StepBS
-        >>> controller = Scheduled(StepBS(None, step_size=2, batch_size_manager=HeldBatchSize(64)))
+        >>> controller = Scheduled(StepBS(None, step_size=2, batch_size_manager=VirtualBatchSize(64)))
         >>> controller.first_batch_size
         64
         >>> for _ in range(4):
@@ -134,15 +134,15 @@ def _checked(schedule: Any) -> BSScheduler | Callable[[int], float]:
     if isinstance(schedule, str):
         return stepwise_ramp(schedule)
     if isinstance(schedule, BSScheduler):
-        if not isinstance(schedule.batch_size_manager, HeldBatchSize):
+        if not isinstance(schedule.batch_size_manager, VirtualBatchSize):
             kind, manager = type(schedule).__name__, type(schedule.batch_size_manager).__name__
             raise ValueError(
                 f"the schedule writes to a loader ({manager}), which only the BatchSizeScheduler may: build it over a size that is only remembered, "
-                f"{kind}(None, ..., batch_size_manager=HeldBatchSize({schedule.batch_size}))"
+                f"{kind}(None, ..., batch_size_manager=VirtualBatchSize({schedule.batch_size}))"
             )
         return schedule
     if not callable(schedule):
-        raise TypeError(f"schedule must be a schedule over HeldBatchSize, a ramp as a string, or a function of the count, got {schedule!r}")
+        raise TypeError(f"schedule must be a schedule over VirtualBatchSize, a ramp as a string, or a function of the count, got {schedule!r}")
     return schedule
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from adabatch._checks import check_controller
 from adabatch.estimators.moments import GradientMoments
 from adabatch.schedules.arguments import choice, integer
-from adabatch.state import check_controller
 
 EXPONENTS = {"sqrt": 1.0, "linear": 0.5}
 
@@ -17,7 +17,7 @@ class Seesaw:
 
     The lr half is the coupling: lr ∝ √batch for Adam, lr ∝ batch for SGD makes lr/√c of the schedule's lr/c. Beyond max_batch_size the lr falls as
     scheduled. `BatchSizeScheduler(..., coupling="seesaw")` without a controller is both. While a warm-up raises the lr, c is 1. Nothing need be measured: the
-    wish has no error and no interval. Where theory is thin: the exchange holds at or below the critical batch size, which is not looked at: bound the size.
+    proposal has no error and no interval. Where theory is thin: the exchange holds at or below the critical batch size, which is not looked at: bound the size.
 
     Call the lr scheduler's step before this scheduler's, otherwise the batch follows one step later (the coupling keeps lr and batch in step even so).
 

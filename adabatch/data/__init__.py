@@ -2,7 +2,7 @@
 
 from adabatch.data.joining import pad_right
 from adabatch.data.loader import AdaptiveDataLoader
-from adabatch.data.permutation import KeyedPermutation
+from adabatch.data.order import KeyedPermutation
 from adabatch.data.sampler import ResizableBatchSampler
 
 __all__ = ["AdaptiveDataLoader", "KeyedPermutation", "ResizableBatchSampler", "pad_right"]

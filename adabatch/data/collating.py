@@ -11,7 +11,7 @@ from torch.utils.data import default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 
-def quickest(collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+def fast_collate_for(collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """quick_collate for default_collate, unless something was registered with that; any other collate_fn as it is."""
     own = all(function.__module__ == default_collate.__module__ for function in default_collate_fn_map.values())
     return quick_collate if collate_fn is default_collate and own else collate_fn

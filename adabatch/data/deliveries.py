@@ -14,8 +14,8 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from adabatch.data.chunks import ChunkBuffer, ChunkPlan, Reply
 from adabatch.data.epochs import Epoch, StreamEpoch
 from adabatch.data.joining import COLUMN, cut, join, learn_layout
-from adabatch.data.micro import MicroBatches
 from adabatch.data.sampler import ResizableBatchSampler
+from adabatch.micro_batches.batches import MicroBatches
 
 if TYPE_CHECKING:
     from adabatch.data.loader import AdaptiveDataLoader
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PLANNED = 16
 
 
-class Deliveries:
+class EpochIterator:
     """One epoch's batches, drawn through the loader's engine.
 
     Args:
@@ -115,7 +115,7 @@ class Deliveries:
             size = sizes[part]
             batch = pieces(at, size, sizes[part + 1 :])
             kept.append((batch, size, _versions(batch)))
-            self._micro.goes_on(part, size)
+            self._micro.advance(part, size)
             if self._micro.is_last and not advanced:
                 self._advance(n, share)
                 advanced = True

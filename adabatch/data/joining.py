@@ -1,7 +1,7 @@
 """Batches cut and joined: which axis of each tensor counts samples is learnt from the collate_fn, not guessed from shapes.
 
 Legend: N samples in a batch. A layout is a tree like the batch: an int is the axis of a tensor or array that counts samples, COLUMN a list or tuple with one
-entry for each sample, SHARED what does not grow with the batch, a list the layouts of a container's parts, Unclear what grows otherwise.
+entry for each sample, SHARED what does not grow with the batch, a list the layouts of a container's parts, UnknownAxis what grows otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ JoinFn = Callable[..., Any]
 _CURE = "Let collate_fn give every chunk the same shapes, pass join_fn= (adabatch.data.pad_right pads), or collate whole batches: collate_in='consumer'."
 
 
-class Unclear(str):
+class UnknownAxis(str):
     """Why a part of a batch can be neither cut nor joined."""
 
     __slots__ = ()
@@ -40,7 +40,7 @@ def learn_layout(collate_fn: Callable[[list[Any]], Any], sample: Any) -> Layout:
         # Copies, because a collate_fn may take samples apart.
         one, two = (collate_fn([copy.deepcopy(sample) for _ in range(count)]) for count in (1, 2))
     except Exception as error:
-        return Unclear(f"collate_fn raised {type(error).__name__} ({error}) on a batch of one or two samples, by which its layout is learnt")
+        return UnknownAxis(f"collate_fn raised {type(error).__name__} ({error}) on a batch of one or two samples, by which its layout is learnt")
     return _compare(one, two)
 
 
@@ -131,14 +131,14 @@ def _updated(node: Any, parts: list[Any]) -> Any:
 
 def _compare(one: Any, two: Any) -> Layout:
     if type(one) is not type(two):
-        return Unclear(f"a batch of one is of type {type(one).__name__}, a batch of two of type {type(two).__name__}")
+        return UnknownAxis(f"a batch of one is of type {type(one).__name__}, a batch of two of type {type(two).__name__}")
     if isinstance(one, (Tensor, np.ndarray)):
         growing = [axis for axis, sizes in enumerate(zip(one.shape, two.shape, strict=False)) if sizes[0] != sizes[1]]
         if one.ndim == two.ndim and not growing:
             return SHARED
         if one.ndim == two.ndim and len(growing) == 1 and (one.shape[growing[0]], two.shape[growing[0]]) == (1, 2):
             return growing[0]
-        return Unclear(f"a batch of one has shape {tuple(one.shape)}, a batch of two {tuple(two.shape)}")
+        return UnknownAxis(f"a batch of one has shape {tuple(one.shape)}, a batch of two {tuple(two.shape)}")
     if isinstance(one, (list, tuple)) and not hasattr(one, "_fields") and (len(one), len(two)) == (1, 2):
         return COLUMN
     inner = _children(one)
@@ -146,11 +146,11 @@ def _compare(one: Any, two: Any) -> Layout:
         return SHARED
     others = _children(two)
     if len(inner[0]) != len(others[0]):
-        return Unclear(f"a batch of one has {len(inner[0])} parts, a batch of two {len(others[0])}")
+        return UnknownAxis(f"a batch of one has {len(inner[0])} parts, a batch of two {len(others[0])}")
     return [_compare(mine, theirs) for mine, theirs in zip(inner[0], others[0], strict=True)]
 
 
-def _refuse(layout: Unclear, path: tuple) -> ValueError:
+def _refuse(layout: UnknownAxis, path: tuple) -> ValueError:
     return ValueError(f"Batches cannot be cut or joined{_at(path)}: {layout}. {_CURE}")
 
 
@@ -159,7 +159,7 @@ def _at(path: tuple) -> str:
 
 
 def _cut(batch: Any, layout: Layout, start: int, stop: int, path: tuple) -> Any:
-    if isinstance(layout, Unclear):
+    if isinstance(layout, UnknownAxis):
         raise _refuse(layout, path)
     if layout == SHARED:
         return batch
@@ -183,7 +183,7 @@ def _laid_out(view: Tensor, axis: int) -> Tensor:
 
 def _join(parts: Sequence[Any], layout: Layout, join_fn: JoinFn | None, pin: bool, path: tuple) -> Any:
     first = parts[0]
-    if isinstance(layout, Unclear):
+    if isinstance(layout, UnknownAxis):
         raise _refuse(layout, path)
     if layout == SHARED:
         if not all(_equal(first, part) for part in parts[1:]):

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
-from adabatch.data.adopting import arguments_of
+from adabatch._checks import check_version
 from adabatch.data.chunks import Pace, Reply, Request, Requests
-from adabatch.data.collating import quickest
-from adabatch.data.deliveries import Deliveries
+from adabatch.data.collating import fast_collate_for
+from adabatch.data.deliveries import EpochIterator
 from adabatch.data.epochs import Epoch, check_same_streams
+from adabatch.data.from_dataloader import arguments_of
 from adabatch.data.joining import JoinFn, Layout
-from adabatch.data.micro import MicroBatches, retrying
 from adabatch.data.orders import StreamOrder
 from adabatch.data.sampler import ResizableBatchSampler
 from adabatch.data.sampler_view import SamplerView
 from adabatch.data.seeding import mix
 from adabatch.data.workers import Fetcher, StreamFetcher, WorkerStart
-from adabatch.state import check_version
+from adabatch.micro_batches.batches import MicroBatches, retrying
 
 COLLATE_IN = ("worker", "consumer")
 
@@ -120,7 +120,7 @@ class AdaptiveDataLoader(SamplerView):
         if self.collate_in == "consumer":
             kwargs["pin_memory"] = False  # samples are not what is handed over
         self._fetcher = (StreamFetcher if self.is_stream else Fetcher)(
-            self.dataset, None if self.collate_in == "consumer" else quickest(self.collate_fn), learns=self.num_workers > 0, seeded=self.seed_samples
+            self.dataset, None if self.collate_in == "consumer" else fast_collate_for(self.collate_fn), learns=self.num_workers > 0, seeded=self.seed_samples
         )
         if self.num_workers and not self.is_stream and (self.collate_in == "consumer" or self.collate_fn is default_collate):
             # Only where batches are the same whatever chunks they are cut from: not where a collate_fn pads, or an iterable data set is shared out by chunks.
@@ -214,7 +214,7 @@ class AdaptiveDataLoader(SamplerView):
 
     def __iter__(self) -> Iterator[Any]:
         self.n_iterations += 1
-        deliveries = Deliveries(self, self.batch_sampler._start())
+        deliveries = EpochIterator(self, self.batch_sampler._start())
         self._epoch = deliveries.epoch
         yield from deliveries
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
 
-from adabatch.data.permutation import KeyedPermutation
+from adabatch.data.order import KeyedPermutation
 
 # Indices worked out at a time: few for the first batch to come at once, then enough to make NumPy's cost per call small.
 _FIRST_BLOCK, _BLOCK = 1024, 8192

@@ -10,8 +10,8 @@ from typing import Any
 from torch.utils.data import Sampler
 
 from adabatch.data.arguments import checked_int, checked_sampler, is_sampler, sample_count
+from adabatch.data.order import KeyedPermutation
 from adabatch.data.orders import StreamOrder, check_shared, generator_of, indices, is_stateful
-from adabatch.data.permutation import KeyedPermutation
 from adabatch.data.processes import Processes
 from adabatch.data.sampler_state import VERSION, checked_state, warn_of_new_order
 

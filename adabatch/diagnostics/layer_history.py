@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from adabatch._checks import check_version
 from adabatch.diagnostics.layers import NOT_RECORDED, Layers, LayerStatistics
-from adabatch.state import check_version
 
 MAX_SPANS, FEWEST_SPANS = 1024, 64
 CELLS = 1 << 18  # numbers of a kind that are kept; 4 MB in all

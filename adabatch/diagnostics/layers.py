@@ -36,7 +36,7 @@ class LayerStatistics:
     Attributes:
         names: of the parameters, or "group 0" and so on.
         of: "parameter" or "group".
-        traces: T̂_k [K], float64; below 0 at times where measured without dots.
+        traces: T̂_k [K], float64; below 0 at times where measured without inner_products.
         signals: Ĝ²_k [K], float64.
         batch_size: m.
         n_measured: s.
@@ -53,7 +53,7 @@ class LayerStatistics:
     def of_step(cls, moments: GradientMoments) -> LayerStatistics | None:
         """From a step's moments: its parameters where they were measured apart, else its parameter groups, else None.
 
-        T̂_k = (mean_S ‖g_ik‖² − ‖g_k‖²)/(1 − 1/m_eff), with dots mean_S ‖g_ik − g_k‖²/(1 − 1/m_eff); Ĝ²_k = ‖g_k‖² − T̂_k/m_eff.
+        T̂_k = (mean_S ‖g_ik‖² − ‖g_k‖²)/(1 − 1/m_eff), with inner_products mean_S ‖g_ik − g_k‖²/(1 − 1/m_eff); Ĝ²_k = ‖g_k‖² − T̂_k/m_eff.
 
         Example:
             >>> part = GradientMoments(batch_size=2, sq_norms=torch.tensor([1.0, 3.0]), grad_sq_norm=1.0)
@@ -77,10 +77,10 @@ class LayerStatistics:
         # All parameters at once: a step of a large model would else spend milliseconds on hundreds of short sums.
         terms = torch.stack([moments.by_parameter[name] for name in names]).double()
         squares = torch.tensor([[moments.parameter_grad_sq_norms[name]] for name in names], dtype=torch.float64, device=terms.device)
-        if moments.parameter_dots:
+        if moments.parameter_inner_products:
             weights = 1.0 if moments.weights is None else moments.weights
-            dots = torch.stack([moments.parameter_dots[name] for name in names]).double()
-            terms = (terms - 2 * weights * dots + weights**2 * squares).clamp(min=0)
+            inner_products = torch.stack([moments.parameter_inner_products[name] for name in names]).double()
+            terms = (terms - 2 * weights * inner_products + weights**2 * squares).clamp(min=0)
             terms = terms if moments.corrections is None else moments.corrections * terms
         else:
             terms = terms - squares

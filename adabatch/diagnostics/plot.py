@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {
     "size": "#1f5a99",
-    "wish": "#e08a2e",
+    "proposal": "#e08a2e",
     "lr": "#7a4fa3",
     "loss": "#b5432e",
     "trace": "#1d7a5f",
@@ -45,7 +45,7 @@ def draw(history: Diagnostics) -> Figure:
     """The figure that `plot` saves: batch size, learning rate, loss, variance trace and noise scale over the samples seen.
 
     Light lines are single steps, dark ones the averages weighted by samples. Bands: the averages of loss and variance trace ± their standard error, and
-    the intervals (90 % unless `confidence` says otherwise) of wish and noise scale, up to the top of the panel where they have no upper end; the dashed line
+    the intervals (90 % unless `confidence` says otherwise) of proposal and noise scale, up to the top of the panel where they have no upper end; the dashed line
     is the floor of the loss, f_star, ± its standard error. Ticks at the foot of the variance panel are dropped measurements. Values that an axis cannot show
     (NaN, inf, negative on a logarithmic axis) leave gaps.
     No backend is chosen and pyplot stays untouched, so that it works without a display and beside a user's own figures.
@@ -79,18 +79,18 @@ def draw(history: Diagnostics) -> Figure:
 
 def _batch_size(panel: Axes, samples: np.ndarray, history: Diagnostics) -> None:
     sizes = history.column("batch_size").astype(float)
-    wish = _positive(history.column("proposed_batch_size"))
+    proposal = _positive(history.column("proposed_batch_size"))
     panel.set_ylabel("batch size\n(samples)")
     if sizes.size:
         panel.step(samples, sizes, where="pre", color=_COLOURS["size"], linewidth=1.6, label="used")
-        # Between measuring steps there is no wish: single points with gaps around them would draw nothing.
-        made = np.isfinite(wish)
-        panel.plot(samples[made], wish[made], color=_COLOURS["wish"], linewidth=0.6, label="wish for the next")
+        # Between measuring steps there is no proposal: single points with gaps around them would draw nothing.
+        made = np.isfinite(proposal)
+        panel.plot(samples[made], proposal[made], color=_COLOURS["proposal"], linewidth=0.6, label="proposal for the next")
         low, high = sizes.min(), sizes.max()
-        # A wish far outside the bounds must not flatten the sizes that were used.
-        shown = np.clip(wish[made], low / 4, high * 4)
+        # A proposal far outside the bounds must not flatten the sizes that were used.
+        shown = np.clip(proposal[made], low / 4, high * 4)
         _log_axis(panel, [low, high, *shown], base=2)
-        _interval(panel, samples[made], *(history.column(name)[made] for name in ("proposed_low", "proposed_high")), _COLOURS["wish"])
+        _interval(panel, samples[made], *(history.column(name)[made] for name in ("proposed_low", "proposed_high")), _COLOURS["proposal"])
         _legend(panel)
 
 
@@ -175,7 +175,7 @@ def _log_axis(panel: Axes, values: list[float], base: int = 10) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     low, high = min(values) / 1.4, max(values) * 1.4
-    # The limits come first: an axis that scales itself overflows on a wish of 1e300.
+    # The limits come first: an axis that scales itself overflows on a proposal of 1e300.
     panel.set_ylim(low, high)
     panel.set_yscale("log", base=base)
     narrow = base == 10 and high < 100 * low

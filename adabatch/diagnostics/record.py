@@ -21,7 +21,7 @@ class Record:
     On a step that measures nothing, or whose measurement was dropped, `variance_trace`, `grad_sq_norm`, `true_grad_sq_norm`, `noise_scale`
     and `snr` are NaN; the averages and their standard errors keep the value they had, NaN before the first measurement.
 
-    Fields that end in `_std_error` are standard errors of the averages: for T from the errors of the steps where dots are measured, else from the spread of
+    Fields that end in `_std_error` are standard errors of the averages: for T from the errors of the steps where inner_products are measured, else from the spread of
     the steps around the average, which counts a drift as noise (`MovingAverage`). `_low` and `_high` are the ends of 90 % intervals of ratios (`fieller`):
     they lie unevenly around the ratio, and `_high` is inf where the divisor might be 0.
 
@@ -29,15 +29,15 @@ class Record:
         step: number of the step, from 0 or 1 as the scheduler counts.
         samples_seen: samples the run has used, this batch included.
         batch_size: m, the size of this step's batch.
-        proposed_batch_size: the controller's wish, neither rounded nor bounded; NaN when it made none.
-        proposed_low, proposed_high: the wish's interval, at the scheduler's `confidence` if it has one; NaN where the rule has none.
+        proposed_batch_size: the controller's proposal, neither rounded nor bounded; NaN when it made none.
+        proposed_low, proposed_high: the proposal's interval, at the scheduler's `confidence` if it has one; NaN where the rule has none.
         next_batch_size: the size asked for from the next batch on.
         lr: the base effective learning rate that the controller was told.
         loss: mean loss of the batch; loss_ema: its average; loss_std_error.
         f_star: floor of the loss that the controller takes, NaN if it has none; f_star_std_error: 0 for one that was given.
         n_measured: s, the samples that variance_trace is from; 0 if there are none, or not known.
         variance_trace: T̂, in units of squared gradient; variance_trace_ema: its average; variance_trace_std_error.
-        variance_trace_step_error: standard error of this step's T̂, NaN without dots.
+        variance_trace_step_error: standard error of this step's T̂, NaN without inner_products.
         grad_sq_norm: ‖g‖²; grad_sq_norm_ema: its average.
         true_grad_sq_norm: Ĝ² = ‖g‖² − T̂/m, which may be negative on one batch; true_grad_sq_norm_ema: its average; true_grad_sq_norm_std_error.
         noise_scale: T̂/Ĝ², in samples; inf where Ĝ² is not above zero.

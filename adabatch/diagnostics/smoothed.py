@@ -7,7 +7,7 @@ from typing import Any
 
 from adabatch.diagnostics.record import INDEX, noise_scale, snr
 from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.confidence import JointAverages
+from adabatch.estimators.intervals import JointAverages
 
 LEVEL = 0.9
 AVERAGED = ("loss", "variance_trace", "grad_sq_norm", "true_grad_sq_norm")

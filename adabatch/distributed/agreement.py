@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from adabatch.distributed.ranks import Ranks
+from adabatch.distributed.group import Ranks
 
 SHOWN = 200  # characters of a value in an error
 CHECKSUM = 4  # numbers that a checksum adds to a vector

@@ -13,8 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adabatch.distributed.ranks import Ranks
-from adabatch.grad_sample.grad_norms import is_sharded
+from adabatch.distributed.grad_norms import is_sharded
+from adabatch.distributed.group import Ranks
 
 GROUP = (
     "these parameters are split over processes that do not share each batch but hold one replica of the model together (tensor parallel): {names}. Tell "
@@ -23,7 +23,7 @@ GROUP = (
 CANNOT = "these tensor-parallel layers cannot be measured:\n{problems}\nPass ignore=[...], or use a controller that measures nothing (controllers.Scheduled)"
 ASKED = (
     "tensor-parallel layers are measured without {asked}, which the controller, coupling or argument asks for: use one that needs norms alone (CABS with SGD, "
-    "NoiseScale), one that measures nothing (controllers.Scheduled), or leave dots= away"
+    "NoiseScale), one that measures nothing (controllers.Scheduled), or leave inner_products= away"
 )
 ESTIMATOR = "estimator={estimator!r} is not for tensor-parallel layers ({names}): leave it at 'per_sample'"
 DIFFER = "gradients that should be the same differ between processes when the backward pass ends (squared norms by rank: {values}): {cause}"
@@ -75,7 +75,7 @@ class TensorParallel:
         Raises:
             ValueError: listing the layers for which neither holds.
         """
-        asked = sorted(hooks.measures & {"dots", "second_moment", "preconditioned_trace"})
+        asked = sorted(hooks.measures & {"inner_products", "second_moment", "preconditioned_trace"})
         if asked:
             raise ValueError(ASKED.format(asked=", ".join(asked)))
         owners: dict[str, int] = {}

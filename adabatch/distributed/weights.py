@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from adabatch.grad_sample.sharing import Sharing
+from adabatch.distributed.shard import BatchShard
 
 NO_TENSOR = (
     "this process has another number of the batch's samples than others, so that its gradient must be multiplied by {weight:.6g}, and no tensor was found in "
@@ -45,14 +45,14 @@ class OutputWeights:
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
-        >>> weights = OutputWeights(model, Sharing(world_size=2, summed=True))
+        >>> weights = OutputWeights(model, BatchShard(world_size=2, summed=True))
         >>> model(torch.ones(1, 1)).sum().backward()
         >>> model.weight.grad.item()
         2.0
         >>> weights.remove()
     """
 
-    def __init__(self, model: nn.Module, sharing: Sharing):
+    def __init__(self, model: nn.Module, sharing: BatchShard):
         own = weakref.ref(self)
         self._sharing = sharing
         # Held weakly: a deep copy of the model would copy the owner too. Outside compiled graphs, which a weight that changes would have compiled again.

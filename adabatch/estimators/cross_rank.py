@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
+from adabatch._checks import check_version
+from adabatch.distributed.shard import BatchShard
+from adabatch.estimators.loss_scale import LossScale
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import LOSS_REDUCTIONS
-from adabatch.grad_sample.loss_scale import LossScale
-from adabatch.grad_sample.sharing import Sharing
-from adabatch.state import check_version
 
 CommHook = Callable[[Any, Any], Any]
 NO_WRAPPER = (
@@ -57,7 +57,7 @@ class CrossRankMoments:
     def __init__(
         self,
         model: nn.Module,
-        sharing: Sharing,
+        sharing: BatchShard,
         *,
         loss_reduction: str = "mean",
         accumulate: int = 1,

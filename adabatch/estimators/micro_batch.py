@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from adabatch.data.micro import MicroBatches
+from adabatch._checks import check_version
+from adabatch._transfers import HostCopies, scale_of
+from adabatch.estimators.loss_scale import LossScale
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import LOSS_REDUCTIONS
-from adabatch.grad_sample.loss_scale import LossScale
-from adabatch.host_copies import HostCopies, scale_of
-from adabatch.state import check_version
+from adabatch.micro_batches.batches import MicroBatches
 
 
 def moments_of_micro_batches(sizes: Sequence[int], sq_norms: Sequence[float], grad_sq_norm: float) -> GradientMoments:
@@ -64,12 +64,12 @@ class MicroBatchMoments:
         ValueError: an unknown loss_reduction, or no parameter that requires a gradient.
 
     Example:
-        >>> from adabatch.accumulate import AccumulatingOptimizer
+        >>> from adabatch.micro_batches.optimizer import AccumulatingOptimizer
         >>> weight, micro = torch.nn.Parameter(torch.zeros(1)), MicroBatches()
         >>> hooks = MicroBatchMoments([weight], micro)
         >>> optimizer = AccumulatingOptimizer(torch.optim.SGD([weight], lr=1.0), micro)
         >>> for part, size in enumerate(micro.start(4)):
-        ...     micro.goes_on(part, size)
+        ...     micro.advance(part, size)
         ...     (weight * float(2 * part)).backward()
         >>> moments = hooks.collect()
         >>> moments.batch_size, moments.grad_sq_norm, moments.variance_trace
@@ -124,7 +124,7 @@ class MicroBatchMoments:
         if not self.enabled or not micro.batch_size:
             return
         if not self._sq_norms:
-            self._sizes = micro.sizes_now
+            self._sizes = micro.current_sizes
             self._scale = 1.0 if self._grad_scaler is None else scale_of(self._grad_scaler)
         self._repeated |= (micro.index, index) in self._heard
         self._heard.add((micro.index, index))

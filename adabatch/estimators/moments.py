@@ -16,9 +16,9 @@ from adabatch.estimators.totals import Totals
 
 FEW = 1024  # numbers that Python adds up in 20 microseconds
 
-NO_DOTS = (
+NO_INNER_PRODUCTS = (
     "{name} needs the inner products of the per-sample gradients with their mean: the spread of the norms alone is not the error of the trace, as the noise "
-    "of ‖g‖² is correlated with it. Measure with GradSampleHooks(model, dots=True), or take the error of the smoothed trace from its residuals from step to "
+    "of ‖g‖² is correlated with it. Measure with GradSampleHooks(model, inner_products=True), or take the error of the smoothed trace from its residuals from step to "
     "step (the history's variance_trace_std_error)."
 )
 
@@ -39,12 +39,12 @@ class GradientMoments:
         indices: rows of the batch that were measured, [s] (passes one after another), or None for all.
         by_group: {index of the parameter group: its GradientMoments}, when there are several groups.
         by_parameter: {name: ‖g_i‖² of that parameter, [s]}, on request.
-        parameter_grad_sq_norms, parameter_dots: ‖g‖² {name: number} and ⟨g_i, g⟩ {name: [s]} of each parameter alone, with by_parameter; the latter with dots.
+        parameter_grad_sq_norms, parameter_inner_products: ‖g‖² {name: number} and ⟨g_i, g⟩ {name: [s]} of each parameter alone, with by_parameter; the latter with inner_products.
         second_moment: {name: Σ_i g_i² over the measured samples, elementwise, of the parameter's shape}, on request; or, weighed by a preconditioner P,
             {name: Σ P∘Σ_i g_i², a number}.
         preconditioned: with the latter, {name: Σ P∘g²/‖g‖², ‖g‖² over all parameters}; NaN where there is no P yet.
-        dots: ⟨g_i, g⟩ [s], on request. With them T̂ is never negative, and far steadier where s < m and the signal is strong.
-        weights: w_i [s], float64, where the samples weigh unequally; None for all 1. They need dots.
+        inner_products: ⟨g_i, g⟩ [s], on request. With them T̂ is never negative, and far steadier where s < m and the signal is strong.
+        weights: w_i [s], float64, where the samples weigh unequally; None for all 1. They need inner_products.
         corrections: factors [s] on the terms of T̂ where accumulated passes had unequal sizes; None for all 1.
         share: the part of the step's samples that this process had, where several processes share a batch and `totals` is still to come; grad_sq_norm is
             then this process's part of ‖g‖².
@@ -52,7 +52,7 @@ class GradientMoments:
             grad_sq_norm and n_measured are those of the whole batch, the same on every process; tensors with one value a sample are of this process's alone.
 
     Raises:
-        ValueError: weights without dots.
+        ValueError: weights without inner_products.
 
     Example:
         >>> import torch
@@ -69,18 +69,18 @@ class GradientMoments:
     by_group: dict[int, GradientMoments] = field(default_factory=dict)
     by_parameter: dict[str, Tensor] = field(default_factory=dict)
     parameter_grad_sq_norms: dict[str, float] = field(default_factory=dict)
-    parameter_dots: dict[str, Tensor] = field(default_factory=dict)
+    parameter_inner_products: dict[str, Tensor] = field(default_factory=dict)
     second_moment: dict[str, Tensor] = field(default_factory=dict)
     preconditioned: dict[str, Tensor] = field(default_factory=dict)
-    dots: Tensor | None = None
+    inner_products: Tensor | None = None
     weights: Tensor | None = None
     corrections: Tensor | None = None
     share: float = 1.0
     totals: Totals | None = None
 
     def __post_init__(self):
-        if self.weights is not None and self.dots is None:
-            raise ValueError(NO_DOTS.format(name="the trace of samples of unequal weight"))
+        if self.weights is not None and self.inner_products is None:
+            raise ValueError(NO_INNER_PRODUCTS.format(name="the trace of samples of unequal weight"))
 
     @property
     def n_measured(self) -> int:
@@ -94,24 +94,24 @@ class GradientMoments:
 
     @property
     def biased_variance_trace(self) -> float:
-        """mean ‖g_i‖² − ‖g‖², with dots mean_S d_i: the trace with divisor m, as reference implementations of CABS use it."""
-        return self.mean_sq_norm - self.grad_sq_norm if self.dots is None else self._mean_term()
+        """mean ‖g_i‖² − ‖g‖², with inner_products mean_S d_i: the trace with divisor m, as reference implementations of CABS use it."""
+        return self.mean_sq_norm - self.grad_sq_norm if self.inner_products is None else self._mean_term()
 
     @property
     def centred_sq_norms(self) -> Tensor:
         """d_i = ‖g_i − g‖² = ‖g_i‖² − 2⟨g_i, g⟩ + ‖g‖² [s], float64; with weights ‖z_i − w_i g‖². Below 0 only by rounding, which is cut off.
 
         Raises:
-            ValueError: measured without dots.
+            ValueError: measured without inner_products.
         """
-        if self.dots is None:
-            raise ValueError(NO_DOTS.format(name="centred_sq_norms"))
+        if self.inner_products is None:
+            raise ValueError(NO_INNER_PRODUCTS.format(name="centred_sq_norms"))
         weights = 1.0 if self.weights is None else self.weights
-        return (self.sq_norms.double() - 2 * weights * self.dots.double() + weights**2 * self.grad_sq_norm).clamp(min=0)
+        return (self.sq_norms.double() - 2 * weights * self.inner_products.double() + weights**2 * self.grad_sq_norm).clamp(min=0)
 
     @property
     def variance_trace(self) -> float:
-        """T̂ = (mean_S ‖g_i‖² − ‖g‖²)/(1 − 1/m_eff), with dots mean_S d_i/(1 − 1/m_eff): unbiased for tr Cov(g_i) (divisor m − 1), also for s < m.
+        """T̂ = (mean_S ‖g_i‖² − ‖g‖²)/(1 − 1/m_eff), with inner_products mean_S d_i/(1 − 1/m_eff): unbiased for tr Cov(g_i) (divisor m − 1), also for s < m.
 
         Raises:
             ValueError: a batch of one has no variance.
@@ -130,13 +130,13 @@ class GradientMoments:
         directions of like size has less.
 
         Raises:
-            ValueError: measured without dots, fewer than two measured samples, or a batch of two, in which both lie at the same distance from their mean.
+            ValueError: measured without inner_products, fewer than two measured samples, or a batch of two, in which both lie at the same distance from their mean.
         """
         self._check_size()
         if self.totals is not None and self.totals.degrees_of_freedom:
             return self.variance_trace * math.sqrt(2 / self.totals.degrees_of_freedom)
-        if self.dots is None:
-            raise ValueError(NO_DOTS.format(name="std_error"))
+        if self.inner_products is None:
+            raise ValueError(NO_INNER_PRODUCTS.format(name="std_error"))
         if self.n_measured < 2:
             raise ValueError("the standard error needs at least 2 measured samples, got 1: measure more (samples=)")
         m, s = self._m_eff, self.n_measured
@@ -154,12 +154,12 @@ class GradientMoments:
         .89 for s = 8, 64 and 256; for normal gradients .88 to .90 from s = 8 on.
 
         Raises:
-            ValueError: measured without dots, too few samples for an error, or a level outside (0, 1).
+            ValueError: measured without inner_products, too few samples for an error, or a level outside (0, 1).
 
         Example:
             >>> import torch
             >>> grads = torch.tensor([1.0, 2.0, 3.0, 6.0])
-            >>> moments = GradientMoments(4, sq_norms=grads**2, grad_sq_norm=9.0, dots=3 * grads)
+            >>> moments = GradientMoments(4, sq_norms=grads**2, grad_sq_norm=9.0, inner_products=3 * grads)
             >>> moments.variance_trace, [round(end, 2) for end in moments.interval(0.5)]
             (4.666666666666667, [3.03, 10.16])
         """
@@ -175,14 +175,14 @@ class GradientMoments:
         """Var_i⟨g_i, g⟩ = mean_S (⟨g_i, g⟩ − ‖g‖²)²/(1 − 1/m_eff), divisor m − 1; with weights ⟨z_i − w_i g, g⟩. The part of the trace along g, times ‖g‖².
 
         Raises:
-            ValueError: measured without dots, or a batch of one.
+            ValueError: measured without inner_products, or a batch of one.
         """
-        if self.dots is None:
-            raise ValueError(NO_DOTS.format(name="inner_product_variance"))
+        if self.inner_products is None:
+            raise ValueError(NO_INNER_PRODUCTS.format(name="inner_product_variance"))
         self._check_size()
         if self.totals is not None:
             return self.totals.mean_inner / (1 - 1 / self._m_eff)
-        squares = (self.dots.double() - (1.0 if self.weights is None else self.weights) * self.grad_sq_norm).square()
+        squares = (self.inner_products.double() - (1.0 if self.weights is None else self.weights) * self.grad_sq_norm).square()
         return float((squares if self.corrections is None else self.corrections * squares).mean()) / (1 - 1 / self._m_eff)
 
     @property
@@ -205,7 +205,7 @@ class GradientMoments:
         """Whether all moments are finite numbers."""
         if self.totals is not None:
             return math.isfinite(self.grad_sq_norm) and math.isfinite(self.mean_sq_norm)
-        parts = (self.sq_norms,) if self.dots is None else (self.sq_norms, self.dots)
+        parts = (self.sq_norms,) if self.inner_products is None else (self.sq_norms, self.inner_products)
         return math.isfinite(self.grad_sq_norm) and all(bool(part.isfinite().all()) for part in parts)
 
     def _terms(self) -> Tensor:

@@ -10,7 +10,7 @@ import math
 from torch import Tensor
 
 from adabatch.estimators.averages import student_quantile
-from adabatch.estimators.confidence import NO_INTERVAL, fieller, trace_error
+from adabatch.estimators.intervals import NO_INTERVAL, fieller, trace_error
 from adabatch.estimators.moments import GradientMoments
 
 
@@ -26,11 +26,11 @@ def signal_error(moments: GradientMoments) -> float:
     Example:
         >>> import torch
         >>> grads = torch.tensor([1.0, 2.0, 3.0, 6.0])  # V = 42, SE(T̂)² = 98/9: √(42 − 4 · 98/9/16)
-        >>> round(signal_error(GradientMoments(4, sq_norms=grads**2, grad_sq_norm=9.0, dots=3 * grads)), 4)
+        >>> round(signal_error(GradientMoments(4, sq_norms=grads**2, grad_sq_norm=9.0, inner_products=3 * grads)), 4)
         6.2672
     """
     error, _ = trace_error(moments)
-    if moments.dots is None or math.isnan(error):
+    if moments.inner_products is None or math.isnan(error):
         return math.nan
     m, variance = _size(moments), moments.inner_product_variance
     return math.sqrt(max(4 * variance / m - moments.n_measured * (error / m) ** 2, 2 * variance / m))
@@ -42,7 +42,7 @@ def mean_error(terms: Tensor, moments: GradientMoments) -> float:
     Example:
         >>> import torch
         >>> grads = torch.tensor([1.0, 2.0, 3.0, 6.0])
-        >>> moments = GradientMoments(4, sq_norms=grads**2, grad_sq_norm=9.0, dots=3 * grads)
+        >>> moments = GradientMoments(4, sq_norms=grads**2, grad_sq_norm=9.0, inner_products=3 * grads)
         >>> round(mean_error(moments.centred_sq_norms, moments) / moments.std_error, 9)
         1.0
     """
@@ -65,7 +65,7 @@ def ratio_interval(numerator: float, error: float, moments: GradientMoments, lev
     Example:
         >>> import torch
         >>> grads = torch.tensor([4.0, 5.0, 6.0, 5.0])
-        >>> moments = GradientMoments(4, sq_norms=grads**2, grad_sq_norm=25.0, dots=5 * grads)
+        >>> moments = GradientMoments(4, sq_norms=grads**2, grad_sq_norm=25.0, inner_products=5 * grads)
         >>> [round(end, 3) for end in ratio_interval(moments.variance_trace, moments.std_error, moments)]
         [0.0, 0.081]
     """

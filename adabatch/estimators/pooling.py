@@ -48,7 +48,7 @@ class BackwardPass:
         norms: for each probe row ‖contribution of sample i‖² [s], or None where no parameter of the row took part.
         indices: the measured rows [s], or None for all.
         second_moments: {parameter name: Σ_i contribution_i²}, on request.
-        dots: for each probe row ⟨contribution of sample i, the step's finished gradient⟩ [s], or None where no parameter of the row took part; on request.
+        inner_products: for each probe row ⟨contribution of sample i, the step's finished gradient⟩ [s], or None where no parameter of the row took part; on request.
         preconditioned: with second moments weighed by P, in the last pass of a step {parameter name: Σ P∘g²/‖g‖²}, g the step's finished gradient.
         share: where processes share a batch, the part of the pass's samples over all processes that this one had.
     """
@@ -57,7 +57,7 @@ class BackwardPass:
     norms: list[Tensor | None]
     indices: Tensor | None
     second_moments: dict[str, Tensor] = field(default_factory=dict)
-    dots: list[Tensor | None] | None = None
+    inner_products: list[Tensor | None] | None = None
     share: float = 1.0
     preconditioned: dict[str, Tensor] = field(default_factory=dict)
 
@@ -97,7 +97,7 @@ def pool_passes(
         GradientMoments with T̂ unbiased: equal passes give m_eff = m, unequal ones m_eff = k²/Σ_j(1/m_j).
 
     Raises:
-        ValueError: weights that are no m numbers >= 0 with a positive sum in each pass; weights under a summed loss, or without dots.
+        ValueError: weights that are no m numbers >= 0 with a positive sum in each pass; weights under a summed loss, or without inner_products.
     """
     whole_size = sum(step.whole for step in passes)
     batch_size = round(whole_size)
@@ -116,7 +116,7 @@ def pool_passes(
         common |= {"weights": measured_weights(passes, weights, loss_reduction, by_samples), "corrections": _strata(passes)}
     whole = (1 if mean else 1 / max(1, batch_size)) * world_size / loss_scale
     rows = [_row(passes, [scale**2 for scale in per_pass], row) for row in range(len(group_of_row))]
-    dots = [_row(passes, [scale * whole for scale in per_pass], row, "dots") for row in range(len(group_of_row))] if passes[0].dots is not None else None
+    inner_products = [_row(passes, [scale * whole for scale in per_pass], row, "inner_products") for row in range(len(group_of_row))] if passes[0].inner_products is not None else None
     batch_norms = [float(value) * whole**2 for value in grad_sq_norms.tolist()]
     groups = sorted(set(group_of_row)) if len(group_of_row) > 1 else ()
 
@@ -124,14 +124,14 @@ def pool_passes(
         """Over the rows of a group, or over all."""
         chosen = [row for row, group in enumerate(group_of_row) if of_group in (None, group)]
         sums = {"sq_norms": _sum([rows[row] for row in chosen]), "grad_sq_norm": sum(batch_norms[row] for row in chosen)}
-        return sums | {"dots": None if dots is None else _sum([dots[row] for row in chosen])} | common
+        return sums | {"inner_products": None if inner_products is None else _sum([inner_products[row] for row in chosen])} | common
 
     return GradientMoments(
         **summed(None),
         by_group={group: GradientMoments(**summed(group)) for group in groups} if len(groups) > 1 else {},
         by_parameter=dict(zip(row_names, rows, strict=True)) if row_names else {},
         parameter_grad_sq_norms=dict(zip(row_names, batch_norms, strict=True)) if row_names else {},
-        parameter_dots=dict(zip(row_names, dots, strict=True)) if row_names and dots is not None else {},
+        parameter_inner_products=dict(zip(row_names, inner_products, strict=True)) if row_names and inner_products is not None else {},
         second_moment=_second_moments(passes, per_pass),
         preconditioned=passes[-1].preconditioned,
     )
@@ -198,8 +198,8 @@ def _strata(passes: Sequence[BackwardPass]) -> Tensor | None:
 
 
 def _corrections(passes: Sequence[BackwardPass], m_eff: float | None) -> Tensor | None:
-    """(1 − 1/m_eff)/(1 − 2a_i + 1/m_eff) for each measured sample, [s], as E‖g_i − g‖² = T·(1 − 2a_i + 1/m_eff): for passes of unequal sizes with dots."""
-    if m_eff is None or passes[0].dots is None:
+    """(1 − 1/m_eff)/(1 − 2a_i + 1/m_eff) for each measured sample, [s], as E‖g_i − g‖² = T·(1 − 2a_i + 1/m_eff): for passes of unequal sizes with inner_products."""
+    if m_eff is None or passes[0].inner_products is None:
         return None
     factors = [(1 - 1 / m_eff) / (1 - 2 / (len(passes) * step.whole) + 1 / m_eff) for step in passes]
     return _by_pass(passes, factors)

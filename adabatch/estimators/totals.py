@@ -30,8 +30,8 @@ class Totals:
     Attributes:
         n_measured: s, measured samples of all processes; of an estimate from gradients of whole processes, their number.
         mean_sq_norm: mean ‖g_i‖².
-        mean_term, mean_square_term: mean and mean square of the terms of T̂; None without dots.
-        mean_inner: mean of c_i(⟨g_i, g⟩ − w_i‖g‖²)²; None without dots.
+        mean_term, mean_square_term: mean and mean square of the terms of T̂; None without inner_products.
+        mean_inner: mean of c_i(⟨g_i, g⟩ − w_i‖g‖²)²; None without inner_products.
         parameter_terms: {name: mean of that parameter's terms of T̂}, on request.
         degrees_of_freedom: of T̂, where it does not come from samples: k − 1 for k processes.
     """
@@ -46,7 +46,7 @@ class Totals:
 
 
 def sums_of(moments: GradientMoments, share: float, replica: int = 1) -> list[float]:
-    """What one process adds to the vector: N_SUMS numbers, of which those that need dots are 0 without.
+    """What one process adds to the vector: N_SUMS numbers, of which those that need inner_products are 0 without.
 
     Args:
         moments: of the process's samples; grad_sq_norm is its part of ‖g‖², such that the parts of all processes add up.
@@ -61,26 +61,26 @@ def sums_of(moments: GradientMoments, share: float, replica: int = 1) -> list[fl
     norms = moments.sq_norms.double()
     measured, rows = len(norms), moments.batch_size * share
     per_sample = [norms]
-    if moments.dots is not None:
-        dots = moments.dots.double()
+    if moments.inner_products is not None:
+        inner_products = moments.inner_products.double()
         weights = torch.ones_like(norms) if moments.weights is None else moments.weights.double()
         factors = torch.ones_like(norms) if moments.corrections is None else moments.corrections.double()
-        a, b = factors * (norms - 2 * weights * dots), factors * weights**2
-        per_sample += [a, b, a * a, a * b, b * b, factors * dots**2, factors * weights * dots]
+        a, b = factors * (norms - 2 * weights * inner_products), factors * weights**2
+        per_sample += [a, b, a * a, a * b, b * b, factors * inner_products**2, factors * weights * inner_products]
     sums = (torch.stack(per_sample).mean(1) * rows).tolist() if measured else [0.0]
     return [moments.grad_sq_norm, measured / replica, *sums, *[0.0] * (N_SUMS - 2 - len(sums))]
 
 
-def totals_of(sums: Sequence[float] | Tensor, batch_size: int, has_dots: bool) -> tuple[float, Totals]:
+def totals_of(sums: Sequence[float] | Tensor, batch_size: int, has_inner_products: bool) -> tuple[float, Totals]:
     """(‖g‖², the means), from the vectors of all processes added up.
 
     Example:
-        >>> totals_of([1.0, 2.0, 4.0] + [0.0] * 7, batch_size=2, has_dots=False)
+        >>> totals_of([1.0, 2.0, 4.0] + [0.0] * 7, batch_size=2, has_inner_products=False)
         (1.0, Totals(n_measured=2, mean_sq_norm=2.0, mean_term=None, mean_square_term=None, mean_inner=None, parameter_terms={}, degrees_of_freedom=None))
     """
     whole, measured, *rest = [float(value) for value in sums]
     norms, a, b, aa, ab, bb, pp, wp = (value / batch_size for value in rest)
-    if not has_dots:
+    if not has_inner_products:
         return whole, Totals(round(measured), norms)
     # Below 0 only by rounding, as are the squares.
     term, square = a + b * whole, aa + 2 * ab * whole + bb * whole**2

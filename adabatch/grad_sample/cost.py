@@ -8,7 +8,7 @@ The unit is one multiply-add of a large matrix product. Per sample of the batch,
     listening   Gram T² (R + O), or T R O + 2 PASS R O; T = 1: PASS (I + O)
     taking      Gram T² (R + O), or 2 PASS R O; (f − 1) T R O more for convolutions, f the time of per-sample weight gradients over that of one for the batch
     others      2 PASS elements of the input; layers run again sample by sample: 2 × training
-    dots        listening, and T R O more: the factors are kept, and multiplied with the gradient when it is known
+    inner_products        listening, and T R O more: the factors are kept, and multiplied with the gradient when it is known
     squares     listening, and T R O + 2 PASS R O more (R O for T = 1); taking, and PASS R O more: the second moment
 
 and per step STEP, CALL (Python and dispatch) for each layer, RUN_AGAIN_CALLS of them for one that is run again and for an operation on a traced parameter, and
@@ -73,7 +73,7 @@ class LayerCost:
 
         Args:
             samples, measured: N and S.
-            measures: 'dots', 'second_moment': what is measured beside norms.
+            measures: 'inner_products', 'second_moment': what is measured beside norms.
 
         Example:
             >>> LayerCost(training=30.0, listening=12.0, taking=1.0).measuring(samples=8, measured=8)
@@ -81,11 +81,11 @@ class LayerCost:
         """
         squares = not measures.isdisjoint(SQUARES)
         listening, taking = self.listening, self.taking
-        if "dots" in measures:
+        if "inner_products" in measures:
             listening += self.product
         if squares:
             listening += self.product + (2 * PASS * self.numel if self.product > self.numel else 0.0)
-        if taking is None or "dots" in measures or (squares and measured < samples):
+        if taking is None or "inner_products" in measures or (squares and measured < samples):
             return measured * listening
         return min(measured * listening, samples * (taking + PASS * self.numel * squares))
 
@@ -159,7 +159,7 @@ class StepCost:
     Attributes:
         layers: of the measured layers.
         numel: elements of all measured parameters.
-        measures: 'dots', 'second_moment'.
+        measures: 'inner_products', 'second_moment'.
     """
 
     layers: tuple[LayerCost, ...]
@@ -231,6 +231,6 @@ def step_cost(
         seen: (layer, input shape, output shape, whether it is run again sample by sample).
         numel: elements of all measured parameters.
         operations: output shapes of operations that meet a traced parameter.
-        measures: 'dots', 'second_moment'.
+        measures: 'inner_products', 'second_moment'.
     """
     return StepCost((*(layer_cost(*each) for each in seen), *map(operation_cost, operations)), numel, measures)

@@ -14,27 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adabatch._checks import check_version
+from adabatch.distributed.shard import BatchShard
+from adabatch.estimators.loss_scale import LossScale
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import BackwardPass, check_arguments
-from adabatch.grad_sample import passes
-from adabatch.grad_sample.attach import plan_layers, unwrap
-from adabatch.grad_sample.compiled import outside_autocast
+from adabatch.grad_sample.backward import passes
+from adabatch.grad_sample.backward.finish import BackwardChecks, check_backward, queue_finish
+from adabatch.grad_sample.backward.loss_graph import check_uses_seen
+from adabatch.grad_sample.backward.passes import add_uses, batch_size_of, check_gradients_left
+from adabatch.grad_sample.backward.pending import PendingMoments
+from adabatch.grad_sample.backward.probe import INITIAL_CAPACITY, ProbeSet
+from adabatch.grad_sample.backward.recorder import BackwardRecorder
+from adabatch.grad_sample.compat import autocast_disabled
 from adabatch.grad_sample.cost import StepCost, step_cost
-from adabatch.grad_sample.dots import HeldUses, check_not_compiled
-from adabatch.grad_sample.harvesting import LateChecks, check_now, queue_harvest
-from adabatch.grad_sample.loss_graph import check_uses_seen
-from adabatch.grad_sample.loss_scale import LossScale
-from adabatch.grad_sample.passes import add_uses, batch_size_of, check_gradients_left
-from adabatch.grad_sample.pending import PendingMoments
-from adabatch.grad_sample.placement import TapPlacer
-from adabatch.grad_sample.preconditioned import Preconditioner, SecondMoments, gradient_shares
-from adabatch.grad_sample.probe import INITIAL_CAPACITY, ProbeSet
+from adabatch.grad_sample.plan import plan_layers, unwrap
 from adabatch.grad_sample.probe_rows import ProbeRows
 from adabatch.grad_sample.rows import RowSampler
-from adabatch.grad_sample.sharing import Sharing
-from adabatch.grad_sample.stash import Stash
-from adabatch.grad_sample.taps import TapSite
-from adabatch.state import check_version
+from adabatch.grad_sample.statistics.inner_products import DeferredInnerProducts, check_not_compiled
+from adabatch.grad_sample.statistics.preconditioned import Preconditioner, SecondMoments, gradient_shares
+from adabatch.grad_sample.taps.base import TapSite
+from adabatch.grad_sample.taps.placement import ForwardHooks
 
 
 class GradSampleHooks:
@@ -57,7 +57,7 @@ class GradSampleHooks:
         per_parameter: also give the norms of each parameter (`by_parameter`).
         second_moment: also give Σ_i g_i², elementwise, of each parameter (`second_moment`).
         preconditioner: parameter -> P of its shape, or None: give Σ P∘Σ_i g_i² of each parameter instead, a number (see adabatch.preconditioners).
-        dots: also give ⟨g_i, g⟩ (`dots`), and with them a steadier trace, its standard error and interval. The measured rows of all layers' activations and
+        inner_products: also give ⟨g_i, g⟩ (`inner_products`), and with them a steadier trace, its standard error and interval. The measured rows of all layers' activations and
             output gradients are kept until the step's last backward pass has ended; not under torch.compile. Under DistributedDataParallel g is the gradient
             averaged over the processes, g_i are this process's samples.
         grad_scaler: the GradScaler that scales the loss. Its scale is read when a backward pass ends, before scaler.update() can change it.
@@ -98,34 +98,34 @@ class GradSampleHooks:
         per_parameter: bool = False,
         second_moment: bool = False,
         preconditioner: Preconditioner | None = None,
-        dots: bool = False,
+        inner_products: bool = False,
         grad_scaler: Any = None,
     ):
         check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
         param_groups = None if param_groups is None else [list(group) for group in param_groups]
         plan = plan_layers(model, ignore, only=None if param_groups is None else {id(parameter) for group in param_groups for parameter in group})
         self.loss_reduction, self.accumulate, self.by_samples = loss_reduction, accumulate, False
-        self.sharing = Sharing()
+        self.sharing = BatchShard()
         self.parameters = plan.parameters
-        if dots:
+        if inner_products:
             check_not_compiled(model, plan.parameters)
         self._row_sampler = RowSampler(samples, seed, capacity)
         self._probe_rows = ProbeRows(plan.parameters, param_groups, per_parameter)
-        self._second_moment, self._dots, self.loss_scale = second_moment, dots, LossScale(grad_scaler)
-        self._stash = Stash()
+        self._second_moment, self._dots, self.loss_scale = second_moment, inner_products, LossScale(grad_scaler)
+        self._stash = BackwardRecorder()
         self._stash.second_moments = SecondMoments.wanted(plan.parameters, second_moment, preconditioner)
         self.sites = TapSite.all_of(plan, self._probe_rows.row_of, self._stash, getattr(layout, "layouts", {}))
         for site in self.sites:
-            site.deferred |= dots
+            site.deferred |= inner_products
         wide = any(parameter.dtype == torch.float64 for parameter in plan.parameters.values())
-        on_complete = functools.partial(queue_harvest, weakref.ref(self))
+        on_complete = functools.partial(queue_finish, weakref.ref(self))
         self._probes = ProbeSet(len(self._probe_rows), len(self.sites), capacity, torch.float64 if wide else torch.float32, self._row_sampler, on_complete)
         for name, parameter in plan.parameters.items():
             probe = self._probes.on(parameter.device)
             if self._stash.second_moments is not None:
                 probe.second_moment(name, parameter.shape)
         source = getattr(layout, "batch_size_source", None)
-        self._placer = TapPlacer(self.sites, plan.parameters, plan.traced, self._probes, self._row_sampler, self._stash, source)
+        self._placer = ForwardHooks(self.sites, plan.parameters, plan.traced, self._probes, self._row_sampler, self._stash, source)
         self._harvested_task = -1
         self._mixing, self._seen = [False], set()
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
@@ -135,8 +135,8 @@ class GradSampleHooks:
 
     @property
     def measures(self) -> frozenset[str]:
-        """What is measured beside norms: 'dots', 'second_moment', 'preconditioned_trace' (which a second moment tells as well)."""
-        wanted = {"dots": self._dots, "second_moment": self._second_moment, "preconditioned_trace": self._stash.second_moments is not None}
+        """What is measured beside norms: 'inner_products', 'second_moment', 'preconditioned_trace' (which a second moment tells as well)."""
+        wanted = {"inner_products": self._dots, "second_moment": self._second_moment, "preconditioned_trace": self._stash.second_moments is not None}
         return frozenset(name for name, measured in wanted.items() if measured)
 
     @property
@@ -167,7 +167,7 @@ class GradSampleHooks:
     def _harvest(self) -> None:
         """Runs in the engine's last callback of a backward pass: every layer has reported, and the gradients are complete, also under DDP."""
         try:
-            with outside_autocast(self._probes.home):
+            with autocast_disabled(self._probes.home):
                 self._take_pass()
         except Exception:
             self.reset()  # half of a pass must not be collected by a caller who goes on
@@ -175,33 +175,33 @@ class GradSampleHooks:
 
     def _take_pass(self) -> None:
         # On accelerators, after the first pass, the reports are read one step later.
-        late = self._placer.forward_sizes.without_waiting(self._probes.home, first=not self._seen)
+        late = self._placer.forward_sizes.known_batch_size(self._probes.home, first=not self._seen)
         notes = self._stash.drain(self._harvested_task)
         norms, reports, moments = self._probes.drain(self._harvested_task, notes.reports(len(self.sites)), late)
         batch_size = late if isinstance(reports, Tensor) else batch_size_of(reports, self.sites, self._placer.input_sizes)
-        notes.add_norms(norms, self._probes.bring_home)
+        notes.add_norms(norms, self._probes.to_result_device)
         uses = notes.uses
-        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._stash.second_moments, self._probes.bring_home, self._stash.shares)
+        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._stash.second_moments, self._probes.to_result_device, self._stash.shares)
         for site in self.sites if repeated else ():
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
         for index, site in enumerate(self.sites):
             site.calls = 0 if isinstance(reports, Tensor) else max(0, site.calls - round(reports[index][0]))
-        seen = check_now(self, reports, uses) if late is None else set()
+        seen = check_backward(self, reports, uses) if late is None else set()
         if late is not None:
-            self._late.append(LateChecks.of(reports, self, late, {use.parameter for use in uses}))
+            self._late.append(BackwardChecks.of(reports, self, late, {use.parameter for use in uses}))
         self._n_passes += 1
         rows = self._row_sampler.rows(batch_size, self._probes.home)
         self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments, share=self.sharing.share)][-self.accumulate :]
         self.loss_scale.read()
         if self._dots and self._n_passes <= self.accumulate:
-            self._held.append(HeldUses(uses))
+            self._held.append(DeferredInnerProducts(uses))
         if self._n_passes >= self.accumulate:
             check_gradients_left(seen, self.parameters, self.sites)
             self._grad_sq_norms = self.sharing.grad_sq_norms(self._probe_rows.groups)
             if self._stash.second_moments is not None:
                 self._passes[-1].preconditioned = gradient_shares(self._stash.second_moments)
             for step, held in zip(self._passes, self._held, strict=False):
-                step.dots = held.dots(self.parameters, self._probe_rows.row_of, self._probes.bring_home)
+                step.inner_products = held.inner_products(self.parameters, self._probe_rows.row_of, self._probes.to_result_device)
             self._held.clear()
 
     def collect(self, *, loss_scale: float | None = None, weights: Tensor | Sequence[float] | None = None) -> GradientMoments:
@@ -211,11 +211,11 @@ class GradSampleHooks:
             loss_scale: the factor on the loss. With a GradScaler pass grad_scaler= to the hooks instead: scaler.get_scale() is another number after
                 scaler.update().
             weights: of the samples of the step [m], pass after pass, where the loss is a mean over unequal shares of them: the numbers of tokens of a mean
-                over all tokens of a padded batch. On any scale; of accumulated passes each has its own weighted mean, divided by `accumulate`. Needs dots.
+                over all tokens of a padded batch. On any scale; of accumulated passes each has its own weighted mean, divided by `accumulate`. Needs inner_products.
 
         Raises:
             RuntimeError: no measured backward pass, or another number of them than `accumulate`.
-            ValueError: weights without dots or that do not fit the samples; a loss_scale that is no positive number, or beside a grad_scaler.
+            ValueError: weights without inner_products or that do not fit the samples; a loss_scale that is no positive number, or beside a grad_scaler.
         """
         return self.observe(loss_scale=loss_scale, weights=weights).moments()
 
@@ -246,7 +246,7 @@ class GradSampleHooks:
         options |= {"by_samples": self.by_samples, "world_size": self.sharing.world_size}
         return PendingMoments(self._passes, self._grad_sq_norms, self.loss_scale.noted(loss_scale), self._late, options)
 
-    def count_by(self, shares: dict[str, float]) -> None:
+    def set_norm_weights(self, shares: dict[str, float]) -> None:
         """Take each parameter's norms times its share: of a model that several processes hold in parts."""
         self._stash.shares = shares
 
@@ -261,8 +261,8 @@ class GradSampleHooks:
     def reset(self) -> None:
         """Forget what was measured since the last collect(), e.g. after a backward pass that failed half way, and draw new rows."""
         self._passes: list[BackwardPass] = []
-        self._held: list[HeldUses] = []
-        self._late: list[LateChecks] = []
+        self._held: list[DeferredInnerProducts] = []
+        self._late: list[BackwardChecks] = []
         self.loss_scale.clear()
         self._n_passes = 0
         self._placer.recomputing_task = -1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adabatch.grad_sample.factors import Factor
+from adabatch.grad_sample.factors.base import Factor
 
 __all__ = ["GradSampler", "find_grad_sampler", "register_grad_sampler", "registered_layer_types"]
 
@@ -74,7 +74,7 @@ def register_grad_sampler(
 
     Example:
         >>> import torch
-        >>> from adabatch.grad_sample.factors import Dense
+        >>> from adabatch.grad_sample.factors.base import Dense
         >>> class Shift(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -110,7 +110,7 @@ def find_grad_sampler(layer: nn.Module) -> GradSampler | None:
     registered for.
 
     Example:
-        >>> import adabatch.grad_sample.linear
+        >>> import adabatch.grad_sample.layers.linear
         >>> find_grad_sampler(nn.Linear(2, 3)).rule.__name__
         'linear_grad_sample'
         >>> class Doubled(nn.Linear):

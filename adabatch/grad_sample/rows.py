@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adabatch.host_copies import to_device
+from adabatch._transfers import to_device
 
 
 class RowSampler:

@@ -22,7 +22,7 @@ from adabatch.schedules.cosine import CosineAnnealingBS, CosineAnnealingBSWithWa
 from adabatch.schedules.cyclic import CyclicBS, OneCycleBS
 from adabatch.schedules.functions import LambdaBS, MultiplicativeBS
 from adabatch.schedules.linear_lr import LinearLR
-from adabatch.schedules.managers import BatchSizeManager, CustomBatchSizeManager, DefaultBatchSizeManager, HeldBatchSize
+from adabatch.schedules.managers import BatchSizeManager, CustomBatchSizeManager, DefaultBatchSizeManager, VirtualBatchSize
 from adabatch.schedules.milestones import ConstantBS, MultiStepBS, StepBS
 from adabatch.schedules.plateau import IncreaseBSOnPlateau
 from adabatch.schedules.ramp_string import RampBS, check_divisible, doubling_ramp, increment_ramp, parse_count, parse_ramp, stepwise_ramp
@@ -40,7 +40,7 @@ __all__ = [
     "CyclicBS",
     "DefaultBatchSizeManager",
     "ExponentialBS",
-    "HeldBatchSize",
+    "VirtualBatchSize",
     "IncreaseBSOnPlateau",
     "LambdaBS",
     "LinearBS",

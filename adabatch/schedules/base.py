@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import DataLoader
 
+from adabatch._checks import check_version
 from adabatch.schedules.arguments import integer
 from adabatch.schedules.managers import BatchSizeManager, has_settable_batch_size, manager_for
-from adabatch.state import check_version
 
 STATE_VERSION = 1
 _PLAIN = {bool, int, float, str, type(None), torch.Tensor}
@@ -79,7 +79,7 @@ class BSScheduler:
 
     Args:
         dataloader: the loader whose batch size is scheduled, torch's or adabatch's; None with a ``batch_size_manager`` of your own.
-        batch_size_manager: where to read and write the size; None chooses by the loader. :class:`~adabatch.schedules.HeldBatchSize` writes nowhere.
+        batch_size_manager: where to read and write the size; None chooses by the loader. :class:`~adabatch.schedules.VirtualBatchSize` writes nowhere.
         max_batch_size: upper bound in samples; None: the data set's length + 1, or no bound if the length is unknown.
         min_batch_size: lower bound in samples.
         verbose: print each change.
@@ -114,7 +114,7 @@ class BSScheduler:
         if batch_size_manager is not None and not isinstance(batch_size_manager, BatchSizeManager):
             raise TypeError(f"batch_size_manager must be a BatchSizeManager, got {type(batch_size_manager).__name__}.")
         if dataloader is None and batch_size_manager is None:
-            raise ValueError("dataloader and batch_size_manager are both None. Pass a loader, or batch_size_manager=HeldBatchSize(n) to compute sizes only.")
+            raise ValueError("dataloader and batch_size_manager are both None. Pass a loader, or batch_size_manager=VirtualBatchSize(n) to compute sizes only.")
         self.dataloader = dataloader
         self.verbose = verbose
         self.min_batch_size = integer("min_batch_size", min_batch_size, at_least=1)

@@ -52,8 +52,8 @@ class SequentialBS(BSScheduler):
         ValueError: too few schedules or milestones, milestones unsorted, or the loaders differ.
 
     Example:
-        >>> from adabatch.schedules import ConstantBS, ExponentialBS, HeldBatchSize
-        >>> size = {"dataloader": None, "batch_size_manager": HeldBatchSize(10), "max_batch_size": 999}
+        >>> from adabatch.schedules import ConstantBS, ExponentialBS, VirtualBatchSize
+        >>> size = {"dataloader": None, "batch_size_manager": VirtualBatchSize(10), "max_batch_size": 999}
         >>> schedule = SequentialBS([ConstantBS(factor=10, milestone=2, **size), ExponentialBS(gamma=2.0, **size)], milestones=[3])
         >>> sizes = []
         >>> for _ in range(5):
@@ -123,8 +123,8 @@ class ChainedBSScheduler(BSScheduler):
         ValueError: there are fewer than two, or their loaders differ.
 
     Example:
-        >>> from adabatch.schedules import ConstantBS, ExponentialBS, HeldBatchSize
-        >>> size = {"dataloader": None, "batch_size_manager": HeldBatchSize(10), "max_batch_size": 999}
+        >>> from adabatch.schedules import ConstantBS, ExponentialBS, VirtualBatchSize
+        >>> size = {"dataloader": None, "batch_size_manager": VirtualBatchSize(10), "max_batch_size": 999}
         >>> schedule = ChainedBSScheduler([ConstantBS(factor=10, milestone=2, **size), ExponentialBS(gamma=1.1, **size)])
         >>> schedule.step(); schedule.step()
         >>> schedule.batch_size

@@ -20,8 +20,8 @@ def base_below_maximum(schedule: BSScheduler, base_batch_size: int | None, at_le
         ValueError: it is out of range, or there is no upper bound.
 
     Example:
-        >>> from adabatch.schedules import HeldBatchSize, StepBS
-        >>> base_below_maximum(StepBS(None, 1, batch_size_manager=HeldBatchSize(8), max_batch_size=64), None, at_least=1)
+        >>> from adabatch.schedules import VirtualBatchSize, StepBS
+        >>> base_below_maximum(StepBS(None, 1, batch_size_manager=VirtualBatchSize(8), max_batch_size=64), None, at_least=1)
         8
     """
     base = schedule.batch_size_manager._base_batch_size if base_batch_size is None else integer("base_batch_size", base_batch_size, at_least)

@@ -109,10 +109,10 @@ class CustomBatchSizeManager(BatchSizeManager):
         self.dataset.change_batch_size(new_bs)
 
 
-class HeldBatchSize(BatchSizeManager):
+class VirtualBatchSize(BatchSizeManager):
     """A batch size that is only remembered: a schedule over it proposes sizes and changes no loader.
 
-    With it a schedule serves as a controller, a plan to print, or a plot: ``StepBS(None, 30, batch_size_manager=HeldBatchSize(64))``.
+    With it a schedule serves as a controller, a plan to print, or a plot: ``StepBS(None, 30, batch_size_manager=VirtualBatchSize(64))``.
 
     Args:
         batch_size: the size to start from, in samples.
@@ -122,7 +122,7 @@ class HeldBatchSize(BatchSizeManager):
         ValueError: it is below 1.
 
     Example:
-        >>> held = HeldBatchSize(64)
+        >>> held = VirtualBatchSize(64)
         >>> held.set_batch_size(128)
         >>> held.get_current_batch_size()
         128

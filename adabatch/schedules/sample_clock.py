@@ -2,8 +2,8 @@
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from adabatch._checks import check_version
 from adabatch.schedules.arguments import integer
-from adabatch.state import check_version
 
 STATE_VERSION = 1
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import adabatch
-from adabatch.distributed import Ranks
+from adabatch.distributed.group import Ranks
 
 LR = 0.01
 TIMEOUT = timedelta(seconds=120)

@@ -233,10 +233,10 @@ class CockpitCabs(BackpackExtension):
         info = {"batch_size": len(inputs), "individual_losses": losses.detach(), "loss": loss, "optimizer": self.optimizer}
         with self.cockpit(self.steps, info=info):
             loss.backward(create_graph=self.cockpit.create_graph(self.steps))
-        wish = self.quantity.get_output().pop(self.steps)
+        proposal = self.quantity.get_output().pop(self.steps)
         self.steps += 1
         self.optimizer.step()
-        return wish * loss.item() / LR / (1 - 1 / len(inputs))
+        return proposal * loss.item() / LR / (1 - 1 / len(inputs))
 
 
 def _trace(sq_norms: Tensor, grad_sq_norm: Tensor) -> float:

@@ -35,7 +35,7 @@ class Run:
             batch = (torch.randn(size, 3), torch.randn(size, 2) + 1)
             rows = oracle.per_sample_grads(model, loss_fn, batch)
             self.grads.append(torch.cat([rows[name].flatten(1) for name in sorted(rows)], 1).numpy())
-            hooks = GradSampleHooks(model, dots="dots" in needs)
+            hooks = GradSampleHooks(model, inner_products="inner_products" in needs)
             loss_fn(model, batch).mean().backward()
             self.moments.append(hooks.collect())
             hooks.remove()
@@ -44,7 +44,7 @@ class Run:
                     parameter -= 0.01 * parameter.grad
                     parameter.grad = None
 
-    def wishes(self, controller):
+    def proposals(self, controller):
         given = []
         for moments in self.moments:
             controller.advance(samples=moments.batch_size, epoch=0)
@@ -96,9 +96,9 @@ seeds = pytest.mark.parametrize("seed", range(4))
 def test_norm_test(make, seed):
     run = Run(make, seed, ())
     raw = [trace_of(grads) / (0.7**2 * (grads.mean(0) ** 2).sum()) for grads in run.grads]
-    assert run.wishes(NormTest(theta=0.7, signal="raw")) == pytest.approx(raw, rel=1e-4)
+    assert run.proposals(NormTest(theta=0.7, signal="raw")) == pytest.approx(raw, rel=1e-4)
     expected = [clamped(t, 0.7**2 * s) for t, s in zip(smoothed(trace_of, run, 0.8), smoothed(signal_of, run, 0.8), strict=True)]
-    assert run.wishes(NormTest(theta=0.7, smoothing=0.8)) == pytest.approx(expected, rel=1e-3)
+    assert run.proposals(NormTest(theta=0.7, smoothing=0.8)) == pytest.approx(expected, rel=1e-3)
 
 
 @every_model
@@ -106,7 +106,7 @@ def test_norm_test(make, seed):
 def test_noise_scale(make, seed):
     run = Run(make, seed, ())
     expected = [clamped(0.4 * t, s) for t, s in zip(smoothed(trace_of, run, 0.9), smoothed(signal_of, run, 0.9), strict=True)]
-    assert run.wishes(NoiseScale(scale=0.4, smoothing=0.9)) == pytest.approx(expected, rel=1e-3)
+    assert run.proposals(NoiseScale(scale=0.4, smoothing=0.9)) == pytest.approx(expected, rel=1e-3)
 
 
 @every_model
@@ -116,19 +116,19 @@ def test_inner_product_and_orthogonality_tests(make, seed):
     squares = [(grads.mean(0) ** 2).sum() for grads in run.grads]
     inner = [along(grads) / (0.6**2 * square**2) for grads, square in zip(run.grads, squares, strict=True)]
     orthogonal = [across(grads) / (0.8**2 * square) for grads, square in zip(run.grads, squares, strict=True)]
-    assert run.wishes(InnerProductTest(theta=0.6, signal="raw")) == pytest.approx(inner, rel=1e-3)
+    assert run.proposals(InnerProductTest(theta=0.6, signal="raw")) == pytest.approx(inner, rel=1e-3)
     both = list(map(max, inner, orthogonal))
-    assert run.wishes(InnerProductTest(theta=0.6, nu=0.8, signal="raw")) == pytest.approx(both, rel=1e-3)
+    assert run.proposals(InnerProductTest(theta=0.6, nu=0.8, signal="raw")) == pytest.approx(both, rel=1e-3)
     averages = zip(smoothed(along, run, 0.8), smoothed(across, run, 0.8), smoothed(signal_of, run, 0.8), strict=True)
     expected = [max(clamped(v, 0.6**2 * s**2 if s > 0 else 0), clamped(t, 0.8**2 * s)) for v, t, s in averages]
-    assert run.wishes(InnerProductTest(theta=0.6, nu=0.8, smoothing=0.8)) == pytest.approx(expected, rel=2e-3)
+    assert run.proposals(InnerProductTest(theta=0.6, nu=0.8, smoothing=0.8)) == pytest.approx(expected, rel=2e-3)
 
 
 @every_model
 @seeds
 def test_gradient_diversity_is_of_whole_epochs(make, seed):
     run = Run(make, seed, (), sizes=(8, 8, 12, 4, 16))
-    wishes = run.wishes(GradientDiversity(delta=0.3, epoch_samples=16))
+    proposals = run.proposals(GradientDiversity(delta=0.3, epoch_samples=16))
 
     def decided(steps):
         sizes = np.array([len(run.grads[step]) for step in steps])
@@ -136,7 +136,7 @@ def test_gradient_diversity_is_of_whole_epochs(make, seed):
         return clamped(0.3 * (sizes * squares).sum(), (sizes * np.array([signal_of(run.grads[step]) for step in steps])).sum())
 
     expected = [8.0, decided([0, 1]), decided([0, 1]), decided([2, 3]), decided([4])]
-    assert wishes == pytest.approx(expected, rel=1e-3)
+    assert proposals == pytest.approx(expected, rel=1e-3)
 
 
 @every_model
@@ -168,5 +168,5 @@ def test_efficiency_is_adascales_gain_over_the_ratio_of_sizes(size, base, noise_
 
 def test_what_needs_dots_says_so():
     run = Run(MODELS["linear"], 0, ())
-    with pytest.raises(ValueError, match="dots=True"):
+    with pytest.raises(ValueError, match="inner_products=True"):
         InnerProductTest().propose(run.moments[0], loss=1.0, lr=0.1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adabatch import CABS, GradientMoments
-from adabatch.sizing import SizeRule
+from adabatch.scheduler.sizing import SizeRule
 
 REFERENCE_BOUNDS = SizeRule(16, 2048)
 
@@ -19,7 +19,7 @@ def moments_of(sq_norms, grad_sq_norm, batch_size=None):
 
 
 def random_run(seed, steps=120):
-    """A plausible training run: per-sample norms, ‖g‖², losses and rates, drawn so that wishes fall below, between and above the bounds."""
+    """A plausible training run: per-sample norms, ‖g‖², losses and rates, drawn so that proposals fall below, between and above the bounds."""
     rng = np.random.default_rng(seed)
     level = np.exp(rng.normal(4, 3))
     for step in range(steps):
@@ -50,13 +50,13 @@ def test_reference_is_the_published_code_up_to_float32_rounding(seed, options):
     ours = CABS.reference(**options)
     theirs = TensorFlowRule(options.get("smoothing", 0.95), options.get("eps", 0.0), options.get("scale", 1.0))
     for sq_norms, grad_sq_norm, loss, lr in random_run(seed):
-        wish = ours.propose(moments_of(sq_norms, grad_sq_norm), loss=loss, lr=lr)
+        proposal = ours.propose(moments_of(sq_norms, grad_sq_norm), loss=loss, lr=lr)
         expected = theirs(sq_norms, grad_sq_norm, loss, lr)
         # Fifty roundings of float32 bound the error of the averages: each new value enters with weight 1 - mu.
-        assert abs(wish - expected) <= 50 * np.finfo(np.float32).eps * abs(expected)
+        assert abs(proposal - expected) <= 50 * np.finfo(np.float32).eps * abs(expected)
         size = int(np.clip(np.rint(expected), 16, 2048))
-        near_a_tie = abs(abs(wish - math.floor(wish)) - 0.5) <= 50 * np.finfo(np.float32).eps * abs(wish)
-        assert REFERENCE_BOUNDS.size_for(wish) == size or near_a_tie
+        near_a_tie = abs(abs(proposal - math.floor(proposal)) - 0.5) <= 50 * np.finfo(np.float32).eps * abs(proposal)
+        assert REFERENCE_BOUNDS.size_for(proposal) == size or near_a_tie
 
 
 def test_the_runs_reach_below_between_and_above_the_bounds():
@@ -68,9 +68,9 @@ def test_the_runs_reach_below_between_and_above_the_bounds():
     assert len(set(sizes)) > 100
 
 
-@pytest.mark.parametrize(("wish", "size"), [(16.5, 16), (17.5, 18), (18.5, 18), (15.9, 16), (2048.5, 2048), (2047.5, 2048), (1e30, 2048), (-3.0, 16)])
-def test_rounds_half_to_even_then_clips(wish, size):
-    assert REFERENCE_BOUNDS.size_for(wish) == size == int(np.clip(np.rint(np.float32(wish)), 16, 2048))
+@pytest.mark.parametrize(("proposal", "size"), [(16.5, 16), (17.5, 18), (18.5, 18), (15.9, 16), (2048.5, 2048), (2047.5, 2048), (1e30, 2048), (-3.0, 16)])
+def test_rounds_half_to_even_then_clips(proposal, size):
+    assert REFERENCE_BOUNDS.size_for(proposal) == size == int(np.clip(np.rint(np.float32(proposal)), 16, 2048))
 
 
 def test_reference_starts_low():
@@ -79,12 +79,12 @@ def test_reference_starts_low():
     assert CABS().propose(moments_of([4.0, 4.0], 0.0), loss=1.0, lr=10.0) == pytest.approx(2 * 4 * 10)
 
 
-@pytest.mark.parametrize(("trace", "wish"), [(1.0, math.inf), (0.0, math.nan), (-1.0, -math.inf)])
-def test_reference_divides_by_zero_as_floats_do(trace, wish):
+@pytest.mark.parametrize(("trace", "proposal"), [(1.0, math.inf), (0.0, math.nan), (-1.0, -math.inf)])
+def test_reference_divides_by_zero_as_floats_do(trace, proposal):
     rule = CABS.reference(smoothing=0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         expected = np.float32(trace) / np.float32(0.0)
-    assert rule.propose(moments_of([trace, trace], 0.0), loss=0.0, lr=1.0) == pytest.approx(expected, nan_ok=True) == pytest.approx(wish, nan_ok=True)
+    assert rule.propose(moments_of([trace, trace], 0.0), loss=0.0, lr=1.0) == pytest.approx(expected, nan_ok=True) == pytest.approx(proposal, nan_ok=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3, "f_star": 0.4, "smoothing": 0.8, "eps": 0.05}, {"smoothing": 0.0}])
@@ -107,10 +107,10 @@ def test_cabs_is_the_ratio_of_bias_corrected_sample_weighted_averages(seed, opti
 def test_the_trace_weighs_by_measured_samples_the_loss_by_all():
     rule = CABS(smoothing=0.5)
     rule.propose(moments_of([8.0] * 4, 0.0, batch_size=100), loss=1.0, lr=1.0)
-    wish = rule.propose(moments_of([2.0] * 2, 0.0, batch_size=10), loss=3.0, lr=1.0)
+    proposal = rule.propose(moments_of([2.0] * 2, 0.0, batch_size=10), loss=3.0, lr=1.0)
     trace = (0.5 * 4 * 8 * 100 / 99 + 2 * 2 * 10 / 9) / (0.5 * 4 + 2)
     loss = (0.5 * 100 * 1 + 10 * 3) / (0.5 * 100 + 10)
-    assert wish == pytest.approx(trace / loss, rel=1e-12)
+    assert proposal == pytest.approx(trace / loss, rel=1e-12)
 
 
 def test_the_lr_enters_unsmoothed():

@@ -1,4 +1,4 @@
-"""wrap(max_grad_norm=) reaches CABS, wherever it sits, and its wish is that of the clipped step."""
+"""wrap(max_grad_norm=) reaches CABS, wherever it sits, and its proposal is that of the clipped step."""
 
 import pytest
 import torch

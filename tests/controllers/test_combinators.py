@@ -1,4 +1,4 @@
-"""Combinators: properties that hold whatever the parts wish."""
+"""Combinators: properties that hold whatever the parts proposal."""
 
 import math
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from adabatch.controllers import CABS, AdaDamp, Annealed, AtLeast, AtMost, Average, InnerProductTest, Monotone, NoiseScale, PadaDamp, Warmup
 from tests.scripted import Wishes
 
-wish = st.floats(0, 1e9) | st.just(math.inf)
-wishes = st.lists(wish, min_size=1, max_size=12)
+proposal = st.floats(0, 1e9) | st.just(math.inf)
+proposals = st.lists(proposal, min_size=1, max_size=12)
 positive = st.floats(0.5, 1e9)
 
 
@@ -22,7 +22,7 @@ def asked(controller, steps, samples=16):
     return given_
 
 
-@given(wishes, wishes, positive)
+@given(proposals, proposals, positive)
 def test_bounds_are_the_largest_and_the_smallest(one, two, number):
     steps = max(len(one), len(two))
     first, second = (one + one[-1:] * steps)[:steps], (two + two[-1:] * steps)[:steps]
@@ -30,7 +30,7 @@ def test_bounds_are_the_largest_and_the_smallest(one, two, number):
     assert asked(AtMost(Wishes(*one), number, Wishes(*two)), steps) == [min(a, number, b) for a, b in zip(first, second, strict=True)]
 
 
-@given(wish, wish, positive, positive)
+@given(proposal, proposal, positive, positive)
 def test_the_average_lies_between_and_weighs(one, two, weight_one, weight_two):
     mean = Average(Wishes(one), Wishes(two), weights=(weight_one, weight_two)).propose(None, loss=1.0, lr=0.1)
     assert min(one, two) * (1 - 1e-12) <= mean <= max(one, two) * (1 + 1e-12)
@@ -40,20 +40,20 @@ def test_the_average_lies_between_and_weighs(one, two, weight_one, weight_two):
         assert mean == pytest.approx((weight_one * one + weight_two * two) / (weight_one + weight_two))
 
 
-@given(wishes, st.integers(1, 1000))
+@given(proposals, st.integers(1, 1000))
 def test_monotone_never_shrinks_and_never_exceeds_what_was_wished_or_used(one, samples):
     got = asked(Monotone(Wishes(*one)), len(one), samples)
     assert got == sorted(got)
     assert got == [max(samples, *one[: n + 1]) for n in range(len(one))]
 
 
-@given(wishes, st.floats(1.01, 4), st.integers(1, 1000), st.integers(1, 1000))
+@given(proposals, st.floats(1.01, 4), st.integers(1, 1000), st.integers(1, 1000))
 def test_warmup_grows_no_faster_than_told_and_falls_at_once(one, growth, pace, samples):
     got = asked(Warmup(Wishes(*one), growth=growth, samples=pace), len(one), samples)
     before = 0.0
-    for now, wished in zip(got, one, strict=True):
+    for now, proposed in zip(got, one, strict=True):
         limit = 10 ** min(300.0, math.log10(max(before, samples)) + samples / pace * math.log10(growth))
-        assert now == pytest.approx(min(wished, limit), rel=1e-9)
+        assert now == pytest.approx(min(proposed, limit), rel=1e-9)
         before = now
 
 
@@ -65,7 +65,7 @@ def test_warmup_over_many_steps_grows_by_its_factor_per_samples():
 @settings(max_examples=20)
 @given(st.sampled_from([AtLeast, AtMost, Monotone, Warmup]))
 def test_needs_and_first_sizes_are_those_of_the_parts(make):
-    assert make(InnerProductTest()).needs == {"dots"}
+    assert make(InnerProductTest()).needs == {"inner_products"}
     assert make(CABS()).needs_effective_lr
     assert not make(NoiseScale()).needs_effective_lr
     assert make(NoiseScale()).needs_moments

@@ -1,4 +1,4 @@
-"""The intervals of wishes, against Fieller's inequality on averages worked out here with NumPy, and on runs where what the rules should ask for is known."""
+"""The intervals of proposals, against Fieller's inequality on averages worked out here with NumPy, and on runs where what the rules should ask for is known."""
 
 import math
 
@@ -32,14 +32,14 @@ SMOOTHING, STEPS = 0.9, 60
 class Run:
     """A run of moments of normal gradients, losses and sizes, with what the rules average."""
 
-    def __init__(self, seed=0, dots=False, steps=STEPS):
+    def __init__(self, seed=0, inner_products=False, steps=STEPS):
         generator = torch.Generator().manual_seed(seed)
         self.moments, self.losses = [], []
         for step in range(steps):
             m = (8, 32, 16)[step % 3]
             grads = 0.4 + torch.randn(m, 6, generator=generator, dtype=torch.float64)
             mean = grads.mean(0)
-            self.moments.append(GradientMoments(m, grads.square().sum(1), float(mean @ mean), dots=grads @ mean if dots else None))
+            self.moments.append(GradientMoments(m, grads.square().sum(1), float(mean @ mean), inner_products=grads @ mean if inner_products else None))
             self.losses.append(1.5 + float(torch.randn((), generator=generator)) / m**0.5)
         self.sizes = np.array([moments.batch_size for moments in self.moments], float)
         self.traces = np.array([moments.variance_trace for moments in self.moments])
@@ -49,8 +49,8 @@ class Run:
         for moments, loss in zip(self.moments, self.losses, strict=True):
             if hasattr(rule, "advance"):
                 rule.advance(samples=moments.batch_size, epoch=0)
-            wish = rule.propose(moments, loss=loss, lr=lr)
-        return wish
+            proposal = rule.propose(moments, loss=loss, lr=lr)
+        return proposal
 
 
 def covered_ratios(run, x, y, errors=None):
@@ -73,26 +73,26 @@ def is_interval(inside, low, high, scale=1.0):
     return all(inside(end * (1 + shift) / scale) == (shift * side > 0) for end, side in ((low, 1), (high, -1)) for shift in (1e-6, -1e-6))
 
 
-@pytest.mark.parametrize("dots", [False, True])
+@pytest.mark.parametrize("inner_products", [False, True])
 @pytest.mark.parametrize(
     ("make", "scale"),
     [(lambda: NoiseScale(scale=0.7, smoothing=SMOOTHING), 0.7), (lambda: NormTest(theta=0.5, smoothing=SMOOTHING), 4.0)],
     ids=["NoiseScale", "NormTest"],
 )
-def test_noise_scale_and_norm_test(make, scale, dots):
-    run, rule = Run(dots=dots), make()
-    wish = run.feed(rule)
+def test_noise_scale_and_norm_test(make, scale, inner_products):
+    run, rule = Run(inner_products=inner_products), make()
+    proposal = run.feed(rule)
     low, high = rule.proposal_interval(0.9)
-    errors = np.array([moments.std_error for moments in run.moments]) if dots else None
-    assert low < wish < high
+    errors = np.array([moments.std_error for moments in run.moments]) if inner_products else None
+    assert low < proposal < high
     assert is_interval(covered_ratios(run, run.traces, run.signals, errors), low, high, scale)
 
 
 def test_cabs():
     run, rule = Run(), CABS(scale=2.0, f_star=0.4, eps=0.1, smoothing=SMOOTHING)
-    wish = run.feed(rule, lr=0.3)
+    proposal = run.feed(rule, lr=0.3)
     low, high = rule.proposal_interval(0.9)
-    assert low < wish < high
+    assert low < proposal < high
     assert is_interval(covered_ratios(run, run.traces, np.array(run.losses) - 0.3), low, high, 0.6)
     assert rule.readings() == {"f_star": 0.4, "f_star_std_error": 0.0}
 
@@ -108,8 +108,8 @@ def test_cabs_near_its_floor_has_no_upper_end():
 def test_cabs_counts_the_errors_of_clipping_and_of_an_estimated_floor():
     run = Run()
     plain, clipped = CABS(smoothing=SMOOTHING), CABS(smoothing=SMOOTHING, max_grad_norm=1.0)
-    wishes = [run.feed(rule) for rule in (plain, clipped)]
-    lengths = [(high - low) / wish for (low, high), wish in zip([rule.proposal_interval() for rule in (plain, clipped)], wishes, strict=True)]
+    proposals = [run.feed(rule) for rule in (plain, clipped)]
+    lengths = [(high - low) / proposal for (low, high), proposal in zip([rule.proposal_interval() for rule in (plain, clipped)], proposals, strict=True)]
     assert lengths[1] > 1.02 * lengths[0]
     auto = CABS(f_star="auto", smoothing=SMOOTHING)
     run.feed(auto)
@@ -122,11 +122,11 @@ def test_cabs_counts_the_errors_of_clipping_and_of_an_estimated_floor():
 
 
 def test_inner_product_test_is_the_larger_of_its_two_tests():
-    run = Run(dots=True)
+    run = Run(inner_products=True)
     along, both, across = (InnerProductTest(theta=theta, nu=nu, smoothing=SMOOTHING) for theta, nu in ((0.5, None), (0.5, 0.3), (1e3, 0.3)))
-    wishes = [run.feed(rule) for rule in (along, both, across)]
+    proposals = [run.feed(rule) for rule in (along, both, across)]
     intervals = [rule.proposal_interval() for rule in (along, both, across)]
-    assert all(low < wish < high for (low, high), wish in zip(intervals, wishes, strict=True))
+    assert all(low < proposal < high for (low, high), proposal in zip(intervals, proposals, strict=True))
     assert intervals[1] == tuple(np.maximum(intervals[0], intervals[2]))
     squares, variances = np.array([moments.grad_sq_norm for moments in run.moments]), np.array([moments.inner_product_variance for moments in run.moments])
     assert is_interval(covered_ratios(run, run.traces - variances / squares, run.signals), *intervals[2], 1 / 0.09)
@@ -147,11 +147,11 @@ def test_after_one_step_nothing_is_known(make):
 
 def test_diversity_has_the_interval_of_its_last_epoch():
     rule, run = GradientDiversity(delta=0.5, epoch_samples=20 * 56), Run(steps=75)
-    wish = run.feed(rule)
+    proposal = run.feed(rule)
     used = run.moments[:60]  # 20 times 8 + 32 + 16 samples
     x, y, sizes = (np.array([getattr(moments, name) for moments in used], float) for name in ("mean_sq_norm", "true_grad_sq_norm", "batch_size"))
     p = sizes / sizes.sum()
-    assert wish == pytest.approx(0.5 * (p @ x) / (p @ y))
+    assert proposal == pytest.approx(0.5 * (p @ x) / (p @ y))
     lost = 1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum()
     quantile = stats.t.ppf(0.95, sizes.sum() ** 2 / (sizes**2).sum() - 1)
     for end in rule.proposal_interval(0.9):
@@ -169,11 +169,11 @@ def test_adadamp_by_the_error_of_its_loss():
 def test_annealed_takes_its_caps_interval_as_far_as_it_reaches():
     cap, rule, run = NoiseScale(smoothing=SMOOTHING), Annealed(1200, 4, cap=NoiseScale(smoothing=SMOOTHING), rule="linear"), Run()
     run.feed(cap)
-    wish = run.feed(rule)
+    proposal = run.feed(rule)
     low, high = cap.proposal_interval()
     grown = 4 / rule.step_per_sample
     assert rule.proposal_interval() == (min(grown, max(low, 4.0)), min(grown, high))
-    assert rule.proposal_interval()[0] <= wish <= rule.proposal_interval()[1]
+    assert rule.proposal_interval()[0] <= proposal <= rule.proposal_interval()[1]
     assert all(math.isnan(end) for end in interval_of(Annealed(100, 4, cap=8, rule="linear")))
 
 
@@ -198,7 +198,7 @@ def test_a_saved_rule_has_the_interval_it_had():
     run = Run()
     for make in (lambda: CABS(smoothing=SMOOTHING), lambda: NoiseScale(smoothing=SMOOTHING), lambda: InnerProductTest(smoothing=SMOOTHING)):
         whole, resumed = make(), make()
-        dotted = Run(dots=True)
+        dotted = Run(inner_products=True)
         for rule, moments, loss in ((whole, m, x) for m, x in zip(dotted.moments[:30], run.losses, strict=False)):
             rule.propose(moments, loss=loss, lr=0.3)
         resumed.load_state_dict(whole.state_dict())

@@ -33,7 +33,7 @@ def trained(steps=150, controller=None, lr=0.02, **options):
 
 
 def moves(history):
-    """(size before, size after, low, high) of each step with a wish."""
+    """(size before, size after, low, high) of each step with a proposal."""
     sizes = [16, *history.column("next_batch_size")]
     return [
         (before, after, record.proposed_low, record.proposed_high)
@@ -42,9 +42,9 @@ def moves(history):
     ]
 
 
-@pytest.mark.parametrize("dots", [False, True])
-def test_the_size_moves_only_out_of_the_interval(dots):
-    free, held = (moves(trained(confidence=confidence, dots=dots).diagnostics) for confidence in (None, 0.9))
+@pytest.mark.parametrize("inner_products", [False, True])
+def test_the_size_moves_only_out_of_the_interval(inner_products):
+    free, held = (moves(trained(confidence=confidence, inner_products=inner_products).diagnostics) for confidence in (None, 0.9))
     assert all(before == after for before, after, low, high in held if low <= before <= high)
     assert any(before != after for before, after, *_ in held)
     assert sum(before != after for before, after, *_ in held) < 0.5 * sum(before != after for before, after, *_ in free)
@@ -53,14 +53,14 @@ def test_the_size_moves_only_out_of_the_interval(dots):
 
 @pytest.mark.parametrize("make", [lambda: NormTest(theta=0.5, signal="raw"), lambda: InnerProductTest(theta=0.1, nu=0.1, signal="raw")], ids=["norm", "inner"])
 def test_raw_signals_are_as_sure_as_their_one_step(make):
-    held = moves(trained(40, controller=make(), confidence=0.9, dots=True).diagnostics)
+    held = moves(trained(40, controller=make(), confidence=0.9, inner_products=True).diagnostics)
     assert all(before == after for before, after, low, high in held if low <= before <= high)
     assert any(before != after for before, after, *_ in held)
     assert all(0 <= low <= high for *_, low, high in held)
 
 
 def test_goodput_has_an_interval_once_it_knows_two_sizes():
-    """The clock of a run is not to be foretold, but that its interval holds the wish is."""
+    """The clock of a run is not to be foretold, but that its interval holds the proposal is."""
     history = trained(80, controller=Goodput(16), coupling="adascale").diagnostics
     known = [record for record in history if not math.isnan(record.proposed_low)]
     assert known
@@ -104,7 +104,7 @@ def test_the_history_shows_what_the_controller_knows(tmp_path):
 
 
 def test_spill_does_not_follow_a_wish_that_is_in_doubt():
-    """Held by doubt, a size meets the wish as far as is known: the lr stays."""
+    """Held by doubt, a size meets the proposal as far as is known: the lr stays."""
     scheduler = trained(3, confidence=0.9999, spill="lr", controller=NoiseScale(scale=100.0))
     assert scheduler.get_last_lr() == [0.02]
     assert trained(40, spill="lr", max_batch_size=32, controller=NoiseScale(scale=100.0)).get_last_lr()[0] < 0.02

@@ -30,13 +30,13 @@ from adabatch.controllers import (
     Seesaw,
     Warmup,
 )
-from adabatch.schedules import ExponentialBS, HeldBatchSize
+from adabatch.schedules import ExponentialBS, VirtualBatchSize
 
 CONTROLLERS = {
     "CABS": lambda: CABS(scale=0.5, f_star=0.1, smoothing=0.9, eps=0.01),
     "CABS with a floor": lambda: CABS(f_star="auto", max_grad_norm=2.0),
     "CABS.reference": lambda: CABS.reference(scale=0.5, smoothing=0.9, eps=0.01),
-    "Scheduled": lambda: Scheduled(ExponentialBS(None, 1.1, batch_size_manager=HeldBatchSize(10)), every=2),
+    "Scheduled": lambda: Scheduled(ExponentialBS(None, 1.1, batch_size_manager=VirtualBatchSize(10)), every=2),
     "Scheduled by samples": lambda: Scheduled("0:64 500:128 2K:256", unit="samples"),
     "Seesaw": lambda: Seesaw(batch_size=48, rule="linear"),
     "OnlineSelection": lambda: OnlineSelection(lambda: {64: 0.5, 32: 0.4}, candidates=(64, 32), pick="largest"),
@@ -72,9 +72,9 @@ RATIOS = {name: make for name, make in MEASURING.items() if name not in UNMEASUR
 
 
 def run(controller, seed, steps=20):
-    """The wishes of a run of random moments, losses and rates."""
+    """The proposals of a run of random moments, losses and rates."""
     generator = torch.Generator().manual_seed(seed)
-    wishes = []
+    proposals = []
     for _ in range(steps):
         m = int(torch.randint(2, 65, (), generator=generator))
         sq_norms = torch.rand(m, generator=generator) * 30
@@ -83,10 +83,10 @@ def run(controller, seed, steps=20):
             controller.advance(samples=m, epoch=0)
         square = uniform[0] * float(sq_norms.mean())
         spread = torch.randn(m, generator=generator) * square**0.5
-        dots = square + spread - spread.mean()
-        moments = GradientMoments(batch_size=m, sq_norms=sq_norms, grad_sq_norm=square, dots=dots if "dots" in getattr(controller, "needs", ()) else None)
-        wishes.append(controller.propose(moments, loss=0.5 + uniform[1], lr=uniform[2]))
-    return wishes
+        inner_products = square + spread - spread.mean()
+        moments = GradientMoments(batch_size=m, sq_norms=sq_norms, grad_sq_norm=square, inner_products=inner_products if "inner_products" in getattr(controller, "needs", ()) else None)
+        proposals.append(controller.propose(moments, loss=0.5 + uniform[1], lr=uniform[2]))
+    return proposals
 
 
 def test_every_public_controller_has_a_row():
@@ -104,16 +104,16 @@ def test_propose_takes_moments_and_the_loss_and_lr_by_name(make):
 
 @pytest.mark.parametrize("name", CONTROLLERS)
 def test_wishes_are_plain_finite_floats(name):
-    wishes = run(CONTROLLERS[name](), seed=0)
-    assert all(type(wish) is float and (math.isfinite(wish) or (name in MAY_BE_INFINITE and wish == math.inf)) and wish >= 0 for wish in wishes)
-    assert any(map(math.isfinite, wishes))
+    proposals = run(CONTROLLERS[name](), seed=0)
+    assert all(type(proposal) is float and (math.isfinite(proposal) or (name in MAY_BE_INFINITE and proposal == math.inf)) and proposal >= 0 for proposal in proposals)
+    assert any(map(math.isfinite, proposals))
 
 
 @pytest.mark.parametrize("make", RATIOS.values(), ids=RATIOS)
 def test_wishes_are_neither_rounded_nor_bounded(make):
-    moments = GradientMoments(batch_size=2, sq_norms=torch.tensor([3e9, 3e9]), grad_sq_norm=0.7, dots=torch.tensor([3e9, -3e9]))
+    moments = GradientMoments(batch_size=2, sq_norms=torch.tensor([3e9, 3e9]), grad_sq_norm=0.7, inner_products=torch.tensor([3e9, -3e9]))
     assert make().propose(moments, loss=1.0, lr=1.0) > 1e6
-    assert any(wish != round(wish) for wish in run(make(), seed=3))
+    assert any(proposal != round(proposal) for proposal in run(make(), seed=3))
 
 
 @every_controller

@@ -58,8 +58,8 @@ class Steps:
             self.rule.advance(samples=size, epoch=0)
             square = 1.0 + self.noise_scale / size
             moments = GradientMoments(size, torch.full((size,), 1.0 + self.noise_scale, dtype=torch.float64), square)
-            wish = self.rule.propose(moments, loss=1.0, lr=0.1)
-        return wish
+            proposal = self.rule.propose(moments, loss=1.0, lr=0.1)
+        return proposal
 
 
 def test_it_doubles_once_to_learn_then_goes_where_goodput_is_greatest_no_faster_than_doubling():
@@ -78,13 +78,13 @@ def test_a_gain_below_the_threshold_moves_nothing():
 
     assert goodput(100) / goodput(85) - 1 < 0.05 < goodput(100) / goodput(40) - 1
     steps = Steps(truth, noise_scale=100.0)
-    for size, wish in ((16, 32), (32, 64)):
-        assert steps.take(size) == wish
-    steps.rule.wish = 85.0
+    for size, proposal in ((16, 32), (32, 64)):
+        assert steps.take(size) == proposal
+    steps.rule.proposal = 85.0
     assert steps.take(85) == 85.0
     eager = Steps(truth, noise_scale=100.0, gain=0.0)
     eager.take(16), eager.take(32)
-    eager.rule.wish = 85.0
+    eager.rule.proposal = 85.0
     assert eager.take(85) == pytest.approx(100, rel=0.01)
 
 
@@ -180,14 +180,14 @@ def test_the_interval_is_what_would_be_decided_at_the_ends_of_the_noise_scale(ga
     def goodput(size, noise_scale):
         return size / truth.seconds(size) / (noise_scale + size)
 
-    grid, before = np.geomspace(16, 512, 20_000), 64.0  # the first decision is by both models; until then the wish is the first size
+    grid, before = np.geomspace(16, 512, 20_000), 64.0  # the first decision is by both models; until then the proposal is the first size
     expected = []
     for end in ratio_ends(seen):
         best = grid[np.argmax([goodput(size, end) for size in grid])]
         expected.append(best if goodput(best, end) > (1 + gain) * goodput(64, end) else before)
     low, high = rule.proposal_interval(0.9)
-    assert (low, high) == pytest.approx((min(*expected, rule.wish), max(*expected, rule.wish)), rel=2e-3)
-    assert low <= rule.wish <= high
+    assert (low, high) == pytest.approx((min(*expected, rule.proposal), max(*expected, rule.proposal)), rel=2e-3)
+    assert low <= rule.proposal <= high
 
 
 def test_the_interval_holds_the_best_size():
@@ -210,7 +210,7 @@ def test_before_two_sizes_are_timed_there_is_no_interval_and_an_older_state_has_
     older = {name: value for name, value in steps.rule.state_dict().items() if name not in ("controller", "joint", "decided")}
     resumed = Goodput(16)
     resumed.load_state_dict(older)
-    assert resumed.wish == steps.rule.wish
+    assert resumed.proposal == steps.rule.proposal
     assert all(math.isnan(end) for end in resumed.proposal_interval())
 
 

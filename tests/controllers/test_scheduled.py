@@ -38,7 +38,7 @@ every_schedule = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDER
 
 
 def held():
-    return {"dataloader": None, "batch_size_manager": schedules.HeldBatchSize(START)}
+    return {"dataloader": None, "batch_size_manager": schedules.VirtualBatchSize(START)}
 
 
 class Run:
@@ -122,7 +122,7 @@ def test_k_reload_k_is_2k(build, unit, k):
 def test_per_epoch_over_a_plain_loader_that_drops_its_last_batch():
     model = nn.Linear(1, 1)
     optimizer = SGD(model.parameters(), lr=0.01)
-    schedule = schedules.StepBS(None, 1, batch_size_manager=schedules.HeldBatchSize(16))
+    schedule = schedules.StepBS(None, 1, batch_size_manager=schedules.VirtualBatchSize(16))
     loader = DataLoader(ones(100), batch_size=16, drop_last=True)
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=Scheduled(schedule, unit="epoch"), min_batch_size=1)
     sizes = []
@@ -141,7 +141,7 @@ def test_ramps_and_functions_of_the_count(accumulate):
     controllers = {
         "ramp": Scheduled("0:8 40:16 100:32", unit="samples"),
         "function": Scheduled(schedules.stepwise_ramp("0:8 40:16 100:32"), unit="samples"),
-        "RampBS": Scheduled(schedules.RampBS(None, "0:8 40:16 100:32", batch_size_manager=schedules.HeldBatchSize(8)), unit="samples"),
+        "RampBS": Scheduled(schedules.RampBS(None, "0:8 40:16 100:32", batch_size_manager=schedules.VirtualBatchSize(8)), unit="samples"),
     }
     for controller in controllers.values():
         model = nn.Linear(1, 1)
@@ -155,7 +155,7 @@ def test_ramps_and_functions_of_the_count(accumulate):
 
 
 def test_it_moves_on_at_steps_that_measure_nothing_or_were_dropped():
-    schedule = lambda: Scheduled(schedules.StepBS(None, 1, batch_size_manager=schedules.HeldBatchSize(4)))  # noqa: E731
+    schedule = lambda: Scheduled(schedules.StepBS(None, 1, batch_size_manager=schedules.VirtualBatchSize(4)))  # noqa: E731
     for options in ({}, {"every": 3}):
         run = slope_run(schedule(), n=1000, **options)
         losses = iter([1.0, math.nan, 1.0, math.inf, 1.0])
@@ -165,7 +165,7 @@ def test_it_moves_on_at_steps_that_measure_nothing_or_were_dropped():
 
 
 def test_lr_coupling_spill_and_bounds_are_the_schedulers():
-    controller = Scheduled(schedules.StepBS(None, 1, batch_size_manager=schedules.HeldBatchSize(16)))
+    controller = Scheduled(schedules.StepBS(None, 1, batch_size_manager=schedules.VirtualBatchSize(16)))
     run = slope_run(controller, n=5000, spill="lr", coupling="sqrt")
     moved = list(steps(*run, 5))
     assert [rows for rows, _ in moved] == [16, 32, 64, 64, 64]
@@ -173,7 +173,7 @@ def test_lr_coupling_spill_and_bounds_are_the_schedulers():
 
 
 def test_divisibility_is_checked_when_a_size_is_used():
-    controller = Scheduled(schedules.RampBS(None, "0:8 16:12", micro_batch_size=8, batch_size_manager=schedules.HeldBatchSize(8)), unit="samples")
+    controller = Scheduled(schedules.RampBS(None, "0:8 16:12", micro_batch_size=8, batch_size_manager=schedules.VirtualBatchSize(8)), unit="samples")
     run = Run(controller)
     run.train(1)
     with pytest.raises(ValueError, match=r"Batch size 12 is no multiple of 8"):
@@ -181,7 +181,7 @@ def test_divisibility_is_checked_when_a_size_is_used():
 
 
 def test_arguments():
-    with pytest.raises(ValueError, match=r"writes to a loader \(DefaultBatchSizeManager\).*StepBS\(None, ..., batch_size_manager=HeldBatchSize\(8\)\)"):
+    with pytest.raises(ValueError, match=r"writes to a loader \(DefaultBatchSizeManager\).*StepBS\(None, ..., batch_size_manager=VirtualBatchSize\(8\)\)"):
         Scheduled(schedules.StepBS(DataLoader(ones(20), 8), 2))
     with pytest.raises(ValueError, match="unit must be one of 'step', 'epoch', 'samples', got 'batch'"):
         Scheduled("0:8", unit="batch")

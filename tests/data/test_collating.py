@@ -11,7 +11,7 @@ from torch.utils.data._utils import collate
 
 from adabatch import AdaptiveDataLoader
 from adabatch.data.chunks import Pace, Reply
-from adabatch.data.collating import Stacked, quick_collate, quickest
+from adabatch.data.collating import Stacked, fast_collate_for, quick_collate
 from tests.data.test_joining import same
 
 Pair = namedtuple("Pair", "first second")
@@ -79,9 +79,9 @@ def test_as_default_collates_errors(make, ours):
 
 
 def test_what_a_user_registers_with_torch_holds(monkeypatch):
-    assert quickest(default_collate) is quick_collate
+    assert fast_collate_for(default_collate) is quick_collate
     monkeypatch.setitem(collate.default_collate_fn_map, torch.Tensor, lambda batch, *, collate_fn_map=None: list(batch))
-    assert quickest(default_collate) is default_collate
+    assert fast_collate_for(default_collate) is default_collate
     loader = AdaptiveDataLoader(torch.arange(4), 2)
     assert [type(batch) for batch in loader] == [list, list]
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from adabatch.data.permutation import KeyedPermutation
+from adabatch.data.order import KeyedPermutation
 
 M64 = 2**64
 PHI = 0x9E3779B97F4A7C15

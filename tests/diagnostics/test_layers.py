@@ -30,24 +30,24 @@ def expected(grads):
     return made
 
 
-@pytest.mark.parametrize("dots", [False, True])
+@pytest.mark.parametrize("inner_products", [False, True])
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
-def test_the_statistics_of_each_parameter_are_the_oracles(dots, loss_reduction):
+def test_the_statistics_of_each_parameter_are_the_oracles(inner_products, loss_reduction):
     model, batch = make_mlp(), make_batch(8)
     truth = expected(oracle.per_sample_grads(model, squared_error, batch))
-    found = LayerStatistics.of_step(measure(model, batch, loss_reduction=loss_reduction, per_parameter=True, dots=dots))
+    found = LayerStatistics.of_step(measure(model, batch, loss_reduction=loss_reduction, per_parameter=True, inner_products=inner_products))
     assert found.names == tuple(truth)
     assert (found.of, found.batch_size, found.n_measured) == ("parameter", 8, 8)
     close(found.traces, [trace for trace, _ in truth.values()], 1e-4)
     close(found.signals, [signal for _, signal in truth.values()], 1e-4)
 
 
-@pytest.mark.parametrize("dots", [False, True])
-def test_parameters_and_groups_add_up_to_the_model(dots):
+@pytest.mark.parametrize("inner_products", [False, True])
+def test_parameters_and_groups_add_up_to_the_model(inner_products):
     model, batch = make_mlp(torch.float64), make_batch(9, torch.float64)
     groups = [list(model[0].parameters()), list(model[2].parameters())]
     for options in ({"per_parameter": True}, {"param_groups": groups}):
-        moments = measure(model, batch, samples=5, dots=dots, **options)
+        moments = measure(model, batch, samples=5, inner_products=inner_products, **options)
         found = LayerStatistics.of_step(moments)
         close(found.traces.sum(), moments.variance_trace, 1e-9)
         close(found.signals.sum(), moments.true_grad_sq_norm, 1e-9)
@@ -57,7 +57,7 @@ def test_parameters_and_groups_add_up_to_the_model(dots):
 def test_parameters_of_several_groups_and_of_several_passes():
     model = make_mlp(torch.float64)
     batches = [make_batch(size, torch.float64) for size in (6, 3)]
-    hooks = GradSampleHooks(model, per_parameter=True, dots=True, accumulate=2, param_groups=[[model[0].weight], [model[0].bias, *model[2].parameters()]])
+    hooks = GradSampleHooks(model, per_parameter=True, inner_products=True, accumulate=2, param_groups=[[model[0].weight], [model[0].bias, *model[2].parameters()]])
     for batch in batches:
         (squared_error(model, batch).mean() / 2).backward()
     moments = hooks.collect()
@@ -293,9 +293,9 @@ def trained(n_steps, state=None, **options):
     return scheduler
 
 
-@pytest.mark.parametrize("dots", [False, True])
-def test_wrap_records_layers_that_add_up_to_the_records(dots):
-    history = trained(12, per_parameter=True, dots=dots).diagnostics
+@pytest.mark.parametrize("inner_products", [False, True])
+def test_wrap_records_layers_that_add_up_to_the_records(inner_products):
+    history = trained(12, per_parameter=True, inner_products=inner_products).diagnostics
     layers = history.layers()
     assert layers.names == ("0", "2")
     assert layers.variance_trace.sum(1) == pytest.approx(history.column("variance_trace"), rel=1e-4)
@@ -333,7 +333,7 @@ def test_samples_of_unequal_weight():
     model, batch = make_mlp(torch.float64), make_batch(9, torch.float64)
     weights = torch.tensor([1.0, 4.0, 2.0, 7.0, 1.0, 3.0, 3.0, 5.0, 1.0], dtype=torch.float64)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, per_parameter=True, dots=True)
+    hooks = GradSampleHooks(model, per_parameter=True, inner_products=True)
     ((squared_error(model, batch) * weights).sum() / weights.sum()).backward()
     moments = hooks.collect(weights=weights)
     hooks.remove()

@@ -65,8 +65,8 @@ def test_lines_show_the_columns():
         return panel.lines[index].get_ydata()
 
     np.testing.assert_array_equal(line(size, 0), history.column("batch_size"))
-    wish = history.column("proposed_batch_size")
-    np.testing.assert_array_equal(size.lines[1].get_xydata(), np.stack([samples, wish], 1)[np.isfinite(wish)])
+    proposal = history.column("proposed_batch_size")
+    np.testing.assert_array_equal(size.lines[1].get_xydata(), np.stack([samples, proposal], 1)[np.isfinite(proposal)])
     np.testing.assert_array_equal(line(lr, 0), history.column("lr"))
     np.testing.assert_array_equal(line(loss, 1), history.column("loss_ema"))
     np.testing.assert_array_equal(line(trace, 1), history.column("variance_trace_ema"))
@@ -89,16 +89,16 @@ def test_intervals_are_bands_that_end_with_the_panel():
     history, rows = Diagnostics(), steps(60, seed=1)
     for row in rows:
         row["true_grad_sq_norm"] += 0.3
-        wish = row["proposed_batch_size"]
-        history.append(**row, proposed_low=wish / 2, proposed_high=math.inf, f_star=0.2, f_star_std_error=0.05)
+        proposal = row["proposed_batch_size"]
+        history.append(**row, proposed_low=proposal / 2, proposed_high=math.inf, f_star=0.2, f_star_std_error=0.05)
     size, _, loss, _, scale = draw(history).axes
-    wish, samples = history.column("proposed_batch_size"), history.column("samples_seen")
-    made = np.isfinite(wish)
+    proposal, samples = history.column("proposed_batch_size"), history.column("samples_seen")
+    made = np.isfinite(proposal)
     band = size.collections[0].get_paths()[0].vertices
     bottom, top = size.get_ylim()
     assert band[:, 1].max() == top
     at_end = band[band[:, 0] == samples[made][-1]][:, 1]
-    assert at_end.min() == pytest.approx(max(bottom, wish[made][-1] / 2))
+    assert at_end.min() == pytest.approx(max(bottom, proposal[made][-1] / 2))
     assert [line.get_label() for line in loss.lines][-1] == "f_star"
     floor = loss.collections[1].get_paths()[0].vertices
     assert (floor[:, 1].min(), floor[:, 1].max()) == pytest.approx((0.15, 0.25))

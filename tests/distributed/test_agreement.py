@@ -8,8 +8,8 @@ from torch import nn
 
 import adabatch
 from adabatch.distributed.agreement import agree, checksum, facts_of_model, plain
+from adabatch.distributed.shard import BatchShard
 from adabatch.distributed.weights import OutputWeights
-from adabatch.grad_sample.sharing import Sharing
 
 
 def added_up(decisions):
@@ -51,7 +51,7 @@ def test_gradients_weigh_as_their_samples_do(summed, weight):
     model(inputs).square().mean().backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    weights = OutputWeights(model, Sharing(2, Delivered(5, 9), summed))
+    weights = OutputWeights(model, BatchShard(2, Delivered(5, 9), summed))
     model(inputs).square().mean().backward()
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, weight * grad)
@@ -73,7 +73,7 @@ class TwoOutputs(nn.Module):
 
 def test_outputs_made_from_each_other_are_weighed_once():
     model, inputs = TwoOutputs(), torch.randn(5, 3)
-    weights = OutputWeights(model, Sharing(3, Delivered(2, 9)))
+    weights = OutputWeights(model, BatchShard(3, Delivered(2, 9)))
     output = model(inputs)
     (output["scores"][0].square().mean() + output["hidden"].mean()).backward()
     found = [parameter.grad.clone() for parameter in model.parameters()]
@@ -87,7 +87,7 @@ def test_outputs_made_from_each_other_are_weighed_once():
 
 def test_evaluation_is_left_alone():
     model = nn.Linear(3, 2)
-    weights = OutputWeights(model, Sharing(2, Delivered(5, 9)))
+    weights = OutputWeights(model, BatchShard(2, Delivered(5, 9)))
     with torch.no_grad():
         output = model(torch.randn(5, 3))
     assert output.grad_fn is None
@@ -96,7 +96,7 @@ def test_evaluation_is_left_alone():
 
 def test_shares_of_accumulated_batches():
     sampler = Delivered(5, 9)
-    sharing = Sharing(2, sampler)
+    sharing = BatchShard(2, sampler)
     sharing.note()
     sharing.note()
     sampler.n_batches, sampler.share, sampler.last_size = 2, 4, 9
@@ -104,6 +104,6 @@ def test_shares_of_accumulated_batches():
     assert sharing.share_of(1) == 4 / 9
     assert sharing.share_of(2) == 0.5
     assert sharing.size_of(2) == 18
-    assert Sharing(4).share_of(1) == Sharing(4).share == 1 / 4
+    assert BatchShard(4).share_of(1) == BatchShard(4).share == 1 / 4
     with pytest.raises(RuntimeError, match="batches"):
-        Sharing(4).size_of(1)
+        BatchShard(4).size_of(1)

@@ -9,7 +9,7 @@ from scipy import optimize, stats
 
 from adabatch import GradientMoments
 from adabatch.estimators.averages import MovingAverage, student_quantile
-from adabatch.estimators.confidence import JointAverages, fieller, trace_error
+from adabatch.estimators.intervals import JointAverages, fieller, trace_error
 
 
 def excess(ratio, numerator, denominator, variances, covariance, quantile):
@@ -143,6 +143,6 @@ def test_quantiles_and_the_error_of_a_trace():
     assert student_quantile(0.9, 0.0) == student_quantile(0.9, -1.0) == math.inf
     grads = torch.randn(8, 3, dtype=torch.float64)
     mean = grads.mean(0)
-    moments = GradientMoments(8, grads.square().sum(1), float(mean @ mean), dots=grads @ mean)
+    moments = GradientMoments(8, grads.square().sum(1), float(mean @ mean), inner_products=grads @ mean)
     assert trace_error(moments) == (moments.std_error, 7)
-    assert math.isnan(trace_error(GradientMoments(2, torch.ones(2), 1.0, dots=torch.ones(2)))[0])
+    assert math.isnan(trace_error(GradientMoments(2, torch.ones(2), 1.0, inner_products=torch.ones(2)))[0])

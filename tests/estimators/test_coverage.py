@@ -5,7 +5,7 @@ Where the parameters move, what an average estimates is the mean of the truth ov
 Share of 1,000 runs whose 90 % interval held the truth (its standard error .01), by `python -m pytest -n 0 -s -m slow tests/estimators/test_coverage.py`, at
 lr 0, .002 and .02; T and tr(PΣ) do not depend on the lr here:
 
-    batch sizes             T, one step   T, dots   T, residuals   tr(PΣ)   G²               loss             noise scale      wish of CABS
+    batch sizes             T, one step   T, inner_products   T, residuals   tr(PΣ)   G²               loss             noise scale      proposal of CABS
     fixed (16)              .889          .894      .901           .899     .899 .905 .894   .903 .899 .901   .901 .907 .894   .911 .909 .900
     small (8)               .880          .894      .887           .883     .898 .902 .893   .898 .912 .922   .896 .901 .894   .905 .903 .921
     alternating (4, 64)     .898          .896      .902           .903     .935 .937 .929   .929 .926 .909   .932 .936 .932   .924 .932 .906
@@ -24,10 +24,10 @@ import pytest
 import torch
 
 from adabatch import CABS, GradientMoments
-from adabatch.estimators import floor
+from adabatch.estimators import loss_floor as floor
 from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.confidence import JointAverages
-from adabatch.estimators.floor import LossFloor
+from adabatch.estimators.intervals import JointAverages
+from adabatch.estimators.loss_floor import LossFloor
 from tests.estimators.quadratic import Quadratic, runs
 
 STEPS = 120
@@ -54,13 +54,13 @@ class Tracked:
     def __init__(self):
         self.dotted, self.plain, self.weighted = MovingAverage(WINDOW), MovingAverage(WINDOW), MovingAverage(WINDOW)
         self.signal, self.loss, self.gap = MovingAverage(WINDOW), MovingAverage(WINDOW), MovingAverage(WINDOW)
-        self.noise_scale, self.wish = JointAverages(self.dotted, self.signal), JointAverages(self.plain, self.gap)
+        self.noise_scale, self.proposal = JointAverages(self.dotted, self.signal), JointAverages(self.plain, self.gap)
 
     def update(self, step, run, floor):
         m = step["m"]
         trace, loss = float(step["trace"][run]), float(step["loss"][run])
         self.noise_scale.update((trace, m, float(step["error"][run]), m - 1), (float(step["signal"][run]), m))
-        self.wish.update((trace, m), (loss - floor, m))
+        self.proposal.update((trace, m), (loss - floor, m))
         self.loss.update(loss, m)
         self.weighted.update(float(step["weighted"][run]), m)
 
@@ -80,13 +80,13 @@ def coverage(problem, start, sizes, lr, seed=0):
     signal, loss, trace = shares @ np.array(signals), shares @ np.array(losses), problem.trace
     hits = {
         "T of the last step": [covers(last_step(step, run), trace) for run in range(n_runs)],
-        "T, dots": [covers(averages.dotted.interval(), trace) for averages in tracked],
+        "T, inner_products": [covers(averages.dotted.interval(), trace) for averages in tracked],
         "T, residuals": [covers(averages.plain.interval(), trace) for averages in tracked],
         "tr(PΣ)": [covers(averages.weighted.interval(), problem.preconditioned_trace) for averages in tracked],
         "G²": [covers(averages.signal.interval(), signal[run]) for run, averages in enumerate(tracked)],
         "loss": [covers(averages.loss.interval(), loss[run]) for run, averages in enumerate(tracked)],
         "noise scale": [covers(averages.noise_scale.ratio_interval(), trace / signal[run]) for run, averages in enumerate(tracked)],
-        "wish of CABS": [covers(averages.wish.ratio_interval(), trace / (loss[run] - problem.floor)) for run, averages in enumerate(tracked)],
+        "proposal of CABS": [covers(averages.proposal.ratio_interval(), trace / (loss[run] - problem.floor)) for run, averages in enumerate(tracked)],
     }
     return {name: float(np.mean(values)) for name, values in hits.items()}
 
@@ -95,8 +95,8 @@ def last_step(step, run):
     """The interval of GradientMoments for one run's last batch."""
     distances, square = step["distances"][run], float((step["mean"][run] ** 2).sum())
     # Norms and inner products that belong to these distances: the interval depends on nothing else.
-    dots = torch.full((step["m"],), square, dtype=torch.float64)
-    return GradientMoments(step["m"], torch.tensor(distances + square), square, dots=dots).interval(0.9)
+    inner_products = torch.full((step["m"],), square, dtype=torch.float64)
+    return GradientMoments(step["m"], torch.tensor(distances + square), square, inner_products=inner_products).interval(0.9)
 
 
 def starts(n_runs, size=0.8):

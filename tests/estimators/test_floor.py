@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adabatch import CABS, GradientMoments
-from adabatch.estimators.floor import SMALLEST_SPAN, LossFloor
+from adabatch.estimators.loss_floor import SMALLEST_SPAN, LossFloor
 
 LOSSES = {
     "power": lambda step, steps: 0.5 + 2 * (step + 5) ** -0.5,
@@ -75,9 +75,9 @@ def test_cabs_takes_the_floor_and_never_divides_by_less_than_its_error():
     rule, rng = CABS(f_star="auto"), np.random.default_rng(0)
     moments = GradientMoments(16, torch.full((16,), 4.0), 1.0)
     for step in range(1, 1500):
-        wish = rule.propose(moments, loss=0.5 + 2 * math.exp(-step / 100) + 0.08 * rng.normal(), lr=0.1)
+        proposal = rule.propose(moments, loss=0.5 + 2 * math.exp(-step / 100) + 0.08 * rng.normal(), lr=0.1)
     floor = rule.floor
     gap = max(rule.loss.average - floor.bounded, math.hypot(rule.loss.std_error(), floor.std_error))
-    assert math.isfinite(wish)
-    assert wish == pytest.approx(0.1 * moments.variance_trace / gap)
+    assert math.isfinite(proposal)
+    assert proposal == pytest.approx(0.1 * moments.variance_trace / gap)
     assert floor.bounded == pytest.approx(0.5, abs=0.02)

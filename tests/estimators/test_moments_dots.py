@@ -1,4 +1,4 @@
-"""The trace from dots, its standard error and interval: against definitions, and against linear regression, whose gradient covariance is known."""
+"""The trace from inner_products, its standard error and interval: against definitions, and against linear regression, whose gradient covariance is known."""
 
 import math
 
@@ -14,10 +14,10 @@ from tests.estimators.test_moments import Regression, within_three_standard_erro
 
 
 def moments_of(grads, rows=None):
-    """GradientMoments with dots, of per-sample gradients [m, P]."""
+    """GradientMoments with inner_products, of per-sample gradients [m, P]."""
     mean = grads.mean(0)
     picked = grads if rows is None else grads[rows]
-    return GradientMoments(len(grads), sq_norms=picked.square().sum(1), grad_sq_norm=float(mean @ mean), dots=picked @ mean, indices=rows)
+    return GradientMoments(len(grads), sq_norms=picked.square().sum(1), grad_sq_norm=float(mean @ mean), inner_products=picked @ mean, indices=rows)
 
 
 def test_definitions():
@@ -51,7 +51,7 @@ def test_the_squared_error_of_normal_gradients_is_unbiased(m, s):
 
 
 def test_an_interval_reaches_from_nothing_to_infinity():
-    equal = GradientMoments(4, sq_norms=torch.ones(4), grad_sq_norm=1.0, dots=torch.ones(4))
+    equal = GradientMoments(4, sq_norms=torch.ones(4), grad_sq_norm=1.0, inner_products=torch.ones(4))
     assert equal.interval() == (0.0, 0.0)
     wild = moments_of(torch.tensor([[0.0], [0.1], [9.0]], dtype=torch.float64))
     low, high = wild.interval(0.99)
@@ -69,7 +69,7 @@ def test_never_negative():
     """Equal gradients: rounding alone would make d_i of either sign."""
     grads = torch.full((6, 3), 1 / 3, dtype=torch.float32) * torch.tensor([1.0, 3.0, 7.0])
     mean = grads.mean(0)
-    moments = GradientMoments(6, sq_norms=grads.square().sum(1) * (1 - 1e-7), grad_sq_norm=float(mean @ mean), dots=grads @ mean)
+    moments = GradientMoments(6, sq_norms=grads.square().sum(1) * (1 - 1e-7), grad_sq_norm=float(mean @ mean), inner_products=grads @ mean)
     assert 0 <= moments.variance_trace < 1e-5
     assert bool((moments.centred_sq_norms >= 0).all())
 
@@ -91,13 +91,13 @@ def test_what_cannot_be_said_raises():
         moments_of(torch.randn(2, 2)).interval()
     plain = GradientMoments(4, sq_norms=torch.ones(4), grad_sq_norm=0.5)
     for read in (lambda: plain.std_error, plain.interval, lambda: plain.centred_sq_norms):
-        with pytest.raises(ValueError, match=r"spread of the norms alone is not the error.*GradSampleHooks\(model, dots=True\).*variance_trace_std_error"):
+        with pytest.raises(ValueError, match=r"spread of the norms alone is not the error.*GradSampleHooks\(model, inner_products=True\).*variance_trace_std_error"):
             read()
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_dots_that_are_not_finite_are_seen(bad):
-    moments = GradientMoments(2, sq_norms=torch.ones(2), grad_sq_norm=1.0, dots=torch.tensor([1.0, bad]))
+    moments = GradientMoments(2, sq_norms=torch.ones(2), grad_sq_norm=1.0, inner_products=torch.tensor([1.0, bad]))
     assert not moments.is_finite
 
 
@@ -106,7 +106,7 @@ def test_intervals_cover_the_truth(m, samples):
     """90 % intervals of 500 independent batches, through the hooks. Below s = 64 these fourth powers of normal numbers are too skewed: .82 at s = 8."""
     regression = Regression(dimensions=8, distance=0.2)
     model = regression.model()
-    hooks = GradSampleHooks(model, samples=samples, dots=True)
+    hooks = GradSampleHooks(model, samples=samples, inner_products=True)
     covered, traces = 0, []
     for _ in range(500):
         model.zero_grad()
@@ -133,7 +133,7 @@ def test_unbiased_also_for_unequal_passes(sizes, samples):
         for part in grads.split(sizes):
             rows = None if samples is None else torch.randperm(len(part), generator=regression.generator)[:samples]
             shares = (part if rows is None else part[rows]) / (k * len(part))
-            passes.append(BackwardPass(len(part), [shares.square().sum(1)], rows, dots=[shares @ mean]))
+            passes.append(BackwardPass(len(part), [shares.square().sum(1)], rows, inner_products=[shares @ mean]))
         moments = pool_passes(passes, (mean @ mean).unsqueeze(0))
         traces.append(moments.variance_trace)
         true.append(moments.true_grad_sq_norm)
@@ -143,7 +143,7 @@ def test_unbiased_also_for_unequal_passes(sizes, samples):
 
 
 def test_dots_are_far_steadier_where_the_signal_is_strong():
-    """m = 64, s = 16, G² = 9 T: without dots T̂ carries the sampling noise of mean ‖g_i‖², of which nine tenths are signal."""
+    """m = 64, s = 16, G² = 9 T: without inner_products T̂ carries the sampling noise of mean ‖g_i‖², of which nine tenths are signal."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.full((10,), 3.0, dtype=torch.float64)  # G² = 90
     with_dots, without = [], []
@@ -168,7 +168,7 @@ def test_the_same_through_the_hooks():
     for _ in range(60):
         inputs = 1 + 0.3 * torch.randn(64, 6)
         truth = float(oracle.variance_trace(oracle.per_sample_grads(model, loss_fn, inputs))) if len(plain) < 5 else None
-        hooks = GradSampleHooks(model, samples=16, dots=True, seed=len(plain))
+        hooks = GradSampleHooks(model, samples=16, inner_products=True, seed=len(plain))
         model.zero_grad()
         loss_fn(model, inputs).mean().backward()
         moments = hooks.collect()

@@ -21,7 +21,7 @@ RULES = {
 
 def moments_of(grads, **options):
     mean = grads.mean(0)
-    return GradientMoments(len(grads), torch.from_numpy((grads**2).sum(1)), float(mean @ mean), dots=torch.from_numpy(grads @ mean), **options)
+    return GradientMoments(len(grads), torch.from_numpy((grads**2).sum(1)), float(mean @ mean), inner_products=torch.from_numpy(grads @ mean), **options)
 
 
 def numerators(grads):
@@ -36,16 +36,16 @@ def numerators(grads):
 def test_the_ends_are_those_of_fiellers_inequality(name):
     grads = 1.0 + np.random.default_rng(3).normal(size=(10, 4))
     rule, m, square = RULES[name](), 10, float((grads.mean(0) ** 2).sum())
-    wish = rule.propose(moments_of(grads), loss=1.0, lr=0.1)
+    proposal = rule.propose(moments_of(grads), loss=1.0, lr=0.1)
     terms = numerators(grads)[name]
     x = terms.mean() * m / (m - 1)
     # All terms share one mean: for normal gradients that takes 1/(m − 1) from their variance.
     variances = {key: value.var(ddof=1) * (m - 1) / (m - 2) / m * (m / (m - 1)) ** 2 for key, value in numerators(grads).items()}
     of_square = 4 * float(np.cov(grads @ grads.mean(0))) / m - variances["norm test"] / m
     quantile = stats.t.ppf(0.95, m - 1)
-    assert wish == pytest.approx(4 * x / square)
+    assert proposal == pytest.approx(4 * x / square)
     low, high = rule.proposal_interval(0.9)
-    assert low < wish < high
+    assert low < proposal < high
     for end in (low, high):
         assert (x - end / 4 * square) ** 2 == pytest.approx(quantile**2 * (variances[name] + (end / 4) ** 2 * of_square))
     both = InnerProductTest(theta=0.5, nu=0.5, signal="raw")

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from adabatch import GradSampleHooks
-from adabatch.grad_sample.attach import plan_layers, unwrap
+from adabatch.grad_sample.plan import plan_layers, unwrap
 from tests import oracle
 from tests.grad_sample.measuring import agrees, make_batch, make_mlp, measure, squared_error
 

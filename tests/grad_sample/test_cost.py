@@ -59,7 +59,7 @@ def test_every_kind_of_layer_is_counted(build, shape, layers):
 
 
 @pytest.mark.parametrize("setting", [(lambda: nn.Linear(64, 64), (32, 16, 64)), (lambda: nn.Conv1d(8, 8, 3), (32, 8, 50))])
-@pytest.mark.parametrize("options", [{"dots": True}, {"second_moment": True}, {"dots": True, "second_moment": True}], ids=str)
+@pytest.mark.parametrize("options", [{"inner_products": True}, {"second_moment": True}, {"inner_products": True, "second_moment": True}], ids=str)
 def test_what_is_measured_beside_norms_is_counted(setting, options):
     plain, more = cost_of(*setting), cost_of(*setting, **options)
     assert more.measures >= set(options)

@@ -60,12 +60,12 @@ def oracle_dots(grads, shares=None):
 
 
 def dots_agree(moments, grads, rtol=1e-5, shares=None):
-    dots, centred = oracle_dots(grads, shares)
-    rows = torch.arange(len(dots)) if moments.indices is None else moments.indices
+    inner_products, centred = oracle_dots(grads, shares)
+    rows = torch.arange(len(inner_products)) if moments.indices is None else moments.indices
     scale = float(oracle.sq_norms(grads).max())
-    torch.testing.assert_close(moments.dots.double(), dots[rows], rtol=rtol, atol=rtol * scale)
+    torch.testing.assert_close(moments.inner_products.double(), inner_products[rows], rtol=rtol, atol=rtol * scale)
     torch.testing.assert_close(moments.centred_sq_norms, centred[rows], rtol=rtol, atol=4 * rtol * scale)
-    return dots, centred[rows]
+    return inner_products, centred[rows]
 
 
 @every_model
@@ -75,7 +75,7 @@ def test_models(make, make_batch_of, samples, loss_reduction):
     torch.manual_seed(0)
     model, batch = make(), make_batch_of(7)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, samples=samples, dots=True)
+    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, samples=samples, inner_products=True)
     for _ in range(2):
         model.zero_grad()
         backward(model, batch, loss_reduction=loss_reduction)
@@ -95,7 +95,7 @@ def test_every_rule(case):
     inputs = case.make_inputs(torch.float64)
     loss_fn = lambda model, batch: torch.sin(3 * model(batch)).reshape(len(batch), -1).sum(1)  # noqa: E731
     grads = oracle.per_sample_grads(layer, loss_fn, inputs)
-    hooks = GradSampleHooks(layer, dots=True)
+    hooks = GradSampleHooks(layer, inner_products=True)
     backward(layer, inputs, loss_fn)
     dots_agree(hooks.collect(), grads, rtol=1e-9)
 
@@ -105,7 +105,7 @@ def test_contributions_of_batch_norm(mean):
     torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), make_batch()
     grads = oracle.contributions(model, squared_error, batch)
-    hooks = GradSampleHooks(model, dots=True, loss_reduction="mean" if mean else "sum")
+    hooks = GradSampleHooks(model, inner_products=True, loss_reduction="mean" if mean else "sum")
     with pytest.warns(UserWarning, match="contribution"):
         backward(model, batch, loss_reduction="mean" if mean else "sum")
     dots_agree(hooks.collect(), grads)
@@ -122,7 +122,7 @@ def test_accumulated_passes(make, make_batch_of, sizes, samples, loss_reduction)
     model, batches = make(), [make_batch_of(size) for size in sizes]
     grads = oracle.per_sample_grads(model, squared_error, tuple(torch.cat(parts) for parts in zip(*batches, strict=True)))
     shares = torch.cat([torch.full((size,), 1 / (k * size) if mean else 1 / m, dtype=torch.float64) for size in sizes])
-    hooks = GradSampleHooks(model, accumulate=k, samples=samples, loss_reduction=loss_reduction, dots=True)
+    hooks = GradSampleHooks(model, accumulate=k, samples=samples, loss_reduction=loss_reduction, inner_products=True)
     for batch in batches:
         backward(model, batch, loss_reduction=loss_reduction, divisor=k if mean else 1)
     moments = hooks.collect()
@@ -130,7 +130,7 @@ def test_accumulated_passes(make, make_batch_of, sizes, samples, loss_reduction)
     rows = torch.arange(m) if moments.indices is None else moments.indices
     trace = float((centred / (1 - 2 * shares[rows] + shares.square().sum())).mean())
     close(moments.variance_trace, trace, 1e-4)
-    assert len(moments.dots) == sum(min(size, samples or size) for size in sizes)
+    assert len(moments.inner_products) == sum(min(size, samples or size) for size in sizes)
 
 
 @pytest.mark.parametrize("samples", [None, 2])
@@ -139,9 +139,9 @@ def test_norms_of_parameters_and_second_moments_of_accumulated_passes(sizes, sam
     model, k = make_mlp(), len(sizes)
     batch = make_batch(sum(sizes))
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    for dots in (False, True):
+    for inner_products in (False, True):
         model.zero_grad()
-        hooks = GradSampleHooks(model, accumulate=k, samples=samples, per_parameter=True, second_moment=True, dots=dots)
+        hooks = GradSampleHooks(model, accumulate=k, samples=samples, per_parameter=True, second_moment=True, inner_products=inner_products)
         for part in zip(*(tensor.split(sizes) for tensor in batch), strict=True):
             backward(model, part, divisor=k)
         moments = hooks.collect()
@@ -156,7 +156,7 @@ def test_norms_of_parameters_and_second_moments_of_accumulated_passes(sizes, sam
 def test_groups_have_dots_of_their_own():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, dots=True, param_groups=[list(model[0].parameters()), list(model[2].parameters())])
+    hooks = GradSampleHooks(model, inner_products=True, param_groups=[list(model[0].parameters()), list(model[2].parameters())])
     backward(model, batch)
     moments = hooks.collect()
     dots_agree(moments, grads)
@@ -169,7 +169,7 @@ def test_groups_have_dots_of_their_own():
 def test_the_loss_scale_is_undone(loss_reduction):
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, dots=True)
+    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, inner_products=True)
     (1024 * getattr(squared_error(model, batch), loss_reduction)()).backward()
     dots_agree(hooks.collect(loss_scale=1024), grads)
 
@@ -180,7 +180,7 @@ def test_the_scale_of_a_grad_scaler_is_read_before_it_changes(accumulate):
     grads = oracle.per_sample_grads(model, squared_error, batch)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    hooks = GradSampleHooks(model, dots=True, grad_scaler=scaler, accumulate=accumulate)
+    hooks = GradSampleHooks(model, inner_products=True, grad_scaler=scaler, accumulate=accumulate)
     for step in range(3):
         optimizer.zero_grad()
         for part in zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True):
@@ -236,14 +236,14 @@ def test_non_reentrant_checkpointing_and_autocast():
 
     model, batch = Model(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, dots=True)
+    hooks = GradSampleHooks(model, inner_products=True)
     backward(model, batch)
     dots_agree(hooks.collect(), grads)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         backward(model, batch)
     moments = hooks.collect()
-    assert moments.dots.dtype == torch.float32
+    assert moments.inner_products.dtype == torch.float32
     dots_agree(moments, grads, rtol=3e-2)
 
 
@@ -251,7 +251,7 @@ def test_a_skipped_branch_and_frozen_parameters():
     model, batch = make_mlp(), make_batch()
     model[0].bias.requires_grad_(False)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, dots=True, per_parameter=True)
+    hooks = GradSampleHooks(model, inner_products=True, per_parameter=True)
     backward(model, batch)
     dots_agree(hooks.collect(), grads)
     model.zero_grad()
@@ -264,7 +264,7 @@ def test_a_skipped_branch_and_frozen_parameters():
 def test_a_failed_pass_leaves_nothing_behind():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, dots=True)
+    hooks = GradSampleHooks(model, inner_products=True)
     handle = model[0].weight.register_post_accumulate_grad_hook(lambda parameter: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         backward(model, batch)
@@ -276,14 +276,14 @@ def test_a_failed_pass_leaves_nothing_behind():
 
 def test_an_input_buffer_that_is_filled_again_between_passes_is_refused():
     model, batch = make_mlp(), make_batch()
-    hooks = GradSampleHooks(model, dots=True, accumulate=2)
+    hooks = GradSampleHooks(model, inner_products=True, accumulate=2)
     backward(model, batch, divisor=2)
     batch[0].copy_(torch.randn(8, 4))
     with pytest.raises(RuntimeError, match=r"0\.weight was run with.*changed in place.*clone"):
         backward(model, batch, divisor=2)
     with pytest.raises(RuntimeError, match="no measured backward pass"):
         hooks.collect()
-    subset = GradSampleHooks(fresh := make_mlp(), dots=True, accumulate=2, samples=3)  # holds copies of its rows
+    subset = GradSampleHooks(fresh := make_mlp(), inner_products=True, accumulate=2, samples=3)  # holds copies of its rows
     for _ in range(2):
         backward(fresh, batch, divisor=2)
         batch[0].add_(1)
@@ -293,7 +293,7 @@ def test_an_input_buffer_that_is_filled_again_between_passes_is_refused():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_nothing_is_held_when_the_step_has_ended(accumulate):
     model = make_mlp()
-    hooks = GradSampleHooks(model, dots=True, accumulate=accumulate)
+    hooks = GradSampleHooks(model, inner_products=True, accumulate=accumulate)
     seen = []
     handle = model[2].register_forward_pre_hook(lambda layer, args: seen.append(weakref.ref(args[0].untyped_storage())))
     for _ in range(accumulate):
@@ -301,17 +301,17 @@ def test_nothing_is_held_when_the_step_has_ended(accumulate):
     handle.remove()
     assert len(seen) == accumulate
     assert not hooks._held  # factors go when the last pass ends, not when they are collected
-    assert hooks.collect().dots is not None
+    assert hooks.collect().inner_products is not None
     assert all(storage() is None for storage in seen)
 
 
-COMPILED = r"(?s)dots=True cannot measure a compiled model.*leave dots=True away, or do not compile"
+COMPILED = r"(?s)inner_products=True cannot measure a compiled model.*leave inner_products=True away, or do not compile"
 
 
 @pytest.mark.parametrize("compiled", [lambda model: torch.compile(model, backend="eager"), lambda model: model.compile(backend="eager") or model])
 def test_a_compiled_model_is_refused_at_attach(compiled):
     with pytest.raises(ValueError, match=COMPILED):
-        GradSampleHooks(compiled(make_mlp()), dots=True)
+        GradSampleHooks(compiled(make_mlp()), inner_products=True)
     torch._dynamo.reset()
 
 
@@ -320,8 +320,8 @@ def test_a_compiled_part_is_refused_by_name_unless_nothing_in_it_is_measured():
     grads = oracle.per_sample_grads(model, squared_error, batch)
     model[0].compile(backend="eager")
     with pytest.raises(ValueError, match="do not compile 0 "):
-        GradSampleHooks(model, dots=True)
-    hooks = GradSampleHooks(model, dots=True, ignore=["0"])
+        GradSampleHooks(model, inner_products=True)
+    hooks = GradSampleHooks(model, inner_products=True, ignore=["0"])
     backward(model, batch)
     dots_agree(hooks.collect(), {name: rows for name, rows in grads.items() if name.startswith("2")})
     torch._dynamo.reset()
@@ -329,8 +329,8 @@ def test_a_compiled_part_is_refused_by_name_unless_nothing_in_it_is_measured():
 
 def test_a_model_compiled_after_attaching_is_refused():
     model = make_mlp()
-    GradSampleHooks(model, dots=True)
-    with pytest.raises(Exception, match="measured with dots=True, which a compiled graph cannot do: do not compile the model, or leave dots=True away"):
+    GradSampleHooks(model, inner_products=True)
+    with pytest.raises(Exception, match="measured with inner_products=True, which a compiled graph cannot do: do not compile the model, or leave inner_products=True away"):
         backward(torch.compile(model, backend="aot_eager", fullgraph=True), make_batch())
     torch._dynamo.reset()
 
@@ -340,9 +340,9 @@ def test_without_dots_nothing_changes():
     hooks = GradSampleHooks(model)
     backward(model, batch)
     moments = hooks.collect()
-    assert moments.dots is None
+    assert moments.inner_products is None
     for name in ("std_error", "centred_sq_norms"):
-        with pytest.raises(ValueError, match=rf"{name} needs the inner products.*dots=True.*residuals"):
+        with pytest.raises(ValueError, match=rf"{name} needs the inner products.*inner_products=True.*residuals"):
             getattr(moments, name)
-    with pytest.raises(ValueError, match="dots=True"):
+    with pytest.raises(ValueError, match="inner_products=True"):
         moments.interval(0.9)

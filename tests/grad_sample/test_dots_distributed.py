@@ -20,21 +20,21 @@ def test_dots_are_with_the_reduced_gradient():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     parallel = tripled(model)
-    hooks = GradSampleHooks(parallel, dots=True)
+    hooks = GradSampleHooks(parallel, inner_products=True)
     for _ in range(2):
         parallel.zero_grad()
         backward(parallel, batch)
-        close(hooks.collect().dots, 3 * expected_dots(grads), 1e-5)
+        close(hooks.collect().inner_products, 3 * expected_dots(grads), 1e-5)
 
 
 def test_dots_of_sharded_parameters():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     shard(model, 0, 2)
-    hooks = GradSampleHooks(model, dots=True)
+    hooks = GradSampleHooks(model, inner_products=True)
     for _ in range(2):
         model.zero_grad()
         backward(model, batch)
         moments = hooks.collect()
-        close(moments.dots, expected_dots(grads), 1e-5)
+        close(moments.inner_products, expected_dots(grads), 1e-5)
         agrees(moments, grads)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adabatch.grad_sample.factors import ConvOuter, Dense, Factor, OneHotOuter, Outer
+from adabatch.grad_sample.factors.base import ConvOuter, Dense, Factor, OneHotOuter, Outer
 
 SAMPLES = 6
 

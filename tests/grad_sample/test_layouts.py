@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adabatch.grad_sample.layouts import BatchSizeSource, Layout
+from adabatch.grad_sample.layout import BatchSizeSource, Layout
 
 N, T, D = 3, 4, 2
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from adabatch import GradSampleHooks
-from adabatch.grad_sample import recipes
+from adabatch.grad_sample.functional import traced_op as recipes
 from tests import oracle
 from tests.grad_sample.measuring import TOLERANCE, agrees, backward
 

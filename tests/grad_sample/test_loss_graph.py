@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
-from adabatch.grad_sample.loss_graph import unseen_uses
+from adabatch.grad_sample.backward.loss_graph import unseen_uses
 
 
 def embedding_model() -> nn.Module:

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from adabatch import kernels
-from adabatch.grad_sample import normalization
-from adabatch.grad_sample.affine import Scale, Shift
-from adabatch.grad_sample.factors import Dense
+from adabatch.grad_sample.factors.affine import Scale, Shift
+from adabatch.grad_sample.factors.base import Dense
+from adabatch.grad_sample.factors.merge import merge_factors
+from adabatch.grad_sample.layers import normalization
 from adabatch.grad_sample.registry import find_grad_sampler
-from adabatch.grad_sample.uses import merge_uses
 from tests import oracle
 from tests.cases import NORMALIZATION, SAMPLES
 
@@ -88,7 +88,7 @@ def test_scale_and_shift(kind, mean_shape, rstd_shape):
         close(part.second_moment(), expected.square().sum(0), 1e-10)
         close(part.dot(direction), (expected * direction).sum((1, 2)), 1e-10)
     assert isinstance(factor.compact(), Dense)
-    close(merge_uses([factor, factor.compact()]).sq_norms(), (2 * grads).flatten(1).square().sum(1), 1e-10)
+    close(merge_factors([factor, factor.compact()]).sq_norms(), (2 * grads).flatten(1).square().sum(1), 1e-10)
 
 
 def test_no_samples(form):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from adabatch import GradSampleHooks
-from adabatch.grad_sample.passes import check_all_seen
+from adabatch.grad_sample.backward.passes import check_all_seen
 from tests import oracle
 from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, measure, squared_error
 

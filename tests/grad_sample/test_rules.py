@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-import adabatch.grad_sample.activation
-import adabatch.grad_sample.conv
-import adabatch.grad_sample.embedding
-import adabatch.grad_sample.linear
-import adabatch.grad_sample.normalization  # noqa: F401
+import adabatch.grad_sample.layers.activation
+import adabatch.grad_sample.layers.conv
+import adabatch.grad_sample.layers.embedding
+import adabatch.grad_sample.layers.linear
+import adabatch.grad_sample.layers.normalization  # noqa: F401
 from adabatch.grad_sample.registry import find_grad_sampler, register_grad_sampler, registered_layer_types
 from tests import oracle
 from tests.cases import CASES, SAMPLES

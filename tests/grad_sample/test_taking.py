@@ -239,7 +239,7 @@ def test_several_uses(how):
 def test_dots_and_paused_steps():
     model, batch = make_tokens()
     expected, grads = plain_grads(model, batch), oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, dots=True)
+    hooks = GradSampleHooks(model, inner_products=True)
     backward(model, batch)
     agrees(hooks.collect(), grads)
     same_grads(model, expected, 1e-5)
@@ -254,7 +254,7 @@ def test_the_layers_own_node_is_dropped():
     model, (inputs, _) = make_tokens()
     GradSampleHooks(model[:1])
     node = model[0](inputs).grad_fn
-    assert "TakingTap" in node.name()
+    assert "FusedBackwardTap" in node.name()
     assert all("Addmm" not in function.name() for function, _ in node.next_functions if function is not None)
 
 

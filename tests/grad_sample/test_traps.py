@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adabatch import GradSampleHooks, register_grad_sampler
 from adabatch.grad_sample import registry
-from adabatch.grad_sample.factors import Dense
+from adabatch.grad_sample.factors.base import Dense
 from tests import oracle
 from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, measure, squared_error
 

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from adabatch import GradSampleHooks
-from adabatch.grad_sample.factors import ConvOuter, Dense, OneHotOuter, Outer
-from adabatch.grad_sample.uses import SumOfUses, merge_uses
+from adabatch.grad_sample.factors.base import ConvOuter, Dense, OneHotOuter, Outer
+from adabatch.grad_sample.factors.merge import SumOfFactors, merge_factors
 from tests import oracle
 from tests.grad_sample.measuring import TOLERANCE, agrees, backward, close, make_batch, make_mlp, measure, squared_error
 
@@ -203,7 +203,7 @@ def test_uses_with_different_numbers_of_rows_raise():
         (model.first(torch.randn(5, 4)).sum() + model.second(torch.randn(2, 4)).sum()).backward()
     assert not hooks._n_passes
     with pytest.raises(ValueError, match=r"different numbers of samples in one backward pass: \[2, 5\]"):
-        merge_uses([Outer(torch.ones(n, 1, 2), torch.ones(n, 1, 2)) for n in (2, 5)])
+        merge_factors([Outer(torch.ones(n, 1, 2), torch.ones(n, 1, 2)) for n in (2, 5)])
 
 
 def factor(kind, samples=4):
@@ -224,13 +224,13 @@ KINDS = [("outer", "outer"), ("lookup", "lookup"), ("dense", "dense"), ("outer",
 @pytest.mark.parametrize("samples", [0, 1, 4])
 @pytest.mark.parametrize("kinds", [*KINDS, ("lookup", "dense", "outer", "dense")], ids="+".join)
 def test_merged_uses_against_the_sum_of_dense_gradients(kinds, samples, chunk_bytes, monkeypatch):
-    monkeypatch.setattr("adabatch.grad_sample.uses.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("adabatch.grad_sample.factors.merge.CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr("adabatch.kernels.chunks.CHUNK_BYTES", chunk_bytes)
     torch.manual_seed(0)
     factors = [factor(kind, samples) for kind in kinds]
-    dense, merged = sum(use.dense().double() for use in factors), merge_uses(factors)
+    dense, merged = sum(use.dense().double() for use in factors), merge_factors(factors)
     direction = torch.randn(dense.shape[1:])
-    assert isinstance(merged, SumOfUses) == (len(set(kinds)) > 1 or "conv" in kinds)
+    assert isinstance(merged, SumOfFactors) == (len(set(kinds)) > 1 or "conv" in kinds)
     assert (tuple(merged.shape), merged.n_samples) == (tuple(dense.shape[1:]), samples)
     close(merged.sq_norms(), dense.flatten(1).square().sum(1), 1e-5)
     close(merged.second_moment(), dense.square().sum(0), 1e-5)
@@ -246,4 +246,4 @@ def test_uses_of_mixed_precision_are_multiplied_in_float32():
     rounded = Outer(outer.left.bfloat16(), outer.right.bfloat16())
     dense = lookup.dense().double() + rounded.dense().double()
     with torch.autocast("cpu", enabled=False):
-        close(merge_uses([lookup, rounded]).sq_norms(), dense.flatten(1).square().sum(1), 1e-5)
+        close(merge_factors([lookup, rounded]).sq_norms(), dense.flatten(1).square().sum(1), 1e-5)

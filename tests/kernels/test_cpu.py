@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from adabatch.grad_sample.grad_norms import grad_sq_norms
+from adabatch.distributed.grad_norms import grad_sq_norms
 from adabatch.kernels import cpu, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from adabatch import GradSampleHooks, kernels
-from adabatch.grad_sample import normalization
 from adabatch.grad_sample.cost import LayerCost
+from adabatch.grad_sample.layers import normalization
 from tests import oracle
 from tests.kernels.triton_cases import close, kernel_device
 

@@ -71,7 +71,7 @@ def test_3_bad_arguments_raise_and_leave_the_loader_alone(name, arguments, error
 def test_3_loaders_and_members():
     with pytest.raises(TypeError, match="list"):
         schedules.StepBS([1, 2], 1)
-    with pytest.raises(ValueError, match="HeldBatchSize"):
+    with pytest.raises(ValueError, match="VirtualBatchSize"):
         schedules.StepBS(None, 1)
     with pytest.raises(TypeError, match="str"):
         schedules.DefaultBatchSizeManager("loader")
@@ -82,13 +82,13 @@ def test_3_loaders_and_members():
     loader = new_loader()
     pair = [schedules.StepBS(loader, 1), schedules.StepBS(loader, 2)]
     foreign = schedules.StepBS(new_loader(), 1)
-    held = schedules.StepBS(loader, 1, batch_size_manager=schedules.HeldBatchSize(10))
+    held = schedules.StepBS(loader, 1, batch_size_manager=schedules.VirtualBatchSize(10))
     for build in (schedules.ChainedBSScheduler, lambda members: schedules.SequentialBS(members, [3] * (len(members) - 1))):
         with pytest.raises(TypeError, match="int"):
             build([pair[0], 3])
         with pytest.raises(ValueError, match="one loader"):
             build([pair[0], foreign])
-        with pytest.raises(ValueError, match="HeldBatchSize"):
+        with pytest.raises(ValueError, match="VirtualBatchSize"):
             build([pair[0], held])
     with pytest.raises(TypeError, match="list or tuple of schedules, got StepBS"):
         schedules.ChainedBSScheduler(pair[0])

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from adabatch.schedules import HeldBatchSize, RampBS, check_divisible, doubling_ramp, increment_ramp, parse_count, parse_ramp, stepwise_ramp
+from adabatch.schedules import RampBS, VirtualBatchSize, check_divisible, doubling_ramp, increment_ramp, parse_count, parse_ramp, stepwise_ramp
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -38,7 +38,7 @@ def test_ramps_of_another_type_are_refused():
     with pytest.raises(TypeError, match="768"):
         parse_ramp(768)
     with pytest.raises(TypeError, match="768"):
-        RampBS(None, 768, batch_size_manager=HeldBatchSize(1))
+        RampBS(None, 768, batch_size_manager=VirtualBatchSize(1))
 
 
 @MANY
@@ -89,7 +89,7 @@ def test_bad_arguments(build, error, text):
 
 def test_divisibility_is_checked_when_a_size_is_used():
     """The middle size fits no eight processes: a run that never uses it there goes on."""
-    held = HeldBatchSize(64)
+    held = VirtualBatchSize(64)
     schedule = RampBS(None, "0:64 1K:100 2K:128", world_size=8, batch_size_manager=held)
     schedule.step(samples=999)
     with pytest.raises(ValueError, match="100 is no multiple of 8"):
@@ -97,9 +97,9 @@ def test_divisibility_is_checked_when_a_size_is_used():
     schedule.step(samples=1000)
     assert held.get_current_batch_size() == 128
 
-    on_four = RampBS(None, "0:64 1K:100 2K:128", world_size=4, batch_size_manager=HeldBatchSize(64))
+    on_four = RampBS(None, "0:64 1K:100 2K:128", world_size=4, batch_size_manager=VirtualBatchSize(64))
     on_four.step(samples=1500)
-    on_eight = RampBS(None, "0:64 1K:100 2K:128", world_size=8, batch_size_manager=HeldBatchSize(64))
+    on_eight = RampBS(None, "0:64 1K:100 2K:128", world_size=8, batch_size_manager=VirtualBatchSize(64))
     with pytest.raises(ValueError, match="100 is no multiple of 8"):
         on_eight.load_state_dict(on_four.state_dict())
     on_four.step(samples=500)
@@ -109,7 +109,7 @@ def test_divisibility_is_checked_when_a_size_is_used():
 
 def test_a_clipped_size_is_the_one_checked():
     with pytest.raises(ValueError, match="90 is no multiple of 8"):
-        RampBS(None, "0:96", world_size=8, batch_size_manager=HeldBatchSize(64), max_batch_size=90)
+        RampBS(None, "0:96", world_size=8, batch_size_manager=VirtualBatchSize(64), max_batch_size=90)
 
 
 def test_over_a_loader_in_tokens():

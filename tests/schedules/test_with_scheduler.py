@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from adabatch import AdaptiveDataLoader, BatchSizeScheduler
 from adabatch.controllers import Scheduled
-from adabatch.schedules import ExponentialBS, HeldBatchSize, LinearLR, SampleClock
+from adabatch.schedules import ExponentialBS, LinearLR, SampleClock, VirtualBatchSize
 from tests.scripted import Slope, ones
 
 BUDGET, UNIT = 2000, 16
@@ -16,7 +16,7 @@ def run(advance, make):
     """(samples seen, lr in the param group, lr stepped with, batch size) of each step over the budget."""
     model = Slope()
     optimizer, loader = SGD(model.parameters(), lr=1.0), AdaptiveDataLoader(ones(300), 16)
-    controller = Scheduled(ExponentialBS(None, 1.07, batch_size_manager=HeldBatchSize(16)))
+    controller = Scheduled(ExponentialBS(None, 1.07, batch_size_manager=VirtualBatchSize(16)))
     scheduler = BatchSizeScheduler(optimizer, loader, None, controller, coupling="linear", min_batch_size=8, max_batch_size=128)
     by_samples, rows = make(optimizer), []
     while scheduler.samples_seen < BUDGET:

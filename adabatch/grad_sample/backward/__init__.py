@@ -1,0 +1,1 @@
+"""What a backward pass leaves behind: recorded, finished and verified."""

@@ -1,0 +1,120 @@
+"""Factors of what a normalization layer multiplies by and adds, y = x̂ ∘ scale + shift.
+
+Legend: N samples, T positions that share the parameters, P elements of the scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from adabatch import kernels
+from adabatch.grad_sample.factors.base import Dense, Factor
+
+__all__ = ["Scale", "Shift"]
+
+
+@dataclass(frozen=True)
+class Scale(Factor):
+    """G_n = Σ_t backprops_nt ∘ x̂_nt with x̂ = (activations − mean) · rstd; neither x̂ nor the product need ever be stored.
+
+    Args:
+        activations: [N, T, P], the layer's input, or x̂ itself where that is at hand and the statistics are None.
+        backprops: [N, T, P].
+        mean, rstd: [N or 1, T, 1], [N or 1, 1, P] or None, as for kernels.affine_sq_norms.
+        weight_shape: the parameter's shape, of P elements.
+
+    Example:
+        >>> import torch
+        >>> Scale(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[2.0]]]), None, (2,)).dense()
+        tensor([[-2.,  1.]])
+    """
+
+    activations: Tensor
+    backprops: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
+    weight_shape: tuple[int, ...]
+    _found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)  # torch.compile knows no cached_property
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight_shape
+
+    def both_sq_norms(self) -> tuple[Tensor, Tensor]:
+        """Squared norms [N] of the scale's and of the shift's gradients: one reading of the tensors gives both."""
+        if "sq_norms" not in self._found:
+            self._found["sq_norms"] = kernels.affine_sq_norms(self.activations, self.backprops, self.mean, self.rstd)
+        return self._found["sq_norms"]
+
+    def both_dense(self) -> tuple[Tensor, Tensor]:
+        """The gradients [N, *shape] of the scale and of the shift."""
+        if "dense" not in self._found:
+            scale, shift = kernels.affine_grad_sample(self.activations, self.backprops, self.mean, self.rstd)
+            shape = (scale.shape[0], *self.weight_shape)
+            self._found["dense"] = (scale.view(shape), shift.view(shape))
+        return self._found["dense"]
+
+    def sq_norms(self) -> Tensor:
+        return self.both_sq_norms()[0]
+
+    def second_moment(self) -> Tensor:
+        return kernels.dense_second_moment(self.dense())
+
+    def dot(self, other: Tensor) -> Tensor:
+        return kernels.dense_dot(self.dense(), other)
+
+    def dense(self) -> Tensor:
+        return self.both_dense()[0]
+
+    def select(self, indices: Tensor | slice) -> Scale:
+        samples = self.n_samples
+        mean, rstd = (value if value is None or value.shape[0] != samples else value[indices] for value in (self.mean, self.rstd))
+        return Scale(self.activations[indices], self.backprops[indices], mean, rstd, self.weight_shape)
+
+    def compact(self) -> Dense:
+        return Dense(self.dense())
+
+
+@dataclass(frozen=True)
+class Shift(Factor):
+    """G_n = Σ_t backprops_nt, of the same layer as a scale.
+
+    Args:
+        beside: the scale's factor.
+
+    Example:
+        >>> import torch
+        >>> scale = Scale(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]]), None, None, (2,))
+        >>> Shift(scale).sq_norms(), scale.sq_norms()
+        (tensor([5.]), tensor([13.]))
+    """
+
+    beside: Scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.beside.weight_shape
+
+    @property
+    def n_samples(self) -> int:
+        return self.beside.n_samples
+
+    def sq_norms(self) -> Tensor:
+        return self.beside.both_sq_norms()[1]
+
+    def second_moment(self) -> Tensor:
+        return kernels.dense_second_moment(self.dense())
+
+    def dot(self, other: Tensor) -> Tensor:
+        return kernels.dense_dot(self.dense(), other)
+
+    def dense(self) -> Tensor:
+        return self.beside.both_dense()[1]
+
+    def select(self, indices: Tensor | slice) -> Shift:
+        return Shift(self.beside.select(indices))
+
+    def compact(self) -> Dense:
+        return Dense(self.dense())

@@ -1,0 +1,1 @@
+"""Parameters used outside the layers that own them: traced, expressed, measured."""

@@ -1,0 +1,1 @@
+"""Statistics: what is measured of the per-sample gradients."""

@@ -1,0 +1,1 @@
+"""Taps: autograd nodes behind the layers that report per-sample statistics in the backward pass."""

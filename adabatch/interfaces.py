@@ -1,0 +1,242 @@
+"""The four seams of adabatch: everything that crosses from one folder into another is one of these.
+
+    layers --taps--> Statistic --> Estimator --GradientMoments--> Controller --proposal--> scheduler --> BatchSource
+
+A base class gives every optional part a default, so that no caller has to ask whether it exists.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from adabatch.distributed.shard import BatchShard
+    from adabatch.estimators.moments import GradientMoments
+    from adabatch.grad_sample.cost import StepCost
+
+State = dict[str, Any]
+NO_INTERVAL = (math.nan, math.nan)
+
+
+class PendingMoments(Protocol):
+    """The moments of a step whose numbers may still be on their way from an accelerator.
+
+    Attributes:
+        lags: whether moments() should be called one step later, because it waits for the device.
+    """
+
+    lags: bool
+
+    def moments(self) -> GradientMoments:
+        """The moments; waits for copies that are under way."""
+
+
+class Estimator(ABC):
+    """Measures the gradient moments of each optimizer step.
+
+    Attributes:
+        loss_reduction: "mean" or "sum", of the loss that is differentiated.
+        accumulate: backward passes per optimizer step in a user's own gradient accumulation.
+        by_samples: the passes of a step are micro-batches, weighted by their samples.
+        parameters: {name: parameter} of what is measured; empty where nothing is.
+        statistics: names of what is measured besides the squared norms.
+        samples: samples measured of each backward pass; None for all of them.
+        shard: what is known of batches that several processes share.
+        enabled: whether the next forward pass is measured; may be set between steps.
+        on_backward_end: called without arguments at the end of each measured backward pass, when
+            the gradients are complete, before anybody clips or unscales them.
+    """
+
+    loss_reduction: str = "mean"
+    accumulate: int = 1
+    by_samples: bool = False
+    parameters: Mapping[str, Tensor] = {}
+    statistics: frozenset[str] = frozenset()
+    samples: int | None = None
+    shard: BatchShard | None = None
+    enabled: bool = True
+    on_backward_end: list[Callable[[], None]]
+
+    @abstractmethod
+    def observe(
+        self,
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+        loss_scale: float | Callable[[], float] | None = None,
+    ) -> PendingMoments:
+        """Take the moments of the step without waiting for an accelerator."""
+
+    def collect(
+        self,
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+        loss_scale: float | Callable[[], float] | None = None,
+    ) -> GradientMoments:
+        """The moments of the step, now."""
+        return self.observe(weights=weights, loss_scale=loss_scale).moments()
+
+    def cost(self) -> StepCost | None:
+        """What measuring costs by the cost model; None where that is not known."""
+        return None
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Raise where the loss uses measured parameters that the estimator cannot see."""
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which nothing is measured."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def reset(self) -> None:
+        """Discard what was measured since the last step."""
+
+    def remove(self) -> None:
+        """Take all hooks off model and parameters."""
+
+    def state_dict(self) -> State:
+        """Plain numbers and tensors, with a version."""
+        return {"version": 1}
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from a state_dict()."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a controller may know of the run it controls; passed to `Controller.bind` once.
+
+    Attributes:
+        optimizer: never written to.
+        parameters: {name: parameter} of what is measured; empty where nothing is.
+        effective_lr: the controller's own `effective_lr`, or None.
+        max_grad_norm: optimizer.step() clips the gradient to this norm; None where it does not.
+        clock: seconds, for rules that look at the speed of training.
+    """
+
+    optimizer: Optimizer
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    effective_lr: Callable[[dict[str, Any]], float] | None = None
+    max_grad_norm: float | None = None
+    clock: Callable[[], float] | None = None
+
+
+class Controller(ABC):
+    """Proposes the batch size of the next step: a float, unrounded and unbounded.
+
+    Class attributes a subclass may set:
+        requires: statistics the estimator must measure for it: "inner_products",
+            "second_moment", "preconditioned_trace".
+        needs_moments: False for a rule that is asked at every step, measured or not.
+        needs_effective_lr: whether `lr` in propose means the step per unit of gradient.
+    """
+
+    requires: frozenset[str] = frozenset()
+    needs_moments: bool = True
+    needs_effective_lr: bool = False
+
+    @property
+    def first_batch_size(self) -> float | None:
+        """The size to start with; None leaves it to the loader."""
+        return None
+
+    def bind(self, context: RunContext) -> None:
+        """Called once before anything is measured, and once more when `parameters` are known."""
+
+    def on_step(self, *, samples: int, epoch: int) -> None:
+        """Called at every step, before propose: samples of the step, and epochs that ended."""
+
+    def on_optimizer_step(self, lr: float) -> None:
+        """Called with the base learning rate of the last optimizer step."""
+
+    @abstractmethod
+    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
+        """The batch size the rule asks for, in samples; NaN for none.
+
+        Args:
+            moments: raw moments of the step; None only where `needs_moments` is False.
+            loss: mean loss over the samples of the step.
+            lr: base learning rate, without any factor of a coupling.
+        """
+
+    def interval(self, level: float = 0.9) -> tuple[float, float]:
+        """(low, high) of the latest proposal; (NaN, NaN) where it has no error."""
+        return NO_INTERVAL
+
+    def metrics(self) -> dict[str, float]:
+        """What the rule estimates besides its proposal, for the diagnostics."""
+        return {}
+
+    def lr_factor(self) -> Callable[[int], float] | None:
+        """A function of the batch size that gives the rule's own factor on the learning rate."""
+        return None
+
+    def state_dict(self) -> State:
+        """Plain numbers and tensors, with a version."""
+        return {"version": 1}
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from a state_dict()."""
+
+
+class BatchSource(Protocol):
+    """Where batches come from: an AdaptiveDataLoader or a ResizableBatchSampler.
+
+    Attributes:
+        batch_size: of the next batch drawn, in samples; written by the scheduler only.
+        drop_last: whether a last short batch is left out.
+        num_samples: samples of an epoch; None where that is not known.
+        position: samples of the present epoch delivered so far.
+        n_batches: batches delivered since the start.
+        n_iterations: epochs begun; None where that is not known.
+        recent: (size requested, size delivered) of the latest batches.
+        runs_ahead: whether batches may be drawn before they are trained on.
+        micro_batches: how batches are cut into micro-batches; None where they are not.
+    """
+
+    batch_size: int
+    drop_last: bool
+
+    @property
+    def num_samples(self) -> int | None: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def n_batches(self) -> int: ...
+    @property
+    def n_iterations(self) -> int | None: ...
+    @property
+    def recent(self) -> Sequence[tuple[int, int]]: ...
+    @property
+    def runs_ahead(self) -> bool: ...
+    @property
+    def micro_batches(self) -> Any: ...
+
+
+class Statistic(ABC):
+    """One thing that is measured of the per-sample gradients, besides their squared norms.
+
+    Taps, the end of the backward pass, pooling and the cost model loop over these objects.
+    Legend: N samples in a pass, S of them measured.
+
+    Attributes:
+        name: under which `GradientMoments.statistics` holds the result.
+        needs_gradient: the factors are kept until the step's gradient is complete, then
+            `of_factor` is called with it.
+        elementwise: a value has the parameter's shape (it may be large; it stays on the device).
+    """
+
+    name: ClassVar[str]
+    needs_gradient: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
