@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,39 @@ CHUNK_BYTES = 4 * 2**20
 # On a CPU one float32 sum of two million squares is 8e-5 too small: many small terms meet a large sum.
 LONGEST_SUM = 2**14
 
-__all__ = ["CHUNK_BYTES", "accumulation_dtype", "row_sq_norms", "sample_chunks"]
+# One pass over memory per element of a per-sample gradient costs about as much as this many
+# multiplications of a matrix product (two cores with AVX-512).
+PASS = 4
+
+__all__ = ["CHUNK_BYTES", "accumulation_dtype", "outer_form", "row_sq_norms", "sample_chunks"]
+
+
+def outer_form(
+    positions: float, width_in: int, width_out: int, *, with_gradient: bool = False, halved: bool = False
+) -> Literal["rows", "gram", "gradients"]:
+    """How ‖G_n‖² of G_n = Σ_t b_nt a_ntᵀ is found from T = `positions`: the cheaper of
+
+    "rows", T = 1: ‖a_n‖² ‖b_n‖²;
+    "gram": T² (I + O) multiplications, or T (T + 1) / 2 (I + O) where symmetry halves them;
+    "gradients": G_n, T I O multiplications, or 2 PASS passes of I O with the weight gradient.
+
+    Args:
+        positions, width_in, width_out: T, I, O.
+        with_gradient: Σ_n G_n is computed as well, by one product for all samples.
+        halved: the Gram matrices' lower triangle suffices (the Triton kernel).
+
+    Example:
+        >>> outer_form(1, 256, 1024), outer_form(128, 256, 1024), outer_form(256, 256, 1024)
+        ('rows', 'gram', 'gradients')
+        >>> outer_form(128, 256, 1024, with_gradient=True)
+        'gradients'
+    """
+    if positions == 1:
+        return "rows"
+    pairs = positions * (positions + 1) / 2 if halved else positions**2
+    gradients = 2 * PASS if with_gradient else positions
+    products = width_in * width_out
+    return "gram" if pairs * (width_in + width_out) < gradients * products else "gradients"
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

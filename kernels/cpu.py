@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adabatch.kernels import operators, reference
-from adabatch.kernels.chunks import CHUNK_BYTES, LONGEST_SUM, accumulation_dtype, row_sq_norms, sample_chunks
+from adabatch.kernels.chunks import CHUNK_BYTES, LONGEST_SUM, accumulation_dtype, outer_form, row_sq_norms, sample_chunks
 from adabatch.kernels.cpu_conv import conv_grads, conv_gram_is_cheaper, conv_gram_sq_norms, weight_grad
 
 __all__ = [
@@ -23,26 +23,13 @@ __all__ = [
     "affine_sq_norms",
     "conv_sq_norms",
     "conv_weight_grad_moments",
-    "gram_is_cheaper",
     "weight_grad_moments",
     "windows_are_cheaper",
 ]
 
-# One pass over memory per element of G_n costs about as much as this many multiplications of a matrix product.
-PASS = 4
 # From this size on, one product a sample into one buffer beat batches of them.
 ALONE_BYTES = 2**19
 FEW = 8
-
-
-def gram_is_cheaper(positions: int, width_in: int, width_out: int) -> bool:
-    """Whether norms by Gram matrices, T² (I + O), cost less than two passes over each G_n, I O, when the weight gradient is made by one product anyhow.
-
-    Example:
-        >>> gram_is_cheaper(8, 256, 1024), gram_is_cheaper(128, 256, 1024)
-        (True, False)
-    """
-    return positions**2 * (width_in + width_out) < 2 * PASS * width_in * width_out
 
 
 def weight_grad_moments(
@@ -59,7 +46,7 @@ def weight_grad_moments(
     samples, positions, width_in = activations.shape
     width_out = backprops.shape[2]
     dtype = accumulation_dtype(activations, backprops)
-    if not second_moment and gram_is_cheaper(positions, width_in, width_out):
+    if not second_moment and outer_form(positions, width_in, width_out, with_gradient=True) != "gradients":
         grad = backprops.flatten(0, 1).to(dtype).T @ activations.flatten(0, 1).to(dtype)
         return grad, reference.outer_sq_norms(activations, backprops), None
     grads = _products(activations, backprops, dtype)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from adabatch.kernels.chunks import accumulation_dtype, row_sq_norms, sample_chunks
+from adabatch.kernels.chunks import accumulation_dtype, outer_form, row_sq_norms, sample_chunks
 from adabatch.kernels.reference_conv import conv_dot, conv_grad_sample, conv_second_moment, conv_sq_norms
 from adabatch.kernels.reference_moments import affine_grad_sample, affine_sq_norms, conv_weight_grad_moments, preconditioned_trace, weight_grad_moments
 
@@ -59,9 +59,10 @@ def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype(activations, backprops)
     positions, width_in, width_out = activations.shape[1], activations.shape[2], backprops.shape[2]
-    if positions == 1:
+    form = outer_form(positions, width_in, width_out)
+    if form == "rows":
         return row_sq_norms(activations, dtype) * row_sq_norms(backprops, dtype)
-    gram = positions * (width_in + width_out) < width_in * width_out
+    gram = form == "gram"
     numel = 2 * positions**2 if gram else width_in * width_out
     sq_norms = []
     for a_NTI, b_NTO in sample_chunks(numel, dtype, activations, backprops):

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton import Config
 
 from adabatch.kernels import reference
+from adabatch.kernels.chunks import outer_form
 from adabatch.kernels.triton_gram import gram_norms, row_norms_product
 from adabatch.kernels.triton_sums import add_partial_sums, partial_sums, store_tile
 from adabatch.kernels.triton_tuning import OPTIONS, bucket, compute_type, follows_determinism, launch, major, precision, split_samples, supports
@@ -105,9 +106,10 @@ def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
     if not supports(activations, backprops):
         return reference.outer_sq_norms(activations, backprops)
     positions, width_in, width_out = activations.shape[1], activations.shape[2], backprops.shape[2]
-    if positions == 1:
+    form = outer_form(positions, width_in, width_out, halved=True)
+    if form == "rows":
         return row_norms_product(activations, backprops)
-    if (positions + 1) * (width_in + width_out) < 2 * width_in * width_out:
+    if form == "gram":
         return gram_norms(activations, backprops)
     return _materialised(activations, backprops, norms=True)[1].sum(0)
 
