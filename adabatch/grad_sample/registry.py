@@ -1,22 +1,114 @@
-"""The registry of layer rules: which pure function gives the per-sample gradients of a layer's parameters."""
+"""The registry of layer families: rule, fused backward pass and cost of every layer type.
+
+Legend: N samples, S of them measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from adabatch.grad_sample.factors.base import Factor
+from adabatch.grad_sample.layout import Layout
 
-__all__ = ["GradSampler", "find_grad_sampler", "register_grad_sampler", "registered_layer_types"]
+if TYPE_CHECKING:
+    from adabatch.grad_sample.cost import LayerCost
 
-Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Factor]]
+__all__ = [
+    "FusedBackward", "FusedResult", "GradSampler", "find_grad_sampler", "register_grad_sampler",
+    "registered_layer_types",
+]
+
+Rule = Callable[..., dict[str, Factor]]  # (layer, activations, backprops); layer is a subclass
+CostFunction = Callable[..., "LayerCost"]  # (layer, input_shape, output_shape)
+RuleT = TypeVar("RuleT", bound=Rule)
+Tensors = dict[str, Tensor]
 
 # A subclass that overrides one of these computes something its base's rule does not know of.
 _COMPUTING_METHODS = ("forward", "_conv_forward")
 
 _SAMPLERS: dict[type[nn.Module], GradSampler] = {}
+
+
+@dataclass
+class FusedResult:
+    """What a fused backward pass gives.
+
+    Attributes:
+        grad_inputs: gradient of the layer's input, or None.
+        grads: {own parameter name: its gradient}, in the weight's type.
+        sq_norms: {own parameter name: ‖G_n‖² [N]}; empty where norms=False.
+        second_moments: {own parameter name: Σ_n G_n²}; only where second_moment=True.
+    """
+
+    grad_inputs: Tensor | None
+    grads: Tensors
+    sq_norms: Tensors = field(default_factory=dict)
+    second_moments: Tensors = field(default_factory=dict)
+
+
+class FusedBackward:
+    """A layer's whole backward pass: its parameters' gradients come out of the per-sample ones.
+
+    It replaces the layer's own backward node where every parameter of the layer is trainable and
+    measured, all samples together, and `cost` says that this is cheaper. A subclass has no state.
+
+    Class attributes:
+        always: it is used whatever the cost model says. Such a one is not used for what activation
+            checkpointing runs again.
+    """
+
+    always: bool = False
+
+    def supports(
+        self, layer: Any, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
+    ) -> bool:
+        """Whether the call's backward pass can be computed here.
+
+        Args:
+            layer, inputs, output: the call.
+            layout: of the samples in inputs and output.
+            all_rows: whether all samples are measured.
+        """
+        raise NotImplementedError
+
+    def saved_tensors(self, layer: Any, inputs: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+        """What backward() needs besides the weight, detached. The first is the layer's input, in
+        the type that the layer computed with, for which autocast may have chosen another.
+
+        `output` is what the layer gave, with its grad_fn."""
+        saved = inputs.detach()
+        return (saved if saved.dtype == output.dtype else saved.to(output.dtype),)
+
+    def backward(
+        self,
+        layer: Any,
+        saved: tuple[Tensor, ...],
+        weight: Tensor,
+        backprops: Tensor,
+        n_samples: int,
+        layout: Layout,
+        *,
+        needs_inputs: bool,
+        norms: bool = True,
+        second_moment: bool = False,
+    ) -> FusedResult:
+        """The backward pass of one call.
+
+        Args:
+            layer: the layer.
+            saved: what saved_tensors() gave.
+            weight: the layer's weight as the forward pass used it.
+            backprops: gradient of the output.
+            n_samples: N.
+            layout: of the samples in saved[0] and backprops.
+            needs_inputs: whether the input's gradient is wanted.
+            norms, second_moment: what is wanted besides the gradients.
+        """
+        raise NotImplementedError
 
 
 def _never(layer: nn.Module) -> bool:
@@ -29,19 +121,14 @@ def _nothing(layer: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class GradSampler:
-    """A rule with what the hooks must know before they use it.
-
-    Args:
-        rule: (layer, activations [N, ...], backprops [N, ...]) -> {parameter name: factor}, trainable parameters only.
-        full_batch: layer -> whether the layer, as it is now, mixes samples, so that the rule needs all rows of the batch and gives contributions.
-        unsupported: layer -> what makes the rule wrong for this layer, with the cure, or None.
-        parameters: the names a layer's own parameters must have, no more and no less; None: any.
-    """
+    """What is registered for a layer type; see register_grad_sampler for the attributes."""
 
     rule: Rule
-    full_batch: Callable[[nn.Module], bool] = _never
-    unsupported: Callable[[nn.Module], str | None] = _nothing
+    full_batch: Callable[..., bool] = _never
+    unsupported: Callable[..., str | None] = _nothing
     parameters: frozenset[str] | None = None
+    fused: FusedBackward | None = None
+    cost: CostFunction | None = None
 
     @property
     def may_mix(self) -> bool:
@@ -51,26 +138,34 @@ class GradSampler:
 
 def register_grad_sampler(
     *layer_types: type[nn.Module],
-    full_batch: Callable[[nn.Module], bool] | None = None,
-    unsupported: Callable[[nn.Module], str | None] | None = None,
-    parameters: tuple[str, ...] | None = None,
-) -> Callable[[Rule], Rule]:
-    """Decorator that makes a function the rule of some layer types; a later registration replaces an earlier one.
+    full_batch: Callable[..., bool] | None = None,
+    unsupported: Callable[..., str | None] | None = None,
+    parameters: Collection[str] | None = None,
+    fused: FusedBackward | None = None,
+    cost: CostFunction | None = None,
+) -> Callable[[RuleT], RuleT]:
+    """Decorator that makes a function the rule of layer types; a later one replaces an earlier one.
 
-    The rule is a pure function `rule(layer, activations, backprops) -> {parameter name: factor}`. activations are the layer's first input, backprops the
-    gradient with respect to its output, both with the measured samples along dimension 0; under autocast their types may differ. The factors hold each sample's
-    contribution to the gradient of the loss, as it is: the 1/m of a mean loss stays in. Only parameters that require a gradient belong in the result.
+    The rule is a pure function `rule(layer, activations, backprops) -> {parameter name: factor}`:
+    activations are the layer's first input, backprops the gradient of its output, both with the
+    measured samples along dimension 0; under autocast their types may differ. The factors hold
+    each sample's contribution to the gradient: the 1/m of a mean loss stays in. Only parameters
+    that require a gradient belong in the result.
 
     Args:
-        layer_types: subclasses of torch.nn.Module; their own subclasses are covered as long as they do not override forward.
-        full_batch: predicate of a layer that mixes samples (train-mode batch norm): the rule is then given all rows of the batch, and the rows to be
-            measured are picked from its factors.
-        unsupported: for a layer that the rule cannot serve, the reason and the cure; for all others None.
-        parameters: names of the layer's own parameters. A layer with others, or without one of these, is not covered: it was changed from outside, by
-            torch.nn.utils.parametrize, pruning or weight norm, for instance.
+        layer_types: subclasses of torch.nn.Module; their subclasses are covered as long as they do
+            not override forward.
+        full_batch: layer -> whether it mixes samples as it is now (train-mode batch norm): then
+            the rule gets all rows of the batch, and rows are picked from its factors.
+        unsupported: layer -> why the rule cannot serve it, with the fix, or None.
+        parameters: names that the layer's own parameters must have. A layer with other ones was
+            changed from outside (parametrization, pruning, weight norm) and is not covered.
+        fused: computes the layer's whole backward pass; None: there is none.
+        cost: (layer, input shape, output shape), samples first -> LayerCost; None: one pass over
+            the elements of input and output.
 
     Raises:
-        TypeError: a layer type that is no subclass of torch.nn.Module, or none at all.
+        TypeError: no layer type, or one that is not a subclass of torch.nn.Module.
 
     Example:
         >>> import torch
@@ -81,7 +176,6 @@ def register_grad_sampler(
         ...         self.shift = nn.Parameter(torch.zeros(3))
         ...     def forward(self, inputs):
         ...         return inputs + self.shift
-        >>> import torch
         >>> @register_grad_sampler(Shift)
         ... def shift_rule(layer, activations, backprops):
         ...     return {"shift": Dense(backprops)} if layer.shift.requires_grad else {}
@@ -89,25 +183,34 @@ def register_grad_sampler(
         True
     """
     if not layer_types:
-        raise TypeError("register_grad_sampler() got no layer type. Call it with them: @register_grad_sampler(MyLayer).")
-    wrong = [repr(layer_type) for layer_type in layer_types if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module))]
+        raise TypeError(
+            "register_grad_sampler() got no layer type: write @register_grad_sampler(MyLayer)"
+        )
+    wrong = [repr(each) for each in layer_types
+             if not (isinstance(each, type) and issubclass(each, nn.Module))]
     if wrong:
-        raise TypeError(f"register_grad_sampler() takes subclasses of torch.nn.Module, got {', '.join(wrong)}. Pass the layer's class.")
+        raise TypeError(
+            f"register_grad_sampler() takes subclasses of torch.nn.Module, got {', '.join(wrong)}. "
+            "Pass the layer's class."
+        )
+    names = None if parameters is None else frozenset(parameters)
 
-    def register(rule: Rule) -> Rule:
-        names = None if parameters is None else frozenset(parameters)
+    def register(rule: RuleT) -> RuleT:
         for layer_type in layer_types:
-            _SAMPLERS[layer_type] = GradSampler(rule, full_batch or _never, unsupported or _nothing, names)
+            _SAMPLERS[layer_type] = GradSampler(
+                rule, full_batch or _never, unsupported or _nothing, names, fused, cost
+            )
         return rule
 
     return register
 
 
 def find_grad_sampler(layer: nn.Module) -> GradSampler | None:
-    """The sampler registered for the layer's type, or for the nearest base class whose computation the layer still performs; None if there is none.
+    """What is registered for the layer's type, or for the nearest base class whose computation the
+    layer still performs; None if there is none.
 
-    A rule of a base class is not used if the class, or the layer itself, overrides forward, nor if the layer's own parameters are not those that the rule was
-    registered for.
+    A base class's rule is not used if the class, or the layer itself, overrides forward, nor if
+    the layer's own parameters are not those that the rule was registered for.
 
     Example:
         >>> import adabatch.grad_sample.layers.linear
@@ -121,13 +224,17 @@ def find_grad_sampler(layer: nn.Module) -> GradSampler | None:
     """
     if any(method in vars(layer) for method in _COMPUTING_METHODS):
         return None
-    for layer_type in type(layer).__mro__:
+    own = type(layer)
+    for layer_type in own.__mro__:
         sampler = _SAMPLERS.get(layer_type)
         if sampler is None:
             continue
-        same_computation = all(getattr(type(layer), method, None) is getattr(layer_type, method, None) for method in _COMPUTING_METHODS)
-        same_parameters = sampler.parameters is None or sampler.parameters == layer._parameters.keys()
-        return sampler if same_computation and same_parameters else None
+        same_computation = all(
+            getattr(own, method, None) is getattr(layer_type, method, None)
+            for method in _COMPUTING_METHODS
+        )
+        known = sampler.parameters is None or sampler.parameters == layer._parameters.keys()
+        return sampler if same_computation and known else None
     return None
 
 

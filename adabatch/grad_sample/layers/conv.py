@@ -1,23 +1,65 @@
-"""Rule for convolutions in one, two and three dimensions.
+"""Convolutions in one, two and three dimensions: rule and fused backward pass.
 
 Legend: N samples, C channels in, O channels out, S and S' positions in and out, K kernel, g groups.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, nn, ops
 from torch.nn import functional as F
 
+from adabatch import kernels
 from adabatch.grad_sample.factors.base import ConvOuter, Dense, Factor
-from adabatch.grad_sample.registry import register_grad_sampler
-from adabatch.kernels.chunks import accumulation_dtype
+from adabatch.grad_sample.layers.linear import no_batch_dimension, weight_and_bias
+from adabatch.grad_sample.layout import Layout
+from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
+from adabatch.kernels import accumulation_dtype
 
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@register_grad_sampler(nn.Conv1d, nn.Conv2d, nn.Conv3d, parameters=("weight", "bias"))
-def conv_grad_sample(layer: _Conv, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
-    """Convolution with any stride, padding, padding mode, dilation and groups: a ConvOuter for the weight, Σ over positions of b_n for the bias.
+class ConvBackward(FusedBackward):
+    """The weight gradient is summed from the per-sample ones, or both share one call."""
+
+    def supports(
+        self, layer: Conv, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
+    ) -> bool:
+        plain = layout is Layout.BATCH_FIRST and inputs.dim() == len(layer.kernel_size) + 2
+        return plain and output.requires_grad and symmetric_padding(layer) is not None
+
+    def backward(
+        self, layer: Conv, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,
+        n_samples: int, layout: Layout, *, needs_inputs: bool, norms: bool = True,
+        second_moment: bool = False,
+    ) -> FusedResult:
+        inputs, dtype, has_bias = saved[0], weight.dtype, layer.bias is not None
+        stride, padding, dilation, groups = geometry = _geometry(layer)
+        grad_inputs, grads = None, {}
+        if needs_inputs or not norms:
+            grad_inputs, grads["weight"], _ = ops.aten.convolution_backward(
+                backprops, inputs.to(backprops.dtype), weight.to(backprops.dtype), None,
+                list(stride), list(padding), list(dilation), False, [0] * len(padding), groups,
+                [needs_inputs, not norms, False],
+            )
+        if not norms:
+            if has_bias:
+                grads["bias"] = backprops.sum([0, *range(2, backprops.dim())])
+            return FusedResult(grad_inputs, {name: grad.to(dtype) for name, grad in grads.items()})
+        moments = kernels.conv_weight_grad_moments(
+            inputs, backprops, tuple(weight.shape), *geometry, second_moment=second_moment
+        )
+        bias = None
+        if has_bias:
+            bias = backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops))
+        return weight_and_bias(grad_inputs, moments, bias, dtype)
+
+
+@register_grad_sampler(
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, parameters=("weight", "bias"), fused=ConvBackward()
+)
+def conv_grad_sample(layer: Conv, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
+    """Convolution with any stride, padding, padding mode, dilation and groups: a ConvOuter for the
+    weight, Σ over positions of b_n for the bias.
 
     Args:
         layer: the layer.
@@ -29,49 +71,64 @@ def conv_grad_sample(layer: _Conv, activations: Tensor, backprops: Tensor) -> di
 
     Example:
         >>> import torch
-        >>> factors = conv_grad_sample(nn.Conv1d(1, 1, kernel_size=4), torch.ones(2, 1, 6), torch.ones(2, 1, 3))
+        >>> layer = nn.Conv1d(1, 1, kernel_size=4)
+        >>> factors = conv_grad_sample(layer, torch.ones(2, 1, 6), torch.ones(2, 1, 3))
         >>> factors["weight"].sq_norms(), factors["bias"].sq_norms()
         (tensor([36., 36.]), tensor([9., 9.]))
     """
     dims = len(layer.kernel_size)
     if activations.dim() != dims + 2:
-        raise ValueError(
-            f"{type(layer).__name__} got an input of shape {tuple(activations.shape)}: without a batch dimension there are no samples to tell apart. "
-            f"Allowed are {dims + 2} dimensions, samples first. Add one with inputs.unsqueeze(0), or stack several samples."
-        )
+        raise no_batch_dimension(layer, activations, str(dims + 2))
     factors: dict[str, Factor] = {}
     if layer.weight.requires_grad:
-        padding = symmetric_padding(layer)
-        if padding is None:
+        stride, padding, dilation, groups = _geometry(layer)
+        if symmetric_padding(layer) is None:
             activations, padding = _pad(layer, activations), (0,) * dims
         shape = tuple(layer.weight.shape)
-        factors["weight"] = ConvOuter(activations, backprops, shape, tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
+        factors["weight"] = ConvOuter(
+            activations, backprops, shape, stride, padding, dilation, groups
+        )
     if layer.bias is not None and layer.bias.requires_grad:
-        factors["bias"] = Dense(backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops)))
+        bias = backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops))
+        factors["bias"] = Dense(bias)
     return factors
 
 
-def symmetric_padding(layer: _Conv) -> tuple[int, ...] | None:
-    """The layer's padding with zeros, one number per dimension, or None where it is of another kind or unequal on the two sides.
+def symmetric_padding(layer: Conv) -> tuple[int, ...] | None:
+    """The layer's padding with zeros, one number per dimension; None where it pads with something
+    else or unequally on the two sides.
 
     Example:
-        >>> symmetric_padding(nn.Conv1d(1, 1, 3, padding="same")), symmetric_padding(nn.Conv1d(1, 1, 4, padding="same"))
-        ((1,), None)
+        >>> symmetric_padding(nn.Conv1d(1, 1, 3, padding="same"))
+        (1,)
+        >>> symmetric_padding(nn.Conv1d(1, 1, 4, padding="same")) is None
+        True
     """
     sides = _padding_sides(layer)
-    return None if layer.padding_mode != "zeros" or any(left != right for left, right in sides) else tuple(left for left, right in sides)
+    if layer.padding_mode != "zeros" or any(left != right for left, right in sides):
+        return None
+    return tuple(left for left, _ in sides)
 
 
-def _padding_sides(layer: _Conv) -> list[tuple[int, int]]:
-    """Padding (left, right) of each dimension; 'same' with an even reach puts the odd one on the right, as torch does."""
+def _geometry(layer: Conv) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """Stride, padding (zeros where it is not symmetric), dilation and groups."""
+    padding = symmetric_padding(layer) or (0,) * len(layer.kernel_size)
+    return tuple(layer.stride), padding, tuple(layer.dilation), layer.groups
+
+
+def _padding_sides(layer: Conv) -> list[tuple[int, int]]:
+    """Padding (left, right) of each dimension; 'same' with an even reach puts the odd one on the
+    right, as torch does."""
     if layer.padding == "valid":
         return [(0, 0)] * len(layer.kernel_size)
     if layer.padding == "same":
-        totals = [dilation * (length - 1) for length, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+        totals = [dilation * (length - 1)
+                  for length, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
-    return [(amount, amount) for amount in layer.padding]
+    return [(int(amount), int(amount)) for amount in layer.padding]
 
 
-def _pad(layer: _Conv, activations: Tensor) -> Tensor:
+def _pad(layer: Conv, activations: Tensor) -> Tensor:
     amounts = [amount for sides in reversed(_padding_sides(layer)) for amount in sides]
-    return F.pad(activations, amounts, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(activations, amounts, mode=mode)

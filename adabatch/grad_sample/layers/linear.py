@@ -1,21 +1,92 @@
-"""Rule for Linear. Legend: N samples, T positions (all dimensions between the first and the last), I in, O out."""
+"""nn.Linear: rule and fused backward pass.
+
+Legend: N samples, T positions (all dimensions between first and last), I in, O out.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from adabatch import kernels
 from adabatch.grad_sample.factors.base import Dense, Factor, Outer
-from adabatch.grad_sample.registry import register_grad_sampler
-from adabatch.kernels.chunks import accumulation_dtype
+from adabatch.grad_sample.layout import Layout
+from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
+from adabatch.kernels import accumulation_dtype
 
 
-@register_grad_sampler(nn.Linear, parameters=("weight", "bias"))
-def linear_grad_sample(layer: nn.Linear, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
+class LinearBackward(FusedBackward):
+    """For T > 1: the weight gradient is summed from the products that the norms need."""
+
+    def supports(
+        self, layer: nn.Module, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
+    ) -> bool:
+        if layout is Layout.SHARED or not output.requires_grad:
+            return False
+        return inputs.dim() > 2 or (inputs.dim() == 2 and layout is not Layout.BATCH_FIRST)
+
+    def backward(
+        self, layer: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,
+        n_samples: int, layout: Layout, *, needs_inputs: bool, norms: bool = True,
+        second_moment: bool = False,
+    ) -> FusedResult:
+        inputs, dtype, has_bias = saved[0], weight.dtype, layer.bias is not None
+        grad_inputs = backprops.matmul(weight.to(backprops.dtype)) if needs_inputs else None
+        if not norms:
+            flat = backprops.flatten(0, -2)
+            grads = {"weight": (flat.T @ inputs.flatten(0, -2).to(flat.dtype)).to(dtype)}
+            if has_bias:
+                grads["bias"] = flat.sum(0).to(dtype)
+            return FusedResult(grad_inputs, grads)
+        a_NTI, b_NTO = (_positions(layout.split(tensor, n_samples))
+                        for tensor in (inputs, backprops))
+        moments = kernels.weight_grad_moments(a_NTI, b_NTO, second_moment=second_moment)
+        bias = b_NTO.sum(1, dtype=accumulation_dtype(b_NTO)) if has_bias else None
+        return weight_and_bias(grad_inputs, moments, bias, dtype)
+
+
+def weight_and_bias(
+    grad_inputs: Tensor | None, moments: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None, dtype: Any,
+) -> FusedResult:
+    """The result from the weight's (Σ G_n, ‖G_n‖², Σ G_n² or None) and the bias's G_n [N, O]."""
+    grad, sq_norms, second = moments
+    result = FusedResult(grad_inputs, {"weight": grad.to(dtype)}, {"weight": sq_norms})
+    if second is not None:
+        result.second_moments["weight"] = second
+    if bias is not None:
+        result.grads["bias"] = bias.sum(0).to(dtype)
+        result.sq_norms["bias"] = kernels.dense_sq_norms(bias)
+        if second is not None:
+            result.second_moments["bias"] = kernels.dense_second_moment(bias)
+    return result
+
+
+def no_batch_dimension(layer: nn.Module, inputs: Tensor, allowed: str) -> ValueError:
+    """The error of a rule whose input has too few dimensions."""
+    name = type(layer).__name__
+    return ValueError(
+        f"{name} got an input of shape {tuple(inputs.shape)}: without a batch dimension there are "
+        f"no samples to tell apart. {name} needs {allowed} dimensions, samples first. Add one with "
+        "inputs.unsqueeze(0), or stack several samples."
+    )
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """[N, ..., width] as [N, T, width]."""
+    return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
+
+
+@register_grad_sampler(nn.Linear, parameters=("weight", "bias"), fused=LinearBackward())
+def linear_grad_sample(
+    layer: nn.Linear, activations: Tensor, backprops: Tensor
+) -> dict[str, Factor]:
     """Linear, y = W a + bias: G_n = Σ_t b_nt a_ntᵀ for the weight, Σ_t b_nt for the bias.
 
     Args:
         layer: the layer.
-        activations: a, [N, ..., I], any number of dimensions between.
+        activations: a, [N, ..., I].
         backprops: b, [N, ..., O].
 
     Raises:
@@ -23,21 +94,19 @@ def linear_grad_sample(layer: nn.Linear, activations: Tensor, backprops: Tensor)
 
     Example:
         >>> import torch
-        >>> factors = linear_grad_sample(nn.Linear(3, 1), torch.tensor([[2.0, 2.0, 1.0]]), torch.tensor([[2.0]]))
+        >>> a, b = torch.tensor([[2.0, 2.0, 1.0]]), torch.tensor([[2.0]])
+        >>> factors = linear_grad_sample(nn.Linear(3, 1), a, b)
         >>> factors["weight"].sq_norms(), factors["bias"].sq_norms()
         (tensor([36.]), tensor([4.]))
     """
     if activations.dim() < 2:
-        raise ValueError(
-            f"Linear got an input of shape {tuple(activations.shape)}: without a batch dimension there are no samples to tell apart. "
-            "Allowed are two or more dimensions, samples first. Add one with inputs.unsqueeze(0), or stack several samples."
-        )
-    a_NTI = activations.unsqueeze(1) if activations.dim() == 2 else activations.flatten(1, -2)
-    b_NTO = backprops.unsqueeze(1) if backprops.dim() == 2 else backprops.flatten(1, -2)
+        raise no_batch_dimension(layer, activations, "two or more")
+    a_NTI, b_NTO = _positions(activations), _positions(backprops)
     factors: dict[str, Factor] = {}
     if layer.weight.requires_grad:
         factors["weight"] = Outer(left=b_NTO, right=a_NTI)
     if layer.bias is not None and layer.bias.requires_grad:
-        factors["bias"] = Dense(b_NTO[:, 0] if b_NTO.shape[1] == 1 else b_NTO.sum(1, dtype=accumulation_dtype(b_NTO)))
+        single = b_NTO.shape[1] == 1
+        bias = b_NTO[:, 0] if single else b_NTO.sum(1, dtype=accumulation_dtype(b_NTO))
+        factors["bias"] = Dense(bias)
     return factors
-

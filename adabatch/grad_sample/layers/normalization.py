@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adabatch import kernels
 from adabatch.grad_sample.factors.affine import Scale, Shift
 from adabatch.grad_sample.factors.base import Dense, Factor
-from adabatch.grad_sample.registry import register_grad_sampler
-from adabatch.kernels.chunks import accumulation_dtype
+from adabatch.grad_sample.layout import Layout
+from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
+from adabatch.kernels import accumulation_dtype
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 _InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
@@ -73,7 +75,66 @@ def rms_norm_grad_sample(layer: nn.RMSNorm, activations: Tensor, backprops: Tens
     return _trailing(layer, F.rms_norm(_wide(activations), layer.normalized_shape, eps=layer.eps), backprops)
 
 
-@register_grad_sampler(nn.GroupNorm, parameters=("weight", "bias"))
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+class GroupNormBackward(FusedBackward):
+    """torch's own backward pass, with every sample's channels in groups of their own.
+
+    For an input [N, C, S] it sums the gradients of scale and shift over N. For [1, N C, S] in N G
+    groups, with the scale repeated, it does the same arithmetic for the input's gradient and has
+    nothing to sum over: N C gradients come out in place of C. The mean and 1/σ of each group are
+    those that the layer's own node has saved. On a CPU in eager mode, outside activation
+    checkpointing and other hooks on saved tensors, which would take the reading for backward.
+    """
+
+    always = True
+
+    def supports(
+        self, layer: nn.GroupNorm, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
+    ) -> bool:
+        if torch.compiler.is_compiling() or inputs.device.type != "cpu" or not all_rows:
+            return False
+        if layout is not Layout.BATCH_FIRST or _top_hooks is None or _top_hooks(False) is not None:
+            return False
+        one_type = inputs.dtype == output.dtype == layer.weight.dtype
+        if not one_type or inputs.dtype not in (torch.float32, torch.float64):
+            return False
+        node = output.grad_fn
+        own_node = node is not None and node.name() == "NativeGroupNormBackward0"
+        return own_node and inputs.numel() > 0 and inputs.is_contiguous()
+
+    def saved_tensors(
+        self, layer: nn.Module, inputs: Tensor, output: Tensor
+    ) -> tuple[Tensor, ...]:
+        node = output.grad_fn
+        mean, rstd = node._saved_result1, node._saved_result2  # type: ignore[union-attr]
+        return inputs.detach(), mean.detach(), rstd.detach()
+
+    def backward(
+        self, layer: nn.GroupNorm, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,
+        n_samples: int, layout: Layout, *, needs_inputs: bool, norms: bool = True,
+        second_moment: bool = False,
+    ) -> FusedResult:
+        inputs, mean, rstd = saved
+        samples, channels = inputs.shape[:2]
+        rows = samples * channels
+        grad_inputs, *grads = torch.ops.aten.native_group_norm_backward(
+            backprops.to(inputs.dtype).contiguous(), inputs, mean, rstd, weight.repeat(samples), 1,
+            rows, inputs.numel() // rows, mean.numel(), [needs_inputs, True, True],
+        )
+        per_sample = {name: grad.view(samples, channels)
+                      for name, grad in zip(("weight", "bias"), grads, strict=True)}
+        result = FusedResult(None if grad_inputs is None else grad_inputs.view_as(inputs),
+                             {name: grad.sum(0) for name, grad in per_sample.items()})
+        for name, grad in per_sample.items() if norms else ():
+            result.sq_norms[name] = kernels.dense_sq_norms(grad)
+            if second_moment:
+                result.second_moments[name] = kernels.dense_second_moment(grad)
+        return result
+
+
+@register_grad_sampler(nn.GroupNorm, parameters=("weight", "bias"), fused=GroupNormBackward())
 def group_norm_grad_sample(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
     """GroupNorm.
 
