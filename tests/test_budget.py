@@ -25,7 +25,7 @@ class Priced:
         self.samples, self.accumulate, self.enabled, self.share = samples, accumulate, True, share
 
     def cost(self):
-        return StepCost((LayerCost(training=1e12, listening=self.share * 1e12),), numel=0)
+        return StepCost((LayerCost(training=1e12, passthrough=self.share * 1e12),), numel=0)
 
 
 def run(plan, hooks, n_steps, size=lambda step: 64):
@@ -64,7 +64,7 @@ def at(measured):
 
 def test_the_plan_follows_the_size_beyond_a_factor():
     hooks = Priced(0.4)
-    hooks.cost = lambda: StepCost((LayerCost(training=1e6, listening=4e5),), numel=10**7)
+    hooks.cost = lambda: StepCost((LayerCost(training=1e6, passthrough=4e5),), numel=10**7)
     plan = Budget(hooks, 0.05)
     sizes = {0: 16, 40: 23, 80: 160}
     seen = []
@@ -80,7 +80,7 @@ def test_the_plan_follows_the_size_beyond_a_factor():
 
 def test_accumulated_passes_are_what_is_planned_for():
     hooks = Priced(0.4, accumulate=4)
-    hooks.cost = lambda: StepCost((LayerCost(training=1e6, listening=4e5),), numel=10**7)
+    hooks.cost = lambda: StepCost((LayerCost(training=1e6, passthrough=4e5),), numel=10**7)
     plan = Budget(hooks, 0.05)
     plan.next_step(1, True, 64)
     alone = Priced(0.4)

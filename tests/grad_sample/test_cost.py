@@ -1,11 +1,16 @@
-"""The cost model: every kind of layer is counted, and what a budget chooses keeps to it."""
+"""The cost model: products as torch counts them, and a budget that is kept."""
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from adabatch import GradSampleHooks
-from adabatch.grad_sample.cost import CALL, FEWEST_SAMPLES, LAST_RESORT, LONGEST_INTERVAL, PASS, STEP, LayerCost, StepCost, within_budget
+from adabatch import GradSampleHooks, kernels
+from adabatch.grad_sample.cost import (
+    CALL, FEWEST_SAMPLES, LAST_RESORT, LONGEST_INTERVAL, PASS, STEP, LayerCost, StepCost,
+    layer_cost, within_budget,
+)
+from adabatch.grad_sample.layers.conv import FACTOR
 
 
 class Positioned(nn.Module):
@@ -19,16 +24,6 @@ class Positioned(nn.Module):
         return self.head(inputs + self.table)
 
 
-MODELS = {
-    "linear": (lambda: nn.Linear(4, 2), (6, 4), 1),
-    "sequence": (lambda: nn.Linear(4, 2), (6, 5, 4), 1),
-    "convolution": (lambda: nn.Conv2d(3, 4, 3), (6, 3, 8, 8), 1),
-    "norm": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), (6, 4), 2),
-    "run again": (lambda: nn.Sequential(nn.Linear(4, 4), Scaled()), (6, 4), 2),
-    "traced": (Positioned, (6, 5, 4), 2),
-}
-
-
 class Scaled(nn.Module):
     """A layer without a rule."""
 
@@ -40,6 +35,26 @@ class Scaled(nn.Module):
         return inputs * self.factor
 
 
+MODELS = {
+    "linear": (lambda: nn.Linear(4, 2), (6, 4), 1),
+    "sequence": (lambda: nn.Linear(4, 2), (6, 5, 4), 1),
+    "convolution": (lambda: nn.Conv2d(3, 4, 3), (6, 3, 8, 8), 1),
+    "norm": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), (6, 4), 2),
+    "run again": (lambda: nn.Sequential(nn.Linear(4, 4), Scaled()), (6, 4), 2),
+    "traced": (Positioned, (6, 5, 4), 2),
+}
+# Layers of matrix products, with an input.
+PRODUCTS = {
+    "vectors": (lambda: nn.Linear(7, 5), (4, 7)),
+    "sequence": (lambda: nn.Linear(7, 5), (4, 3, 7)),
+    "grid": (lambda: nn.Linear(7, 5), (4, 3, 2, 7)),
+    "conv1d": (lambda: nn.Conv1d(3, 8, 3, stride=2), (4, 3, 50)),
+    "conv2d": (lambda: nn.Conv2d(3, 8, 3, padding=1), (4, 3, 9, 9)),
+    "grouped": (lambda: nn.Conv2d(4, 8, (3, 1), groups=2, dilation=2), (4, 4, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (4, 2, 4, 5, 6)),
+}
+
+
 def cost_of(build, shape, **options):
     torch.manual_seed(0)
     model = build()
@@ -47,6 +62,12 @@ def cost_of(build, shape, **options):
     model(torch.randn(shape)).square().mean().backward()
     hooks.collect()
     return hooks.cost()
+
+
+def multiply_adds(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 2
 
 
 @pytest.mark.parametrize(("build", "shape", "layers"), MODELS.values(), ids=MODELS)
@@ -58,33 +79,77 @@ def test_every_kind_of_layer_is_counted(build, shape, layers):
     assert 0 < cost.share(6, 2) < cost.share(6)
 
 
-@pytest.mark.parametrize("setting", [(lambda: nn.Linear(64, 64), (32, 16, 64)), (lambda: nn.Conv1d(8, 8, 3), (32, 8, 50))])
-@pytest.mark.parametrize("options", [{"inner_products": True}, {"second_moment": True}, {"inner_products": True, "second_moment": True}], ids=str)
-def test_what_is_measured_beside_norms_is_counted(setting, options):
+@pytest.mark.parametrize(("build", "shape"), PRODUCTS.values(), ids=PRODUCTS)
+def test_products_are_those_that_torch_counts(build, shape):
+    layer, inputs = build(), torch.randn(shape, requires_grad=True)
+    outputs = layer(inputs)
+    cost = layer_cost(layer, inputs.shape, outputs.shape)
+    passes = 2 * PASS * (inputs.numel() + outputs.numel()) / 4
+    if getattr(layer, "groups", 1) == 1:
+        trained = multiply_adds(lambda: layer(inputs).sum().backward())
+    else:  # torch counts a grouped weight gradient groups times too often
+        trained = 3 * multiply_adds(lambda: layer(inputs))
+    assert 4 * (cost.training - passes) == trained
+    assert cost.numel == layer.weight.numel()
+    if isinstance(layer, nn.Linear):
+        a = inputs.detach().view(4, -1, 7)
+        b = torch.ones(4, a.shape[1], 5)
+        counted, factor = multiply_adds(lambda: kernels.outer_dot(a, b, layer.weight)), 1
+    else:
+        geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        b, factor = torch.ones_like(outputs), FACTOR
+        counted = multiply_adds(
+            lambda: kernels.conv_dot(inputs.detach(), b, layer.weight, *geometry)
+        )
+    assert 4 * cost.product == pytest.approx(factor * counted)
+
+
+@pytest.mark.parametrize(("positions", "form"), [(1, "rows"), (3, "gram"), (500, "gradients")])
+def test_a_linear_costs_what_the_form_costs_that_the_kernels_choose(positions, form):
+    cost = layer_cost(nn.Linear(64, 32), (2, positions, 64), (2, positions, 32))
+    assert kernels.outer_form(positions, 64, 32) == form
+    bias, products = PASS * positions * 32, positions * 64 * 32 + 2 * PASS * 64 * 32
+    expected = {"rows": PASS * 96, "gram": bias + positions**2 * 96, "gradients": bias + products}
+    assert cost.passthrough == expected[form]
+
+
+def test_a_convolution_has_a_gram_form_where_its_images_are_small():
+    layer = nn.Conv2d(512, 512, 3, padding=1)
+    small, large = (layer_cost(layer, (2, 512, size, size), (2, 512, size, size))
+                    for size in (4, 64))
+    assert small.passthrough == small.fused  # nothing of the weight gradient is shared
+    assert small.passthrough - PASS * 16 * 512 < 2 * PASS * layer.weight.numel()
+    assert large.passthrough - large.fused == pytest.approx(64 * 64 * layer.weight.numel())
+
+
+@pytest.mark.parametrize(
+    "setting", [(lambda: nn.Linear(64, 64), (32, 16, 64)), (lambda: nn.Conv1d(8, 8, 3), (32, 8, 50))]
+)
+@pytest.mark.parametrize(
+    "options", [{"inner_products": True}, {"second_moment": True},
+                {"inner_products": True, "second_moment": True}], ids=str,
+)
+def test_what_is_measured_besides_norms_is_counted(setting, options):
     plain, more = cost_of(*setting), cost_of(*setting, **options)
-    assert more.measures >= set(options)
+    assert {each.name for each in more.statistics} >= set(options)
     assert more.measuring(32) > plain.measuring(32)
     assert more.plain(32) == plain.plain(32)
 
 
-def test_a_layer_by_hand():
-    # 4 samples of 10 positions, from 3 to 5: 3·10·3·5 multiply-adds of training, and two passes over 10·(3 + 5) elements.
-    (layer,) = cost_of(lambda: nn.Linear(3, 5), (4, 10, 3)).layers
-    assert layer.training == 3 * 150 + 2 * PASS * 80
-    assert layer.product == 150
-    step = StepCost((LayerCost(training=100.0, listening=10.0),), numel=8)
+def test_a_step_by_hand():
+    step = StepCost((LayerCost(training=100.0, passthrough=10.0),), numel=8)
     assert step.measuring(4, 2) == 2 * 10 + STEP + CALL + 2 * PASS * 8
 
 
 @pytest.mark.parametrize("overhead", [0.5, 0.05, 0.02, 0.005, 1e-4])
 @pytest.mark.parametrize("share", [0.01, 0.2, 3.0])
 def test_a_plan_keeps_to_its_budget(overhead, share):
-    cost = StepCost((LayerCost(training=1e9, listening=share * 1e9),), numel=0)
+    cost = StepCost((LayerCost(training=1e9, passthrough=share * 1e9),), numel=0)
     plan = within_budget(cost, 256, overhead)
     taken = 256 if plan.samples is None else plan.samples
     assert taken >= FEWEST_SAMPLES
     assert plan.share == cost.share(256, plan.samples) / plan.every
     assert plan.share <= overhead * (1 + 1e-9) or plan.every == LAST_RESORT
     assert plan.every <= LONGEST_INTERVAL or taken == FEWEST_SAMPLES
-    if plan.every == LONGEST_INTERVAL and FEWEST_SAMPLES < taken < 256:  # not one sample less than fits
+    if plan.every == LONGEST_INTERVAL and FEWEST_SAMPLES < taken < 256:  # one more does not fit
         assert cost.share(256, taken + 1) / plan.every > overhead

@@ -1,19 +1,27 @@
-"""Convolutions in one, two and three dimensions: rule and fused backward pass.
+"""Convolutions in one, two and three dimensions: rule, fused backward pass and cost.
 
 Legend: N samples, C channels in, O channels out, S and S' positions in and out, K kernel, g groups.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from torch import Tensor, nn, ops
 from torch.nn import functional as F
 
 from adabatch import kernels
+from adabatch.grad_sample.cost import PASS, LayerCost, elements_per_sample
 from adabatch.grad_sample.factors.base import ConvOuter, Dense, Factor
 from adabatch.grad_sample.layers.linear import no_batch_dimension, weight_and_bias
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
 from adabatch.kernels import accumulation_dtype
+from adabatch.kernels.cpu_conv import conv_gram_is_cheaper
+
+# Time of per-sample weight gradients over that of one for the batch.
+FACTOR = 1.4
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -54,8 +62,35 @@ class ConvBackward(FusedBackward):
         return weight_and_bias(grad_inputs, moments, bias, dtype)
 
 
+def conv_cost(
+    layer: Conv, input_shape: Sequence[int], output_shape: Sequence[int]
+) -> LayerCost:
+    """As a Linear of T = S' positions, I = C K / g: but per-sample gradients take FACTOR T I O,
+    and Gram matrices, where the kernels choose them, S² C + S'² O for the pairs of positions and
+    about PASS passes over those that the kernel shifts."""
+    positions, width_out = math.prod(output_shape[2:]), layer.out_channels
+    numel = layer.weight.numel()
+    product, bias = positions * numel, PASS * positions * width_out
+    training = 3 * product + 2 * PASS * elements_per_sample(input_shape, output_shape)
+    _, padding, _, groups = _geometry(layer)
+    kernel = layer.kernel_size
+    if len(input_shape) == len(kernel) + 2 and conv_gram_is_cheaper(
+        input_shape, output_shape, kernel, layer.stride, padding, groups
+    ):
+        size = input_shape[2:]
+        padded = math.prod(length + 2 * amount
+                           for length, amount in zip(size, padding, strict=True))
+        gram = layer.in_channels * math.prod(size) ** 2 + width_out * positions**2
+        gram += PASS * (2 + sum(kernel)) * padded**2
+        return LayerCost(training, bias + gram, bias + gram, FACTOR * product, numel)
+    formed = bias + 2 * PASS * numel
+    passthrough, fused = formed + FACTOR * product, formed + (FACTOR - 1) * product
+    return LayerCost(training, passthrough, fused, FACTOR * product, numel)
+
+
 @register_grad_sampler(
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, parameters=("weight", "bias"), fused=ConvBackward()
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, parameters=("weight", "bias"), fused=ConvBackward(),
+    cost=conv_cost,
 )
 def conv_grad_sample(layer: Conv, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
     """Convolution with any stride, padding, padding mode, dilation and groups: a ConvOuter for the

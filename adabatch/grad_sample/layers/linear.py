@@ -1,15 +1,18 @@
-"""nn.Linear: rule and fused backward pass.
+"""nn.Linear: rule, fused backward pass and cost.
 
 Legend: N samples, T positions (all dimensions between first and last), I in, O out.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from adabatch import kernels
+from adabatch.grad_sample.cost import PASS, LayerCost, elements_per_sample
 from adabatch.grad_sample.factors.base import Dense, Factor, Outer
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
@@ -48,7 +51,7 @@ class LinearBackward(FusedBackward):
 
 def weight_and_bias(
     grad_inputs: Tensor | None, moments: tuple[Tensor, Tensor, Tensor | None],
-    bias: Tensor | None, dtype: Any,
+    bias: Tensor | None, dtype: torch.dtype,
 ) -> FusedResult:
     """The result from the weight's (Σ G_n, ‖G_n‖², Σ G_n² or None) and the bias's G_n [N, O]."""
     grad, sq_norms, second = moments
@@ -61,6 +64,31 @@ def weight_and_bias(
         if second is not None:
             result.second_moments["bias"] = kernels.dense_second_moment(bias)
     return result
+
+
+def linear_cost(
+    layer: nn.Linear, input_shape: Sequence[int], output_shape: Sequence[int]
+) -> LayerCost:
+    """training: 3 T I O for forward, input gradient and weight gradient, and 2 PASS (T I + T O).
+
+    T = 1: PASS (I + O) for norms. Else, besides PASS T O for the bias, as the kernels choose: Gram
+    matrices, T² (I + O), or per-sample gradients, T I O + 2 PASS I O, or 2 PASS I O fused, where
+    their products make the weight gradient.
+    """
+    width_in, width_out = layer.in_features, layer.out_features
+    positions = max(1.0, math.prod(output_shape) / max(1, output_shape[0]) / width_out)
+    product, numel = positions * width_in * width_out, width_in * width_out
+    training = 3 * product + 2 * PASS * elements_per_sample(input_shape, output_shape)
+    if positions == 1:
+        norms = PASS * (width_in + width_out)
+        return LayerCost(training, norms, product=product, numel=numel)
+    bias, gram = PASS * positions * width_out, positions**2 * (width_in + width_out)
+
+    def norms_by(products: float, with_gradient: bool) -> float:
+        form = kernels.outer_form(positions, width_in, width_out, with_gradient=with_gradient)
+        return bias + (gram if form == "gram" else products + 2 * PASS * numel)
+
+    return LayerCost(training, norms_by(product, False), norms_by(0, True), product, numel)
 
 
 def no_batch_dimension(layer: nn.Module, inputs: Tensor, allowed: str) -> ValueError:
@@ -78,7 +106,9 @@ def _positions(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
 
 
-@register_grad_sampler(nn.Linear, parameters=("weight", "bias"), fused=LinearBackward())
+@register_grad_sampler(
+    nn.Linear, parameters=("weight", "bias"), fused=LinearBackward(), cost=linear_cost
+)
 def linear_grad_sample(
     layer: nn.Linear, activations: Tensor, backprops: Tensor
 ) -> dict[str, Factor]:

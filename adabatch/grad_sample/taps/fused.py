@@ -39,7 +39,7 @@ def takes_over(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor, 
             if len(site.pays) >= MOST_SHAPES:
                 site.pays.clear()
                 site.taken.clear()
-            site.pays[key] = isinstance(layer, nn.GroupNorm) or layer_cost(layer, *site.shapes).takes(n_samples, key[2])
+            site.pays[key] = isinstance(layer, nn.GroupNorm) or layer_cost(layer, *site.shapes).fused_is_cheaper(n_samples, key[2])
         known = site.pays[key] and not (second_moment and rows is not None)
         site.takes = site.taken[key] = known and _is_known(site, layer, inputs, output, rows is None)
     elif isinstance(layer, nn.GroupNorm):
