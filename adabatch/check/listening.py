@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adabatch._engine import running_backward
 from adabatch._tree import holds_packed_sequence, map_tensors
 from adabatch.check.owners import ParameterOwner
 from adabatch.check.state import restored
@@ -132,7 +133,7 @@ class LayerRecorder:
 
 def _recomputing() -> bool:
     """Whether a backward pass is running the layer again, under activation checkpointing."""
-    return torch._C._current_graph_task_id() != -1
+    return running_backward() != -1
 
 
 def _overheard(tensor: Tensor, call: Call) -> Tensor:

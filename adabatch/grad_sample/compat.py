@@ -11,7 +11,7 @@ from torch import nn
 # Names of this module: each look-up along torch's large modules reads memory that the step has just evicted from the caches.
 is_compiling, _is_grad_enabled, _is_tracing = torch.compiler.is_compiling, torch.is_grad_enabled, torch.jit.is_tracing
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
-_transforms, running_backward = torch._C._functorch.peek_interpreter_stack, torch._C._current_graph_task_id
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 _NOTHING = nullcontext()
 

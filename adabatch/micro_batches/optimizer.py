@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from adabatch._engine import at_backward_end
 from adabatch.micro_batches.batches import MicroBatches
 
 CHANGED = (
@@ -228,9 +228,7 @@ class AccumulatingOptimizer(Optimizer):
             self._watched = parameter
         if parameter is self._watched:
             self._check_untouched()
-            # Twice: DistributedDataParallel writes the gradients in a last callback of its own.
-            engine = Variable._execution_engine
-            engine.queue_callback(lambda: engine.queue_callback(self._note))
+            at_backward_end(self._note)
         return grad * self._micro.share if self._weighs else None
 
     def _note(self) -> None:

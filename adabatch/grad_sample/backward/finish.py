@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 
+from adabatch._engine import at_backward_end, running_backward
 from adabatch._transfers import HostCopies, is_remote
 from adabatch.grad_sample.backward.passes import REENTRANT, batch_size_of, check_all_seen, check_gradients_left, reported_parameters, warn_of_mixing
 from adabatch.grad_sample.backward.recorder import ParameterUse
@@ -21,7 +21,7 @@ from adabatch.grad_sample.taps.base import TapSite
 def queue_finish(reference: weakref.ref[Any], reports: Tensor) -> None:
     """Called when the reports' gradient is complete. The parameters' gradients may not be: DDP's own last callback is queued before the second of ours."""
     hooks = reference()
-    task = torch._C._current_graph_task_id()
+    task = running_backward()
     if hooks is None or not hooks._attached or task == hooks._harvested_task:
         return
     recomputing, hooks._placer.recomputing_task = hooks._placer.recomputing_task, -1
@@ -29,8 +29,7 @@ def queue_finish(reference: weakref.ref[Any], reports: Tensor) -> None:
         hooks.reset()
         raise RuntimeError(REENTRANT)
     hooks._harvested_task = task
-    engine = Variable._execution_engine
-    engine.queue_callback(lambda: engine.queue_callback(hooks._harvest))
+    at_backward_end(hooks._harvest)
 
 
 class ForwardSizes:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from adabatch._engine import running_backward
 from adabatch._transfers import to_device
 from adabatch.grad_sample.rows import RowSampler
 
@@ -143,7 +144,7 @@ class Probe:
 
         def before_accumulation(grad: Tensor) -> None:
             reference().grad = None
-            task_of[id(reference())] = torch._C._current_graph_task_id()
+            task_of[id(reference())] = running_backward()
 
         leaf.register_hook(before_accumulation)
         return leaf

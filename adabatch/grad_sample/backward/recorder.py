@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adabatch._engine import running_backward
 from adabatch.grad_sample.backward.verify import GradientSumCheck
-from adabatch.grad_sample.compat import running_backward
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.statistics.preconditioned import SecondMoments
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adabatch._engine import running_backward
 from adabatch.grad_sample.factors.base import Factor
 
 DIFFERS = (
@@ -58,8 +59,8 @@ class GradientSumCheck:
 
     def hear(self, names: Mapping[str, str], factors: Mapping[str, Factor]) -> None:
         """A use, told while the gradient is not complete: {own name: name in the model} and {own name: factor}."""
-        if self._task != torch._C._current_graph_task_id():
-            self._forget(torch._C._current_graph_task_id())
+        if self._task != running_backward():
+            self._forget(running_backward())
         for own, factor in factors.items():
             parameter = self._parameters[names[own]]
             sums = self._sums.setdefault(names[own], _Sums(0.0, 0.0, _is_empty(parameter.grad)))

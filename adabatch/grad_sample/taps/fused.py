@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adabatch import kernels
+from adabatch._engine import running_backward
 from adabatch.grad_sample.compat import autocast_disabled
 from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.layers.conv import symmetric_padding
@@ -33,7 +34,7 @@ def takes_over(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor, 
     if torch.compiler.is_compiling():
         return rows is None and _is_known(site, layer, inputs, output, True)
     key = (inputs.shape, output.shape, n_samples if rows is None else len(rows))
-    if torch._C._current_graph_task_id() == -1:
+    if running_backward() == -1:
         site.shapes = tuple(_samples_first(site, tensor, n_samples) for tensor in (inputs, output))
         if key not in site.pays:
             if len(site.pays) >= MOST_SHAPES:

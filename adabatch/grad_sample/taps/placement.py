@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from adabatch._engine import running_backward
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.finish import ForwardSizes
 from adabatch.grad_sample.backward.probe import ProbeSet
 from adabatch.grad_sample.backward.recorder import BackwardRecorder
 from adabatch.grad_sample.backward.verify import GradientSumCheck
-from adabatch.grad_sample.compat import can_measure, is_compiled, is_compiling, running_backward
+from adabatch.grad_sample.compat import can_measure, is_compiled, is_compiling
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional.inputs import batch_size_of_inputs, has_batch_dim, row_dim, tensors_of
 from adabatch.grad_sample.functional.traced_op import TracedOp
