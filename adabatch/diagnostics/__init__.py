@@ -2,7 +2,7 @@
 
 from adabatch.diagnostics.history import Diagnostics
 from adabatch.diagnostics.layers import LayerRow, Layers
-from adabatch.diagnostics.plot import draw, plot
+from adabatch.diagnostics.plots import draw, plot
 from adabatch.diagnostics.record import Record
 
 __all__ = ["Diagnostics", "LayerRow", "Layers", "Record", "draw", "plot"]

@@ -1,6 +1,6 @@
-"""One row of the history.
+"""One step of the history, and the averages over the steps before it.
 
-Legend: m samples in the batch, g_i the gradient of sample i's loss, g the mean of the g_i over the batch,
+Legend: m samples in the batch, g_i the gradient of sample i's loss, g the mean of the g_i,
 T = tr Cov(g_i) the variance trace, G² = ‖E g_i‖² the squared norm of the true gradient.
 """
 
@@ -8,52 +8,64 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
+
+from adabatch._table import html
+from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.intervals import JointAverages
+
+LEVEL = 0.9
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Record:
-    """What is known about one optimizer step. Sizes are in samples; plain Python numbers throughout.
+    """What is known about one optimizer step: plain numbers, sizes in samples.
 
-    Every statistic is of per-sample gradients of the per-sample loss, whatever the reduction of the loss that was differentiated:
-    T̂ has the divisor m − 1, ‖g‖² is of the batch mean. Fields that end in `_ema` are moving averages weighted by samples
-    (`adabatch.estimators.averages`), made for display: no controller reads them.
+    Statistics are of per-sample gradients of the per-sample loss, whatever the reduction of the
+    loss: T̂ has the divisor m − 1, ‖g‖² is of the batch mean. `_ema`: moving averages weighted by
+    samples, for display; no controller reads them. `_std_error`: standard errors of the averages,
+    for T from the errors within the steps where inner products are measured, else from the spread
+    of the steps. `_low`, `_high`: ends of 90 % intervals of ratios (`fieller`); `_high` is inf
+    where the divisor might be 0.
 
-    On a step that measures nothing, or whose measurement was dropped, `variance_trace`, `grad_sq_norm`, `true_grad_sq_norm`, `noise_scale`
-    and `snr` are NaN; the averages and their standard errors keep the value they had, NaN before the first measurement.
-
-    Fields that end in `_std_error` are standard errors of the averages: for T from the errors of the steps where inner_products are measured, else from the spread of
-    the steps around the average, which counts a drift as noise (`MovingAverage`). `_low` and `_high` are the ends of 90 % intervals of ratios (`fieller`):
-    they lie unevenly around the ratio, and `_high` is inf where the divisor might be 0.
+    Of a step that measured nothing, or whose measurement was dropped, the moments are NaN and the
+    averages keep their values, NaN before the first one. What a run does not have, such as
+    proposals in a run without a controller, is NaN, or None for `next_batch_size`.
 
     Attributes:
-        step: number of the step, from 0 or 1 as the scheduler counts.
+        step: number of the step, as the scheduler counts.
         samples_seen: samples the run has used, this batch included.
-        batch_size: m, the size of this step's batch.
-        proposed_batch_size: the controller's proposal, neither rounded nor bounded; NaN when it made none.
-        proposed_low, proposed_high: the proposal's interval, at the scheduler's `confidence` if it has one; NaN where the rule has none.
-        next_batch_size: the size asked for from the next batch on.
-        lr: the base effective learning rate that the controller was told.
-        loss: mean loss of the batch; loss_ema: its average; loss_std_error.
-        f_star: floor of the loss that the controller takes, NaN if it has none; f_star_std_error: 0 for one that was given.
-        n_measured: s, the samples that variance_trace is from; 0 if there are none, or not known.
-        variance_trace: T̂, in units of squared gradient; variance_trace_ema: its average; variance_trace_std_error.
-        variance_trace_step_error: standard error of this step's T̂, NaN without inner_products.
-        grad_sq_norm: ‖g‖²; grad_sq_norm_ema: its average.
-        true_grad_sq_norm: Ĝ² = ‖g‖² − T̂/m, which may be negative on one batch; true_grad_sq_norm_ema: its average; true_grad_sq_norm_std_error.
-        noise_scale: T̂/Ĝ², in samples; inf where Ĝ² is not above zero.
-        noise_scale_ema: the ratio of the two averages (never the average of the ratios); noise_scale_low, noise_scale_high.
-        snr: m·Ĝ²/T̂, signal-to-noise ratio of the batch gradient, a negative Ĝ² counted as 0.
-        snr_ema: the same from the two averages, for this step's m.
-        preconditioned_trace_ema: the average of tr(PΣ) that the controller keeps, NaN if it has none; preconditioned_trace_std_error.
-        seconds: wall-clock time of the step, NaN if not timed; samples_per_second: m / seconds.
-        measured: whether this step's measurement was made and used.
-        dropped: why a measurement was thrown away, "" if none was.
+        batch_size: m, samples of the step.
+        proposed_batch_size: the controller's proposal, neither rounded nor bounded;
+            proposed_low, proposed_high: its interval.
+        next_batch_size: the size from the next batch on; None where nothing sets it.
+        lr: the base effective learning rate that the controller was passed.
+        loss: mean loss of the batch; loss_ema, loss_std_error.
+        f_star: the controller's floor of the loss; f_star_std_error: 0 for a given one.
+        n_measured: s, the samples that variance_trace is from; 0 if nothing was measured.
+        variance_trace: T̂; variance_trace_ema, variance_trace_std_error.
+        variance_trace_step_error: standard error of this step's T̂; needs inner products.
+        grad_sq_norm: ‖g‖²; grad_sq_norm_ema.
+        true_grad_sq_norm: Ĝ² = ‖g‖² − T̂/m, which may be negative on one batch;
+            true_grad_sq_norm_ema, true_grad_sq_norm_std_error.
+        noise_scale: T̂/Ĝ², in samples; inf where Ĝ² is not above zero. noise_scale_ema: ratio of
+            the two averages, not the average of ratios; noise_scale_low, noise_scale_high.
+        snr: m·Ĝ²/T̂, a negative Ĝ² counted as 0; snr_ema: the same of the averages, at this m.
+        preconditioned_trace_ema: the controller's average of tr(PΣ);
+            preconditioned_trace_std_error.
+        seconds: wall-clock time of the step; samples_per_second: m / seconds.
+        measured: whether the step was measured and the measurement was used.
+        dropped: why a measurement was dropped, else "".
 
     Example:
-        >>> values = dict.fromkeys(FIELDS, 0.0) | {"step": 1, "batch_size": 64, "next_batch_size": 72, "variance_trace": 4.0, "measured": True, "dropped": ""}
-        >>> record = Record(**values)
-        >>> record.next_batch_size, record.variance_trace
-        (72, 4.0)
+        >>> nan = math.nan
+        >>> given = (7, 448, 64, 72.4, nan, nan, 72, 0.1, 2.5, 0.0, 0.0, 64, 8.0, nan, 0.75, 0.625)
+        >>> record = Averages().record((*given, nan, nan, 0.5, True, ""))
+        >>> record.noise_scale, record.snr, record.samples_per_second
+        (12.8, 5.0, 128.0)
+        >>> record
+        Record(step 7, 448 samples, batch 64 → 72, loss 2.5, variance trace 8, noise scale 12.8)
     """
 
     step: int
@@ -62,7 +74,7 @@ class Record:
     proposed_batch_size: float
     proposed_low: float
     proposed_high: float
-    next_batch_size: int
+    next_batch_size: int | None
     lr: float
     loss: float
     loss_ema: float
@@ -92,29 +104,130 @@ class Record:
     measured: bool
     dropped: str
 
-    @classmethod
-    def from_tuple(cls, row: tuple) -> Record:
-        """A record from its values in the order of the fields."""
-        return cls(*row)
+    def __repr__(self) -> str:
+        moments = [f"{label} {shown(self, name)}" for label, name in
+                   (("loss", "loss_ema"), ("variance trace", "variance_trace_ema"))]
+        step = f"step {self.step}, {self.samples_seen:,} samples"
+        return f"Record({', '.join([step, _size(self), *moments, *_scale(self)])})"
+
+    def _repr_html_(self) -> str:
+        errors = {*ERRORS.values(), *(end for ends in INTERVALS.values() for end in ends)}
+        rows = [(name, shown(self, name)) for name in FIELDS if name not in errors]
+        return html([("field", "value"), *(row for row in rows if row[1] not in ("-", ""))])
 
 
 FIELDS: dict[str, str] = {field.name: str(field.type) for field in fields(Record)}
-"""Name of every field and its type, "int", "float", "bool" or "str", in order."""
+"""{name of a field: its type, "int", "int | None", "float", "bool" or "str"}, in order."""
 
-ADDED: dict[str, float] = {
-    **dict.fromkeys(("proposed_low", "proposed_high", "loss_std_error", "f_star", "f_star_std_error", "variance_trace_step_error"), math.nan),
-    **dict.fromkeys(("true_grad_sq_norm_std_error", "noise_scale_low", "noise_scale_high"), math.nan),
-    **dict.fromkeys(("preconditioned_trace_ema", "preconditioned_trace_std_error"), math.nan),
-    "n_measured": 0,
+ERRORS = {
+    "loss_ema": "loss_std_error", "f_star": "f_star_std_error",
+    "variance_trace": "variance_trace_step_error",
+    "variance_trace_ema": "variance_trace_std_error",
+    "true_grad_sq_norm_ema": "true_grad_sq_norm_std_error",
+    "preconditioned_trace_ema": "preconditioned_trace_std_error",
 }
-"""Fields that files of the first releases lack, and what stands for them."""
+"""{field: the field that holds its standard error}."""
 
-INDEX: dict[str, int] = {name: position for position, name in enumerate(FIELDS)}
-"""Position of every field in a row."""
+INTERVALS = {
+    "noise_scale_ema": ("noise_scale_low", "noise_scale_high"),
+    "proposed_batch_size": ("proposed_low", "proposed_high"),
+}
+"""{field: the fields that hold the ends of its interval}."""
+
+_WORKED_OUT = {
+    "loss_ema", "loss_std_error", "variance_trace_ema", "variance_trace_std_error",
+    "grad_sq_norm_ema", "true_grad_sq_norm_ema", "true_grad_sq_norm_std_error", "noise_scale",
+    "noise_scale_ema", "noise_scale_low", "noise_scale_high", "snr", "snr_ema",
+    "samples_per_second",
+}
+GIVEN: tuple[str, ...] = tuple(name for name in FIELDS if name not in _WORKED_OUT)
+"""Fields that are stored, in order; all others are worked out from them."""
+
+given_values = attrgetter(*GIVEN)
+_inputs = attrgetter("batch_size", "n_measured", "loss", "variance_trace",
+                     "variance_trace_step_error", "grad_sq_norm", "true_grad_sq_norm")
+
+
+class Averages:
+    """Moving averages of the loss and the moments, weighted by samples; of T̂ by measured ones.
+
+    Args:
+        smoothing: μ, 0 <= μ < 1.
+
+    Raises:
+        ValueError: smoothing outside [0, 1).
+    """
+
+    def __init__(self, smoothing: float = 0.95):
+        names = ("loss", "variance_trace", "grad_sq_norm", "true_grad_sq_norm")
+        self._means = {name: MovingAverage(smoothing) for name in names}
+        self._joint = JointAverages(self._means["variance_trace"], self._means["true_grad_sq_norm"])
+
+    @property
+    def smoothing(self) -> float:
+        """μ."""
+        return self._means["loss"].smoothing
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no value was taken yet."""
+        return not any(mean.count for mean in self._means.values())
+
+    def update(self, size: int, measured: int, loss: float, trace: float, error: float,
+               square: float, signal: float) -> None:
+        """Take a step's m, s, F, T̂ and its standard error, ‖g‖², Ĝ²; NaN for what is not known."""
+        measured = measured or size
+        self._joint.update((trace, measured, error, measured - 1), (signal, size))
+        self._means["loss"].update(loss, size)
+        self._means["grad_sq_norm"].update(square, size)
+
+    def take(self, record: Record) -> None:
+        """Update with a record that was worked out elsewhere."""
+        self.update(*_inputs(record))
+
+    def record(self, given: tuple[Any, ...]) -> Record:
+        """Update with the fields GIVEN of a step, and work out the others."""
+        row = dict(zip(GIVEN, given, strict=True))
+        size, trace, signal = row["batch_size"], row["variance_trace"], row["true_grad_sq_norm"]
+        self.update(size, row["n_measured"], row["loss"], trace, row["variance_trace_step_error"],
+                    row["grad_sq_norm"], signal)
+        for name, mean in self._means.items():
+            row[f"{name}_ema"] = mean.average
+            if name != "grad_sq_norm":
+                row[f"{name}_std_error"] = mean.std_error()
+        smoothed = row["variance_trace_ema"], row["true_grad_sq_norm_ema"]
+        known = self._means["variance_trace"].count > 0
+        low, high = self._joint.ratio_interval(LEVEL) if known else (math.nan, math.nan)
+        row |= {"noise_scale": noise_scale(trace, signal), "snr": snr(size, trace, signal)}
+        row |= {"noise_scale_ema": noise_scale(*smoothed), "snr_ema": snr(size, *smoothed)}
+        row |= {"noise_scale_low": low, "noise_scale_high": high}
+        row["samples_per_second"] = size / row["seconds"] if row["seconds"] > 0 else math.nan
+        return Record(**row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        means = {name: mean.state_dict() for name, mean in self._means.items()}
+        return {"means": means, "joint": self._joint.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state_dict().
+
+        Raises:
+            ValueError: averages that do not fit.
+        """
+        missing = self._means.keys() - state["means"].keys()
+        if missing:
+            raise ValueError(f"the diagnostics' state lacks the averages {sorted(missing)}: "
+                             "pass what Diagnostics.state_dict() returned")
+        fresh = Averages()
+        for name, mean in fresh._means.items():
+            mean.load_state_dict(state["means"][name])
+        fresh._joint.load_state_dict(state["joint"])
+        self._means, self._joint = fresh._means, fresh._joint
 
 
 def noise_scale(variance_trace: float, true_grad_sq_norm: float) -> float:
-    """T/G² in samples: a T below zero counts as 0, and a G² not above zero leaves the ratio unbounded.
+    """T/G² in samples: a T below zero counts as 0; inf where G² is not above zero.
 
     Example:
         >>> noise_scale(6.0, 2.0), noise_scale(6.0, -0.1)
@@ -125,8 +238,8 @@ def noise_scale(variance_trace: float, true_grad_sq_norm: float) -> float:
     return max(variance_trace, 0.0) / true_grad_sq_norm if true_grad_sq_norm > 0 else math.inf
 
 
-def snr(batch_size: int, variance_trace: float, true_grad_sq_norm: float) -> float:
-    """m·G²/T: a G² below zero counts as 0; without noise it is inf, with neither noise nor signal NaN.
+def snr(batch_size: float, variance_trace: float, true_grad_sq_norm: float) -> float:
+    """m·G²/T: a G² below zero counts as 0; inf without noise, NaN without noise and signal.
 
     Example:
         >>> snr(16, 4.0, 0.5), snr(16, 4.0, -0.5), snr(16, 0.0, 0.5)
@@ -137,3 +250,52 @@ def snr(batch_size: int, variance_trace: float, true_grad_sq_norm: float) -> flo
     if variance_trace <= 0:
         return math.inf if true_grad_sq_norm > 0 else math.nan
     return batch_size * max(true_grad_sq_norm, 0.0) / variance_trace
+
+
+def number(value: float) -> str:
+    """A number for a person, "-" for NaN.
+
+    Example:
+        >>> number(12345.6), number(0.0123456), number(math.nan)
+        ('12,346', '0.01235', '-')
+    """
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def has_error(record: Record, name: str) -> bool:
+    """Whether the field's standard error or interval is known and says something."""
+    if name in INTERVALS:
+        low, high = (getattr(record, end) for end in INTERVALS[name])
+        return not math.isnan(getattr(record, name)) and (low > 0 or high < math.inf)
+    return name in ERRORS and 0 < getattr(record, ERRORS[name]) < math.inf
+
+
+def shown(record: Record, name: str) -> str:
+    """A field for a person, with its error where it has one: "2.5 ± 0.1", "218 (106 to 866)"."""
+    value = getattr(record, name)
+    if not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else "-" if value is None else str(value)
+    if not has_error(record, name):
+        return number(value)
+    if name in ERRORS:
+        return f"{number(value)} ± {getattr(record, ERRORS[name]):.3g}"
+    low, high = (getattr(record, end) for end in INTERVALS[name])
+    interval = f"above {low:.3g}" if math.isinf(high) else f"{low:.3g} to {high:.3g}"
+    return f"{number(value)} ({interval})"
+
+
+def brief(record: Record) -> str:
+    """Sizes and noise scale: "batch 24 → 26, noise scale 218 (106 to 866)"."""
+    return ", ".join([_size(record), *_scale(record)])
+
+
+def _size(record: Record) -> str:
+    following = "" if record.next_batch_size is None else f" → {record.next_batch_size:,}"
+    return f"batch {record.batch_size:,}{following}"
+
+
+def _scale(record: Record) -> list[str]:
+    known = not math.isnan(record.noise_scale_ema)
+    return [f"noise scale {shown(record, 'noise_scale_ema')}"] if known else []

@@ -1,6 +1,7 @@
 """A made-up run for the tests of the history: sizes, losses and moments drawn at random, with steps that measure nothing and dropped ones."""
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 
@@ -41,3 +42,8 @@ def fill(history, rows):
     for row in rows:
         history.append(**row)
     return history
+
+
+def same_records(some, others):
+    """Whether two histories, or lists of records, are equal in every field, NaN being equal to NaN."""
+    return repr([astuple(record) for record in some]) == repr([astuple(record) for record in others])

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from scipy import stats
 
 import adabatch
 from adabatch.diagnostics import Diagnostics, Record
-from tests.diagnostics.synthetic import fill, steps
+from tests.diagnostics.synthetic import fill, same_records, steps
 from tests.estimators.test_averages import by_definition
 
 MEASURED_FIELDS = ["variance_trace", "grad_sq_norm", "true_grad_sq_norm", "noise_scale", "snr"]
@@ -121,6 +122,7 @@ def test_numbers_are_plain():
     )  # fmt: skip
     record = history.latest
     assert {type(getattr(record, name)) for name in Record.__slots__} == {int, float, bool, str}
+    assert history.column("next_batch_size").dtype.kind == "i"
 
 
 def test_sequence():
@@ -139,9 +141,43 @@ def test_counts_and_repr():
     history = fill(Diagnostics(), steps(20))
     assert history.dropped == Counter({"non-finite loss": 2, "batch of one": 1})
     assert (history.n_steps, history.n_measured, history.n_dropped) == (20, 17, 3)
-    assert repr(history) == "Diagnostics(20 steps, 17 measured, 3 dropped)"
+    assert re.fullmatch(r"Diagnostics\(20 steps, 17 measured, 3 dropped; batch \d+ → \d+, noise scale .* \(.* to .*\)\)", repr(history))
+    assert repr(Diagnostics()) == "Diagnostics(0 steps, 0 measured, 0 dropped)"
     history.dropped["batch of one"] = 99
     assert history.n_dropped == 3
+
+
+def test_a_run_without_a_controller_has_no_proposals():
+    """What a monitor appends: only what it saw."""
+    history = Diagnostics()
+    for row in steps(20):
+        names = ("step", "samples_seen", "batch_size", "variance_trace", "grad_sq_norm", "true_grad_sq_norm", "measured")
+        history.append(**{name: row[name] for name in names})
+    latest = history.latest
+    assert latest.next_batch_size is None
+    assert all(math.isnan(value) for value in (latest.proposed_batch_size, latest.lr, latest.loss, latest.loss_ema, latest.seconds))
+    assert np.isnan(history.column("next_batch_size")).all()
+    assert "proposed" not in history.summary()
+    assert "lr" not in history.summary()
+    assert f"batch {latest.batch_size}, noise scale" in repr(history)
+
+
+def test_averages_do_not_depend_on_when_they_are_read():
+    seen, history = [], Diagnostics(max_records=8)
+    for row in steps(30):
+        history.append(**row)
+        seen.append(history.latest)
+    assert same_records(seen, fill(Diagnostics(), steps(30)))
+
+
+def test_notebooks_show_tables():
+    history = fill(Diagnostics(), steps(20))
+    page = history._repr_html_()
+    assert page.startswith("<div>20 steps, ")
+    assert page.count("<tr>") == 1 + 10
+    record = history.latest._repr_html_()
+    assert f"<td>variance_trace_ema</td><td>{history.latest.variance_trace_ema:.4g} ± " in record
+    assert "nan" not in record
 
 
 def test_columns():
@@ -169,7 +205,8 @@ def test_max_records_bounds_memory_not_counts():
     assert [record.step for record in history] == [16, 17, 18, 19, 20]
     assert (history.n_steps, history.n_dropped) == (20, 3)
     assert history.latest == fill(Diagnostics(), steps(20)).latest
-    with pytest.raises(ValueError, match="max_records is 0"):
+    assert same_records(fill(Diagnostics(max_records=5), steps(900)), fill(Diagnostics(), steps(900))[-5:])
+    with pytest.raises(ValueError, match="max_records must be at least 1, .* got 0"):
         Diagnostics(max_records=0)
 
 
@@ -184,7 +221,7 @@ def test_state_goes_on_bit_for_bit():
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     assert len(resumed) == 0
     fill(resumed, rows[20:])
-    assert repr(resumed[:]) == repr(whole[20:])
+    assert same_records(resumed, whole[20:])
     assert resumed.state_dict() == whole.state_dict()
 
 
@@ -201,15 +238,15 @@ def test_loading_an_earlier_state_rolls_back():
     fill(history, rows[10:])
     history.load_state_dict(state)
     assert history.latest.step == 10
-    assert repr(fill(history, rows[10:])[:]) == repr(fill(Diagnostics(), rows)[:])
+    assert same_records(fill(history, rows[10:]), fill(Diagnostics(), rows))
 
 
 def test_unknown_state():
     history = Diagnostics()
-    with pytest.raises(ValueError, match="version 2, but this adabatch reads version 1"):
-        history.load_state_dict({**history.state_dict(), "version": 2})
+    with pytest.raises(ValueError, match="Diagnostics has version 1; this release of adabatch reads version 2"):
+        history.load_state_dict({**history.state_dict(), "version": 1})
     with pytest.raises(ValueError, match="lacks the averages"):
-        history.load_state_dict({**history.state_dict(), "averages": {}})
+        history.load_state_dict({**history.state_dict(), "averages": {"means": {}, "joint": {}}})
 
 
 @pytest.mark.parametrize("given", [5, True, "out/history.jsonl", Diagnostics], ids=str)

@@ -13,8 +13,7 @@ from torch import nn
 import adabatch
 from adabatch import Diagnostics, GradSampleHooks
 from adabatch.controllers import Annealed
-from adabatch.diagnostics.layer_history import LayerHistory
-from adabatch.diagnostics.layers import Layers, LayerStatistics
+from adabatch.diagnostics.layers import LayerHistory, Layers, LayerStatistics
 from tests import oracle
 from tests.grad_sample.measuring import close, make_batch, make_mlp, measure, squared_error
 
@@ -177,6 +176,8 @@ def test_csv_and_table(tmp_path):
     lines = str(view).splitlines()
     assert [line.split()[0] for line in lines] == ["layer", "body", "head"]
     assert view[0].name == "body"
+    assert repr(view).startswith(f"Layers(2 names, 5 spans to {view.edges[-1]:,} samples; ")
+    assert view._repr_html_().count("<tr>") == 3
     assert len(view) == 2
 
 

@@ -8,11 +8,11 @@ import pytest
 from adabatch.diagnostics import Record
 from adabatch.diagnostics.record import FIELDS, noise_scale, snr
 
-ROW = tuple({"int": 3, "float": 0.5, "bool": True, "str": ""}[kind] for kind in FIELDS.values())
+ROW = tuple({"int": 3, "int | None": None, "float": 0.5, "bool": True, "str": ""}[kind] for kind in FIELDS.values())  # in the order of the fields
 
 
 def test_record_is_frozen_and_slotted():
-    record = Record.from_tuple(ROW)
+    record = Record(*ROW)
     assert dataclasses.astuple(record) == ROW
     assert not hasattr(record, "__dict__")
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -1,0 +1,193 @@
+"""The history as a file of JSON lines, readable at any moment, also after a kill.
+
+The first line is a header {"format", "version", "smoothing", "before"}: `before` holds the averages
+over steps that are not in the file, null where there are none. Every further line is an object with
+the fields `GIVEN` of one record, and "layers" where the layers were measured separately; averages
+and ratios are worked out when the file is read.
+JSON has no NaN and no infinity: NaN is written as null, the infinities as "inf" and "-inf".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from adabatch.diagnostics.layers import LayerStatistics
+from adabatch.diagnostics.record import FIELDS, GIVEN, Averages
+
+FORMAT, VERSION, LAYERS = "adabatch.diagnostics", 2, "layers"
+Row = tuple[Any, ...]
+_STEP, _BATCH_SIZE = GIVEN.index("step"), GIVEN.index("batch_size")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,), "int | None": (int, type(None)), "float": (int, float),
+    "bool": (bool,), "str": (str,),
+}
+
+
+def to_json(value: Any) -> Any:
+    """Numbers in dicts and lists as JSON knows them.
+
+    Example:
+        >>> to_json({"a": [1.5, math.nan, -math.inf]})
+        {'a': [1.5, None, '-inf']}
+    """
+    if isinstance(value, dict):
+        return {key: to_json(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(child) for child in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else repr(value)
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of to_json."""
+    if isinstance(value, dict):
+        return {key: from_json(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [from_json(child) for child in value]
+    return math.nan if value is None else {"inf": math.inf, "-inf": -math.inf}.get(value, value)
+
+
+def encode(row: Row, layers: LayerStatistics | None = None) -> str:
+    """One record as a line of valid JSON, without the line's end."""
+    fields = dict(zip(GIVEN, to_json(row), strict=True))
+    if layers is not None:
+        fields[LAYERS] = layers.to_json()
+    return json.dumps(fields, allow_nan=False)
+
+
+def decode(line: bytes) -> tuple[Row, LayerStatistics | None]:
+    """The row and the layers of one line.
+
+    Raises:
+        ValueError: not a JSON object with exactly the fields of a record, each of its type.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with the fields of a record, got {record!r}")
+    layers = record.pop(LAYERS, None)
+    if record.keys() != set(GIVEN):
+        missing, unknown = sorted(set(GIVEN) - record.keys()), sorted(record.keys() - set(GIVEN))
+        raise ValueError(f"missing fields {missing}, unknown fields {unknown}")
+    row = tuple(_typed(name, FIELDS[name], record[name]) for name in GIVEN)
+    return row, None if layers is None else LayerStatistics.from_json(layers, row[_BATCH_SIZE])
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    if kind == "float":
+        value = from_json(value)
+    if not isinstance(value, _TYPES[kind]) or (kind != "bool" and isinstance(value, bool)):
+        raise ValueError(f"{name} is {value!r}, but must be of type {kind}")
+    return float(value) if isinstance(value, (int, float)) and kind == "float" else value
+
+
+class JsonlWriter:
+    """Appends records to a file; each is with the operating system when `write` returns.
+
+    Args:
+        path: the file; its folder must exist.
+        before: the averages before the first record.
+        append: continue an existing file (a torn last line is removed) instead of replacing it.
+
+    Raises:
+        ValueError: append, and the file is not a history of this version.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], before: Averages, append: bool = False):
+        self.path = os.fspath(path)
+        is_new = not append or not os.path.exists(self.path) or os.path.getsize(self.path) == 0
+        if not is_new:
+            _remove_torn_line(self.path)
+        # Unbuffered: a kill loses nothing, and a forked worker of the loader writes nothing twice.
+        self._file = open(self.path, "wb" if is_new else "ab", buffering=0)  # noqa: SIM115
+        # No warning about an open file at the end of a run: nothing is lost.
+        weakref.finalize(self, self._file.close)
+        if is_new:
+            header = {"format": FORMAT, "version": VERSION, "smoothing": before.smoothing}
+            averages = None if before.is_empty else to_json(before.state_dict())
+            self._write([json.dumps({**header, "before": averages})])
+
+    def write(self, rows: Sequence[Row], layers: LayerStatistics | None = None) -> None:
+        """Write the rows, one line each, each with the layers."""
+        self._write([encode(row, layers) for row in rows])
+
+    def _write(self, lines: list[str]) -> None:
+        data = memoryview("".join(f"{line}\n" for line in lines).encode())
+        while data:
+            data = data[self._file.write(data):]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Content(NamedTuple):
+    """What a file holds."""
+
+    before: Averages
+    records: list[tuple[Row, LayerStatistics | None]]
+
+
+def read(path: str | os.PathLike[str]) -> Content:
+    """Read a file; a last line that a kill tore is left out.
+
+    A record whose step is not above the one before it comes from a run resumed at an earlier
+    checkpoint: it replaces all records from that step on.
+
+    Raises:
+        ValueError: not a history of this version, or a malformed line, named by its number.
+        OSError: the file cannot be read.
+    """
+    path = os.fspath(path)
+    content = Content(Averages(), [])
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                content = Content(_averages(_header(path, line)), [])
+                continue
+            try:
+                row, layers = decode(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    break
+                raise ValueError(f"{path}, line {number}: {error}. Remove the line, or restore the "
+                                 "file from a copy.") from None
+            while content.records and content.records[-1][0][_STEP] >= row[_STEP]:
+                content.records.pop()
+            content.records.append((row, layers))
+    return content
+
+
+def _averages(header: dict[str, Any]) -> Averages:
+    averages = Averages(header["smoothing"])
+    if header["before"] is not None:
+        averages.load_state_dict(from_json(header["before"]))
+    return averages
+
+
+def _header(path: str, line: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path}, line 1: not a history written by to_jsonl; its first line must "
+                         f'be {{"format": "{FORMAT}", …}}, got {line[:80]!r}')
+    if header.get("version") != VERSION:
+        raise ValueError(f"{path}, line 1: a history of version {header.get('version')!r}; this "
+                         f"release of adabatch reads version {VERSION}")
+    return header
+
+
+def _remove_torn_line(path: str) -> None:
+    with open(path, "rb+") as file:
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        _header(path, content[:end].split(b"\n", 1)[0])
+        file.truncate(end)
