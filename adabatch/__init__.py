@@ -2,6 +2,15 @@
 
 from adabatch.check import check
 from adabatch.checkpoint import load_state_dict, state_dict
+from adabatch.config import (
+    BatchSizes,
+    Coupling,
+    CrossRank,
+    Every,
+    MicroBatch,
+    MicroBatches,
+    PerSample,
+)
 from adabatch.controllers import CABS
 from adabatch.data import AdaptiveDataLoader, ResizableBatchSampler
 from adabatch.diagnostics import Diagnostics
@@ -16,9 +25,16 @@ __all__ = [
     "CABS",
     "AdaptiveDataLoader",
     "BatchSizeScheduler",
+    "BatchSizes",
+    "Coupling",
+    "CrossRank",
     "Diagnostics",
+    "Every",
     "GradSampleHooks",
     "GradientMoments",
+    "MicroBatch",
+    "MicroBatches",
+    "PerSample",
     "ResizableBatchSampler",
     "check",
     "load_state_dict",

@@ -1,0 +1,382 @@
+"""The options of `adabatch.wrap` and `adabatch.monitor`: frozen, checked where they are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+CouplingRule = Callable[[int, int, float], float]
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+RULES = ("none", "linear", "sqrt", "adascale", "seesaw")
+ON_LIMIT = ("keep", "lower_lr")
+SHORT_BATCH = ("scale", "keep", "drop")
+DEFAULT_SHARE = 0.05  # of the training time, for measure="auto"
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Which batch sizes are allowed, and how readily the size changes.
+
+    Args:
+        minimum, maximum: bounds of a step's batch, in samples, both included.
+        multiple_of: sizes are multiples of this.
+        size_ratio: allow only sizes about this ratio apart, from the lowest to the highest, so
+            that compiled models see few shapes (1.25: 23 from 16 to 2048). None: every size.
+        cooldown: steps that must pass after a change before the next one.
+        hysteresis: relative change up to which the size is kept. With size_ratio: how far a
+            proposal must be beyond the geometric mean of two neighbours.
+
+    Raises:
+        ValueError: listing every problem.
+
+    Example:
+        >>> BatchSizes(16, 4096, multiple_of=8) == BatchSizes.of((16, 4096), multiple_of=8)
+        True
+        >>> BatchSizes(64, 16, cooldown=-1)
+        Traceback (most recent call last):
+        ValueError: BatchSizes: minimum (64) must not exceed maximum (16); cooldown must be an \
+integer >= 0, got -1
+    """
+
+    minimum: int = 16
+    maximum: int = 2048
+    _: KW_ONLY
+    multiple_of: int = 1
+    size_ratio: float | None = None
+    cooldown: int = 0
+    hysteresis: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be a positive integer, got {getattr(self, name)!r}"
+            for name in ("minimum", "maximum", "multiple_of")
+            if not _is_integer(getattr(self, name), least=1)
+        ]
+        if not problems and self.minimum > self.maximum:
+            problems = [f"minimum ({self.minimum}) must not exceed maximum ({self.maximum})"]
+        elif not problems and self.lowest > self.highest:
+            problems = [f"no multiple of {self.multiple_of} lies between minimum ({self.minimum}) "
+                        f"and maximum ({self.maximum}): widen the bounds"]
+        if self.size_ratio is not None and not _is_number(self.size_ratio, above=1):
+            problems.append(f"size_ratio must be a number > 1 or None, got {self.size_ratio!r}")
+        if not _is_integer(self.cooldown, least=0):
+            problems.append(f"cooldown must be an integer >= 0, got {self.cooldown!r}")
+        if self.hysteresis != 0 and not _is_number(self.hysteresis, above=0):
+            problems.append(f"hysteresis must be a number >= 0, got {self.hysteresis!r}")
+        _refuse("BatchSizes", problems)
+
+    @classmethod
+    def of(cls, given: BatchSizes | tuple[int, int], **options: Any) -> BatchSizes:
+        """A BatchSizes as it is; one of a pair (minimum, maximum)."""
+        if isinstance(given, cls) and not options:
+            return given
+        if isinstance(given, (tuple, list)) and len(given) == 2:
+            return cls(*given, **options)
+        raise ValueError("batch_sizes must be a pair (minimum, maximum) or an adabatch.BatchSizes, "
+                         f"got {given!r}: pass e.g. batch_sizes=(16, 4096)")
+
+    @property
+    def lowest(self) -> int:
+        """The smallest allowed size."""
+        return -(-self.minimum // self.multiple_of) * self.multiple_of
+
+    @property
+    def highest(self) -> int:
+        """The largest allowed size."""
+        return self.maximum // self.multiple_of * self.multiple_of
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How the learning rate follows the batch size.
+
+    Args:
+        rule: the factor on the lr of a batch of B samples, S = B / base_batch_size: "none" (1),
+            "linear" (S), "sqrt" (√S), "adascale" (AdaScale's gain), "seesaw" (the optimizer's
+            own rule), or a callable (batch_size, base_batch_size, noise_scale) -> factor.
+        base_batch_size: the size for which the lr was chosen; None: the first size of the run.
+        on_limit: where the size stays below the proposal, because of a bound, cooldown or
+            hysteresis, "keep" the lr or "lower_lr" by size / proposal, which keeps the noise.
+        short_batch: a batch shorter than requested (the last of an epoch) steps with
+            lr · samples / size requested ("scale"), with the lr as it is ("keep"), or is never
+            drawn ("drop").
+        scale_betas: raise Adam's betas to the power B / base_batch_size, which keeps their
+            horizon in samples.
+
+    Raises:
+        ValueError: listing every problem.
+
+    Example:
+        >>> Coupling.of("sqrt")
+        Coupling(rule='sqrt', base_batch_size=None, on_limit='keep', short_batch='scale', \
+scale_betas=False)
+    """
+
+    rule: str | CouplingRule = "none"
+    _: KW_ONLY
+    base_batch_size: int | None = None
+    on_limit: Literal["keep", "lower_lr"] = "keep"
+    short_batch: Literal["scale", "keep", "drop"] = "scale"
+    scale_betas: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        named = isinstance(self.rule, str) and self.rule in RULES
+        if not named and (isinstance(self.rule, (str, type)) or not callable(self.rule)):
+            problems.append(f"rule must be one of {RULES} or a callable (batch_size, "
+                            f"base_batch_size, noise_scale) -> factor, got {self.rule!r}")
+        if self.base_batch_size is not None and not _is_integer(self.base_batch_size, least=1):
+            problems.append("base_batch_size must be a positive integer or None, got "
+                            f"{self.base_batch_size!r}")
+        for name, allowed in (("on_limit", ON_LIMIT), ("short_batch", SHORT_BATCH)):
+            problems += _choice(name, getattr(self, name), allowed)
+        problems += _switches(scale_betas=self.scale_betas)
+        _refuse("Coupling", problems)
+
+    @classmethod
+    def of(cls, given: Coupling | str | CouplingRule) -> Coupling:
+        """A Coupling as it is; one of a rule's name or a callable."""
+        return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Every:
+    """Measure at one step in k.
+
+    Args:
+        k: the interval, in optimizer steps.
+        samples: how many samples of each backward pass to measure; None: all.
+
+    Raises:
+        ValueError: listing every problem.
+
+    Example:
+        >>> Every(10, samples=64)
+        Every(k=10, samples=64)
+    """
+
+    k: int = 1
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not _is_integer(self.k, least=1):
+            problems.append(f"k must be a positive integer, got {self.k!r}")
+        if self.samples is not None and not _is_integer(self.samples, least=1):
+            problems.append(f"samples must be a positive integer or None, got {self.samples!r}")
+        _refuse("Every", problems)
+
+
+Measure = float | Every | Literal["auto", "all"] | None
+
+
+def measure_of(given: Measure) -> float | Every | Literal["auto"] | None:
+    """What to measure: a share of the training time, an interval, "auto" or None (nothing).
+
+    Args:
+        given: "auto": a share of 0.05 where moments are needed, nothing where they are not; a
+            number > 0: the share of the training time that measuring may cost; Every(k);
+            "all", which is Every(1); None: do not measure.
+
+    Raises:
+        ValueError: none of these.
+
+    Example:
+        >>> measure_of("all"), measure_of(0.1)
+        (Every(k=1, samples=None), 0.1)
+    """
+    if isinstance(given, str) and given == "all":
+        return Every(1)
+    if given is None or isinstance(given, Every) or (isinstance(given, str) and given == "auto"):
+        return given
+    if _is_number(given, above=0):
+        return float(given)
+    raise ValueError("measure must be 'auto', a share of the training time > 0 such as 0.05, "
+                     f"adabatch.Every(k), 'all' or None, got {given!r}")
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """Measure the gradients of single samples, by taps in the backward pass (the default).
+
+    Args:
+        layout: what `adabatch.check(model, batch, loss_fn)` returned, for models whose layers
+            do not all have their samples along dimension 0.
+        ignore: names of modules to leave out of the measurement, with all their submodules.
+        seed: of the random choice of measured samples.
+        per_parameter: record each parameter's moments too, for `diagnostics.layers()`.
+        inner_products: measure ⟨g_i, g⟩ too, which `step(loss, weights=...)` needs. Layers must
+            keep their factors from the backward pass on, long before step() is called, so it has
+            to be announced here. Controllers that need inner products request them themselves.
+
+    Raises:
+        ValueError: listing every problem.
+
+    Example:
+        >>> PerSample(ignore=["head"])
+        PerSample(layout=None, ignore=('head',), seed=0, per_parameter=False, inner_products=False)
+    """
+
+    _: KW_ONLY
+    layout: Any = None
+    ignore: Collection[str] = ()
+    seed: int = 0
+    per_parameter: bool = False
+    inner_products: bool = False
+
+    def __post_init__(self) -> None:
+        problems = _switches(per_parameter=self.per_parameter, inner_products=self.inner_products)
+        if not _is_integer(self.seed):
+            problems.append(f"seed must be an integer, got {self.seed!r}")
+        names = self.ignore
+        if isinstance(names, str) or not isinstance(names, Collection) or not all(
+            isinstance(name, str) for name in names
+        ):
+            problems.append(f"ignore must be a list of module names, got {names!r}")
+        else:
+            object.__setattr__(self, "ignore", tuple(names))
+        if self.layout is not None:
+            problems += _layout_problems(self.layout, self.ignore)
+        _refuse("PerSample", problems)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Estimate the variance from the gradients of micro-batches, at least two a batch.
+
+    For models that cannot be measured per sample. Costs one reduction over the gradients.
+
+    Example:
+        >>> MicroBatch()
+        MicroBatch()
+    """
+
+
+@dataclass(frozen=True)
+class CrossRank:
+    """Estimate the variance from the gradients of at least two processes, at no cost.
+
+    Args:
+        comm_hook, comm_state: a communication hook (state, bucket) -> future of
+            DistributedDataParallel that averages the gradients (and may compress them). Pass it
+            here instead of registering it with the model, which takes only one.
+
+    Raises:
+        ValueError: listing every problem.
+
+    Example:
+        >>> CrossRank()
+        CrossRank(comm_hook=None, comm_state=None)
+    """
+
+    comm_hook: Callable[[Any, Any], Any] | None = None
+    comm_state: Any = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.comm_hook is not None and not callable(self.comm_hook):
+            problems.append(f"comm_hook must be a callable (state, bucket), got {self.comm_hook!r}")
+        if self.comm_hook is None and self.comm_state is not None:
+            problems.append("comm_state is passed to comm_hook, which is None: pass both")
+        _refuse("CrossRank", problems)
+
+
+EstimatorOptions = PerSample | MicroBatch | CrossRank
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Let batches larger than memory arrive as micro-batches, through the same loop.
+
+    optimizer.step() steps on the last micro-batch of a batch, scheduler.step(loss) pools their
+    losses and moments.
+
+    Args:
+        size: the largest micro-batch, in samples of one process; "auto": the largest that fits,
+            found by trial (see `find_micro_batch_size`); None: batches arrive whole.
+        loss_fn: (model, batch) -> the loss that is differentiated; needed by "auto".
+        lr_scheduler: a torch lr scheduler that optimizer.step() steps once a batch.
+        max_grad_norm: optimizer.step() clips the batch's gradient to this norm. Controllers that
+            need to know are informed.
+
+    Raises:
+        ValueError: listing every problem.
+
+    Example:
+        >>> MicroBatches.of(32).size
+        32
+    """
+
+    size: int | Literal["auto"] | None = None
+    _: KW_ONLY
+    loss_fn: LossFn | None = None
+    lr_scheduler: LRScheduler | None = None
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.size not in (None, "auto") and not _is_integer(self.size, least=1):
+            problems.append(f"size must be a positive integer, 'auto' or None, got {self.size!r}")
+        if self.size == "auto" and self.loss_fn is None:
+            problems.append("size='auto' tries steps: pass loss_fn=, a callable (model, batch) -> "
+                            "the loss that you differentiate")
+        if self.loss_fn is not None and not callable(self.loss_fn):
+            problems.append(f"loss_fn must be a callable (model, batch), got {self.loss_fn!r}")
+        if self.lr_scheduler is not None and not callable(
+            getattr(self.lr_scheduler, "step", None)
+        ):
+            problems.append("lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got "
+                            f"{self.lr_scheduler!r}")
+        if self.max_grad_norm is not None and not _is_number(self.max_grad_norm, above=0):
+            problems.append(f"max_grad_norm must be a number > 0 or None, got "
+                            f"{self.max_grad_norm!r}")
+        _refuse("MicroBatches", problems)
+
+    @classmethod
+    def of(cls, given: MicroBatches | int | Literal["auto"] | None) -> MicroBatches:
+        """A MicroBatches as it is; one of a size."""
+        return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
+
+
+def _is_integer(value: object, least: float = -math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object, above: float) -> bool:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and above < value < math.inf  # type: ignore[operator]
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> list[str]:
+    return [] if value in allowed else [f"{name} must be one of {allowed}, got {value!r}"]
+
+
+def _switches(**switches: object) -> list[str]:
+    """Problems with what must be True or False: a string would count as true."""
+    return [f"{name} must be True or False, got {value!r}"
+            for name, value in switches.items() if not isinstance(value, bool)]
+
+
+def _layout_problems(layout: object, ignore: Collection[str]) -> list[str]:
+    from adabatch.check.report import CheckReport
+
+    if not isinstance(layout, CheckReport):
+        return [f"layout must be what adabatch.check(model, batch, loss_fn) returned, "
+                f"got {layout!r}"]
+    prefixes = tuple(f"{name}." for name in ignore)
+    refused = {name: why for name, why in layout.refused.items()
+               if name not in ignore and not name.startswith(prefixes)}
+    lines = "".join(f"\n  - {name}: {why}" for name, why in refused.items())
+    return [f"adabatch.check refused these layers; fix them, or leave them out with "
+            f"ignore={sorted(refused)}:{lines}"] if refused else []
+
+
+def _refuse(what: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{what}: " + "; ".join(problems))

@@ -1,0 +1,84 @@
+"""The option objects check themselves where they are made."""
+
+import dataclasses
+
+import pytest
+from torch import nn
+
+from adabatch import config
+from adabatch.config import (BatchSizes, Coupling, CrossRank, Every, MicroBatch, MicroBatches,
+                             PerSample)
+
+ERRORS = {
+    "minimum": (lambda: BatchSizes(0), "minimum must be a positive integer, got 0"),
+    "maximum": (lambda: BatchSizes(maximum=None), "maximum must be a positive integer, got None"),
+    "float": (lambda: BatchSizes(8.0), "minimum must be a positive integer, got 8.0"),
+    "bool": (lambda: BatchSizes(multiple_of=True), "multiple_of must be a .* got True"),
+    "order": (lambda: BatchSizes(64, 16), r"minimum \(64\) must not exceed maximum \(16\)"),
+    "multiple": (lambda: BatchSizes(4, 6, multiple_of=7), "no multiple of 7 lies between"),
+    "ratio": (lambda: BatchSizes(size_ratio=1), "size_ratio must be a number > 1 or None, got 1"),
+    "ratio-text": (lambda: BatchSizes(size_ratio="a"), "size_ratio must be a number > 1"),
+    "cooldown": (lambda: BatchSizes(cooldown=-1), "cooldown must be an integer >= 0, got -1"),
+    "hysteresis": (lambda: BatchSizes(hysteresis="a"), "hysteresis must be a number >= 0"),
+    "all": (lambda: BatchSizes(0, cooldown=-1), "BatchSizes: minimum.*; cooldown"),
+    "pair": (lambda: BatchSizes.of(16), r"pair \(minimum, maximum\).* got 16: pass e.g."),
+    "rule": (lambda: Coupling("cubic"), r"rule must be one of \('none', .* got 'cubic'"),
+    "rule-class": (lambda: Coupling(dict), "or a callable .batch_size.* got <class 'dict'>"),
+    "base": (lambda: Coupling("sqrt", base_batch_size=0), "base_batch_size must be a positive"),
+    "on-limit": (lambda: Coupling(on_limit="lr"), r"on_limit must be one of \('keep', 'lower_lr'"),
+    "short": (lambda: Coupling(short_batch="no"), "short_batch must be one of .* got 'no'"),
+    "betas": (lambda: Coupling(scale_betas="yes"), "scale_betas must be True or False, got 'yes'"),
+    "every": (lambda: Every(0), "k must be a positive integer, got 0"),
+    "samples": (lambda: Every(2, samples=2.5), "samples must be a positive integer or None"),
+    "layout": (lambda: PerSample(layout=5), "layout must be what adabatch.check.* got 5"),
+    "ignore": (lambda: PerSample(ignore="head"), "ignore must be a list of module names"),
+    "ignore-numbers": (lambda: PerSample(ignore=[0]), r"a list of module names, got \[0\]"),
+    "seed": (lambda: PerSample(seed=None), "seed must be an integer, got None"),
+    "parameters": (lambda: PerSample(per_parameter="yes"), "per_parameter must be True or False"),
+    "comm-hook": (lambda: CrossRank(comm_hook=1), r"comm_hook must be a callable .*, got 1"),
+    "comm-state": (lambda: CrossRank(comm_state=1), "comm_state is passed to comm_hook"),
+    "size": (lambda: MicroBatches("all"), "size must be a positive integer, 'auto' or None"),
+    "auto": (lambda: MicroBatches("auto"), "size='auto' tries steps: pass loss_fn="),
+    "norm": (lambda: MicroBatches(8, max_grad_norm="1"), "max_grad_norm must be a number > 0"),
+    "lr": (lambda: MicroBatches(8, lr_scheduler=1), "lr_scheduler must be a torch.optim"),
+    "measure": (lambda: config.measure_of("some"), "measure must be 'auto', a share .* 'some'"),
+    "share": (lambda: config.measure_of(0), "measure must be 'auto', a share .*> 0 .* got 0"),
+    "switch": (lambda: config.measure_of(True), "measure must be 'auto', .* got True"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), ERRORS.values(), ids=ERRORS)
+def test_a_bad_option_is_refused_where_it_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_short_forms_stand_for_the_objects():
+    def rule(batch_size, base, noise):
+        return 1.0
+
+    assert BatchSizes.of([8, 32]) == BatchSizes(8, 32)
+    assert Coupling.of(rule).rule is rule
+    assert MicroBatches.of(8) == MicroBatches(8)
+    assert MicroBatches.of(None) == MicroBatches()
+    assert config.measure_of("all") == Every(1)
+    for options in (BatchSizes(8, 32), Coupling("sqrt"), MicroBatches(8)):
+        assert type(options).of(options) is options
+
+
+@pytest.mark.parametrize("kind", [BatchSizes, Coupling, Every, PerSample, MicroBatch, MicroBatches])
+def test_options_are_values(kind):
+    assert kind() == kind()
+    assert hash(kind()) == hash(kind())
+    for field in dataclasses.fields(kind):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(kind(), field.name, None)
+
+
+def test_lowest_and_highest_are_multiples():
+    sizes = BatchSizes(10, 30, multiple_of=8)
+    assert (sizes.lowest, sizes.highest) == (16, 24)
+
+
+def test_the_trial_of_micro_batches_takes_the_loss():
+    assert MicroBatches("auto", loss_fn=lambda model, batch: nn.Identity()(batch)).size == "auto"
