@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from adabatch.check import CheckReport
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
-from adabatch.distributed.setup import DataParallel
+from adabatch.distributed.setup import DistributedSetup
 from adabatch.estimators.cross_rank import CrossRankMoments
 from adabatch.estimators.micro_batch import MicroBatchMoments
 from adabatch.estimators.null import NullEstimator
@@ -130,7 +130,7 @@ def wrap(
     settings = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "loss_reduction": loss_reduction, "samples": samples}
     settings |= {"accumulate": accumulate, "ignore": ignore, "seed": seed, "inner_products": inner_products, "max_micro_batch_size": max_micro_batch_size}
     settings |= {"controller": controller, "estimator": estimator, "max_grad_norm": max_grad_norm, "per_parameter": per_parameter, **scheduler_options}
-    parallel = DataParallel.find(group, estimator, model)
+    parallel = DistributedSetup.find(group, estimator, model)
     adaptive = _adaptive(loader, parallel, model, optimizer, settings)
     samples = samples if parallel is None else parallel.samples_here(samples)
     coupling = scheduler_options.get("coupling", "none")
@@ -146,7 +146,7 @@ def wrap(
     if estimator == "micro_batch":
         hooks = MicroBatchMoments([parameter for params in _groups(optimizer) for parameter in params], adaptive.micro_batches, **common)
     elif estimator == "cross_rank":
-        hooks = CrossRankMoments(model, parallel.sharing, accumulate=accumulate, comm_hook=comm_hook, comm_state=comm_state, **common)
+        hooks = CrossRankMoments(model, parallel.shard, accumulate=accumulate, comm_hook=comm_hook, comm_state=comm_state, **common)
     elif asked or needs_moments(controller, coupling):
         common |= {"samples": samples, "seed": seed, "accumulate": accumulate, "ignore": ignore, "layout": layout, "inner_products": inner_products or "inner_products" in needs}
         common |= {"capacity": max_batch_size, "per_parameter": per_parameter}
@@ -162,7 +162,7 @@ def wrap(
         options["overhead"] = None if overhead is DEFAULT_OVERHEAD and not hasattr(hooks, "cost") else overhead
         scheduler = BatchSizeScheduler(optimizer, adaptive, hooks, controller, **options)
         if parallel is not None:
-            parallel.join(model, hooks, scheduler, of_processes=estimator == "cross_rank")
+            parallel.join(model, hooks, scheduler, between_processes=estimator == "cross_rank")
         optimizer = micro.accumulating(optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)
     except Exception:
         (hooks if scheduler is None else scheduler).remove()
@@ -173,7 +173,7 @@ def wrap(
 
 
 def _adaptive(
-    loader: DataLoader | AdaptiveDataLoader, parallel: DataParallel | None, model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]
+    loader: DataLoader | AdaptiveDataLoader, parallel: DistributedSetup | None, model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]
 ) -> AdaptiveDataLoader:
     """The adaptive loader, of all processes that share each batch, whose set-ups are compared."""
     if parallel is None:

@@ -1,1 +1,4 @@
-"""Many processes: one global batch, one measurement, one decision. `adabatch.wrap` finds the process group itself."""
+"""Many processes: one global batch, one measurement, one decision.
+
+`adabatch.wrap` finds the process group itself.
+"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,11 +12,16 @@ from torch.nn.utils import get_total_norm
 
 from adabatch.kernels.chunks import LONGEST_SUM
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def grad_sq_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Σ over the group's parameters of ‖p.grad‖², one value per group, [K], float32 at least; a parameter without a gradient counts 0.
+    """Σ over the group's parameters of ‖p.grad‖², one value per group, [K], at least float32.
+
+    A parameter without a gradient counts 0.
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(2))
@@ -24,16 +29,18 @@ def grad_sq_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
         >>> grad_sq_norms([[p], []])
         tensor([25.,  0.])
     """
-    norms = _stacked([_group_norm([parameter.grad for parameter in group if parameter.grad is not None]) for group in groups])
+    norms = _stacked([_group_norm(_grads(group)) for group in groups])
     return norms * norms
 
 
 def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) -> Tensor:
-    """What this process adds to Σ ‖p.grad‖² of each group, [K]: the parts of all `world_size` processes add up to it, without a collective per parameter.
+    """This process's part of Σ ‖p.grad‖² of each group, [K]: the parts of all processes add up.
 
-    A gradient that every process holds whole counts 1/world_size on each. Of a sharded one (a DTensor of fully_shard) the own shard counts, divided by the
-    number of processes that hold the same one: the replicas of a hybrid mesh, and other meshes of the same kind where this one has fewer processes (the
-    data-parallel ones beside tensor parallelism). Partial sums are gathered to their norm, by a collective.
+    No collective per parameter: a gradient that every process holds whole counts 1/world_size on
+    each; of a sharded one (a DTensor of fully_shard) the own shard counts, divided by the number of
+    processes that hold the same shard: the replicas of a hybrid mesh, and other meshes of the same
+    kind where this one has fewer processes (the data-parallel ones under tensor parallelism). Only
+    partial sums are gathered to their norm.
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(2))
@@ -43,17 +50,19 @@ def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) 
     """
     parts = []
     for group in groups:
-        whole: dict[float, list[Tensor]] = {}
-        for grad in (parameter.grad for parameter in group if parameter.grad is not None):
-            local, share = _own_part(grad, world_size)
-            whole.setdefault(share, []).append(local)
-        squares = [_group_norm(grads).square() * share for share, grads in whole.items()]
+        locals_of_factor: dict[float, list[Tensor]] = {}
+        for grad in _grads(group):
+            local, factor = _own_part(grad, world_size)
+            locals_of_factor.setdefault(factor, []).append(local)
+        squares = [
+            _group_norm(grads).square() * factor for factor, grads in locals_of_factor.items()
+        ]
         parts.append(sum(squares[1:], squares[0]) if squares else torch.zeros(()))
     return _stacked(parts)
 
 
 def replicated_sq_norms(groups: Sequence[Sequence[Tensor]], replica: Collection[int]) -> Tensor:
-    """‖g‖² of the gradients that this process holds whole, and of its pieces of those that the processes `replica` hold together, [2].
+    """‖g‖² of gradients held whole, and of this process's pieces of those split over replica, [2].
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(2))
@@ -61,48 +70,74 @@ def replicated_sq_norms(groups: Sequence[Sequence[Tensor]], replica: Collection[
         >>> replicated_sq_norms([[p], []], replica=[0, 1])
         tensor([25.,  0.])
     """
-    grads = [parameter.grad for group in groups for parameter in group if parameter.grad is not None]
-    whole = [grad for grad in grads if not is_sharded(grad)]
-    split = [grad for grad in grads if is_sharded(grad) and not any(placement.is_partial() for placement in grad.placements)]
-    pieces = [grad for grad in split if set(grad.device_mesh.mesh.flatten().tolist()) == set(replica)]
-    return _stacked([_group_norm(whole), _group_norm([grad.to_local() for grad in pieces])]).square()
+    whole, pieces = [], []
+    for grad in (grad for group in groups for grad in _grads(group)):
+        if not is_sharded(grad):
+            whole.append(grad)
+            continue
+        is_partial = any(placement.is_partial() for placement in grad.placements)
+        if not is_partial and set(grad.device_mesh.mesh.flatten().tolist()) == set(replica):
+            pieces.append(grad.to_local())
+    return _stacked([_group_norm(whole), _group_norm(pieces)]).square()
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """Whether the tensor is a DTensor, of which this process holds a part.
 
     Example:
         >>> is_sharded(torch.zeros(2))
         False
     """
-    return type(tensor) not in _PLAIN and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+    if type(tensor) in _PLAIN:
+        return False
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor of a DTensor, gathered from its processes; any other as it is.
+
+    Example:
+        >>> full_tensor(torch.ones(1))
+        tensor([1.])
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def _grads(group: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in group if parameter.grad is not None]
 
 
 def _own_part(grad: Tensor, world_size: int) -> tuple[Tensor, float]:
     """(a tensor whose squared norm counts, the factor by which it counts)."""
     if not is_sharded(grad):
         return grad, 1 / world_size
-    mesh = grad.device_mesh
-    if any(placement.is_partial() for placement in grad.placements) or mesh.size() > world_size:
+    mesh, placements = grad.device_mesh, grad.placements
+    if any(placement.is_partial() for placement in placements) or mesh.size() > world_size:
         return _group_norm([grad]), 1 / world_size
-    replicas = math.prod(mesh.size(dim) for dim, placement in enumerate(grad.placements) if placement.is_replicate())
-    return grad.to_local(), mesh.size() / (world_size * replicas)
+    sizes = [mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_replicate()]
+    return grad.to_local(), mesh.size() / (world_size * math.prod(sizes))
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:
-    device = next((value.device for value in values if value.numel() and value.device.type != "cpu"), torch.device("cpu"))
+    """On the accelerator of any of them."""
+    devices = [value.device for value in values if value.numel() and value.device.type != "cpu"]
+    device = devices[0] if devices else torch.device("cpu")
     return torch.stack([value.to(device) for value in values])
 
 
 def _shortened(grad: Tensor) -> Tensor:
-    """A tensor of the same norm: on a CPU one float32 sum of a large gradient's squares loses the small ones, two stages do not, and cost no more."""
+    """A tensor of the same norm.
+
+    On a CPU one float32 sum of a large gradient's squares loses the small ones; two stages do not,
+    and cost no more.
+    """
     if grad.dim() < 2 or grad.numel() <= LONGEST_SUM:
         return grad
     return torch.linalg.vector_norm(grad.flatten(1), dim=1)
 
 
 def _dense(grad: Tensor) -> Tensor:
-    """The values of the gradient, in float32 at least."""
+    """The values of the gradient, at least float32."""
     grad = grad.coalesce().values() if grad.is_sparse else grad
     return grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
 
@@ -112,8 +147,9 @@ def _group_norm(grads: Sequence[Tensor]) -> Tensor:
         return torch.zeros(())
     grads = [_dense(grad) for grad in grads]
     plain = [grad.is_cpu and type(grad) is Tensor for grad in grads]
-    grads = [_shortened(grad) if is_plain else grad for grad, is_plain in zip(grads, plain, strict=True)]
-    if all(plain):  # what the library does in ten times the calls
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
-    norm = get_total_norm(grads)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    grads = [_shortened(grad) if local else grad for grad, local in zip(grads, plain, strict=True)]
+    if all(plain):  # get_total_norm takes ten times the calls for the same
+        return torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(grad) for grad in grads])
+        )
+    return full_tensor(get_total_norm(grads))

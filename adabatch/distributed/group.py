@@ -1,4 +1,4 @@
-"""The processes that share each batch, as one of them sees the others."""
+"""The processes that share each batch: small collectives on the host, and checks that they agree."""
 
 from __future__ import annotations
 
@@ -6,63 +6,75 @@ import os
 import pickle
 import zlib
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 NOT_INITIALISED = (
-    "{why}, but torch.distributed has no process group: call torch.distributed.init_process_group() (and wrap the model in DistributedDataParallel or "
+    "{why}, but torch.distributed has no process group: call "
+    "torch.distributed.init_process_group() (and wrap the model in DistributedDataParallel or "
     "fully_shard) before adabatch.wrap"
 )
 CHANGED = (
-    "this run was wrapped with {before} processes, and the process group {now}: call adabatch.wrap again in the new group and load the last checkpoint "
-    "(load_state_dict takes one of any number of processes)"
+    "this run was wrapped with {before} processes, and the process group {now}: call adabatch.wrap "
+    "again in the new group and load the last checkpoint (it fits any number of processes)"
 )
+ALONE = (
+    "estimator='cross_rank' compares the gradients of at least 2 processes, and there is one: "
+    "launch more processes, or omit estimator="
+)
+DIVERGED = (
+    "the processes decided differently, although all were given the same numbers:\n{lines}\nA "
+    "controller, a schedule or a training loop that uses a clock, a random number or numbers of "
+    "one process makes them differ: use those of scheduler.diagnostics, which are the same "
+    "everywhere"
+)
+SHOWN = 200  # characters of a value in an error
+CHECKSUM = 4  # numbers that a checksum adds to a vector
 
-
-# {ranks: (the default group it was made in, the group)}, and how many were made, which names the next one.
+# {ranks: (the default group it was made in, the group)}, and how many were made, which names the
+# next one.
 _host_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
 _made: Counter[tuple[int, ...]] = Counter()
 
 
-class Ranks:
-    """A data-parallel group and a gloo group of its own beside it, for small vectors of numbers on the host: neither mixes with the gradients' communication.
+class HostGroup:
+    """Processes, and a gloo group for small vectors of theirs on the host.
+
+    The gloo group is separate, so that nothing here mixes with the gradients' communication.
 
     Args:
-        group: a ProcessGroup, a DeviceMesh all of whose processes share each batch (that of HSDP, or the data-parallel part of a larger one), a list of ranks
-            in the default group, or None for all of it. All its processes must make their Ranks.
+        group: a ProcessGroup, a DeviceMesh all of whose processes are meant, a list of ranks in the
+            default group, or None for all processes. All of them must make their HostGroup.
         timeout: of the collectives; None for torch's default.
 
     Attributes:
-        rank, world_size: of this process in the group, and the number of them.
-        ranks: all, as numbered in the default group.
+        rank, world_size: of this process in the group, and the number of processes.
+        ranks: of all of them, as numbered in the default group.
 
     Raises:
-        RuntimeError: no process group.
+        RuntimeError: there is no process group.
 
     Example:
         >>> import tempfile
-        >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
-        >>> ranks = Ranks()
-        >>> ranks.sum([1.0, 2.0]), ranks.gather("a")
+        >>> init = f"file://{tempfile.mktemp()}"
+        >>> dist.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+        >>> group = HostGroup()
+        >>> group.sum([1.0, 2.0]), group.gather("a")
         ([1.0, 2.0], ['a'])
         >>> dist.destroy_process_group()
     """
 
     def __init__(self, group: Any = None, timeout: timedelta | None = None):
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError(NOT_INITIALISED.format(why="several processes are to share each batch"))
+        if not is_initialized():
+            raise RuntimeError(NOT_INITIALISED.format(why="several processes are to share batches"))
         self._default = dist.group.WORLD
-        if group is None:
-            self.ranks = list(range(dist.get_world_size()))
-        elif isinstance(group, list):
-            self.ranks = sorted(group)
-        elif hasattr(group, "mesh"):
-            self.ranks = sorted(group.mesh.flatten().tolist())
-        else:
-            self.ranks = sorted(dist.get_process_group_ranks(group))
+        self.ranks = ranks_of(group)
         self.world_size, self.rank = len(self.ranks), self.ranks.index(dist.get_rank())
         self._group = _host_group(tuple(self.ranks), timeout)
 
@@ -70,8 +82,8 @@ class Ranks:
         """The vectors of all processes added up, in float64: the same bits on each."""
         return self.start_sum(values)()
 
-    def start_sum(self, values: list[float]) -> Any:
-        """The same, without waiting: a callable that waits for the sum and gives it."""
+    def start_sum(self, values: list[float]) -> Callable[[], list[float]]:
+        """The same without waiting: a function that waits for the sum and returns it."""
         vector = torch.tensor(values, dtype=torch.float64)
         work = self._group.allreduce([vector])
 
@@ -84,78 +96,223 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """The objects of all processes, in the order of their ranks."""
         packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self._all_gather(torch.tensor([len(packed)]))
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8)
+        sizes = [int(size) for size in self._all_gather(torch.tensor([len(packed)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(packed)] = packed
-        return [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(self._all_gather(padded), sizes, strict=True)]
+        parts = zip(self._all_gather(padded), sizes, strict=True)
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]
 
-    def _all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        self._group.allgather([gathered], [tensor]).wait()
-        return gathered
+    def broadcast_from_first(self, value: Any) -> Any:
+        """The first process's object."""
+        return self.gather(value)[0]
 
-    def sum_tensors(self, tensors: list[torch.Tensor]) -> None:
-        """Add up tensors of all processes in place, through the host where they are on an accelerator."""
+    def sum_tensors(self, tensors: list[Tensor]) -> None:
+        """Add up tensors of all processes in place, through the host."""
         if not tensors:
             return
         flat = torch.cat([tensor.detach().flatten().double().cpu() for tensor in tensors])
         self._group.allreduce([flat]).wait()
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
 
     def check_unchanged(self) -> None:
-        """Refuse to go on in another process group than the one this was made in.
+        """Refuse to continue in another process group than the one this was made in.
 
         Raises:
-            RuntimeError: it was destroyed, or made anew.
+            RuntimeError: the group was destroyed, or created again.
         """
         if not dist.is_initialized():
             raise RuntimeError(CHANGED.format(before=self.world_size, now="is gone"))
         if dist.group.WORLD is not self._default:
-            raise RuntimeError(CHANGED.format(before=self.world_size, now=f"was made anew, with {dist.get_world_size()}"))
+            now = f"was created again, with {dist.get_world_size()}"
+            raise RuntimeError(CHANGED.format(before=self.world_size, now=now))
+
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        self._group.allgather([gathered], [tensor]).wait()
+        return gathered
+
+
+def is_initialized() -> bool:
+    """Whether torch.distributed has a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def ranks_of(group: Any = None) -> list[int]:
+    """The ranks in the default group of what HostGroup takes."""
+    if group is None:
+        return list(range(dist.get_world_size()))
+    if isinstance(group, list):
+        return sorted(group)
+    if isinstance(group, dist.ProcessGroup):
+        return sorted(dist.get_process_group_ranks(group))
+    return sorted(group.mesh.flatten().tolist())
+
+
+def find_group(group: Any = None, *, required: bool = False) -> HostGroup | None:
+    """The processes that share each batch; None where this one is alone.
+
+    Args:
+        group: as for HostGroup.
+        required: several are needed.
+
+    Raises:
+        RuntimeError: a launcher started several processes, or a group is given, but there is no
+            process group.
+        ValueError: several are needed, and this one is alone.
+
+    Example:
+        >>> find_group() is None
+        True
+    """
+    if not is_initialized():
+        launched = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
+        if launched.isdigit() and int(launched) > 1:
+            why = f"{launched} processes were launched (WORLD_SIZE)"
+            raise RuntimeError(NOT_INITIALISED.format(why=why))
+        if group is not None:
+            raise RuntimeError(NOT_INITIALISED.format(why="group= is given"))
+    alone = not is_initialized() or len(ranks_of(group)) == 1
+    if alone and required:
+        raise ValueError(ALONE)
+    return None if alone else HostGroup(group)
 
 
 def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> Any:
     """A gloo group of these processes.
 
-    Not by torch.distributed.new_group, which all processes must call in one order, also those outside: it names groups by how many a process has made.
+    Not by torch.distributed.new_group, which all processes must call in the same order, members or
+    not: it names a group by the number of groups that the process has created.
     """
     world, group = _host_groups.get(ranks, (None, None))
     if world is not dist.group.WORLD:
-        # torchrun may keep its store, with the addresses of processes that are gone, from one attempt to the next.
+        # torchrun may keep its store, with the addresses of processes that are gone, from one
+        # attempt to the next.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"adabatch/{attempt}/{zlib.crc32(repr(ranks).encode())}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
+        prefix = f"adabatch/{attempt}/{zlib.crc32(repr(ranks).encode())}/{_made[ranks]}"
+        store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
         _made[ranks] += 1
-        group = dist.ProcessGroupGloo(store, ranks.index(dist.get_rank()), len(ranks), timeout=timeout or dist.default_pg_timeout)
+        timeout = timeout or dist.default_pg_timeout
+        rank = ranks.index(dist.get_rank())
+        group = dist.ProcessGroupGloo(store, rank, len(ranks), timeout=timeout)
         _host_groups[ranks] = dist.group.WORLD, group
     return group
 
 
-def ranks_of(group: Any = None, *, required: bool = False) -> Ranks | None:
-    """The processes that share each batch; None where this one is alone.
+# -- agreement: what differs between processes raises the same error on every one of them
 
-    Args:
-        group: as for Ranks.
-        required: several are needed.
+
+def check_same(group: HostGroup, facts: Mapping[str, str]) -> None:
+    """Compare facts over all processes. Checksums are exchanged; values only where these differ.
 
     Raises:
-        RuntimeError: a launcher started several processes, or a group is given, but there is no process group.
-        ValueError: several are needed, and this one is alone.
+        ValueError: on every process the same, with what differs, the values and the ranks.
+    """
+    sums = group.gather({name: zlib.crc32(value.encode()) for name, value in facts.items()})
+    names = {name for each in sums for name in each}
+    differing = sorted(name for name in names if len({each.get(name) for each in sums}) > 1)
+    if not differing:
+        return
+    values = group.gather({name: facts.get(name, "nothing") for name in differing})
+    lines = _differences(group, differing, values)
+    raise ValueError(
+        f"the {group.world_size} processes are set up differently; give each the same:\n{lines}"
+    )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Names, shapes, dtypes and requires_grad of all parameters, one per line.
 
     Example:
-        >>> ranks_of() is None
-        True
+        >>> model_fingerprint(nn.Linear(2, 1, bias=False))
+        'weight (1, 2) float32'
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        launched = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
-        if launched.isdigit() and int(launched) > 1:
-            raise RuntimeError(NOT_INITIALISED.format(why=f"{launched} processes were launched (WORLD_SIZE)"))
-        if group is not None:
-            raise RuntimeError(NOT_INITIALISED.format(why="group= is given"))
-        alone = True
-    else:
-        alone = (dist.get_world_size() if group is None else group.size()) == 1
-    if alone and required:
-        raise ValueError("estimator='cross_rank' compares the gradients of at least 2 processes, and there is one: launch more, or leave estimator= away")
-    return None if alone else Ranks(group)
+    lines = []
+    for name, parameter in model.named_parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        frozen = "" if parameter.requires_grad else " frozen"
+        lines.append(f"{name} {tuple(parameter.shape)} {dtype}{frozen}")
+    return "\n".join(lines)
+
+
+def canonical_repr(value: Any) -> str:
+    """A value as text that is the same in every process; objects by type and arguments.
+
+    Example:
+        >>> canonical_repr(0.5), canonical_repr(nn.ReLU), canonical_repr([1, None])
+        ('0.5', 'ReLU', '[1, None]')
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        values = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+        return f"[{', '.join(canonical_repr(each) for each in values)}]"
+    if isinstance(value, Mapping):
+        pairs = sorted(value.items(), key=repr)
+        return f"{{{', '.join(f'{key!r}: {canonical_repr(each)}' for key, each in pairs)}}}"
+    names = getattr(value, "init_args", ()) or getattr(value, "arguments", ())
+    if is_dataclass(value):
+        names = tuple(field.name for field in fields(value))
+    if isinstance(names, tuple) and names and not isinstance(value, type):
+        arguments = [f"{name}={canonical_repr(getattr(value, name, None))}" for name in names]
+        return f"{type(value).__name__}({', '.join(arguments)})"
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def checksum(decision: Any) -> list[float]:
+    """CHECKSUM numbers to add up over the processes, from which `checksums_agree` decides.
+
+    Two halves h of a CRC, each with its square: Σh² = (Σh)²/W only if all h are equal. 16 bits
+    each, so that the sums are exact in float64 for millions of processes.
+    """
+    code = zlib.crc32(repr(decision).encode())
+    return [float(part) for half in (code >> 16, code & 0xFFFF) for part in (half, half * half)]
+
+
+def checksums_agree(sums: Sequence[float], world_size: int) -> bool:
+    """Whether all processes added the same checksum.
+
+    Example:
+        >>> same = [2 * value for value in checksum((16, 3))]
+        >>> other = [a + b for a, b in zip(checksum((16, 3)), checksum((17, 3)))]
+        >>> checksums_agree(same, 2), checksums_agree(other, 2)
+        (True, False)
+    """
+    return all(sums[at] ** 2 == world_size * sums[at + 1] for at in range(0, CHECKSUM, 2))
+
+
+def raise_divergence(group: HostGroup, decision: Mapping[str, Any]) -> None:
+    """Raise on every process, with what differs and on which ranks.
+
+    Raises:
+        RuntimeError: always.
+    """
+    values = group.gather({name: canonical_repr(value) for name, value in decision.items()})
+    names = [name for name in decision if len({each[name] for each in values}) > 1]
+    raise RuntimeError(DIVERGED.format(lines=_differences(group, names, values)))
+
+
+def _differences(group: HostGroup, names: Sequence[str], values: Sequence[dict[str, str]]) -> str:
+    """A line for each name: 'a on ranks 0, 2; b on rank 1', long values by the line that differs."""
+    lines = []
+    for name in names:
+        ranks_of_value: dict[str, list[int]] = {}
+        shown = _first_difference([each[name] for each in values])
+        for rank, value in zip(group.ranks, shown, strict=True):
+            ranks_of_value.setdefault(value, []).append(rank)
+        parts = [
+            f"{value[:SHOWN]} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+            for value, ranks in ranks_of_value.items()
+        ]
+        lines.append(f"  - {name}: {'; '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _first_difference(values: Sequence[str]) -> list[str]:
+    lines = [value.split("\n") for value in values]
+    longest = max(map(len, lines))
+    if longest == 1:
+        return list(values)
+    padded = [own + ["nothing"] * (longest - len(own)) for own in lines]
+    return list(next(line for line in zip(*padded, strict=True) if len(set(line)) > 1))

@@ -1,85 +1,130 @@
-"""What is known of a batch that several processes share while this one runs its part.
+"""This process's part of each batch, and the weight that it gives to the process's gradient.
 
-Legend: W processes; of the m samples of a batch this one has m_r.
+Legend: W processes; this one has m_r of the m samples of a batch.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from adabatch.distributed.grad_norms import grad_sq_norms, is_sharded, parts_of_grad_sq_norms, replicated_sq_norms
+from adabatch.distributed.grad_norms import (
+    grad_sq_norms,
+    is_sharded,
+    parts_of_grad_sq_norms,
+    replicated_sq_norms,
+)
+
+T = TypeVar("T")
+NOTHING_RUN = (
+    "no batch of the loader has been run forward since adabatch.wrap, so that the size of the step "
+    "is not known: train on the loader's batches"
+)
+NO_TENSOR = (
+    "this process has a different number of the batch's samples than others, so that its gradient "
+    "must be multiplied by {weight:.6g}, and no tensor was found in the model's output ({kind}) to "
+    "do it at. Return tensors, or tuples, lists and dicts of them; register other containers with "
+    "torch.utils._pytree"
+)
+
+
+class ShardedSampler(Protocol):
+    """What the shard reads of a batch sampler."""
+
+    n_batches: int  # delivered since the start
+
+    @property
+    def share(self) -> int:
+        """m_r of the last batch delivered."""
+
+    @property
+    def last_size(self) -> int:
+        """Its m."""
 
 
 class BatchShard:
-    """Shares of the batches, and how ‖g‖² is made of the processes' parts. Without arguments: one process that has all.
+    """The fraction m_r/m, and how ‖g‖² is composed of the processes' parts.
 
-    DistributedDataParallel and fully_shard average the gradients of the processes' own losses with weight 1/W each. For their sum to be the gradient of the
-    mean over all m samples, each is multiplied by `weight` = W·m_r/m before; under a loss that is a sum, by W.
+    DistributedDataParallel and fully_shard average the gradients of the processes' own losses with
+    weight 1/W each. For the result to be the gradient of the mean over all m samples, each is
+    multiplied by `weight` = W·m_r/m first; under a loss that is a sum, by W.
+
+    Without arguments: one process that has all samples.
 
     Args:
         world_size: W.
-        sampler: has `share` (m_r) and `last_size` (m) of the last batch delivered, and `n_batches`.
+        sampler: of the loader; None for data from elsewhere.
         summed: the loss is a sum over the samples.
-        broadcast_from_first: value -> that of the first process; called by all of them at once.
-        replica_ranks: of the T processes that hold one replica of the model together (tensor parallel) and have the same samples; empty for one alone.
+        broadcast_from_first: value -> the first process's; called by all processes at once.
+        replica_ranks: of the T processes that hold one replica of the model together (tensor
+            parallel) and have the same samples; empty for one alone.
 
     Attributes:
-        has_shards: whether any gradient was sharded when ‖g‖² was last taken.
         replica: T.
-        compares: whether `alike` is taken too: ‖g‖² of the gradients that all processes hold whole, and of the pieces that W of them hold alike.
+        has_shards: whether any gradient was sharded when ‖g‖² was last taken.
+        compares_replicas: whether to take `replicated_sq_norms` with ‖g‖²: of the gradients that
+            all processes hold whole, and of the pieces that W of them hold alike.
 
     Example:
-        >>> sharing = BatchShard()
-        >>> sharing.share, sharing.weight
+        >>> shard = BatchShard()
+        >>> shard.fraction, shard.weight
         (1.0, 1.0)
     """
 
     def __init__(
         self,
         world_size: int = 1,
-        sampler: Any = None,
+        sampler: ShardedSampler | None = None,
         summed: bool = False,
         broadcast_from_first: Callable[[Any], Any] | None = None,
         replica_ranks: Sequence[int] = (),
     ):
         self.world_size, self._sampler, self._summed = world_size, sampler, summed
         self._replica_ranks, self.replica = replica_ranks, max(1, len(replica_ranks))
-        self.compares, self.alike = self.replica > 1, None
-        self.broadcast_from_first = broadcast_from_first or _as_it_is
-        self._noted: deque[tuple[int, int]] = deque(maxlen=4096)
+        self.compares_replicas = self.replica > 1
+        self.replicated_sq_norms: Tensor | None = None
+        self._broadcast = broadcast_from_first
+        self._recorded: deque[tuple[int, int]] = deque(maxlen=4096)
         self._batch, self.has_shards = -1, False
 
     @property
-    def share(self) -> float:
-        """m_r/m of the batch at hand; 1/W for data that does not come from the loader."""
-        size = getattr(self._sampler, "last_size", 0)
-        return self._sampler.share / size if size else 1 / self.world_size
+    def fraction(self) -> float:
+        """m_r/m of the current batch; 1/W for data that does not come from the loader."""
+        sampler = self._sampler
+        if sampler is None or not sampler.last_size:
+            return 1 / self.world_size
+        return sampler.share / sampler.last_size
 
     @property
     def weight(self) -> float:
         """The factor on the gradient of this process's loss."""
-        if self.world_size == 1:
-            return 1.0
         if self._summed:
             return float(self.world_size)
-        size = getattr(self._sampler, "last_size", 0)
-        return self.world_size * self._sampler.share / size if size else 1.0
+        known = self._sampler is not None and self._sampler.last_size
+        return self.world_size * self.fraction if known else 1.0
 
-    def note(self) -> None:
-        """A forward pass on the batch at hand: remember its share, once a batch."""
+    def broadcast_from_first(self, value: T) -> T:
+        """The first process's value; all processes call this together."""
+        return value if self._broadcast is None else self._broadcast(value)
+
+    def record(self) -> None:
+        """Record m_r and m of the current batch, once per batch; called in the forward pass."""
         if self._sampler is not None and self._sampler.n_batches != self._batch:
             self._batch = self._sampler.n_batches
-            self._noted.append((self._sampler.share, self._sampler.last_size))
+            self._recorded.append((self._sampler.share, self._sampler.last_size))
 
-    def share_of(self, batches: int) -> float:
-        """Σ m_r/Σ m of the last so many batches that were noted."""
-        last = [self._noted[-back] for back in range(1, min(batches, len(self._noted)) + 1)]
+    def fraction_of(self, batches: int) -> float:
+        """Σ m_r/Σ m of the last `batches` recorded batches."""
+        last = self._last(batches)
         whole = sum(size for _, size in last)
-        return sum(share for share, _ in last) / whole if whole else 1 / self.world_size
+        return sum(own for own, _ in last) / whole if whole else 1 / self.world_size
 
     def size_of(self, batches: int) -> int:
         """Σ m of them.
@@ -87,18 +132,85 @@ class BatchShard:
         Raises:
             RuntimeError: no batch of the loader was run.
         """
-        if not self._noted:
-            raise RuntimeError("no batch of the loader was run forward since adabatch.wrap, so that the size of the step is not known: train on its batches")
-        return sum(self._noted[-back][1] for back in range(1, min(batches, len(self._noted)) + 1))
+        if not self._recorded:
+            raise RuntimeError(NOTHING_RUN)
+        return sum(size for _, size in self._last(batches))
+
+    def _last(self, batches: int) -> list[tuple[int, int]]:
+        return list(islice(reversed(self._recorded), batches))
 
     def grad_sq_norms(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
         """This process's part of each group's ‖g‖², [K]; the parts of all add up to it."""
         self.has_shards = any(is_sharded(parameter) for group in groups for parameter in group)
-        if self.compares:
-            self.alike = replicated_sq_norms(groups, self._replica_ranks)
-        processes = self.world_size * self.replica
-        return grad_sq_norms(groups) if processes == 1 else parts_of_grad_sq_norms(groups, processes)
+        if self.compares_replicas:
+            self.replicated_sq_norms = replicated_sq_norms(groups, self._replica_ranks)
+        n = self.world_size * self.replica
+        return grad_sq_norms(groups) if n == 1 else parts_of_grad_sq_norms(groups, n)
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad if ctx.weight == 1.0 else grad * ctx.weight), None
+
+
+class OutputWeights:
+    """A forward hook on the outermost model: gradients of its outputs are multiplied by W·m_r/m.
+
+    One place for every wrapper (DistributedDataParallel, fully_shard, torch.compile), after which
+    the averages over processes, the taps and the optimizer see the gradient of the mean over all m
+    samples. The loss must be computed from the model's outputs.
+
+    Args:
+        model: as the training loop calls it.
+        shard: gives the weights.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> weights = OutputWeights(model, BatchShard(world_size=2, summed=True))
+        >>> model(torch.ones(1, 1)).sum().backward()
+        >>> model.weight.grad.item()
+        2.0
+        >>> weights.remove()
+    """
+
+    def __init__(self, model: nn.Module, shard: BatchShard):
+        # Held weakly: a deep copy of the model would copy the owner too.
+        self._shard, owner = shard, weakref.ref(self)
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            weights = owner()
+            return output if weights is None else weights.weighted(output)
+
+        # Outside compiled graphs, which would be compiled again for every new weight.
+        self._handle = model.register_forward_hook(torch.compiler.disable(hook))
+
+    def weighted(self, output: Any) -> Any:
+        """The output, with the weight on its gradient.
+
+        Raises:
+            RuntimeError: there is no tensor in the output to put the weight on.
+        """
+        if not torch.is_grad_enabled():
+            return output
+        leaves, structure = tree_flatten(output)
+        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        places = [place for place in tensors if leaves[place].requires_grad]
+        self._shard.record()
+        weight = self._shard.weight
+        if not tensors and weight != 1.0:
+            raise RuntimeError(NO_TENSOR.format(weight=weight, kind=type(output).__name__))
+        for place in places:
+            leaves[place] = _ScaleGradient.apply(leaves[place], weight)
+        return tree_unflatten(leaves, structure) if places else output
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()

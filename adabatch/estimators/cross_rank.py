@@ -40,7 +40,7 @@ class CrossRankMoments:
 
     Args:
         model: in DistributedDataParallel or under fully_shard.
-        sharing: this process's shares of the batches.
+        shard: this process's shares of the batches.
         loss_reduction: 'mean' or 'sum'.
         accumulate: batches per step.
         grad_scaler: the GradScaler that scales the loss.
@@ -57,7 +57,7 @@ class CrossRankMoments:
     def __init__(
         self,
         model: nn.Module,
-        sharing: BatchShard,
+        shard: BatchShard,
         *,
         loss_reduction: str = "mean",
         accumulate: int = 1,
@@ -69,7 +69,7 @@ class CrossRankMoments:
             raise ValueError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, got {loss_reduction!r}")
         self.loss_reduction, self.accumulate, self.enabled, self.by_samples = loss_reduction, accumulate, True, False
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.sharing, self.loss_scale = sharing, LossScale(grad_scaler)
+        self.shard, self.loss_scale = shard, LossScale(grad_scaler)
         self.reset()
         parallel = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
         if parallel is not None:
@@ -89,7 +89,7 @@ class CrossRankMoments:
         self._parts[place] = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64 if gradient.dtype == torch.float64 else torch.float32).square()
 
     def _complete(self) -> None:
-        self._whole = self.sharing.grad_sq_norms([list(self.parameters.values())])
+        self._whole = self.shard.grad_sq_norms([list(self.parameters.values())])
         self.loss_scale.read()
 
     def collect(self, **given: Any) -> GradientMoments:
@@ -109,7 +109,7 @@ class CrossRankMoments:
             self.reset()
 
     def _moments(self) -> GradientMoments:
-        world, share, m = self.sharing.world_size, self.sharing.share_of(self.accumulate), self.sharing.size_of(self.accumulate)
+        world, share, m = self.shard.world_size, self.shard.fraction_of(self.accumulate), self.shard.size_of(self.accumulate)
         summed, scale = self.loss_reduction == "sum", self.loss_scale.noted(None).factor()
         own = 1 / (scale * world * (share * m if summed else share))
         whole = 1 / (scale * (m if summed else 1))

@@ -63,7 +63,7 @@ class GradSampleHooks:
         grad_scaler: the GradScaler that scales the loss. Its scale is read when a backward pass ends, before scaler.update() can change it.
 
     Attributes:
-        sharing: what is known of batches that several processes share; of one process alone to begin with. What collect() then gives is this process's part.
+        shard: what is known of batches that several processes share; of one process alone to begin with. What collect() then gives is this process's part.
         loss_scale: the `LossScale`; loss_scale.watch(optimizer), as wrap does, lets collect() refuse steps by a GradScaler that was not given.
         by_samples: the passes of a step are micro-batches that weigh by their samples (see pool_passes). It and accumulate may be set between steps.
 
@@ -105,7 +105,7 @@ class GradSampleHooks:
         param_groups = None if param_groups is None else [list(group) for group in param_groups]
         plan = plan_layers(model, ignore, only=None if param_groups is None else {id(parameter) for group in param_groups for parameter in group})
         self.loss_reduction, self.accumulate, self.by_samples = loss_reduction, accumulate, False
-        self.sharing = BatchShard()
+        self.shard = BatchShard()
         self.parameters = plan.parameters
         if inner_products:
             check_not_compiled(model, plan.parameters)
@@ -191,13 +191,13 @@ class GradSampleHooks:
             self._late.append(BackwardChecks.of(reports, self, late, {use.parameter for use in uses}))
         self._n_passes += 1
         rows = self._row_sampler.rows(batch_size, self._probes.home)
-        self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments, share=self.sharing.share)][-self.accumulate :]
+        self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments, share=self.shard.fraction)][-self.accumulate :]
         self.loss_scale.read()
         if self._dots and self._n_passes <= self.accumulate:
             self._held.append(DeferredInnerProducts(uses))
         if self._n_passes >= self.accumulate:
             check_gradients_left(seen, self.parameters, self.sites)
-            self._grad_sq_norms = self.sharing.grad_sq_norms(self._probe_rows.groups)
+            self._grad_sq_norms = self.shard.grad_sq_norms(self._probe_rows.groups)
             if self._stash.second_moments is not None:
                 self._passes[-1].preconditioned = gradient_shares(self._stash.second_moments)
             for step, held in zip(self._passes, self._held, strict=False):
@@ -243,7 +243,7 @@ class GradSampleHooks:
             )
         rows = self._probe_rows
         options = {"loss_reduction": self.loss_reduction, "group_of_row": rows.group_of_row, "row_names": rows.names, "weights": weights}
-        options |= {"by_samples": self.by_samples, "world_size": self.sharing.world_size}
+        options |= {"by_samples": self.by_samples, "world_size": self.shard.world_size}
         return PendingMoments(self._passes, self._grad_sq_norms, self.loss_scale.noted(loss_scale), self._late, options)
 
     def set_norm_weights(self, shares: dict[str, float]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from adabatch.data.loader import AdaptiveDataLoader
+from adabatch.distributed.grad_norms import is_sharded
 from adabatch.micro_batches.batches import MicroBatches
 from adabatch.micro_batches.optimizer import AccumulatingOptimizer
 from adabatch.micro_batches.search import LossFn, find_micro_batch_size
@@ -55,7 +55,10 @@ class MicroBatching:
         self._before = micro.limit, micro.at_least, micro.accumulates, list(micro.listeners)
 
     def find_limit(self, model: nn.Module, optimizer: Optimizer, hooks: Any, largest: int) -> None:
-        """Set the limit, after a search for 'auto', which runs with the hooks' memory in use."""
+        """Set the limit, after a search for 'auto', which runs with the hooks' memory in use.
+
+        Processes may find different limits: `DistributedSetup.agree_on_limit` takes the smallest.
+        """
         limit = self._limit
         if limit == "auto":
             state = hooks.state_dict()
@@ -68,12 +71,11 @@ class MicroBatching:
         world_size = self._loader.batch_sampler.processes.world_size
         if world_size == 1:
             return find_micro_batch_size(model, optimizer, self._loader, self._loss_fn, largest=largest)
-        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        if any(is_sharded(parameter) for parameter in model.parameters()):
             raise ValueError("max_micro_batch_size='auto' cannot try sizes on a sharded model, whose processes wait for each other: give a number")
         # No process waits for another whose memory ran out.
         with getattr(model, "no_sync", nullcontext)():
-            limit = find_micro_batch_size(model, optimizer, self._loader, self._loss_fn, largest=-(-largest // world_size))
-        return smallest_of_all(limit, next(model.parameters()).device)
+            return find_micro_batch_size(model, optimizer, self._loader, self._loss_fn, largest=-(-largest // world_size))
 
     def accumulating(self, optimizer: Optimizer, hooks: Any, *, grad_scaler: Any, lr_scheduler: Any, max_grad_norm: float | None) -> Optimizer:
         """The optimizer that waits for the last micro-batch, or `optimizer` itself where there is nothing to wait for or to run."""
@@ -94,15 +96,6 @@ class MicroBatching:
         """Leave the loader as it was."""
         micro = self._loader.micro_batches
         micro.limit, micro.at_least, micro.accumulates, micro.listeners = self._before
-
-
-def smallest_of_all(limit: int, device: torch.device) -> int:
-    """The smallest of the processes' limits: all must cut their batches into equally many parts."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return limit
-    value = torch.tensor([limit], device=device)
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN)
-    return int(value)
 
 
 class _PassesOfBatch:

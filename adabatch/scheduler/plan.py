@@ -135,7 +135,7 @@ class Budget:
 
     def _choose(self, size: int) -> None:
         # Processes that share a batch may have seen other lengths of sequences: all go by what the first saw.
-        cost = sharing_of(self._hooks).broadcast_from_first(self._hooks.cost())
+        cost = shard_of(self._hooks).broadcast_from_first(self._hooks.cost())
         if self._n_measured == 1:
             self._debt += cost.share(size)  # the first step, which measured all
         self.measurement = within_budget(cost, size, self._overhead)
@@ -231,9 +231,9 @@ def budget_of_wrap(overhead: float | None, samples: int | None, options: dict[st
 
 def per_pass(hooks: Any, batch_size: int) -> int:
     """Samples of one backward pass of a step, on one of the processes that share it."""
-    return max(1, -(-batch_size // (getattr(hooks, "accumulate", 1) * sharing_of(hooks).world_size)))
+    return max(1, -(-batch_size // (getattr(hooks, "accumulate", 1) * shard_of(hooks).world_size)))
 
 
-def sharing_of(hooks: Any) -> BatchShard:
+def shard_of(hooks: Any) -> BatchShard:
     """What the hooks know of the processes that share each batch; one process where they know of none."""
-    return getattr(hooks, "sharing", None) or BatchShard()
+    return getattr(hooks, "shard", None) or BatchShard()

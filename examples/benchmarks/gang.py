@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import adabatch
-from adabatch.distributed.group import Ranks
+from adabatch.distributed.group import HostGroup
 
 LR = 0.01
 TIMEOUT = timedelta(seconds=120)
@@ -198,13 +198,13 @@ def all_reduce_seconds(lengths: tuple[int, ...], blocks: int, calls: int) -> dic
 def warm_up(methods: list[Plain]) -> int:
     """Some steps of each; the doubles that all processes add up in one of Whole's, 0 where there is one process."""
     sent: list[int] = []
-    original = Ranks.start_sum
+    original = HostGroup.start_sum
 
-    def start_sum(ranks: Ranks, values: list[float]) -> Any:
+    def start_sum(ranks: HostGroup, values: list[float]) -> Any:
         sent.append(len(values))
         return original(ranks, values)
 
-    with mock.patch.object(Ranks, "start_sum", start_sum):
+    with mock.patch.object(HostGroup, "start_sum", start_sum):
         for _ in range(WARM_UP):
             for method in methods:
                 method.tell(method.train())

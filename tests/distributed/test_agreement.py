@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import adabatch
-from adabatch.distributed.agreement import agree, checksum, facts_of_model, plain
-from adabatch.distributed.shard import BatchShard
-from adabatch.distributed.weights import OutputWeights
+from adabatch.distributed.group import canonical_repr, checksum, checksums_agree, model_fingerprint
+from adabatch.distributed.shard import BatchShard, OutputWeights
 
 
 def added_up(decisions):
@@ -19,23 +18,23 @@ def added_up(decisions):
 @given(st.integers(1, 50), st.integers(0, 10**9), st.integers(1, 10**9), st.data())
 def test_one_that_decides_otherwise_is_found(world_size, size, change, data):
     decisions = [(size, 0.5)] * world_size
-    assert agree(added_up(decisions), world_size)
+    assert checksums_agree(added_up(decisions), world_size)
     if world_size > 1:
         decisions[data.draw(st.integers(0, world_size - 1))] = (size + change, 0.5)
-        assert not agree(added_up(decisions), world_size)
+        assert not checksums_agree(added_up(decisions), world_size)
 
 
 def test_checksums_of_very_many_processes_are_exact():
     own = checksum("the same")
-    assert agree([16384 * value for value in own], 16384)
-    assert not agree([16383 * one + other for one, other in zip(own, checksum("another"), strict=True)], 16384)
+    assert checksums_agree([16384 * value for value in own], 16384)
+    assert not checksums_agree([16383 * one + other for one, other in zip(own, checksum("another"), strict=True)], 16384)
 
 
 def test_facts_name_what_matters():
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
-    assert facts_of_model(model) == "weight (1, 2) float32\nbias (1,) float32 frozen"
-    assert plain(adabatch.CABS(scale=2.0)) == plain(adabatch.CABS(scale=2.0)) != plain(adabatch.CABS(scale=3.0))
+    assert model_fingerprint(model) == "weight (1, 2) float32\nbias (1,) float32 frozen"
+    assert canonical_repr(adabatch.CABS(scale=2.0)) == canonical_repr(adabatch.CABS(scale=2.0)) != canonical_repr(adabatch.CABS(scale=3.0))
 
 
 class Delivered:
@@ -96,14 +95,14 @@ def test_evaluation_is_left_alone():
 
 def test_shares_of_accumulated_batches():
     sampler = Delivered(5, 9)
-    sharing = BatchShard(2, sampler)
-    sharing.note()
-    sharing.note()
+    shard = BatchShard(2, sampler)
+    shard.record()
+    shard.record()
     sampler.n_batches, sampler.share, sampler.last_size = 2, 4, 9
-    sharing.note()
-    assert sharing.share_of(1) == 4 / 9
-    assert sharing.share_of(2) == 0.5
-    assert sharing.size_of(2) == 18
-    assert BatchShard(4).share_of(1) == BatchShard(4).share == 1 / 4
+    shard.record()
+    assert shard.fraction_of(1) == 4 / 9
+    assert shard.fraction_of(2) == 0.5
+    assert shard.size_of(2) == 18
+    assert BatchShard(4).fraction_of(1) == BatchShard(4).fraction == 1 / 4
     with pytest.raises(RuntimeError, match="batches"):
         BatchShard(4).size_of(1)

@@ -20,7 +20,7 @@ ELSEWHERE += ["same_with_a_budget", "a_group_made_anew"]
 CHECKS = {
     1: ["same_as_one_process_ddp"],
     2: [*SAME, "same_as_one_process_hsdp", *UNEQUAL, *CROSS_RANK, *BAD, *OWN_MIND, *ELSEWHERE],
-    3: [*SAME[:2], *UNEQUAL, "same_with_dots", "same_with_groups_and_parameters_measured_apart", *CROSS_RANK[:1], *BAD[:3], "a_group_of_some_processes"],
+    3: [*SAME[:2], *UNEQUAL, "same_with_dots", "same_with_groups_and_parameters_measured_apart", *CROSS_RANK[:1], *BAD[:3], "a_group_of_some_processes", "micro_batches_agree_within_their_group"],
     4: ["same_as_one_process_hsdp", "same_with_a_mesh_given"],
 }
 
