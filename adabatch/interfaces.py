@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from adabatch.distributed.shard import BatchShard
+    from adabatch.estimators.loss_scale import StepScale
     from adabatch.estimators.moments import GradientMoments
-    from adabatch.grad_sample.cost import StepCost
+    from adabatch.grad_sample.cost import LayerCost, StepCost
+    from adabatch.grad_sample.factors.base import Factor
 
 State = dict[str, Any]
 NO_INTERVAL = (math.nan, math.nan)
@@ -70,15 +72,20 @@ class Estimator(ABC):
         self,
         *,
         weights: Tensor | Sequence[float] | None = None,
-        loss_scale: float | Callable[[], float] | None = None,
+        loss_scale: float | StepScale | None = None,
     ) -> PendingMoments:
-        """Take the moments of the step without waiting for an accelerator."""
+        """Take the moments of the step without waiting for an accelerator.
+
+        Args:
+            weights: of the step's samples [m], under a mean over unequal shares (tokens).
+            loss_scale: the factor on the loss: a number, or what `LossScale.take()` returns.
+        """
 
     def collect(
         self,
         *,
         weights: Tensor | Sequence[float] | None = None,
-        loss_scale: float | Callable[[], float] | None = None,
+        loss_scale: float | StepScale | None = None,
     ) -> GradientMoments:
         """The moments of the step, now."""
         return self.observe(weights=weights, loss_scale=loss_scale).moments()
@@ -86,6 +93,10 @@ class Estimator(ABC):
     def cost(self) -> StepCost | None:
         """What measuring costs by the cost model; None where that is not known."""
         return None
+
+    def tensors_over_samples(self, moments: GradientMoments) -> list[Tensor]:
+        """Tensors in the moments that are sums over this process's samples, for reduction."""
+        return []
 
     def check_loss(self, loss: Tensor) -> None:
         """Raise where the loss uses measured parameters that the estimator cannot see."""
@@ -225,18 +236,90 @@ class BatchSource(Protocol):
 
 
 class Statistic(ABC):
-    """One thing that is measured of the per-sample gradients, besides their squared norms.
+    """One thing that is measured of the per-sample gradients.
 
-    Taps, the end of the backward pass, pooling and the cost model loop over these objects.
-    Legend: N samples in a pass, S of them measured.
+    Taps, the end of the backward pass, pooling and the cost model loop over these objects: a new
+    statistic is one subclass. Values come either one per sample (`per_sample`: added up over the
+    parameters, like squared norms) or one tensor per parameter.
+
+    Legend: N samples in a pass, S of them measured, G_n the contribution of sample n to the
+    gradient of the loss that was differentiated (the 1/m of a mean loss is still in it).
 
     Attributes:
-        name: under which `GradientMoments.statistics` holds the result.
-        needs_gradient: the factors are kept until the step's gradient is complete, then
-            `of_factor` is called with it.
-        elementwise: a value has the parameter's shape (it may be large; it stays on the device).
+        name: under which `GradientMoments.statistics` holds the pooled result.
+        per_sample: a value is a vector [S], not a tensor of any other shape.
+        needs_gradient: the factors are kept until the step's gradient is complete.
+        needs_second_moment: `of_fused` wants the elementwise sum of squares, which exists only
+            where all samples are measured.
     """
 
     name: ClassVar[str]
+    per_sample: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = False
+    needs_second_moment: ClassVar[bool] = False
+
+    def attach(self, parameters: Mapping[str, Tensor]) -> None:
+        """Called once with the measured parameters by name."""
+
+    @abstractmethod
+    def of_factor(self, name: str, factor: Factor, grad: Tensor | None = None) -> Tensor | None:
+        """The value of one parameter in one backward pass; None for none.
+
+        Args:
+            name: of the parameter.
+            factor: its per-sample gradients over the measured samples.
+            grad: the step's finished gradient, only where `needs_gradient`.
+        """
+
+    def of_fused(self, name: str, sq_norms: Tensor, second_moment: Tensor | None) -> Tensor | None:
+        """The same where the layer's backward pass gave ||G_n||^2 [S] and sum_n G_n^2."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be fused")
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether `of_fused` is there, so that layers may compute both gradients at once."""
+        return type(self).of_fused is not Statistic.of_fused
+
+    def leaf_shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of the value that a compiled graph reports; None: not under torch.compile."""
+        return None
+
+    def from_leaf(self, name: str, value: Tensor) -> Tensor | None:
+        """The value, from what a compiled graph reported."""
+        return value
+
+    def of_gradient(self) -> dict[str, Tensor]:
+        """What is read of the finished gradients at the end of the step's last pass."""
+        return {}
+
+    def pool(
+        self,
+        passes: Sequence[Mapping[str, Tensor]],
+        scales: Sequence[float],
+        gradient: Mapping[str, Tensor],
+    ) -> Any:
+        """What `GradientMoments.statistics` holds: by default {parameter: sum over the passes}.
+
+        Args:
+            passes: {parameter: value} of each backward pass of the step.
+            scales: of each pass: z_n = scale * G_n is the gradient of the per-sample loss.
+            gradient: what `of_gradient` gave.
+        """
+        total: dict[str, Tensor] = {}
+        for values, scale in zip(passes, scales, strict=True):
+            for name, value in values.items():
+                scaled = value * self.scaled(scale)
+                total[name] = total[name] + scaled if name in total else scaled
+        return total
+
+    def scaled(self, scale: float) -> float:
+        """What a value is multiplied by where G_n is multiplied by `scale`: scale^2 by default."""
+        return scale**2
+
+    def over_samples(self, pooled: Any) -> list[Tensor]:
+        """The tensors of a pooled result that are sums over the samples of this process."""
+        return list(pooled.values())
+
+    def cost(self, layer: LayerCost, samples: int, measured: int, fused: bool) -> float:
+        """Multiply-adds that it adds to a layer's tap, in one backward pass of N samples."""
+        return 0.0

@@ -16,7 +16,7 @@ from adabatch._transfers import HostCopies, scale_of
 FRAMES = 10  # above optimizer.step(), its hooks' and lr schedulers' wrappers and wrapping optimizers among them
 
 
-class RecordedLossScale:
+class StepScale:
     """The scales of a step's passes, as numbers or as tensors that are still to be read.
 
     Args:
@@ -24,16 +24,16 @@ class RecordedLossScale:
         given: by the caller, instead.
 
     Example:
-        >>> RecordedLossScale([1024.0, 1024.0]).factor()
+        >>> StepScale([1024.0, 1024.0]).factor()
         1024.0
     """
 
     def __init__(self, seen: Sequence[Tensor | float], given: float | None = None):
         self._seen, self._given = list(seen), given
 
-    def copied(self, copies: HostCopies) -> RecordedLossScale:
+    def copied(self, copies: HostCopies) -> StepScale:
         """The same on the host."""
-        return RecordedLossScale([copies.add(scale) for scale in self._seen], self._given)
+        return StepScale([copies.add(scale) for scale in self._seen], self._given)
 
     def factor(self) -> float:
         """The scale.
@@ -133,6 +133,16 @@ class LossScale:
             self._stepping.remove()
             self._stepping = None
 
+    def record(self) -> None:
+        """Record the scale; the callback for `Estimator.on_backward_end`."""
+        self.read()
+
+    def take(self) -> StepScale:
+        """The scales of the step's passes, which are forgotten here."""
+        step = StepScale(self._seen)
+        self._seen = []
+        return step
+
     def read(self) -> None:
         """Note the scale of the backward pass that ends."""
         if self._grad_scaler is not None:
@@ -142,7 +152,7 @@ class LossScale:
         """Forget the scales of a step."""
         self._seen.clear()
 
-    def noted(self, given: float | None) -> RecordedLossScale:
+    def noted(self, given: float | None) -> StepScale:
         """The scale of the step's passes, `given` or noted.
 
         Raises:
@@ -152,7 +162,7 @@ class LossScale:
         self.check_told(given)
         if given is not None and self._grad_scaler is not None:
             raise ValueError("the scale is read from the grad_scaler the hooks were made with: leave loss_scale= away")
-        return RecordedLossScale(self._seen, given)
+        return StepScale(self._seen, given)
 
     def check_told(self, given: float | None) -> None:
         """Refuse what noted() refuses of the optimizer's steps."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from adabatch._transfers import HostCopies
-from adabatch.estimators.loss_scale import RecordedLossScale
+from adabatch.estimators.loss_scale import StepScale
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import BackwardPass, pool_passes
 from adabatch.grad_sample.backward.finish import BackwardChecks
@@ -29,7 +29,7 @@ class PendingMoments:
         lags: whether moments() is to be called one step later, as it waits for an accelerator.
     """
 
-    def __init__(self, passes: Sequence[BackwardPass], grad_sq_norms: Tensor, scale: RecordedLossScale, checks: Sequence[BackwardChecks], options: dict[str, Any]):
+    def __init__(self, passes: Sequence[BackwardPass], grad_sq_norms: Tensor, scale: StepScale, checks: Sequence[BackwardChecks], options: dict[str, Any]):
         self._copies = copies = HostCopies()
         self._passes = [_copied(step, copies) for step in passes]
         self._grad_sq_norms = copies.add(grad_sq_norms)
