@@ -23,9 +23,9 @@ from types import ModuleType
 from torch import Tensor
 
 from adabatch.kernels import cpu, operators, reference
-from adabatch.kernels.chunks import accumulation_dtype, outer_form, sample_chunks
+from adabatch.kernels.chunks import CHUNK_BYTES, accumulation_dtype, outer_form, sample_chunks
 
-__all__ = [*reference.__all__, "accumulation_dtype", "outer_form", "reference", "sample_chunks"]
+__all__ = ["CHUNK_BYTES", *reference.__all__, "accumulation_dtype", "outer_form", "reference", "sample_chunks"]
 
 # Device type -> the modules asked for an operation, first come first served; what none of them has is the reference's.
 # ROCm calls its devices "cuda" as well.

@@ -1,34 +1,30 @@
-"""Whether modules are compiled, without importing the compiler: that alone would double the time to import adabatch; and a context that costs little."""
+"""What differs under torch.compile and autocast, without importing the compiler:
+that alone would double the time to import adabatch."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
-# Names of this module: each look-up along torch's large modules reads memory that the step has just evicted from the caches.
-is_compiling, _is_grad_enabled, _is_tracing = torch.compiler.is_compiling, torch.is_grad_enabled, torch.jit.is_tracing
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
-_transforms = torch._C._functorch.peek_interpreter_stack
+is_compiling = torch.compiler.is_compiling
 
 _NOTHING = nullcontext()
+_UNCOMPILED = (
+    "a layer without a grad_sample rule is run again sample by sample, outside compiled graphs: "
+    "compile without fullgraph=True, or pass ignore=[...]"
+)
 
 
-def can_measure() -> bool:
-    """Whether gradients are taken of what runs now: not under no_grad, nor while a model is exported, traced or transformed by torch.func.
-
-    Example:
-        >>> with torch.no_grad():
-        ...     can_measure()
-        False
-    """
-    return _is_grad_enabled() and not _is_exporting() and (is_compiling() or not (_is_tracing() or _transforms() is not None))
-
-
-def autocast_disabled(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast changes no types; entering torch.autocast costs as much as three small operations, so it is left out where none is on.
+def autocast_disabled(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast changes no types. Entering torch.autocast costs as much as three
+    small operations, so it is omitted where none is active.
 
     Example:
         >>> with autocast_disabled(torch.device("cpu")):
@@ -52,5 +48,27 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calling the module runs compiled code: it is such a wrapper, or module.compile() was called."""
-    return is_compiled_wrapper(module) or getattr(module, "_compiled_call_impl", None) is not None
+    """Whether calling the module runs compiled code: it is such a wrapper, or module.compile() was
+    called."""
+    return is_compiled_wrapper(module) or module._compiled_call_impl is not None
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.disable(function), which imports the compiler, put off until something else
+    has imported it."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            options = inspect.signature(torch.compiler.disable).parameters
+            reason = {"reason": _UNCOMPILED} if "reason" in options else {}  # not in torch 2.6
+            disabled.append(torch.compiler.disable(function, **reason))
+        return disabled[0](*args, **kwargs)
+
+    # What the compiler looks for where it would trace into a function, as torch.compiler.disable
+    # leaves it.
+    vars(call).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=_UNCOMPILED)
+    return call

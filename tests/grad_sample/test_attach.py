@@ -43,7 +43,7 @@ def test_all_problems_are_listed_at_once():
     message = str(caught.value)
     for part in ("Embedding (1): scale_grad_by_freq", "Embedding (2): sparse=True", "set layer.sparse = False", "3.weight is not initialized: run one batch"):
         assert part in message
-    assert "ignore names no module of the model: '9'" in message
+    assert "ignore contains '9', but the model has no module of that name" in message
     assert "Linear (0)" not in message
     assert not any(layer._forward_hooks for layer in model.modules())
 
@@ -130,7 +130,7 @@ def test_models_that_are_refused(model, error, match):
         ({"accumulate": 0}, "accumulate must be a positive integer, got 0"),
         ({"accumulate": True}, "accumulate must be a positive integer, got True"),
         ({"capacity": -1}, "capacity must be a positive integer, got -1"),
-        ({"ignore": ["3", "2.weight"]}, r"(?s)no module of the model: '3'.*'2\.weight'"),
+        ({"ignore": ["3", "2.weight"]}, r"(?s)contains '3'.*'2\.weight'"),
         ({"param_groups": []}, "no trainable parameters"),
     ],
     ids=str,

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adabatch.grad_sample.factors.base import ConvOuter, Dense, Factor, OneHotOuter, Outer
+from adabatch.grad_sample.factors.affine import Scale, Shift
+from adabatch.grad_sample.factors.base import Dense, Factor
+from adabatch.grad_sample.factors.conv import ConvOuter
+from adabatch.grad_sample.factors.merge import SumOfFactors
+from adabatch.grad_sample.factors.outer import OneHotOuter, Outer
 
 SAMPLES = 6
 
@@ -31,7 +35,27 @@ def make_dense(dtype):
     return Dense(grad), grad.double()
 
 
-MAKERS = [make_outer, make_one_hot_outer, make_conv_outer, make_dense]
+def make_scale(dtype):
+    activations, backprops = torch.randn(2, SAMPLES, 5, 3, dtype=dtype)
+    mean, rstd = torch.randn(SAMPLES, 5, 1, dtype=dtype), torch.rand(SAMPLES, 5, 1, dtype=dtype)
+    normalized = (activations.double() - mean.double()) * rstd.double()
+    return Scale(activations, backprops, mean, rstd, (3,)), (normalized * backprops.double()).sum(1)
+
+
+def make_shift(dtype):
+    scale, _ = make_scale(dtype)
+    return Shift(scale), scale.backprops.double().sum(1)
+
+
+def make_sum(dtype):
+    outer, lookup = make_outer(dtype), make_one_hot_outer(dtype)
+    turned = Outer(outer[0].right, outer[0].left)  # [4, 3] as the table
+    return SumOfFactors((turned, lookup[0])), outer[1].mT + lookup[1]
+
+
+MAKERS = [
+    make_outer, make_one_hot_outer, make_conv_outer, make_dense, make_scale, make_shift, make_sum,
+]
 makers = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__.removeprefix("make_"))
 
 
@@ -66,4 +90,5 @@ def test_select(make):
 
 
 def test_every_factor_is_tested():
-    assert {type(make(torch.float32)[0]) for make in MAKERS} == {factor for factor in Factor.__subclasses__() if factor.__module__ == Factor.__module__}
+    ours = {each for each in Factor.__subclasses__() if each.__module__.startswith("adabatch.")}
+    assert {type(make(torch.float32)[0]) for make in MAKERS} == ours

@@ -81,7 +81,7 @@ def test_a_traced_parameter_used_by_a_compiled_function_raises():
 def test_a_compiled_model_with_traced_parameters_is_refused():
     model = Model("raw")
     GradSampleHooks(model)
-    with pytest.raises(Exception, match="a compiled graph cannot measure parameters without a layer of their own: table"):
+    with pytest.raises(Exception, match="a compiled graph cannot measure parameters that no layer with a tap uses: table"):
         compile_(model)(torch.randn(N, T, D))
 
 

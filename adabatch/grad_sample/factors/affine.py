@@ -17,17 +17,19 @@ __all__ = ["Scale", "Shift"]
 
 @dataclass(frozen=True)
 class Scale(Factor):
-    """G_n = Σ_t backprops_nt ∘ x̂_nt with x̂ = (activations − mean) · rstd; neither x̂ nor the product need ever be stored.
+    """G_n = Σ_t backprops_nt ∘ x̂_nt with x̂ = (activations − mean) · rstd; neither x̂ nor the product
+    need be stored.
 
     Args:
-        activations: [N, T, P], the layer's input, or x̂ itself where that is at hand and the statistics are None.
+        activations: [N, T, P], the layer's input, or x̂ itself where the statistics are None.
         backprops: [N, T, P].
         mean, rstd: [N or 1, T, 1], [N or 1, 1, P] or None, as for kernels.affine_sq_norms.
         weight_shape: the parameter's shape, of P elements.
 
     Example:
         >>> import torch
-        >>> Scale(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[2.0]]]), None, (2,)).dense()
+        >>> a, b = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]])
+        >>> Scale(a, b, torch.tensor([[[2.0]]]), None, (2,)).dense()
         tensor([[-2.,  1.]])
     """
 
@@ -36,22 +38,29 @@ class Scale(Factor):
     mean: Tensor | None
     rstd: Tensor | None
     weight_shape: tuple[int, ...]
-    _found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)  # torch.compile knows no cached_property
+    # Results for scale and shift; torch.compile does not know cached_property.
+    _found: dict[str, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight_shape
 
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.activations, self.backprops, self.mean, self.rstd
+
     def both_sq_norms(self) -> tuple[Tensor, Tensor]:
-        """Squared norms [N] of the scale's and of the shift's gradients: one reading of the tensors gives both."""
+        """Squared norms [N] of the scale's and the shift's gradients, read in one pass."""
         if "sq_norms" not in self._found:
-            self._found["sq_norms"] = kernels.affine_sq_norms(self.activations, self.backprops, self.mean, self.rstd)
+            self._found["sq_norms"] = kernels.affine_sq_norms(*self._tensors)
         return self._found["sq_norms"]
 
     def both_dense(self) -> tuple[Tensor, Tensor]:
         """The gradients [N, *shape] of the scale and of the shift."""
         if "dense" not in self._found:
-            scale, shift = kernels.affine_grad_sample(self.activations, self.backprops, self.mean, self.rstd)
+            scale, shift = kernels.affine_grad_sample(*self._tensors)
             shape = (scale.shape[0], *self.weight_shape)
             self._found["dense"] = (scale.view(shape), shift.view(shape))
         return self._found["dense"]
@@ -59,19 +68,14 @@ class Scale(Factor):
     def sq_norms(self) -> Tensor:
         return self.both_sq_norms()[0]
 
-    def second_moment(self) -> Tensor:
-        return kernels.dense_second_moment(self.dense())
-
-    def dot(self, other: Tensor) -> Tensor:
-        return kernels.dense_dot(self.dense(), other)
-
     def dense(self) -> Tensor:
         return self.both_dense()[0]
 
     def select(self, indices: Tensor | slice) -> Scale:
-        samples = self.n_samples
-        mean, rstd = (value if value is None or value.shape[0] != samples else value[indices] for value in (self.mean, self.rstd))
-        return Scale(self.activations[indices], self.backprops[indices], mean, rstd, self.weight_shape)
+        n_samples = self.n_samples
+        chosen = [value if value is None or value.shape[0] != n_samples else value[indices]
+                  for value in (self.mean, self.rstd)]
+        return Scale(self.activations[indices], self.backprops[indices], *chosen, self.weight_shape)
 
     def compact(self) -> Dense:
         return Dense(self.dense())
@@ -82,39 +86,34 @@ class Shift(Factor):
     """G_n = Σ_t backprops_nt, of the same layer as a scale.
 
     Args:
-        beside: the scale's factor.
+        scale: the scale's factor.
 
     Example:
         >>> import torch
-        >>> scale = Scale(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]]), None, None, (2,))
+        >>> a, b = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]])
+        >>> scale = Scale(a, b, None, None, (2,))
         >>> Shift(scale).sq_norms(), scale.sq_norms()
         (tensor([5.]), tensor([13.]))
     """
 
-    beside: Scale
+    scale: Scale
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.beside.weight_shape
+        return self.scale.weight_shape
 
     @property
     def n_samples(self) -> int:
-        return self.beside.n_samples
+        return self.scale.n_samples
 
     def sq_norms(self) -> Tensor:
-        return self.beside.both_sq_norms()[1]
-
-    def second_moment(self) -> Tensor:
-        return kernels.dense_second_moment(self.dense())
-
-    def dot(self, other: Tensor) -> Tensor:
-        return kernels.dense_dot(self.dense(), other)
+        return self.scale.both_sq_norms()[1]
 
     def dense(self) -> Tensor:
-        return self.beside.both_dense()[1]
+        return self.scale.both_dense()[1]
 
     def select(self, indices: Tensor | slice) -> Shift:
-        return Shift(self.beside.select(indices))
+        return Shift(self.scale.select(indices))
 
     def compact(self) -> Dense:
         return Dense(self.dense())

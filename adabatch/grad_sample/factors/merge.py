@@ -1,10 +1,12 @@
-"""A parameter used more than once: its per-sample gradient is the sum over the uses, and only then squared.
+"""A parameter used more than once: its per-sample gradients are summed over the uses, then squared.
 
-Legend: N samples, T positions of a head, S positions of an embedding, V entries of the vocabulary, D embedding width.
+Legend: N samples, T positions of a head, S positions of an embedding, V entries of the vocabulary,
+D embedding width.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adabatch.grad_sample.factors.base import Dense, Factor, OneHotOuter, Outer
-from adabatch.kernels.chunks import CHUNK_BYTES, accumulation_dtype, sample_chunks
+from adabatch.grad_sample.factors.base import Dense, Factor
+from adabatch.grad_sample.factors.outer import OneHotOuter, Outer
+from adabatch.kernels import CHUNK_BYTES, accumulation_dtype, sample_chunks
 
 
 def merge_factors(factors: Sequence[Factor]) -> Factor:
     """One factor for the sum of several uses of a parameter.
 
-    Outer products concatenate along T, look-ups along their positions; a look-up and an outer product (tied embedding and head) keep their cheap
-    cross term; anything else is added up densely, a chunk of samples at a time.
+    Outer products are concatenated along T, look-ups along their positions; a look-up and an outer
+    product (tied embedding and head) keep their cheap cross term; anything else is added up
+    densely, a chunk of samples at a time.
 
     Raises:
         ValueError: the uses saw different numbers of samples.
@@ -30,37 +34,40 @@ def merge_factors(factors: Sequence[Factor]) -> Factor:
         >>> merge_factors([use, use]).sq_norms()  # (1 + 1)² in each of 12 entries
         tensor([48., 48.])
     """
-    merged = [_concatenate(group) for group in _by_kind(factors)]
+    kinds: dict[object, list[Factor]] = {}
+    for factor in factors:
+        mergeable = isinstance(factor, (Outer, OneHotOuter, Dense))
+        kinds.setdefault(type(factor) if mergeable else id(factor), []).append(factor)
+    merged = [_concatenate(group) for group in kinds.values()]
     return merged[0] if len(merged) == 1 else SumOfFactors(tuple(merged))
 
 
-def _by_kind(factors: Sequence[Factor]) -> list[list[Factor]]:
-    kinds: dict[object, list[Factor]] = {}
-    for factor in factors:
-        key = type(factor) if isinstance(factor, (Outer, OneHotOuter, Dense)) else id(factor)
-        kinds.setdefault(key, []).append(factor)
-    return list(kinds.values())
-
-
-def _concatenate(group: list[Factor]) -> Factor:
-    first = group[0]
+def _concatenate(group: Sequence[Factor]) -> Factor:
+    """The sum of factors of one kind."""
     if len(group) == 1:
-        return first
-    if isinstance(first, Dense):
-        return Dense(torch.stack(_alike([use.grad for use in group])).sum(0))
-    if isinstance(first, Outer):
-        return Outer(_cat([use.left for use in group]), _cat([use.right for use in group]))
-    return OneHotOuter(_cat([use.ids for use in group]), _cat([use.right for use in group]), first.num_embeddings)
+        return group[0]
+    outers = [factor for factor in group if isinstance(factor, Outer)]
+    if outers:
+        return Outer(_cat([use.left for use in outers]), _cat([use.right for use in outers]))
+    lookups = [factor for factor in group if isinstance(factor, OneHotOuter)]
+    if lookups:
+        ids, right = _cat([use.ids for use in lookups]), _cat([use.right for use in lookups])
+        return OneHotOuter(ids, right, lookups[0].num_embeddings)
+    grads = [factor.grad for factor in group if isinstance(factor, Dense)]
+    return Dense(torch.stack(_same_type(grads)).sum(0))
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat(_alike(tensors), dim=1)
+    return torch.cat(_same_type(tensors), dim=1)
 
 
-def _alike(tensors: list[Tensor]) -> list[Tensor]:
+def _same_type(tensors: list[Tensor]) -> list[Tensor]:
     sizes = {len(tensor) for tensor in tensors}
     if len(sizes) > 1:
-        raise ValueError(f"a parameter is used with different numbers of samples in one backward pass: {sorted(sizes)}; their rows cannot be matched")
+        raise ValueError(
+            "a parameter is used with different numbers of samples in one backward pass: "
+            f"{sorted(sizes)}; their rows cannot be matched"
+        )
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -86,17 +93,18 @@ class SumOfFactors(Factor):
             lookups = [factor for factor in self.factors if isinstance(factor, OneHotOuter)]
             outers = [factor for factor in self.factors if isinstance(factor, Outer)]
             if lookups and outers:
-                return lookups[0].sq_norms() + outers[0].sq_norms() + 2 * _lookup_dot_outer(lookups[0], outers[0])
+                cross = _lookup_dot_outer(lookups[0], outers[0])
+                return lookups[0].sq_norms() + outers[0].sq_norms() + 2 * cross
         return torch.cat([grad.flatten(1).square().sum(1) for grad in self._chunks()])
 
     def second_moment(self) -> Tensor:
-        return sum(grad.square().sum(0) for grad in self._chunks())
+        return functools.reduce(torch.add, (grad.square().sum(0) for grad in self._chunks()))
 
     def dot(self, other: Tensor) -> Tensor:
-        return sum(factor.dot(other) for factor in self.factors)
+        return functools.reduce(torch.add, [factor.dot(other) for factor in self.factors])
 
     def dense(self) -> Tensor:
-        return sum(factor.dense() for factor in self.factors)
+        return functools.reduce(torch.add, [factor.dense() for factor in self.factors])
 
     def select(self, indices: Tensor | slice) -> SumOfFactors:
         return SumOfFactors(tuple(factor.select(indices) for factor in self.factors))
@@ -108,10 +116,14 @@ class SumOfFactors(Factor):
 
 
 def _lookup_dot_outer(lookup: OneHotOuter, outer: Outer) -> Tensor:
-    """⟨look-up's g_i, outer's g_i⟩ = Σ_{t,s} b_it[id_is] (a_it·e_is), [N]: neither gradient [V, D] is formed."""
-    dtype = accumulation_dtype(outer.left, outer.right, lookup.right)
-    cross = []
-    for a_NTD, b_NTV, e_NSD, ids_NS in sample_chunks(2 * outer.left.shape[1] * lookup.ids.shape[1], dtype, outer.right, outer.left, lookup.right, lookup.ids):
-        picked_NTS = b_NTV.gather(2, ids_NS.long().unsqueeze(1).expand(-1, b_NTV.shape[1], -1))
-        cross.append((torch.bmm(a_NTD.to(dtype), e_NSD.to(dtype).mT) * picked_NTS).sum((1, 2)))
+    """⟨look-up's G_n, outer's G_n⟩ = Σ_{t,s} b_nt[id_ns] (a_nt·e_ns), [N]: neither gradient [V, D]
+    is formed."""
+    left, right = outer.left, outer.right
+    dtype = accumulation_dtype(left, right, lookup.right)
+    numel, cross = 2 * left.shape[1] * lookup.ids.shape[1], []
+    chunks = sample_chunks(numel, dtype, right, left, lookup.right, lookup.ids)
+    for a_NTD, b_NTV, e_NSD, ids_NS in chunks:
+        ids_NTS = ids_NS.long().unsqueeze(1).expand(-1, b_NTV.shape[1], -1)
+        products_NTS = torch.bmm(a_NTD.to(dtype), e_NSD.to(dtype).mT)
+        cross.append((products_NTS * b_NTV.gather(2, ids_NTS)).sum((1, 2)))
     return torch.cat(cross)

@@ -1,4 +1,9 @@
-"""The operations in which what comes from parameters alone meets samples: what must be kept to run them again, sample by sample.
+"""Operations in which what is computed from parameters alone meets samples: their per-sample
+gradients, directly or by running the operation again for each sample.
+
+Sums, concatenations and products with the samples need not be run again: the gradient of one
+sample is a slice, or a sum, of its output gradient; what lies between the parameter and the
+operation may be expansions and slices.
 
 Legend: N samples, S measured.
 """
@@ -11,26 +16,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.factors.base import Dense, Factor
 from adabatch.grad_sample.functional.expression import ParameterExpression
-from adabatch.grad_sample.functional.linear_expressions import direct_grads
-from adabatch.grad_sample.layers.per_sample import per_sample_grads
+from adabatch.grad_sample.layers.generic import per_sample_grads
+from adabatch.kernels import accumulation_dtype
+
+SIGNS = {"add": (1, 1), "radd": (1, 1), "sub": (1, -1), "rsub": (-1, 1)}
+EXPANSIONS = ("expand", "expand_as", "broadcast_to")
 
 
 @dataclass(eq=False)
 class TracedOp:
-    """An operation in which traced parameters meet samples; answers factors(tensors, backprops, rows) like a call of a layer.
+    """An operation in which traced parameters meet samples; answers factors(tensors, backprops,
+    rows) like a call of a layer.
 
-    What comes from parameters alone may have a row for every sample (a class token expanded, token types looked up for the batch) or be the same for all (a
-    weight). `aligned` are the places of those with a row each; `may_align` of those that have the shape for it, tried if the operation does not work without.
+    What is computed from parameters alone may have a row for every sample (a class token expanded,
+    token types looked up for the batch) or be the same for all (a weight). `aligned` are the
+    places of those with a row each; `may_align` of those that have the shape for it, tried if the
+    operation does not work without.
     """
 
     name: str
     function: Callable[..., Any]
     leaves: list[Any]
-    tree: Any
+    tree: TreeSpec
     tensors: list[Tensor]
     batched: list[bool]
     positions: list[int]
@@ -38,28 +49,36 @@ class TracedOp:
     aligned: frozenset[int]
     may_align: frozenset[int]
 
-    def factors(self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None) -> dict[str, Factor]:
-        """Per-sample gradients of the traced parameters through this operation, by parameter name."""
-        grads = direct_grads(self, tensors, backprops, rows)
-        if grads is not None:
-            return {name: Dense(grad) for name, grad in grads.items()}
-        n_samples = backprops[0].shape[0]
-        rows = torch.arange(n_samples, device=backprops[0].device) if rows is None else rows
-        picked = [tensor.index_select(0, rows) if each else tensor for tensor, each in zip(tensors, self.batched, strict=True)]
-        inputs, batched = [rows, *picked], [True, *self.batched]
+    def factors(
+        self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
+    ) -> dict[str, Factor]:
+        """Per-sample gradients of the traced parameters through this operation, by name."""
+        grads = self._direct_grads(tensors, backprops, rows)
+        if grads is None:
+            grads = self._grads_run_again(tensors, backprops, rows)
+        return {name: Dense(grad) for name, grad in grads.items()}
+
+    def _grads_run_again(
+        self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
+    ) -> dict[str, Tensor]:
+        if rows is None:
+            rows = torch.arange(backprops[0].shape[0], device=backprops[0].device)
+        picked = [tensor.index_select(0, rows) if each else tensor
+                  for tensor, each in zip(tensors, self.batched, strict=True)]
         outer = [grad.index_select(0, rows) for grad in backprops]
+        arguments = ([rows, *picked], [True, *self.batched], outer, self.name)
         try:
-            grads = per_sample_grads(self._run, self.parameters, inputs, batched, outer, self.name)
+            return per_sample_grads(self._run, self.parameters, *arguments)
         except RuntimeError:
             if self.aligned >= self.may_align:
                 raise
             self.aligned = self.may_align
-            grads = per_sample_grads(self._run, self.parameters, inputs, batched, outer, self.name)
-        return {name: Dense(grad) for name, grad in grads.items()}
+            return per_sample_grads(self._run, self.parameters, *arguments)
 
     def _run(self, parameters: dict[str, Tensor], row: Tensor, *inputs: Tensor) -> list[Tensor]:
         done: dict[int, Any] = {}
-        leaves = [leaf.run(parameters, done) if isinstance(leaf, ParameterExpression) else leaf for leaf in self.leaves]
+        leaves = [leaf.run(parameters, done) if isinstance(leaf, ParameterExpression) else leaf
+                  for leaf in self.leaves]
         for position in self.aligned:
             leaves[position] = leaves[position].index_select(0, row)
         for position, value in zip(self.positions, inputs, strict=True):
@@ -67,7 +86,159 @@ class TracedOp:
         args, kwargs = tree_unflatten(leaves, self.tree)
         return tree_flatten(self.function(*args, **kwargs))[0]
 
+    def _direct_grads(
+        self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
+    ) -> dict[str, Tensor] | None:
+        """{parameter: [S, *shape]} without running the operation again; None where it is not of a
+        kind for which that is known."""
+        if len(backprops) != 1 or self.may_align - self.aligned:
+            return None
+        leaves = [_Place(leaf, place in self.aligned)
+                  if isinstance(leaf, ParameterExpression) else leaf
+                  for place, leaf in enumerate(self.leaves)]
+        for position, tensor, each in zip(self.positions, tensors, self.batched, strict=True):
+            leaves[position] = _Samples(tensor, each)
+        args, kwargs = tree_unflatten(leaves, self.tree)
+        grad = backprops[0] if rows is None else backprops[0].index_select(0, rows)
+        grad = grad.to(accumulation_dtype(grad, *self.parameters.values()))
+        parts = _parts(function_name(self.function).strip("_"), args, kwargs, grad, rows)
+        if parts is None:
+            return None
+        grads: dict[str, Tensor] = {}
+        for place, part in parts:
+            pulled = _pull_to_parameter(place, part)
+            if pulled is None:
+                return None
+            parameter, own = pulled
+            grads[parameter] = grads[parameter] + own if parameter in grads else own
+        return grads if grads.keys() == self.parameters.keys() else None
 
-def itself(tensor: Tensor) -> Tensor:
+
+def function_name(function: Callable[..., Any]) -> str:
+    """The name of an operation, "" where it has none.
+
+    Example:
+        >>> function_name(torch.add), function_name(torch.Tensor.add_)
+        ('add', 'add_')
+    """
+    return getattr(function, "__name__", "")
+
+
+def identity(tensor: Tensor) -> Tensor:
     """The operation of `ParameterTracer.tap_rows`."""
     return tensor
+
+
+@dataclass
+class _Samples:
+    """A saved input in an operation's arguments."""
+
+    tensor: Tensor
+    batched: bool
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.tensor.shape
+
+
+@dataclass
+class _Place:
+    """What is computed from parameters in an operation's arguments; `aligned`: it has a row for
+    each sample."""
+
+    expression: ParameterExpression
+    aligned: bool
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.expression.shape
+
+
+Parts = list[tuple[_Place, Tensor]]
+
+
+def _parts(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor, rows: Tensor | None
+) -> Parts | None:
+    """The gradient [S, ...] of each place, of the samples' part of the output's shape."""
+    if name in ("cat", "concat"):
+        return _slices(args, kwargs, grad)
+    if kwargs or len(args) != 2 or not all(isinstance(arg, (_Samples, _Place)) for arg in args):
+        return None
+    if name in SIGNS:
+        return [(arg, grad if sign > 0 else -grad)
+                for arg, sign in zip(args, SIGNS[name], strict=True) if isinstance(arg, _Place)]
+    if name.removeprefix("r") == "mul" and sum(isinstance(arg, _Place) for arg in args) == 1:
+        place, samples = args if isinstance(args[0], _Place) else args[::-1]
+        if not samples.batched or samples.tensor.dim() != grad.dim():
+            return None
+        tensor = samples.tensor if rows is None else samples.tensor.index_select(0, rows)
+        return [(place, grad * tensor)]
+    return None
+
+
+def _slices(args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> Parts | None:
+    """Of a concatenation."""
+    tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if len(args) > 2 or not set(kwargs) <= {"dim"} or not isinstance(dim, int):
+        return None
+    dim %= grad.dim()
+    if dim == 0 or not isinstance(tensors, (list, tuple)):
+        return None
+    parts, start = [], 0
+    for each in tensors:
+        if isinstance(each, _Place) and each.aligned:
+            parts.append((each, grad.narrow(dim, start, each.shape[dim])))
+        elif not (isinstance(each, _Samples) and each.batched):
+            return None
+        start += each.shape[dim]
+    return parts
+
+
+def _pull_to_parameter(place: _Place, grad: Tensor) -> tuple[str, Tensor] | None:
+    """(parameter, its gradients [S, *shape]) from those of what was computed from it; None where
+    that is more than expansions and slices."""
+    expression, grad = place.expression, grad.unsqueeze(1)  # [S, 1, ...]: each sample's own row
+    if place.aligned and not _repeats_rows(expression):
+        return None
+    shape = (1, *expression.shape[1:]) if place.aligned else expression.shape
+    grad = _sum_to(grad, shape)
+    while expression.function is not None:
+        parents = [leaf for leaf in expression.leaves if isinstance(leaf, ParameterExpression)]
+        name = function_name(expression.function)
+        if len(parents) != 1 or parents[0] is not expression.leaves[0]:
+            return None
+        if name in EXPANSIONS:
+            grad = _sum_to(grad, parents[0].shape)
+        elif name == "__getitem__":
+            _, index = tree_unflatten(list(expression.leaves), expression.spec.tree)[0]
+            index = index if isinstance(index, tuple) else (index,)
+            if not all(each is None or each is Ellipsis or type(each) in (int, slice)
+                       for each in index):
+                return None
+            whole = grad.new_zeros(len(grad), *parents[0].shape)
+            whole[(slice(None), *index)] = grad
+            grad = whole
+        else:
+            return None
+        expression = parents[0]
+    return expression.name, grad
+
+
+def _repeats_rows(expression: ParameterExpression) -> bool:
+    """Whether its rows are copies of one by an expansion as the last operation."""
+    if expression.function is None or function_name(expression.function) not in EXPANSIONS:
+        return False
+    parent = expression.leaves[0]
+    if not isinstance(parent, ParameterExpression):
+        return False
+    return len(parent.shape) < len(expression.shape) or parent.shape[0] == 1
+
+
+def _sum_to(grad: Tensor, shape: Sequence[int]) -> Tensor:
+    """The gradients [S, *shape] of what was broadcast to [S, ...]."""
+    extra = grad.dim() - 1 - len(shape)
+    grad = grad.sum(tuple(range(1, 1 + extra))) if extra else grad
+    spread = tuple(dim for dim, size in enumerate(shape, start=1)
+                   if size == 1 and grad.shape[dim] != 1)
+    return grad.sum(spread, keepdim=True) if spread else grad

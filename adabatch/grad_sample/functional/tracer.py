@@ -1,8 +1,10 @@
-"""Tracing of parameters that no layer of their own uses: class tokens, position tables, layer scales, weights used functionally.
+"""Tracing of parameters that no layer with a tap uses: class tokens, position tables, layer scales,
+weights used functionally.
 
-While the model's forward pass runs, a torch function mode watches the operations. What is computed from traced parameters alone (a slice of a
-position table, −exp(A), a look-up by positions) is remembered as a recipe. The operation in which it first meets samples gets a tap; in backward only that
-operation and the recipe are run again, sample by sample.
+While the model's forward pass runs, a torch function mode watches the operations. What is computed
+from traced parameters alone (a slice of a position table, −exp(A), a look-up by positions) is
+remembered as an expression. The operation in which it first meets samples gets a tap; in backward
+only that operation and the expression are run again, sample by sample.
 
 Legend: N samples, S measured.
 """
@@ -14,23 +16,36 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from adabatch.grad_sample.functional.expression import ParameterExpression, Spec, versions_of
-from adabatch.grad_sample.functional.traced_op import TracedOp, itself
-
-# Operations that repeat a tensor for every sample: the result has a batch dimension, but all its rows are one.
-EXPANDING = ("expand", "expand_as", "repeat", "broadcast_to", "repeat_interleave", "tile")
-# The backward formula of these reads their result, so it must not be marked as changed in place; they get a copy.
-READS_OUTPUT = (
-    *("exp", "expm1", "sigmoid", "tanh", "softmax", "log_softmax", "logsumexp", "sqrt", "rsqrt", "reciprocal", "pow", "relu", "elu", "prod", "cumprod"),
-    *("baddbmm", "scaled_dot_product_attention", "normalize"),
+from adabatch.grad_sample.functional.expression import (
+    ParameterExpression, Spec, names_of, versions_of,
 )
-# Their derivative with respect to the parameters does not depend on the samples' values, which may then change in place, as they may for autograd.
+from adabatch.grad_sample.functional.traced_op import TracedOp, function_name, identity
+from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
+from adabatch.grad_sample.layout import Layout
+
+# They repeat a tensor for every sample: the result has a batch dimension, but all its rows are one.
+EXPANDING = ("expand", "expand_as", "repeat", "broadcast_to", "repeat_interleave", "tile")
+# Their backward formula reads their result, which must not be marked as changed in place; they get
+# a copy.
+READS_OUTPUT = (
+    "exp", "expm1", "sigmoid", "tanh", "softmax", "log_softmax", "logsumexp", "sqrt", "rsqrt",
+    "reciprocal", "pow", "relu", "elu", "prod", "cumprod", "baddbmm",
+    "scaled_dot_product_attention", "normalize",
+)
+# Their derivative with respect to the parameters does not depend on the samples' values, which may
+# then change in place, as they may for autograd.
 ADDING = ("add", "sub", "rsub", "cat", "concat", "stack", "with_item")
-IN_PLACE_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__")
+IN_PLACE_OPERATORS = (
+    "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
+    "__iand__", "__ior__", "__ixor__",
+)
+RULE_OR_IGNORE = "Give the module a rule with register_grad_sampler, or pass ignore=[...]"
+
+Tap = Callable[[TracedOp, list[Tensor], list[bool]], Sequence[Tensor]]
 
 
 class ParameterTracer(TorchFunctionMode):
@@ -39,191 +54,313 @@ class ParameterTracer(TorchFunctionMode):
     Args:
         traced: {parameter name: parameter}.
         n_samples: N.
-        inputs: of the model; its tensors with N rows are the samples, and what is computed from them carries them.
-        tap: called as tap(consumption, outputs) with the operation's output tensors; returns them tapped.
-
-    Attributes:
-        suspended: while above 0 nothing is watched (a layer with a tap of its own runs).
+        inputs: of the model; its tensors with N rows are the samples, and what is computed from
+            them carries them.
+        tap: called as tap(operation, outputs, copied) with the operation's output tensors, and
+            whether each is to be returned as a copy; returns them tapped.
     """
 
-    def __init__(self, traced: dict[str, Tensor], n_samples: int, inputs: Sequence[Any], tap: Callable[[TracedOp, list[Tensor]], list[Tensor]]):
+    def __init__(self, traced: dict[str, Tensor], n_samples: int, inputs: Sequence[Any], tap: Tap):
         super().__init__()
         self._sampled: dict[int, weakref.ref[Tensor]] = {}
-        self.add_samples([leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == n_samples])
         self._parameters, self._n_samples, self._tap = traced, n_samples, tap
-        self.suspended = 0
-        self._recipes: dict[int, tuple[ParameterExpression, Tensor]] = {}
-        for name, parameter in traced.items():
-            self._recipes[id(parameter)] = (ParameterExpression(None, (), None, None, frozenset((name,)), tuple(parameter.shape), name=name), parameter)
+        self._add_samples(leaf for leaf in inputs if self._has_rows(leaf))
+        self._suspended = 0  # while above 0 nothing is watched: a layer with a tap runs
+        self._suspending: list[bool] = []
+        self._expressions: dict[int, tuple[ParameterExpression, Tensor]] = {
+            id(parameter): (ParameterExpression.of_parameter(name, parameter), parameter)
+            for name, parameter in traced.items()
+        }
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def enter_layer(
+        self, name: str, layer: nn.Module, layout: Layout, has_rule: bool, args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a measured layer: stop watching if it is called with samples, which its tap
+        measures; else what is the same for all of them is traced on through the layer.
+
+        Returns:
+            (args, kwargs) with tapped rows in place of tensors made of parameters alone that have
+            a row for every sample; None where nothing changes.
+
+        Raises:
+            RuntimeError: such a tensor has no row for every sample, and operations inside the
+                layer cannot be watched.
+        """
+        leaves, tree = tree_flatten((args, kwargs))
+        traced = [] if self._suspended else [
+            index for index, leaf in enumerate(leaves) if id(leaf) in self._expressions]
+        dims = {index: self._row_dim(name, layer, layout, leaves[index], index)
+                for index in traced}
+        suspends = None not in dims.values() and (
+            bool(traced) or self._has_batch_dim(layer, layout, has_rule, leaves))
+        self._suspending.append(suspends)
+        self._suspended += suspends
+        if not suspends or not traced:
+            return None
+        for index, dim in dims.items():
+            leaves[index] = self._tap_rows(leaves[index], dim or 0)
+        return tree_unflatten(leaves, tree)
+
+    def leave_layer(self) -> bool:
+        """After the layer: whether it was called with samples; then call resume()."""
+        return self._suspending.pop() if self._suspending else True
+
+    def resume(self, output: Any) -> None:
+        """Watch again, behind a layer with this output."""
+        if self._suspended:
+            self._suspended -= 1
+            self._add_samples(tree_flatten(output)[0])
+
+    def _has_batch_dim(
+        self, layer: nn.Module, layout: Layout, has_rule: bool, leaves: Sequence[Any]
+    ) -> bool:
+        """Whether the layer is called with samples; a position table looked up without a batch
+        dimension is not."""
+        if layout is not Layout.BATCH_FIRST:
+            return layout is not Layout.SHARED
+        if call_type(layer) is not RecomputedCall:
+            return True
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)][: 1 if has_rule else None]
+        constant_rows = any(leaf.is_floating_point() and self._has_rows(leaf) for leaf in inputs)
+        return constant_rows or any(self._comes_from_samples(leaf) for leaf in inputs)
+
+    def _row_dim(
+        self, name: str, layer: nn.Module, layout: Layout, tensor: Tensor, index: int
+    ) -> int | None:
+        """Along which dimension the layer's input number `index`, made of parameters alone, has a
+        row for every sample; None if it has none."""
+        call, dim = call_type(layer), int(layout is Layout.BATCH_SECOND)
+        whole = call is not RecomputedCall
+        if whole:
+            dim = call.samples_dim(layer, index)
+        if tuple(tensor.shape[dim : dim + 1]) == (self._n_samples,):
+            if whole or dim or self._expressions[id(tensor)][0].expanded:
+                return dim
+        if whole:
+            raise RuntimeError(
+                f"{name} is given a tensor of shape {tuple(tensor.shape)} that was computed from "
+                f"parameters alone and has no row for each of the {self._n_samples} samples: "
+                "expand it to the batch, or pass ignore=[...]"
+            )
+        return None
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or self.suspended:  # asked in this order, so that a compiled part of the model depends on nothing of ours
+        # In this order, so that a compiled part of the model depends on nothing of ours.
+        if torch.compiler.is_compiling() or self._suspended:
             return function(*args, **kwargs)
         if torch.is_grad_enabled() and _draws(function, args, kwargs):
             args, kwargs = self._spread(args, kwargs)
         values = list(_flat((*args, *kwargs.values())))
-        if torch.is_grad_enabled() and any(id(value) in self._recipes for value in values):
+        if torch.is_grad_enabled() and any(id(value) in self._expressions for value in values):
             return self._traced(function, args, kwargs)
         output = function(*args, **kwargs)
-        if any(self.comes_from_samples(value) for value in values):
-            self.add_samples([output] if isinstance(output, Tensor) else _flat(output) if isinstance(output, (list, tuple)) else [])
+        if any(self._comes_from_samples(value) for value in values):
+            self._add_samples(_flat((output,)))
         return output
 
-    def comes_from_samples(self, value: Any) -> bool:
-        """Whether a tensor was computed from the samples."""
+    def _has_rows(self, leaf: Any) -> bool:
+        """Whether it is a tensor with N rows."""
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self._n_samples
+
+    def _comes_from_samples(self, value: Any) -> bool:
         reference = self._sampled.get(id(value))
         return reference is not None and reference() is value
 
-    def add_samples(self, values: Iterable[Any]) -> None:
+    def _add_samples(self, values: Iterable[Any]) -> None:
         """Note that these tensors come from the samples."""
         for value in values:
             if isinstance(value, Tensor):
                 self._sampled[id(value)] = weakref.ref(value)
 
-    def recipe_of(self, value: Any) -> ParameterExpression | None:
-        """How a tensor was computed from parameters alone, or None if it was not."""
-        return self._recipes[id(value)][0] if id(value) in self._recipes else None
+    def _tap_rows(self, value: Tensor, dim: int) -> Tensor:
+        """A tensor of parameters alone that has a row for every sample along a dimension, a learned
+        initial state for instance, with these rows tapped."""
+        own = self._expressions[id(value)][0]
+        tree = tree_flatten(((own, 0, dim), {}))[1]
+        rows = ParameterExpression(
+            torch.transpose, (own, 0, dim), Spec(tree), None, own.parameters, ()
+        )
+        names = sorted(own.parameters)
+        every = frozenset((0,))
+        operation = TracedOp(
+            f"rows of {', '.join(names)}", identity, [rows], tree_flatten(((rows,), {}))[1],
+            [], [], [], {name: self._parameters[name] for name in names}, every, every,
+        )
+        return self._tap_outputs(operation, [value.transpose(0, dim)])[0].transpose(0, dim)
 
-    def tap_rows(self, value: Tensor, dim: int) -> Tensor:
-        """A tensor of parameters alone that has a row for every sample along a dimension, a learned initial state for instance, with these rows tapped."""
-        recipe = self._recipes[id(value)][0]
-        rows = ParameterExpression(torch.transpose, (recipe, 0, dim), Spec(tree_flatten(((recipe, 0, dim), {}))[1]), None, recipe.parameters, ())
-        names = ", ".join(sorted(recipe.parameters))
-        parameters = {name: self._parameters[name] for name in sorted(recipe.parameters)}
-        everywhere = frozenset((0,))
-        consumption = TracedOp(f"rows of {names}", itself, [rows], tree_flatten(((rows,), {}))[1], [], [], [], parameters, everywhere, everywhere)
-        return self._tap(consumption, [value.transpose(0, dim)])[0].transpose(0, dim)
+    def _tap_outputs(self, operation: TracedOp, outputs: list[Tensor]) -> Sequence[Tensor]:
+        wrong = [tuple(output.shape) for output in outputs if not self._has_rows(output)]
+        if wrong:
+            raise RuntimeError(
+                f"{operation.name} gives an output of shape {wrong[0]} in a batch of "
+                f"{self._n_samples}: its samples do not lie along the first dimension. "
+                f"{RULE_OR_IGNORE}"
+            )
+        reads_output = function_name(operation.function).strip("_") in READS_OUTPUT
+        copied = [reads_output or output._is_view() for output in outputs]
+        return self._tap(operation, outputs, copied)
 
-    def _spread(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The arguments of attention with dropout, which cannot be run again: what is the same for all samples gets a tapped row for each before."""
+    def _spread(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of attention with dropout, which cannot be run again: what is the same for
+        all samples gets a tapped row for each before."""
         leaves, tree = tree_flatten((args, kwargs))
         for index, leaf in enumerate(leaves):
-            recipe = self.recipe_of(leaf)
-            if recipe is None:
+            if id(leaf) not in self._expressions:
                 continue
-            if not recipe.expanded and leaf.dim() == 4 and leaf.shape[0] == 1:
+            own = self._expressions[id(leaf)][0]
+            if not own.expanded and leaf.dim() == 4 and leaf.shape[0] == 1:
                 sizes = (self._n_samples, -1, -1, -1)
                 leaf = leaf.expand(sizes)
-                self._remember(Tensor.expand, [recipe, *sizes], tree_flatten(((recipe, *sizes), {}))[1], [leaf])
-            if self.recipe_of(leaf).expanded:
-                leaves[index] = self.tap_rows(leaf, 0)
-                self.add_samples(leaves[index : index + 1])
+                arguments = (own, *sizes)
+                tree_of_call = tree_flatten((arguments, {}))[1]
+                self._remember(Tensor.expand, list(arguments), tree_of_call, [leaf])
+            if self._expressions[id(leaf)][0].expanded:
+                leaves[index] = self._tap_rows(leaf, 0)
+                self._add_samples(leaves[index : index + 1])
         return tree_unflatten(leaves, tree)
 
-    def _traced(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def _traced(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         function, in_place = _out_of_place(function, args)
         original = args[0] if in_place else None
-        if in_place and not (_adds(function) and self.comes_from_samples(original)):  # what is overwritten is read again: by autograd, or by a recipe
+        from_samples = self._comes_from_samples(original)
+        # What is overwritten is read again: by autograd, or by an expression.
+        if in_place and not (_adds(function) and from_samples):
             with torch._C.DisableTorchFunction():
-                args = (args[0].clone() if id(args[0]) not in self._recipes else args[0], *args[1:])
-            if self.comes_from_samples(original):
-                self.add_samples([args[0]])
+                known = id(original) in self._expressions
+                args = (original if known else original.clone(), *args[1:])
+            if from_samples:
+                self._add_samples([args[0]])
         leaves, tree = tree_flatten((args, kwargs))
-        found = [self._recipes[id(leaf)][0] if id(leaf) in self._recipes else leaf for leaf in leaves]
+        found = [self._expressions[id(leaf)][0] if id(leaf) in self._expressions else leaf
+                 for leaf in leaves]
         samples = self._batched(function, found)
-        if any(samples) and function is _with_item and not _is_written_to_all_samples(*args[:2]):
-            raise RuntimeError("a tensor computed from parameters is written to chosen samples only: write to all, by tensor[:, index] = value or torch.where")
+        if any(samples) and function is _with_item and not _writes_to_all_samples(*args[:2]):
+            raise RuntimeError(
+                "a tensor computed from parameters is written to chosen samples only: write to "
+                "all, by tensor[:, index] = value or torch.where"
+            )
         output = function(*args, **kwargs)
         outputs, out_tree = tree_flatten(output)
         if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in outputs):
             return output
         if any(samples):
-            tapped = iter(self._tap(self._consumption(function, found, tree, samples), [leaf for leaf in outputs if isinstance(leaf, Tensor)]))
+            operation = self._operation(function, found, tree, samples)
+            tensors = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+            tapped = iter(self._tap_outputs(operation, tensors))
             outputs = [next(tapped) if isinstance(leaf, Tensor) else leaf for leaf in outputs]
-            self.add_samples(outputs)
-            result = tree_unflatten(outputs, out_tree)
+            self._add_samples(outputs)
+            output = tree_unflatten(outputs, out_tree)
         else:
             self._remember(function, found, tree, outputs)
-            result = output
-        return self._write_back(original, result) if in_place else result
+        return self._write_back(original, output) if in_place else output
 
-    def _write_back(self, target: Tensor, result: Tensor) -> Tensor:
-        """What an in-place operation on `target` leaves there; the target itself stays the result, as the caller expects."""
-        recipe = self._recipes.get(id(result))
+    def _write_back(self, target: Any, result: Tensor) -> Tensor:
+        """What an in-place operation on `target` leaves there; the target itself stays the result,
+        as the caller expects."""
+        own = self._expressions.get(id(result))
         with torch._C.DisableTorchFunction():
             target.copy_(result)
-        if recipe is not None:
-            self._recipes[id(target)] = (recipe[0], target)
+        if own is not None:
+            self._expressions[id(target)] = (own[0], target)
         else:
-            self.add_samples([target])
+            self._add_samples([target])
         return target
 
-    def _batched(self, function: Callable, leaves: list[Any]) -> list[bool]:
+    def _batched(self, function: Callable[..., Any], leaves: list[Any]) -> list[bool]:
         """Which of an operation's inputs carry samples along their first dimension.
 
         Raises:
             RuntimeError: an input carries samples elsewhere.
         """
-        # What has a gradient and no recipe may come out of a compiled function or a torch.autograd.Function, which are not seen.
-        known = [self.comes_from_samples(leaf) or (isinstance(leaf, Tensor) and leaf.requires_grad) for leaf in leaves]
-        batched = [each and leaf.dim() > 0 and leaf.shape[0] == self._n_samples for leaf, each in zip(leaves, known, strict=True)]
+        # What has a gradient and no expression may come out of a compiled function or a
+        # torch.autograd.Function, which are not seen.
+        batched = [self._has_rows(leaf) and (leaf.requires_grad or self._comes_from_samples(leaf))
+                   for leaf in leaves]
         for leaf, each in zip(leaves, batched, strict=True):
             if isinstance(leaf, Tensor) and not each and self._hides_samples(leaf):
-                names = sorted(frozenset().union(*(other.parameters for other in leaves if isinstance(other, ParameterExpression))))
                 raise RuntimeError(
-                    f"{', '.join(names)} meets activations of shape {tuple(leaf.shape)} in {getattr(function, '__name__', 'an operation')}: in a batch of "
-                    f"{self._n_samples} their samples do not lie along the first dimension, so they cannot be told apart. Give the module a rule with "
-                    "register_grad_sampler, or pass ignore=[...]"
+                    f"{', '.join(sorted(names_of(leaves)))} meets activations of shape "
+                    f"{tuple(leaf.shape)} in {function_name(function) or 'an operation'}: in a "
+                    f"batch of {self._n_samples} their samples do not lie along the first "
+                    f"dimension, so they cannot be told apart. {RULE_OR_IGNORE}"
                 )
-        widest = max((leaf.dim() for leaf, each in zip(leaves, batched, strict=True) if each), default=0)
-        # A tensor made for the batch, zeros for instance, has as many dimensions as the samples it meets; a table of N positions has fewer.
-        made = [widest and isinstance(leaf, Tensor) and leaf.dim() >= widest and leaf.shape[0] == self._n_samples for leaf in leaves]
-        return [bool(each or other) for each, other in zip(batched, made, strict=True)]
+        dims = [leaf.dim() for leaf, each in zip(leaves, batched, strict=True) if each]
+        widest = max(dims, default=0)
+        # A tensor made for the batch, zeros for instance, has as many dimensions as the samples it
+        # meets; a table of N positions has fewer.
+        return [each or bool(widest and self._has_rows(leaf) and leaf.dim() >= widest)
+                for leaf, each in zip(leaves, batched, strict=True)]
 
     def _hides_samples(self, leaf: Tensor) -> bool:
         if leaf.requires_grad:
             return True
-        return self.comes_from_samples(leaf) and leaf.dim() > 0 and leaf.shape[0] > 0 and leaf.shape[0] % self._n_samples == 0
+        rows = leaf.shape[0] if leaf.dim() else 0
+        return self._comes_from_samples(leaf) and rows > 0 and rows % self._n_samples == 0
 
-    def _remember(self, function: Callable, leaves: list[Any], tree: Any, outputs: list[Any]) -> None:
+    def _remember(
+        self, function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, outputs: list[Any]
+    ) -> None:
         parents = [leaf for leaf in leaves if isinstance(leaf, ParameterExpression)]
-        names = frozenset().union(*(parent.parameters for parent in parents))
-        stretched = any(isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == self._n_samples and leaf.stride(0) == 0 for leaf in leaves)
-        repeated = len(parents) == self._n_samples and len(set(map(id, parents))) == 1  # torch.stack([token] * N)
-        grown = stretched or repeated or any(parent.expanded for parent in parents) or getattr(function, "__name__", "") in EXPANDING
-        spec = Spec(tree)
+        stretched = any(self._has_rows(leaf) and leaf.stride(0) == 0 for leaf in leaves)
+        different = len(set(map(id, parents)))  # one of torch.stack([token] * N)
+        repeated = len(parents) == self._n_samples and different == 1
+        grown = stretched or repeated or any(parent.expanded for parent in parents)
+        grown = grown or function_name(function) in EXPANDING
         kept = tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        spec, names, versions = Spec(tree), names_of(parents), versions_of(kept)
         for index, tensor in enumerate(outputs):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                expanded = grown and tensor.dim() > 0 and tensor.shape[0] == self._n_samples
-                self._recipes[id(tensor)] = (ParameterExpression(function, kept, spec, index, names, tuple(tensor.shape), expanded, versions=versions_of(kept)), tensor)
+                shape, expanded = tuple(tensor.shape), grown and self._has_rows(tensor)
+                own = ParameterExpression(
+                    function, kept, spec, index, names, shape, expanded, versions=versions
+                )
+                self._expressions[id(tensor)] = (own, tensor)
 
-    def _consumption(self, function: Callable, leaves: list[Any], tree: Any, samples: list[bool]) -> TracedOp:
+    def _operation(
+        self, function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, samples: list[bool]
+    ) -> TracedOp:
         positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        names = frozenset().union(*(leaf.parameters for leaf in leaves if isinstance(leaf, ParameterExpression)))
+        names = sorted(names_of(leaves))
         widest = max(leaf.dim() for leaf, each in zip(leaves, samples, strict=True) if each)
         per_sample = {
-            index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, ParameterExpression) and len(leaf.shape) >= widest and leaf.shape[0] == self._n_samples
+            index: leaf for index, leaf in enumerate(leaves)
+            if isinstance(leaf, ParameterExpression)
+            and len(leaf.shape) >= widest and leaf.shape[0] == self._n_samples
         }
         return TracedOp(
-            name=f"{getattr(function, '__name__', 'operation')} of {', '.join(sorted(names))}",
+            name=f"{function_name(function) or 'operation'} of {', '.join(names)}",
             function=function,
             leaves=[None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
             tree=tree_flatten(tree_unflatten(list(range(len(leaves))), tree))[1],
             tensors=[_kept(leaves[index].detach(), function) for index in positions],
             batched=[samples[index] for index in positions],
             positions=positions,
-            parameters={name: self._parameters[name] for name in sorted(names)},
+            parameters={name: self._parameters[name] for name in names},
             aligned=frozenset(index for index, leaf in per_sample.items() if leaf.expanded),
             may_align=frozenset(per_sample),
         )
 
 
-def _draws(function: Callable, args: tuple, kwargs: dict) -> bool:
-    if getattr(function, "__name__", "") != "scaled_dot_product_attention":
+def _draws(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    if function_name(function) != "scaled_dot_product_attention":
         return False
     return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
 
 
-def _adds(function: Callable) -> bool:
-    name = getattr(function, "__name__", "").strip("_")
+def _adds(function: Callable[..., Any]) -> bool:
+    name = function_name(function).strip("_")
     return name in ADDING or name.removeprefix("r") in ADDING
 
 
-def _kept(tensor: Tensor, function: Callable) -> Tensor:
+def _kept(tensor: Tensor, function: Callable[..., Any]) -> Tensor:
     """What is kept of an operation's input: a stand-in where its values do not matter."""
-    return tensor.new_zeros(()).expand(tensor.shape) if tensor.is_floating_point() and _adds(function) else tensor
+    stand_in = tensor.is_floating_point() and _adds(function)
+    return tensor.new_zeros(()).expand(tensor.shape) if stand_in else tensor
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
@@ -242,20 +379,24 @@ def _with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     return result
 
 
-def _is_written_to_all_samples(tensor: Tensor, index: Any) -> bool:
+def _writes_to_all_samples(tensor: Tensor, index: Any) -> bool:
     first = index[0] if isinstance(index, tuple) and index else index
     if isinstance(first, Tensor):
         return first.dtype is torch.bool and first.shape[:1] == tensor.shape[:1]
     return first is Ellipsis or first == slice(None)
 
 
-def _out_of_place(function: Callable, args: tuple) -> tuple[Callable, bool]:
-    """The function that gives an in-place operation's result as a new tensor, and whether it was one."""
-    name = getattr(function, "__name__", "")
+def _out_of_place(
+    function: Callable[..., Any], args: Sequence[Any]
+) -> tuple[Callable[..., Any], bool]:
+    """The function that gives an in-place operation's result as a new tensor, and whether it was
+    one."""
+    name = function_name(function)
     if name == "__setitem__":
         return _with_item, True
     if name in IN_PLACE_OPERATORS:
         return getattr(Tensor, name.replace("__i", "__", 1)), True
-    if name.endswith("_") and not name.startswith("_") and args and hasattr(Tensor, name[:-1]) and getattr(Tensor, name, None) is function:
-        return getattr(Tensor, name[:-1]), True
+    if name.endswith("_") and not name.startswith("_") and args:
+        if hasattr(Tensor, name[:-1]) and getattr(Tensor, name, None) is function:
+            return getattr(Tensor, name[:-1]), True
     return function, False

@@ -1,5 +1,9 @@
 """The layer families: importing this package registers their rules."""
 
-from adabatch.grad_sample.layers import activation, conv, embedding, linear, normalization
+from adabatch.grad_sample.layers import (
+    activation, attention, conv, embedding, linear, normalization, recurrent,
+)
 
-__all__ = ["activation", "conv", "embedding", "linear", "normalization"]
+__all__ = [
+    "activation", "attention", "conv", "embedding", "linear", "normalization", "recurrent",
+]

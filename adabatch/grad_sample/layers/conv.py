@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from adabatch import kernels
 from adabatch.grad_sample.cost import PASS, LayerCost, elements_per_sample
-from adabatch.grad_sample.factors.base import ConvOuter, Dense, Factor
+from adabatch.grad_sample.factors.base import Dense, Factor
+from adabatch.grad_sample.factors.conv import ConvOuter
 from adabatch.grad_sample.layers.linear import no_batch_dimension, weight_and_bias
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler

@@ -1,15 +1,19 @@
-"""Rule for Embedding. Legend: N samples, T positions (all dimensions but the first), D embedding width, V rows of the table."""
+"""nn.Embedding: rule.
+
+Legend: N samples, T positions (all dimensions but the first), D embedding width, V table rows.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from adabatch.grad_sample.factors.base import Factor, OneHotOuter
+from adabatch.grad_sample.factors.base import Factor
+from adabatch.grad_sample.factors.outer import OneHotOuter
 from adabatch.grad_sample.registry import register_grad_sampler
 
 
 def embedding_unsupported(layer: nn.Embedding) -> str | None:
-    """Why this embedding cannot be measured, with the cure, or None.
+    """Why this embedding cannot be measured, with the fix, or None.
 
     Example:
         >>> embedding_unsupported(nn.Embedding(5, 2)) is None
@@ -19,17 +23,24 @@ def embedding_unsupported(layer: nn.Embedding) -> str | None:
     """
     reasons = []
     if layer.scale_grad_by_freq:
-        reasons.append("scale_grad_by_freq=True makes a sample's gradient depend on the ids of the others; set layer.scale_grad_by_freq = False")
+        reasons.append(
+            "scale_grad_by_freq=True makes a sample's gradient depend on the ids of the others; "
+            "set layer.scale_grad_by_freq = False"
+        )
     if layer.sparse:
-        reasons.append("sparse=True gives a sparse gradient, whose norm is not read; set layer.sparse = False")
+        reasons.append(
+            "sparse=True gives a sparse gradient, whose norm is not read; set layer.sparse = False"
+        )
     return "; ".join(reasons) or None
 
 
 @register_grad_sampler(nn.Embedding, unsupported=embedding_unsupported, parameters=("weight",))
-def embedding_grad_sample(layer: nn.Embedding, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
-    """Embedding: row v of G_n is Σ_{t: id_nt = v} b_nt; positions that hold padding_idx contribute nothing.
-
-    With max_norm the gradient is that of the table as the forward pass left it, as autograd's is.
+def embedding_grad_sample(
+    layer: nn.Embedding, activations: Tensor, backprops: Tensor
+) -> dict[str, Factor]:
+    """Embedding: row v of G_n is Σ_{t: id_nt = v} b_nt; positions that hold padding_idx contribute
+    nothing. With max_norm it is the gradient of the table as the forward pass left it, as
+    autograd's is.
 
     Args:
         layer: the layer.
@@ -41,12 +52,15 @@ def embedding_grad_sample(layer: nn.Embedding, activations: Tensor, backprops: T
 
     Example:
         >>> import torch
-        >>> factors = embedding_grad_sample(nn.Embedding(5, 1, padding_idx=0), torch.tensor([[3, 3], [3, 0]]), torch.ones(2, 2, 1))
-        >>> factors["weight"].sq_norms()
+        >>> layer, ids = nn.Embedding(5, 1, padding_idx=0), torch.tensor([[3, 3], [3, 0]])
+        >>> embedding_grad_sample(layer, ids, torch.ones(2, 2, 1))["weight"].sq_norms()
         tensor([4., 1.])
     """
     if activations.dim() < 1:
-        raise ValueError("Embedding got a single id, without a batch dimension. Allowed are ids of shape [N, ...]. Add one with ids.unsqueeze(0).")
+        raise ValueError(
+            "Embedding got a single id, without a batch dimension. It needs ids of shape [N, ...]. "
+            "Add one with ids.unsqueeze(0)."
+        )
     if not layer.weight.requires_grad:
         return {}
     ids_NT = activations.unsqueeze(1) if activations.dim() == 1 else activations.flatten(1)

@@ -1,47 +1,44 @@
-"""Calls of layers without a rule: what must be kept of the forward pass to work out each sample's gradient in backward.
+"""Layers without a rule: per-sample gradients by running the layer again, sample by sample.
 
-A call keeps the input tensors with the layout of their samples, and answers factors(tensors, backprops, rows) -> {own parameter name: factor}.
+A call keeps the input tensors with the layout of their samples. In backward its
+factors(tensors, backprops, rows) gives {own parameter name: factor}.
 
-Legend: N samples, S measured, T positions.
+Legend: N samples, S measured.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.factors.base import Dense, Factor
-from adabatch.grad_sample.layers.per_sample import MIXES, per_sample_grads
 from adabatch.grad_sample.layout import Layout
+from adabatch.kernels import CHUNK_BYTES
 
-_UNCOMPILED = "a layer without a grad_sample rule is run again sample by sample, outside compiled graphs: compile without fullgraph=True, or pass ignore=[...]"
+RANDOM = (
+    "draws random numbers inside its forward pass, so that its per-sample gradients cannot be "
+    "computed again with the same draws. Put the dropout into a layer behind it (nn.Dropout), set "
+    "its probability to 0, or pass ignore=[...]."
+)
+MIXES = (
+    "{name} gives {got} when it is run for one sample, where {expected} was expected: it mixes "
+    "samples, or depends on the size of the batch. Give it a rule with register_grad_sampler, or "
+    "pass ignore=[...]."
+)
+IN_PLACE = (
+    "changes its input in place, so that it cannot be run again: write `x = x + y` for `x += y`, "
+    "or clone the input first, or pass ignore=[...]."
+)
 
-
-def uncompiled(function: Callable) -> Callable:
-    """`torch.compiler.disable(function)`, which imports the compiler, put off until something else has: that alone would double the time to import adabatch."""
-    disabled: list[Callable] = []
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not disabled:
-            has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # torch 2.6 takes none
-            disabled.append(torch.compiler.disable(function, reason=_UNCOMPILED) if has_reason else torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
-
-    # What the compiler looks for where it would trace into a function, as torch.compiler.disable leaves it.
-    call._torchdynamo_disable, call._torchdynamo_disable_msg = True, _UNCOMPILED
-    return call
+RandomState = tuple[Tensor, Tensor | None]
 
 
 class RecomputedCall:
@@ -50,10 +47,11 @@ class RecomputedCall:
     Args:
         name: of the module, for errors.
         layer: the module.
-        parameters: its own names of the measured parameters (dotted where they belong to a part of it).
+        parameters: its own names of the measured parameters, dotted in parts of it.
         args, kwargs, output: of the call.
         n_samples: N.
         layout: of the samples in its output.
+        random: the random state from before the call, where `keeps_random_state`.
 
     Attributes:
         tensors: the inputs to be saved.
@@ -64,115 +62,222 @@ class RecomputedCall:
     """
 
     def __init__(
-        self,
-        name: str,
-        layer: nn.Module,
-        parameters: Collection[str],
-        args: tuple,
-        kwargs: dict,
-        output: Any,
-        n_samples: int,
-        layout: Layout = Layout.BATCH_FIRST,
+        self, name: str, layer: nn.Module, parameters: Collection[str], args: tuple[Any, ...],
+        kwargs: dict[str, Any], output: Any, n_samples: int, layout: Layout = Layout.BATCH_FIRST,
+        random: RandomState | None = None,
     ):
         self.name, self.layer, self.parameters = name, layer, tuple(parameters)
         self._n_samples, self._layout = n_samples, layout
         leaves, self._inputs = tree_flatten((args, kwargs))
         outputs = tree_flatten(output)[0]
-        if any(isinstance(leaf, PackedSequence) for leaf in tree_flatten((args, kwargs, output), is_leaf=lambda leaf: isinstance(leaf, PackedSequence))[0]):
-            raise RuntimeError(f"{name} was called with a PackedSequence, whose rows belong to no fixed sample: pad the sequences, or pass ignore=[{name!r}]")
+        everything = tree_flatten((args, kwargs, output), is_leaf=_is_packed)[0]
+        if any(_is_packed(leaf) for leaf in everything):
+            raise RuntimeError(
+                f"{name} was called with a PackedSequence, whose rows belong to no fixed sample: "
+                f"pad the sequences, or pass ignore=[{name!r}]"
+            )
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         self.tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        self.tapped = [index for index, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        self._output_layouts = [self._output_layout(index, outputs[index]) for index in self.tapped]
-        self._input_layouts = [self._input_layout(index, tensor) for index, tensor in enumerate(self.tensors)]
+        self.tapped = leaves_with_gradient(outputs)
+        self._output_layouts = [self._output_layout(index, outputs[index])
+                                for index in self.tapped]
+        self._input_layouts = [self._input_layout(index, tensor)
+                               for index, tensor in enumerate(self.tensors)]
+
+    keeps_random_state: ClassVar[bool] = False
+
+    @classmethod
+    def serves(cls, layer: nn.Module) -> bool:
+        """Whether the layer is run again by this kind of call."""
+        return True
+
+    @classmethod
+    def problem(cls, layer: nn.Module) -> str | None:
+        """What of the layer cannot be measured, with the fix."""
+        return None
+
+    @classmethod
+    def samples_dim(cls, layer: nn.Module, index: int) -> int:
+        """Where the samples lie in the layer's input or output number `index`; for kinds of layers
+        that say so themselves."""
+        return 0
 
     def _input_layout(self, index: int, tensor: Tensor) -> Layout | None:
-        """The layout of an input's samples; None for one that carries none, a mask for instance."""
-        return next((layout for layout in (self._layout, Layout.BATCH_FIRST) if self._fits(layout, tensor)), None)
+        """None for an input that carries no samples, a mask for instance."""
+        layouts = (self._layout, Layout.BATCH_FIRST)
+        return next((layout for layout in layouts if self._fits(layout, tensor)), None)
 
     def _output_layout(self, index: int, tensor: Tensor) -> Layout:
         if self._fits(self._layout, tensor):
             return self._layout
         raise RuntimeError(
-            f"{self.name} gave an output of shape {tuple(tensor.shape)} for a batch of {self._n_samples}: its samples do not lie along the first dimension. "
-            "Settle the layouts with adabatch.check(...), or pass ignore=[...]"
+            f"{self.name} gave an output of shape {tuple(tensor.shape)} for a batch of "
+            f"{self._n_samples}: its samples do not lie along the first dimension. Settle the "
+            "layouts with adabatch.check(...), or pass ignore=[...]"
         )
 
     def _fits(self, layout: Layout, tensor: Tensor) -> bool:
-        if layout is Layout.BATCH_FIRST:
-            return tensor.dim() > 0 and tensor.shape[0] == self._n_samples
-        if layout is Layout.BATCH_SECOND:
-            return tensor.dim() > 1 and tensor.shape[1] == self._n_samples
-        return tensor.dim() > 0 and tensor.shape[0] >= self._n_samples and tensor.shape[0] % self._n_samples == 0
+        size = tensor.shape[1:2] if layout is Layout.BATCH_SECOND else tensor.shape[:1]
+        if layout in (Layout.BATCH_FIRST, Layout.BATCH_SECOND):
+            return tuple(size) == (self._n_samples,)
+        return bool(size) and size[0] >= self._n_samples and size[0] % self._n_samples == 0
 
-    def factors(self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None) -> dict[str, Factor]:
-        """Per-sample gradients of the measured parameters, by running the module again for each sample."""
-        inputs = [self._samples_first(tensor, layout, rows) for tensor, layout in zip(tensors, self._input_layouts, strict=True)]
-        outer = [self._samples_first(grad, layout, rows) for grad, layout in zip(backprops, self._output_layouts, strict=True)]
+    def factors(
+        self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
+    ) -> dict[str, Factor]:
+        """Per-sample gradients of the measured parameters, by running the module again."""
+        inputs, outer = self._of_samples(tensors, backprops, rows)
         own = dict(self.layer.named_parameters())
         batched = [layout is not None for layout in self._input_layouts]
-        grads = per_sample_grads(self._run, {name: own[name] for name in self.parameters}, inputs, batched, outer, self.name)
+        measured = {name: own[name] for name in self.parameters}
+        grads = per_sample_grads(self._run, measured, inputs, batched, outer, self.name)
         return {name: Dense(grad) for name, grad in grads.items()}
 
-    def _samples_first(self, tensor: Tensor, layout: Layout | None, rows: Tensor | None) -> Tensor:
-        if layout is None:
-            return tensor
-        split = layout.split(tensor, self._n_samples)
-        return split if rows is None else split.index_select(0, rows)
+    def _of_samples(
+        self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs and output gradients, those with samples as [S, ...]."""
+        def first(tensor: Tensor, layout: Layout | None) -> Tensor:
+            if layout is None:
+                return tensor
+            split = layout.split(tensor, self._n_samples)
+            return split if rows is None else split.index_select(0, rows)
+
+        return ([first(*each) for each in zip(tensors, self._input_layouts, strict=True)],
+                [first(*each) for each in zip(backprops, self._output_layouts, strict=True)])
+
+    def _arguments(self, inputs: Sequence[Tensor]) -> Any:
+        """(args, kwargs) of the call with these tensors."""
+        supply = iter(inputs)
+        leaves = [next(supply) if tensor else constant
+                  for tensor, constant in zip(self._is_tensor, self._constants, strict=True)]
+        return tree_unflatten(leaves, self._inputs)
 
     def _run(self, parameters: dict[str, Tensor], *inputs: Tensor) -> list[Tensor]:
         """The tapped outputs [1, ...] for inputs [1, ...] of one sample."""
         wide = next(iter(parameters.values())).dtype
-        rest = {name: _detached(value, wide) for name, value in self.layer.named_parameters() if name not in parameters}
-        buffers = {name: _detached(value, wide).clone() for name, value in self.layer.named_buffers()}
-        supply = iter([value if layout is None else layout.single(value[0]) for value, layout in zip(inputs, self._input_layouts, strict=True)])
-        leaves = [next(supply) if tensor else constant for tensor, constant in zip(self._is_tensor, self._constants, strict=True)]
-        args, kwargs = tree_unflatten(leaves, self._inputs)
-        outputs = tree_flatten(functional_call(self.layer, {**rest, **buffers, **parameters}, args, kwargs))[0]
-        return [self._alone(outputs[index], layout) for index, layout in zip(self.tapped, self._output_layouts, strict=True)]
+        rest = {name: _widened(value.detach(), wide)
+                for name, value in self.layer.named_parameters() if name not in parameters}
+        buffers = {name: _widened(value.detach(), wide).clone()
+                   for name, value in self.layer.named_buffers()}
+        alone = [value if layout is None else layout.single(value[0])
+                 for value, layout in zip(inputs, self._input_layouts, strict=True)]
+        args, kwargs = self._arguments(alone)
+        output = functional_call(self.layer, {**rest, **buffers, **parameters}, args, kwargs)
+        outputs = tree_flatten(output)[0]
+        return [self._alone(outputs[index], layout)
+                for index, layout in zip(self.tapped, self._output_layouts, strict=True)]
 
     def _alone(self, output: Tensor, layout: Layout) -> Tensor:
         try:
             return layout.split(output, 1)
         except ValueError as error:
-            raise RuntimeError(MIXES.format(name=self.name, got=tuple(output.shape), expected=f"a single sample ({layout})")) from error
+            expected = f"a single sample ({layout})"
+            raise RuntimeError(MIXES.format(
+                name=self.name, got=tuple(output.shape), expected=expected)) from error
 
 
-class RecurrentCall(RecomputedCall):
-    """nn.RNN, nn.LSTM, nn.GRU: the sequence has its samples where batch_first says, hidden states have them along dimension 1."""
-
-    def factors(self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None) -> dict[str, Factor]:
-        """Per-sample gradients of the weights, sample by sample: vmap has no rule for recurrent layers."""
-        inputs = [self._samples_first(tensor, layout, rows) for tensor, layout in zip(tensors, self._input_layouts, strict=True)]
-        outer = [self._samples_first(grad, layout, rows) for grad, layout in zip(backprops, self._output_layouts, strict=True)]
-        own = dict(self.layer.named_parameters())
-        measured = [own[name] for name in self.parameters]
-        wide = measured[0].dtype
-        grads = []
-        for sample in range(outer[0].shape[0]):
-            with torch.enable_grad():
-                alone = iter([layout.single(value[sample]).to(wide) for value, layout in zip(inputs, self._input_layouts, strict=True)])
-                leaves = [next(alone) if tensor else constant for tensor, constant in zip(self._is_tensor, self._constants, strict=True)]
-                args, kwargs = tree_unflatten(leaves, self._inputs)
-                outputs = tree_flatten(self.layer.forward(*args, **kwargs))[0]  # not called: its hooks would measure it again
-            tapped = [outputs[index] for index in self.tapped]
-            cotangents = [layout.single(grad[sample]).to(wide) for grad, layout in zip(outer, self._output_layouts, strict=True)]
-            grads.append(torch.autograd.grad(tapped, measured, cotangents))
-        return {name: Dense(torch.stack(parts)) for name, parts in zip(self.parameters, zip(*grads, strict=True), strict=True)}
-
-    def _layout_of(self, index: int) -> Layout:
-        return Layout.BATCH_FIRST if index == 0 and self.layer.batch_first else Layout.BATCH_SECOND
-
-    def _input_layout(self, index: int, tensor: Tensor) -> Layout:
-        if index == 0 and tensor.dim() != 3:
-            raise RuntimeError(f"{self.name} got a sequence of shape {tuple(tensor.shape)} without a batch dimension: add one with unsqueeze")
-        return self._layout_of(index)
-
-    def _output_layout(self, index: int, tensor: Tensor) -> Layout:
-        return self._layout_of(index)
+CallT = TypeVar("CallT", bound=type[RecomputedCall])
+_CALLS: dict[type[nn.Module], type[RecomputedCall]] = {}
 
 
-def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    tensor = tensor.detach()
+def register_call(layer_type: type[nn.Module]) -> Callable[[CallT], CallT]:
+    """Decorator: layers of this type own the parameters of their parts and are run again as a
+    whole, by this kind of call."""
+    def register(call: CallT) -> CallT:
+        _CALLS[layer_type] = call
+        return call
+
+    return register
+
+
+def call_type(layer: nn.Module) -> type[RecomputedCall]:
+    """The kind of call that a layer without a rule is run again by.
+
+    Example:
+        >>> call_type(nn.Bilinear(2, 3, 4)).__name__
+        'RecomputedCall'
+    """
+    for layer_type, call in _CALLS.items():
+        if isinstance(layer, layer_type) and call.serves(layer):
+            return call
+    return RecomputedCall
+
+
+def leaves_with_gradient(leaves: Sequence[Any]) -> list[int]:
+    """Indices of the tensors that require a gradient."""
+    return [index for index, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+def per_sample_grads(
+    function: Callable[..., Sequence[Tensor]], parameters: Mapping[str, Tensor],
+    inputs: Sequence[Tensor], batched: Sequence[bool], cotangents: Sequence[Tensor], name: str,
+) -> dict[str, Tensor]:
+    """Gradients of Σ_k ⟨cotangent_k, output_k⟩ of each sample alone, {parameter: [S, *shape]}: vmap
+    of the vjp over the samples, a loop where vmap cannot.
+
+    Args:
+        function: (parameters, *inputs) -> outputs; batched inputs and all outputs have a first
+            dimension of one sample.
+        parameters: what to differentiate with respect to.
+        inputs: tensors; those marked in `batched` are [S, ...].
+        batched: whether each input carries samples.
+        cotangents: gradient with respect to each output, [S, ...].
+        name: of the layer, for errors.
+
+    Raises:
+        RuntimeError: the function draws random numbers, changes its inputs or mixes samples.
+
+    Example:
+        >>> ones = torch.ones(3, 2)
+        >>> def scaled(parameters, inputs):
+        ...     return [parameters["scale"] * inputs]
+        >>> grads = per_sample_grads(scaled, {"scale": ones[0]}, [ones], [True], [ones], "Scale")
+        >>> grads["scale"].shape
+        torch.Size([3, 2])
+    """
+    double = any(tensor.dtype == torch.float64 for tensor in (*parameters.values(), *cotangents))
+    wide = torch.float64 if double else torch.float32
+    parameters = {key: _widened(value.detach(), wide) for key, value in parameters.items()}
+    rows = tuple(_widened(value.detach(), wide) for value in inputs)
+    outer = tuple(_widened(value, wide) for value in cotangents)
+
+    def one(rows: tuple[Tensor, ...], outer: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        args = [row.unsqueeze(0) if each else row for row, each in zip(rows, batched, strict=True)]
+        outputs, pull = vjp(lambda own: tuple(function(own, *args)), parameters)
+        pairs = list(zip(outer, outputs, strict=True))
+        for grad, output in pairs:
+            if output.shape[1:] != grad.shape or output.shape[0] != 1:
+                raise RuntimeError(MIXES.format(
+                    name=name, got=tuple(output.shape), expected=(1, *grad.shape)))
+        return pull(tuple(grad.unsqueeze(0).to(output.dtype) for grad, output in pairs))[0]
+
+    numel = sum(math.prod(value.shape) for value in parameters.values())
+    chunk = None if torch.compiler.is_compiling() else max(8, CHUNK_BYTES // max(1, 4 * numel))
+    in_dims = (tuple(0 if each else None for each in batched), (0,) * len(outer))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return vmap(one, in_dims, randomness="error", chunk_size=chunk)(rows, outer)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        if "randomness" in str(error):
+            raise RuntimeError(f"{name} {RANDOM}") from error
+        if "mutate a captured Tensor" in str(error):
+            raise RuntimeError(f"{name} {IN_PLACE}") from error
+        if "when it is run for one sample" in str(error):
+            raise
+    grads = [one(tuple(row[sample] if each else row
+                       for row, each in zip(rows, batched, strict=True)),
+                 tuple(grad[sample] for grad in outer))
+             for sample in range(outer[0].shape[0])]
+    return {key: torch.stack([grad[key] for grad in grads]) for key in grads[0]}
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedSequence)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from adabatch import kernels
 from adabatch.grad_sample.cost import PASS, LayerCost, elements_per_sample
-from adabatch.grad_sample.factors.base import Dense, Factor, Outer
+from adabatch.grad_sample.factors.base import Dense, Factor
+from adabatch.grad_sample.factors.outer import Outer
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
 from adabatch.kernels import accumulation_dtype
