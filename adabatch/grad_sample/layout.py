@@ -1,20 +1,20 @@
-"""Layouts: which rows of a layer's activations and output gradients belong to which sample, and where the number of samples can be read.
+"""Layouts: which rows of a layer's activations and output gradients belong to which sample, and
+where the number of samples can be read.
 
-Legend: N samples, T positions.
+Legend: N samples, T positions. The samples a, b, c with positions 0 and 1, row by row:
 
-The three samples a, b, c with the two positions 0 and 1, row by row:
-
-    batch_first       [N, T, ...]   [[a0, a1], [b0, b1], [c0, c1]]
-    batch_second      [T, N, ...]   [[a0, b0, c0], [a1, b1, c1]]       nn.MultiheadAttention and nn.LSTM unless batch_first=True
-    flat_batch_major  [N·T, ...]    [a0, a1, b0, b1, c0, c1]           x.flatten(0, 1) of [N, T, ...]; windows of an image
-    flat_time_major   [T·N, ...]    [a0, b0, c0, a1, b1, c1]           x.flatten(0, 1) of [T, N, ...]
-    shared            [1, T, ...]   computed once and broadcast to all samples: a position embedding looked up without a batch dimension; also [T, ...]
+    batch_first       [N, T, ...]  [[a0, a1], [b0, b1], [c0, c1]]
+    batch_second      [T, N, ...]  [[a0, b0, c0], [a1, b1, c1]]   nn.LSTM, nn.MultiheadAttention
+    flat_batch_major  [N·T, ...]   [a0, a1, b0, b1, c0, c1]       x.flatten(0, 1) of [N, T, ...]
+    flat_time_major   [T·N, ...]   [a0, b0, c0, a1, b1, c1]       x.flatten(0, 1) of [T, N, ...]
+    shared            [1, T, ...]  computed once and broadcast to all samples: a position embedding
+                                   looked up without a batch dimension; also [T, ...]
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -24,11 +24,12 @@ __all__ = ["BatchSizeSource", "Layout"]
 
 
 class Layout(str, Enum):
-    """The order of the samples in a layer's tensors; see the module's table. A layout is made from its name: Layout("batch_second").
+    """The order of the samples in a layer's tensors; see the module's table. It is made from its
+    name: Layout("batch_second").
 
     Example:
         >>> import torch
-        >>> rows = torch.tensor([10, 20, 30, 11, 21, 31])  # positions 0, then positions 1, of three samples
+        >>> rows = torch.tensor([10, 20, 30, 11, 21, 31])  # position 0, then 1, of three samples
         >>> Layout("flat_time_major").split(rows, 3)
         tensor([[10, 11],
                 [20, 21],
@@ -49,16 +50,11 @@ class Layout(str, Enum):
         """Whether N can be read from the tensor itself; else a BatchSizeSource is needed."""
         return self in (Layout.BATCH_FIRST, Layout.BATCH_SECOND)
 
-    @property
-    def needs_batch_size(self) -> bool:
-        """Whether N cannot be read from the tensor itself."""
-        return not self.stores_batch_size
-
     def size(self, tensor: Tensor) -> int:
-        """N, of a tensor whose layout tells it."""
+        """N, of a tensor whose layout stores it."""
         return tensor.shape[1 if self is Layout.BATCH_SECOND else 0]
 
-    def split(self, tensor: Tensor, n_samples: int) -> Tensor:
+    def split(self, tensor: Tensor, n_samples: int) -> Tensor:  # type: ignore[override]
         """The tensor with its samples along dimension 0; a view, which torch.compile can trace.
 
         Args:
@@ -66,8 +62,9 @@ class Layout(str, Enum):
             n_samples: N.
 
         Returns:
-            batch_first: [N, ...] as it is; batch_second and the flat ones: [N, T, ...]; shared: [N, ...], the same memory N times, with a leading
-            dimension of 1 (where there are more) taken as the batch's place and kept out.
+            batch_first: [N, ...] unchanged; batch_second and the flat ones: [N, T, ...]; shared:
+            [N, ...], the same memory N times, where a leading dimension of 1 (of two or more) is
+            the batch's place.
 
         Raises:
             ValueError: the tensor's shape does not hold N samples in this layout.
@@ -78,60 +75,70 @@ class Layout(str, Enum):
             torch.Size([3, 7, 4])
             >>> Layout.FLAT_BATCH_MAJOR.split(torch.zeros(21, 4), 3).shape
             torch.Size([3, 7, 4])
-            >>> Layout.SHARED.split(torch.zeros(1, 7, 4), 3).shape, Layout.SHARED.split(torch.zeros(7, 4), 3).shape
-            (torch.Size([3, 7, 4]), torch.Size([3, 7, 4]))
+            >>> Layout.SHARED.split(torch.zeros(1, 7, 4), 3).shape
+            torch.Size([3, 7, 4])
+            >>> Layout.SHARED.split(torch.zeros(7, 4), 3).shape
+            torch.Size([3, 7, 4])
         """
         if self is Layout.SHARED:
-            single = tensor if tensor.dim() > 1 and tensor.shape[0] == 1 else tensor.unsqueeze(0)
+            has_place = tensor.dim() > 1 and tensor.shape[0] == 1
+            single = tensor if has_place else tensor.unsqueeze(0)
             return single.expand(n_samples, *single.shape[1:])
         if self is Layout.BATCH_SECOND:
             if tensor.dim() < 2 or tensor.shape[1] != n_samples:
-                raise ValueError(self._misfit(tensor, n_samples, f"[T, {n_samples}, ...]"))
+                raise self._misfit(tensor, n_samples, f"[T, {n_samples}, ...]")
             return tensor.transpose(0, 1)
         if self is Layout.BATCH_FIRST:
             if tensor.dim() < 1 or tensor.shape[0] != n_samples:
-                raise ValueError(self._misfit(tensor, n_samples, f"[{n_samples}, ...]"))
+                raise self._misfit(tensor, n_samples, f"[{n_samples}, ...]")
             return tensor
         if tensor.dim() < 1 or n_samples < 1 or tensor.shape[0] % n_samples:
-            raise ValueError(self._misfit(tensor, n_samples, f"[a multiple of {n_samples}, ...]"))
+            raise self._misfit(tensor, n_samples, f"[a multiple of {n_samples}, ...]")
+        positions = tensor.shape[0] // n_samples
         if self is Layout.FLAT_BATCH_MAJOR:
-            return tensor.unflatten(0, (n_samples, tensor.shape[0] // n_samples))
-        return tensor.unflatten(0, (tensor.shape[0] // n_samples, n_samples)).transpose(0, 1)
+            return tensor.unflatten(0, (n_samples, positions))
+        return tensor.unflatten(0, (positions, n_samples)).transpose(0, 1)
 
     def single(self, sample: Tensor) -> Tensor:
         """One sample's row of split() as the layer would see it in a batch of one.
 
         Example:
             >>> import torch
-            >>> Layout.BATCH_SECOND.single(torch.zeros(7, 4)).shape, Layout.FLAT_TIME_MAJOR.single(torch.zeros(7, 4)).shape
-            (torch.Size([7, 1, 4]), torch.Size([7, 4]))
+            >>> Layout.BATCH_SECOND.single(torch.zeros(7, 4)).shape
+            torch.Size([7, 1, 4])
+            >>> Layout.FLAT_TIME_MAJOR.single(torch.zeros(7, 4)).shape
+            torch.Size([7, 4])
         """
         if self in (Layout.FLAT_BATCH_MAJOR, Layout.FLAT_TIME_MAJOR):
             return sample
         return sample.unsqueeze(1 if self is Layout.BATCH_SECOND else 0)
 
-    def _misfit(self, tensor: Tensor, n_samples: int, wanted: str) -> str:
-        return (
-            f"a tensor of shape {list(tensor.shape)} does not hold {n_samples} samples in the layout {self.value!r}, which is {wanted}. "
-            "Settle the layouts with adabatch.check(model, batch, loss_fn)."
+    def _misfit(self, tensor: Tensor, n_samples: int, expected: str) -> ValueError:
+        return ValueError(
+            f"a tensor of shape {list(tensor.shape)} does not hold {n_samples} samples in the "
+            f"layout {self.value!r}, which is {expected}. Settle the layouts with "
+            "adabatch.check(model, batch, loss_fn)."
         )
 
 
 @dataclass(frozen=True)
 class BatchSizeSource:
-    """Where N is read from the model's own inputs, before any layer has run: one dimension of one tensor among the arguments of model.forward.
+    """Where N is read from the model's own inputs, before any layer has run: one dimension of one
+    tensor among the arguments of model.forward.
 
     Args:
-        position: the argument's place among the positional ones, or None if it is given by keyword only.
-        name: the argument's name, or None if it has none.
-        path: keys and indices that lead from the argument to the tensor; empty when the argument is the tensor.
+        position: the argument's place among the positional ones; None if given by keyword only.
+        name: the argument's name; None if it has none.
+        path: keys and indices from the argument to the tensor; empty when it is the tensor.
         dim: the tensor's dimension that counts the samples.
 
     Example:
         >>> import torch
         >>> source = BatchSizeSource(position=0, name="inputs", path=("ids",), dim=1)
-        >>> source.read(({"ids": torch.zeros(7, 3)},), {}), source.read((), {"inputs": {"ids": torch.zeros(7, 5)}})
-        (3, 5)
+        >>> source.read(({"ids": torch.zeros(7, 3)},), {})
+        3
+        >>> source.read((), {"inputs": {"ids": torch.zeros(7, 5)}})
+        5
         >>> print(source)
         inputs['ids'].shape[1]
     """
@@ -141,7 +148,7 @@ class BatchSizeSource:
     path: tuple[int | str, ...]
     dim: int
 
-    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """N, from the arguments of a call of the model.
 
         Raises:
@@ -152,23 +159,29 @@ class BatchSizeSource:
         elif self.name is not None and self.name in kwargs:
             value = kwargs[self.name]
         else:
-            raise ValueError(self._missing(f"the call has {len(args)} positional arguments and the keywords {sorted(kwargs)}"))
+            keywords = f"{len(args)} positional arguments and the keywords {sorted(kwargs)}"
+            raise self._missing(f"the call has {keywords}")
         for key in self.path:
             try:
                 value = value[key]
             except (KeyError, IndexError, TypeError):
-                raise ValueError(self._missing(f"{key!r} leads nowhere in a {type(value).__name__}")) from None
+                error = self._missing(f"a {type(value).__name__} has no item {key!r}")
+                raise error from None
         if not isinstance(value, Tensor) or value.dim() <= self.dim:
-            raise ValueError(self._missing(f"found {list(value.shape) if isinstance(value, Tensor) else type(value).__name__}"))
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise self._missing(f"found {found}")
         return value.shape[self.dim]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, from which BatchSizeSource(**values) is made again."""
-        return {"position": self.position, "name": self.name, "path": tuple(self.path), "dim": self.dim}
+        return asdict(self)
 
     def __str__(self) -> str:
         argument = self.name if self.name is not None else f"args[{self.position}]"
         return f"{argument}{''.join(f'[{key!r}]' for key in self.path)}.shape[{self.dim}]"
 
-    def _missing(self, found: str) -> str:
-        return f"the number of samples cannot be read from the model's inputs as {self}: {found}. Call the model as adabatch.check saw it, or check it again."
+    def _missing(self, found: str) -> ValueError:
+        return ValueError(
+            f"the number of samples cannot be read from the model's inputs as {self}: {found}. "
+            "Call the model as adabatch.check saw it, or check it again."
+        )

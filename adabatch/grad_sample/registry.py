@@ -121,7 +121,8 @@ def _nothing(layer: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class GradSampler:
-    """What is registered for a layer type; see register_grad_sampler for the attributes."""
+    """What is registered for a layer type; see register_grad_sampler for the attributes. `may_mix`:
+    whether a layer of this kind can mix samples at all."""
 
     rule: Rule
     full_batch: Callable[..., bool] = _never
@@ -129,11 +130,7 @@ class GradSampler:
     parameters: frozenset[str] | None = None
     fused: FusedBackward | None = None
     cost: CostFunction | None = None
-
-    @property
-    def may_mix(self) -> bool:
-        """Whether a layer of this kind can mix samples at all."""
-        return self.full_batch is not _never
+    may_mix: bool = False
 
 
 def register_grad_sampler(
@@ -198,7 +195,8 @@ def register_grad_sampler(
     def register(rule: RuleT) -> RuleT:
         for layer_type in layer_types:
             _SAMPLERS[layer_type] = GradSampler(
-                rule, full_batch or _never, unsupported or _nothing, names, fused, cost
+                rule, full_batch or _never, unsupported or _nothing, names, fused, cost,
+                may_mix=full_batch is not None,
             )
         return rule
 

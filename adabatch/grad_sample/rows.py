@@ -1,6 +1,9 @@
-"""Which rows of a batch are measured: random, seeded, drawn anew for each step, without a draw inside a compiled graph."""
+"""Which rows of a batch are measured: random, seeded, drawn again for each step, without a draw
+inside a compiled graph."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +14,8 @@ from adabatch._transfers import to_device
 class RowSampler:
     """Chooses S of N rows as those with the S smallest of N random keys.
 
-    The keys are drawn outside the model's graph, the choice is pure tensor work inside it: any batch size can follow without recompiling,
-    and all layers agree.
+    The keys are drawn outside the model's graph, the choice is pure tensor work inside it: any
+    batch size can follow without recompiling, and all layers agree.
 
     Args:
         samples: S, or None for all rows.
@@ -30,9 +33,10 @@ class RowSampler:
         self.samples = samples
         self._generator = torch.Generator().manual_seed(seed)
         self._capacity = capacity
-        self._host_keys: Tensor | None = None
+        self._host_keys = torch.zeros(0)
         self._keys: dict[torch.device, Tensor] = {}
-        self._chosen: dict[tuple, Tensor] = {}  # of the present keys, so that layers need not choose anew
+        # By (N, S, device), of the present keys, so that layers need not choose again.
+        self._chosen: dict[tuple[int, int, torch.device], Tensor] = {}
         self._before_draws = self._generator.get_state()
         self._draws: list[int] = []
         self.redraw()
@@ -54,9 +58,10 @@ class RowSampler:
         if self.samples is None:
             return
         if capacity > self._capacity:
-            # Drawn keys stay: a graph that is still to be differentiated, or checkpointed, has chosen its rows by them.
-            self._host_keys = torch.cat((self._host_keys, self._draw(capacity - self._capacity)))
-            self._keys = {device: to_device(self._host_keys, device) for device in self._keys}
+            # Drawn keys stay: a graph that is still to be differentiated, or checkpointed, has
+            # chosen its rows by them.
+            more = self._draw(capacity - self._capacity)
+            self._set_keys(torch.cat((self._host_keys, more)))
             self._capacity = capacity
         if device not in self._keys:
             self._keys[device] = to_device(self._host_keys, device)
@@ -64,7 +69,7 @@ class RowSampler:
     def choose(self, samples: int | None) -> None:
         """Measure `samples` rows from now on."""
         self.samples = samples
-        if self._host_keys is None:
+        if not self._draws:
             self.redraw()
 
     def redraw(self) -> None:
@@ -72,29 +77,32 @@ class RowSampler:
         if self.samples is None:
             return
         self._before_draws, self._draws = self._generator.get_state(), []
-        self._host_keys = self._draw(self._capacity)
         self._chosen.clear()
-        self._keys = {device: to_device(self._host_keys, device) for device in self._keys}
+        self._set_keys(self._draw(self._capacity))
+
+    def _set_keys(self, keys: Tensor) -> None:
+        self._host_keys = keys
+        self._keys = {device: to_device(keys, device) for device in self._keys}
 
     def _draw(self, count: int) -> Tensor:
         self._draws.append(count)
         return torch.rand(count, generator=self._generator)
 
-    def state_dict(self) -> dict:
-        """The generator's state from before the present keys were drawn, and how many were drawn at a time: the keys themselves grow with the batch."""
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state from before the present keys were drawn, and how many were drawn
+        at a time: the keys themselves grow with the batch."""
         return {"generator": self._before_draws.clone(), "draws": list(self._draws)}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue the sequence of draws where the saved one stood."""
-        room = self._capacity
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the saved sequence of draws."""
+        capacity = self._capacity
         self._generator.set_state(state["generator"])
         self._before_draws, self._draws = state["generator"].clone(), []
         if not state["draws"]:
             self.redraw()
             return
-        self._host_keys = torch.cat([self._draw(count) for count in state["draws"]])
-        self._capacity = len(self._host_keys)
         self._chosen.clear()
-        self._keys = {device: to_device(self._host_keys, device) for device in self._keys}
+        self._set_keys(torch.cat([self._draw(count) for count in state["draws"]]))
+        self._capacity = len(self._host_keys)
         for device in self._keys:
-            self.reserve(room, device)
+            self.reserve(capacity, device)

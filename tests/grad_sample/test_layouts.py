@@ -76,7 +76,7 @@ def test_an_unknown_layout_is_a_value_error():
 
 def test_layouts_print_as_their_names_and_know_where_n_is_missing():
     assert [str(layout) for layout in Layout] == [*ARRANGED, "shared"]
-    assert [layout.value for layout in Layout if layout.needs_batch_size] == ["flat_batch_major", "flat_time_major", "shared"]
+    assert [layout.value for layout in Layout if not layout.stores_batch_size] == ["flat_batch_major", "flat_time_major", "shared"]
 
 
 def test_source_reads_positional_keyword_and_nested_arguments():

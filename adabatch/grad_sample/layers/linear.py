@@ -43,8 +43,9 @@ class LinearBackward(FusedBackward):
             if has_bias:
                 grads["bias"] = flat.sum(0).to(dtype)
             return FusedResult(grad_inputs, grads)
-        a_NTI, b_NTO = (_positions(layout.split(tensor, n_samples))
-                        for tensor in (inputs, backprops))
+        if layout is not Layout.BATCH_FIRST:
+            inputs, backprops = (layout.split(each, n_samples) for each in (inputs, backprops))
+        a_NTI, b_NTO = _positions(inputs), _positions(backprops)
         moments = kernels.weight_grad_moments(a_NTI, b_NTO, second_moment=second_moment)
         bias = b_NTO.sum(1, dtype=accumulation_dtype(b_NTO)) if has_bias else None
         return weight_and_bias(grad_inputs, moments, bias, dtype)

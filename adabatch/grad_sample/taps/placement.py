@@ -114,7 +114,7 @@ class ForwardHooks:
             for name in site.parameters.values():
                 self._owners.setdefault(name, []).append(site)
         self._must_trace = bool(traced) or any(site.layout is Layout.SHARED for site in sites)
-        self._needs_size = any(site.layout.needs_batch_size for site in sites)
+        self._needs_size = any(not site.layout.stores_batch_size for site in sites)
         self._tracing = True
         self._tracer: ParameterTracer | None = None
         self._traced_part: weakref.ref[nn.Module] | None = None
