@@ -1,146 +1,295 @@
-"""The Triton kernels as torch operators, `torch.ops.adabatch.<op>`: opaque to torch.compile, which learns shapes from the fake implementations.
+"""What all kernels share: the registry of operations, their dispatch, types, chunks and forms.
 
-Each runs the Triton kernel on CUDA (and ROCm) tensors and the definition on CPU tensors; where Triton cannot be imported, the definition on the GPU too, with
-one warning. Triton itself is imported at the first call that needs it. Names and signatures are those of the definitions in reference.py.
+An operation is registered once, by `@operation(...)` over its definition in plain torch. Faster
+forms register themselves over the same name: `@implements("cpu")`, `@implements("triton")`. With a
+schema the operation is also a torch operator, `torch.ops.adabatch.<name>`, opaque to torch.compile:
+the Triton kernel on CUDA (and ROCm) tensors, the definition on CPU tensors and wherever Triton
+cannot be imported. Triton is imported by the first call that needs it.
+
+Legend: N samples, T positions, I in, O out.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
 import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from adabatch.kernels import reference
+# Two cores share 2 MiB of second-level cache: chunks of 1 to 4 MiB ran fastest; smaller ones are
+# dominated by the cost of their calls.
+CHUNK_BYTES = 4 * 2**20
+# On a CPU one float32 sum of two million squares is 8e-5 too small: small terms meet a large sum.
+LONGEST_SUM = 2**14
+# One pass over memory per element of a per-sample gradient costs about as much as this many
+# multiplications of a matrix product (two cores with AVX-512).
+PASS = 4
 
-__all__ = [
-    "affine_sq_norms",
-    "conv_second_moment",
-    "conv_sq_norms",
-    "conv_weight_grad_moments",
-    "embedding_sq_norms",
-    "outer_second_moment",
-    "outer_sq_norms",
-    "preconditioned_trace",
-    "weight_grad_moments",
-]
+FORCED = os.environ.get("ADABATCH_KERNELS", "")
+if FORCED not in ("", "reference"):
+    raise ValueError(
+        f"ADABATCH_KERNELS is {FORCED!r}; allowed are 'reference' and nothing. Unset it, or set it "
+        "to 'reference', before importing adabatch."
+    )
 
-_GEOMETRY = "SymInt[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
+Ints = Sequence[int]
+F = TypeVar("F", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("adabatch", "FRAGMENT")
 
 
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    """adabatch.kernels.triton, or None, with a warning the first time, where it cannot be imported.
+class Operation(NamedTuple):
+    """A registered operation.
 
-    Triton is asked for on a GPU only, so a CPU never hears of it.
+    Attributes:
+        call: as users call it: what `forms` has for the first tensor's device, else `definition`.
+        definition: plain torch; every form must agree with it.
+        operator: calls torch.ops.adabatch.<name>; None without a schema.
+        forms: device type, or "triton" -> the function that replaces the definition.
+        compiled: the same for device types under torch.compile.
     """
+
+    call: Callable[..., Any]
+    definition: Callable[..., Any]
+    operator: Callable[..., Any] | None
+    forms: dict[str, Callable[..., Any]]
+    compiled: dict[str, Callable[..., Any]]
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(
+    schema: str = "",
+    shapes: Callable[..., list[Sequence[int]]] | None = None,
+    opaque: tuple[str, ...] = ("cuda",),
+) -> Callable[[F], F]:
+    """Register a definition, which is returned as it is, under its function's name.
+
+    Args:
+        schema: the operator's, without its name; '' for an operation without a kernel.
+        shapes: the operator's positional arguments -> its results' shapes. All results have the
+            type sums are kept in; one that is not requested (second_moment=False) is empty.
+        opaque: device types on which torch.compile keeps the operator; elsewhere it traces the
+            definition.
+    """
+
+    def register(definition: F) -> F:
+        forms: dict[str, Callable[..., Any]] = {}
+        compiled: dict[str, Callable[..., Any]] = {}
+        operator = None
+        if schema and shapes is not None:
+            operator = _define(definition, schema, shapes, forms)
+            if not FORCED:
+                forms["cuda"] = operator
+                compiled.update(dict.fromkeys(opaque, operator))
+
+        @functools.wraps(definition)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            first = args[0] if args else next(iter(kwargs.values()))
+            form = forms.get(first.device.type)
+            if form is None:
+                return definition(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                form = compiled.get(first.device.type, definition)
+            return form(*args, **kwargs)
+
+        name = definition.__name__
+        OPERATIONS[name] = Operation(call, definition, operator, forms, compiled)
+        return definition
+
+    return register
+
+
+def implements(backend: Literal["cpu", "triton"]) -> Callable[[F], F]:
+    """Register a faster form of the operation with the function's name and signature."""
+
+    def register(form: F) -> F:
+        if backend == "triton" or not FORCED:
+            OPERATIONS[form.__name__].forms[backend] = form
+        return form
+
+    return register
+
+
+def has_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether tensors of this one's device have a form of their own, beside the definition.
+
+    Example:
+        >>> has_kernel("weight_grad_moments", torch.zeros(1)) and not FORCED
+        True
+        >>> has_kernel("outer_dot", torch.zeros(1))
+        False
+    """
+    return tensor.device.type in OPERATIONS[name].forms
+
+
+@functools.cache
+def load_triton() -> bool:
+    """Import adabatch.kernels.triton, which registers its kernels; False, with one warning, where
+    that fails. Called for tensors on a GPU only."""
     try:
-        return importlib.import_module("adabatch.kernels.triton")
-    except (ImportError, AttributeError) as error:  # an old Triton lacks names that the kernels use
+        importlib.import_module("adabatch.kernels.triton")
+    except (ImportError, AttributeError) as error:  # an old Triton lacks names that are used
         warnings.warn(
-            f"The Triton kernels cannot be loaded ({error}); measuring with plain torch instead, which is slower and needs more memory. "
-            "Install a Triton that fits your torch (pip install 'adabatch[triton]'), or set ADABATCH_KERNELS=reference to choose plain torch.",
+            f"The Triton kernels cannot be loaded ({error}); measuring with plain torch instead, "
+            "which is slower and needs more memory. Install a Triton that fits your torch "
+            "(pip install 'adabatch[triton]'), or set ADABATCH_KERNELS=reference to choose plain "
+            "torch.",
             stacklevel=4,
         )
-        return None
+        return False
+    return True
 
 
-def _register(schema: str, fake: Callable) -> None:
-    """Define an operator whose results are those of the definition of the same name, None given as an empty tensor."""
-    name = schema.split("(")[0]
+def _define(
+    definition: Callable[..., Any],
+    schema: str,
+    shapes: Callable[..., list[Sequence[int]]],
+    forms: dict[str, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Define the torch operator; returns a caller with the definition's signature."""
+    name = definition.__name__
 
-    def run(module: ModuleType, *args, second_moment: bool | None = None, deterministic: bool | None = None):
-        if second_moment is None:
-            return getattr(module, name)(*args)
-        results = getattr(module, name)(*args, second_moment=second_moment, deterministic=deterministic)
-        return tuple(args[0].new_empty(0, dtype=torch.float32) if result is None else result for result in results)
+    def filled(results: Any, *args: Any) -> Any:
+        """None, which an operator cannot return, is an empty tensor."""
+        if isinstance(results, Tensor):
+            return results
+        dtype = accumulation_dtype(*args)
+        return tuple(args[0].new_empty(0, dtype=dtype) if r is None else r for r in results)
 
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, functools.partial(run, reference), "CPU")
-    _LIBRARY.impl(name, lambda *args, **kwargs: run(triton_kernels() or reference, *args, **kwargs), "CUDA")
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        return filled(definition(*args, **kwargs), *args)
+
+    def on_gpu(*args: Any, **kwargs: Any) -> Any:
+        form = forms["triton"] if load_triton() else definition
+        return filled(form(*args, **kwargs), *args)
+
+    def fake(*args: Any, second_moment: bool = True, **_: bool) -> Any:
+        dtype = accumulation_dtype(*args)
+        sizes = [tuple(shape) for shape in shapes(*args)]
+        if not second_moment:
+            sizes[-1] = (0,)
+        results = tuple(args[0].new_empty(size, dtype=dtype) for size in sizes)
+        return results if len(results) > 1 else results[0]
+
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, on_cpu, "CPU")
+    _LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"adabatch::{name}", fake, lib=_LIBRARY)
-
-
-def _sums(like: Tensor, *others: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in {tensor.dtype for tensor in (like, *others) if tensor is not None} else torch.float32
-
-
-def _norms(activations: Tensor, backprops: Tensor, *_) -> Tensor:
-    return activations.new_empty(activations.shape[0], dtype=_sums(activations, backprops))
-
-
-def _embedding_norms(ids: Tensor, backprops: Tensor) -> Tensor:
-    return backprops.new_empty(ids.shape[0], dtype=_sums(backprops))
-
-
-def _affine_norms(activations: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _norms(activations, backprops), _norms(activations, backprops)
-
-
-def _outer_moment(activations: Tensor, backprops: Tensor) -> Tensor:
-    return activations.new_empty(backprops.shape[2], activations.shape[2], dtype=_sums(activations, backprops))
-
-
-def _conv_moment(activations: Tensor, backprops: Tensor, weight_shape: Sequence[int], *_) -> Tensor:
-    return activations.new_empty(tuple(weight_shape), dtype=_sums(activations, backprops))
-
-
-def _trace(activations: Tensor, backprops: Tensor, preconditioner: Tensor) -> Tensor:
-    return activations.new_empty((), dtype=_sums(activations, backprops, preconditioner))
-
-
-def _moments(moment: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    def fake(*args, second_moment: bool, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
-        second = moment(*args) if second_moment else args[0].new_empty(0, dtype=torch.float32)
-        return moment(*args), _norms(*args), second
-
-    return fake
-
-
-_register(
-    "weight_grad_moments(Tensor activations, Tensor backprops, *, bool second_moment, bool deterministic) -> (Tensor, Tensor, Tensor)", _moments(_outer_moment)
-)
-_register("outer_sq_norms(Tensor activations, Tensor backprops) -> Tensor", _norms)
-_register("outer_second_moment(Tensor activations, Tensor backprops) -> Tensor", _outer_moment)
-_register("preconditioned_trace(Tensor activations, Tensor backprops, Tensor preconditioner) -> Tensor", _trace)
-_register("affine_sq_norms(Tensor activations, Tensor backprops, Tensor? mean, Tensor? rstd) -> (Tensor, Tensor)", _affine_norms)
-_register("embedding_sq_norms(Tensor ids, Tensor backprops) -> Tensor", _embedding_norms)
-_register(
-    f"conv_weight_grad_moments(Tensor activations, Tensor backprops, {_GEOMETRY}, *, bool second_moment, bool deterministic) -> (Tensor, Tensor, Tensor)",
-    _moments(_conv_moment),
-)
-_register(f"conv_sq_norms(Tensor activations, Tensor backprops, {_GEOMETRY}) -> Tensor", _norms)
-_register(f"conv_second_moment(Tensor activations, Tensor backprops, {_GEOMETRY}) -> Tensor", _conv_moment)
-
-
-def _operation(name: str) -> Callable:
-    """The operator with its definition's signature: None for what was not asked for, determinism resolved where the call is traced."""
-    definition = getattr(reference, name)
+    operator = getattr(torch.ops.adabatch, name).default
+    if "second_moment" not in schema:
+        return functools.wraps(definition)(lambda *args, **kwargs: operator(*args, **kwargs))
 
     @functools.wraps(definition)
-    def operation(*args, **kwargs):
-        return getattr(torch.ops.adabatch, name)(*args, **kwargs)
-
-    @functools.wraps(definition)
-    def operation_with_moments(*args, second_moment: bool = False, deterministic: bool | None = None, **kwargs):
-        fixed = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
-        grad, norms, second = getattr(torch.ops.adabatch, name)(*args, **kwargs, second_moment=second_moment, deterministic=fixed)
+    def with_moments(
+        *args: Any, second_moment: bool = False, deterministic: bool | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Determinism is settled where the call is traced."""
+        kwargs["deterministic"] = follows_determinism(deterministic)
+        grad, norms, second = operator(*args, second_moment=second_moment, **kwargs)
         return grad, norms, second if second_moment else None
 
-    return operation_with_moments if definition.__kwdefaults__ else operation
+    return with_moments
 
 
-affine_sq_norms = _operation("affine_sq_norms")
-conv_second_moment = _operation("conv_second_moment")
-conv_sq_norms = _operation("conv_sq_norms")
-conv_weight_grad_moments = _operation("conv_weight_grad_moments")
-embedding_sq_norms = _operation("embedding_sq_norms")
-outer_second_moment = _operation("outer_second_moment")
-outer_sq_norms = _operation("outer_sq_norms")
-preconditioned_trace = _operation("preconditioned_trace")
-weight_grad_moments = _operation("weight_grad_moments")
+def follows_determinism(deterministic: bool | None) -> bool:
+    """The caller's choice, or torch's own switch."""
+    if deterministic is None:
+        return torch.are_deterministic_algorithms_enabled()
+    return deterministic
+
+
+def accumulation_dtype(*tensors: Any) -> torch.dtype:
+    """The type sums are kept in: float32, or float64 if any of the tensors is float64.
+
+    Example:
+        >>> accumulation_dtype(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1))
+        torch.float32
+        >>> accumulation_dtype(torch.zeros(1, dtype=torch.float64), torch.zeros(1))
+        torch.float64
+    """
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def sample_chunks(
+    numel_per_sample: int, dtype: torch.dtype, *tensors: Tensor, longest: int | None = None
+) -> list[tuple[Tensor, ...]]:
+    """Views of the tensors along dimension 0, in runs of samples whose intermediate result fits
+    CHUNK_BYTES.
+
+    Under torch.compile there is one chunk: a loop over a number of samples that changes would be
+    unrolled, and compiled again for each number.
+
+    Args:
+        numel_per_sample: elements of the intermediate result of one sample.
+        dtype: type of the intermediate result.
+        tensors: [N, ...] each.
+        longest: the most samples in a chunk.
+
+    Example:
+        >>> [len(rows) for rows, in sample_chunks(2**19, torch.float32, torch.zeros(5))]
+        [2, 2, 1]
+    """
+    if torch.compiler.is_compiling():
+        return [tensors]
+    length = max(1, CHUNK_BYTES // max(1, numel_per_sample * dtype.itemsize))
+    if longest is not None:
+        length = min(length, longest)
+    return list(zip(*(tensor.split(length) for tensor in tensors), strict=True))
+
+
+def row_sq_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ rows² over all dimensions but the first, added in `dtype`: [N, ...] -> [N].
+
+    The squares are never stored, whatever the input's type. Long sums on a CPU take two stages.
+
+    Example:
+        >>> row_sq_norms(torch.ones(2, 3, 4), torch.float32)
+        tensor([12., 12.])
+    """
+    norm, numel = torch.linalg.vector_norm, rows.shape[1:].numel()
+    if rows.dim() > 2 and rows.device.type == "cpu" and numel > LONGEST_SUM:
+        rows = norm(rows.flatten(2), dim=2, dtype=dtype)
+    rows = rows.reshape(rows.shape[0], rows.shape[1:].numel())
+    return norm(rows, dim=1, dtype=dtype).square()
+
+
+def outer_form(
+    positions: float,
+    width_in: int,
+    width_out: int,
+    *,
+    with_gradient: bool = False,
+    halved: bool = False,
+) -> Literal["rows", "gram", "gradients"]:
+    """How ‖G_n‖² of G_n = Σ_t b_nt a_ntᵀ is found from T = `positions`: the cheaper of
+
+    "rows", T = 1: ‖a_n‖² ‖b_n‖²;
+    "gram": T² (I + O) multiplications, or T (T + 1) / 2 (I + O) where symmetry halves them;
+    "gradients": G_n, T I O multiplications, or 2 PASS passes of I O with the weight gradient.
+
+    Args:
+        positions, width_in, width_out: T, I, O.
+        with_gradient: Σ_n G_n is computed as well, by one product for all samples.
+        halved: the Gram matrices' lower triangle suffices (the Triton kernel).
+
+    Example:
+        >>> outer_form(1, 256, 1024), outer_form(128, 256, 1024), outer_form(256, 256, 1024)
+        ('rows', 'gram', 'gradients')
+        >>> outer_form(128, 256, 1024, with_gradient=True)
+        'gradients'
+    """
+    if positions == 1:
+        return "rows"
+    pairs = positions * (positions + 1) / 2 if halved else positions**2
+    gradients = 2 * PASS if with_gradient else positions
+    gram = pairs * (width_in + width_out) < gradients * width_in * width_out
+    return "gram" if gram else "gradients"

@@ -1,50 +1,37 @@
-"""The kernels' definition in plain torch: every other backend must agree with it.
+"""The definition of the kernels in plain torch: every other form must agree with it. Matrices,
+embeddings, and gradients that exist already; see reference_conv.py and reference_affine.py too.
 
 Legend: N samples, T positions, I in, O out, D embedding width, V rows of an embedding, P numel.
 
-Inputs may be float16, bfloat16, float32 or float64, also mixed. Sums are kept, and results returned, in float32, or float64 if any input is float64;
-low-precision inputs are converted a chunk of samples at a time. Call outside autocast, which would round the products.
-G_n is the gradient of one parameter through sample n; whether it carries the 1/m of a mean loss is the caller's matter.
+Inputs may be float16, bfloat16, float32 or float64, also mixed. Sums are kept, and results
+returned, in float32, or in float64 if any input is float64; low-precision inputs are converted a
+chunk of samples at a time. Call outside autocast, which would round the products.
+G_n is the gradient of one parameter through sample n, with or without the 1/m of a mean loss.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from adabatch.kernels.chunks import accumulation_dtype, outer_form, row_sq_norms, sample_chunks
-from adabatch.kernels.reference_conv import conv_dot, conv_grad_sample, conv_second_moment, conv_sq_norms
-from adabatch.kernels.reference_moments import affine_grad_sample, affine_sq_norms, conv_weight_grad_moments, preconditioned_trace, weight_grad_moments
-
-__all__ = [
-    "affine_grad_sample",
-    "affine_sq_norms",
-    "conv_dot",
-    "conv_grad_sample",
-    "conv_second_moment",
-    "conv_sq_norms",
-    "conv_weight_grad_moments",
-    "dense_dot",
-    "dense_second_moment",
-    "dense_sq_norms",
-    "embedding_dot",
-    "embedding_second_moment",
-    "embedding_sq_norms",
-    "outer_dot",
-    "outer_second_moment",
-    "outer_sq_norms",
-    "preconditioned_trace",
-    "weight_grad_moments",
-]
+from adabatch.kernels.operators import (
+    accumulation_dtype,
+    operation,
+    outer_form,
+    row_sq_norms,
+    sample_chunks,
+)
 
 
+@operation("(Tensor activations, Tensor backprops) -> Tensor", lambda a, b: [(a.shape[0],)])
 def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
     """Squared norms ‖G_n‖², G_n = Σ_t b_nt a_ntᵀ, without the [N, O, I] tensor of all G.
 
-    T = 1: ‖a_n‖² ‖b_n‖². T > 1, whichever costs less: the Gram form Σ_{t,s} (a_nt·a_ns)(b_nt·b_ns), N T² (I + O) multiplications; or G_n itself, N T I O,
-    a chunk of samples at a time.
+    T = 1: ‖a_n‖² ‖b_n‖². T > 1: the Gram form Σ_{t,s} (a_nt·a_ns)(b_nt·b_ns), N T² (I + O)
+    multiplications, or G_n itself, N T I O, a chunk of samples at a time, whichever costs less.
 
     Args:
         activations: a, [N, T, I].
@@ -62,18 +49,21 @@ def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
     form = outer_form(positions, width_in, width_out)
     if form == "rows":
         return row_sq_norms(activations, dtype) * row_sq_norms(backprops, dtype)
-    gram = form == "gram"
-    numel = 2 * positions**2 if gram else width_in * width_out
+    numel = 2 * positions**2 if form == "gram" else width_in * width_out
     sq_norms = []
     for a_NTI, b_NTO in sample_chunks(numel, dtype, activations, backprops):
         a_NTI, b_NTO = a_NTI.to(dtype), b_NTO.to(dtype)
-        if gram:
-            sq_norms.append((torch.bmm(a_NTI, a_NTI.mT) * torch.bmm(b_NTO, b_NTO.mT)).sum((1, 2)))
+        if form == "gram":
+            gram = torch.bmm(a_NTI, a_NTI.mT) * torch.bmm(b_NTO, b_NTO.mT)
+            sq_norms.append(gram.sum((1, 2)))
         else:
             sq_norms.append(row_sq_norms(torch.bmm(b_NTO.mT, a_NTI), dtype))
     return torch.cat(sq_norms)
 
 
+@operation(
+    "(Tensor activations, Tensor backprops) -> Tensor", lambda a, b: [(b.shape[2], a.shape[2])]
+)
 def outer_second_moment(activations: Tensor, backprops: Tensor) -> Tensor:
     """Elementwise Σ_n G_n², G_n = Σ_t b_nt a_ntᵀ; for T = 1 that is (b²)ᵀ a².
 
@@ -85,7 +75,8 @@ def outer_second_moment(activations: Tensor, backprops: Tensor) -> Tensor:
         [O, I], float32 or float64: a sum over the samples, not a mean.
 
     Example:
-        >>> outer_second_moment(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]), torch.ones(2, 1, 1))
+        >>> a = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])
+        >>> outer_second_moment(a, torch.ones(2, 1, 1))
         tensor([[10.,  4.]])
     """
     dtype = accumulation_dtype(activations, backprops)
@@ -100,6 +91,7 @@ def outer_second_moment(activations: Tensor, backprops: Tensor) -> Tensor:
     return moment_OI
 
 
+@operation()
 def outer_dot(activations: Tensor, backprops: Tensor, other: Tensor) -> Tensor:
     """Inner products ⟨G_n, other⟩ = Σ_t b_ntᵀ other a_nt, without any G_n.
 
@@ -117,14 +109,87 @@ def outer_dot(activations: Tensor, backprops: Tensor, other: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype(activations, backprops, other)
     other_IO = other.to(dtype).T
-    chunks = sample_chunks(activations.shape[1] * backprops.shape[2], dtype, activations, backprops)
-    return torch.cat([((a_NTI.to(dtype) @ other_IO) * b_NTO).sum((1, 2)) for a_NTI, b_NTO in chunks])
+    numel = activations.shape[1] * backprops.shape[2]
+    chunks = sample_chunks(numel, dtype, activations, backprops)
+    return torch.cat([((a.to(dtype) @ other_IO) * b).sum((1, 2)) for a, b in chunks])
 
 
+@operation(
+    "(Tensor activations, Tensor backprops, *, bool second_moment, bool deterministic)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda a, b: [(b.shape[2], a.shape[2]), (a.shape[0],), (b.shape[2], a.shape[2])],
+    opaque=("cpu", "cuda"),
+)
+def weight_grad_moments(
+    activations: Tensor, backprops: Tensor, *, second_moment: bool = False,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The weight gradient Σ_n G_n of y = W a, G_n = Σ_t b_nt a_ntᵀ, and in the same pass ‖G_n‖² and
+    Σ_n G_n² (elementwise).
+
+    Args:
+        activations: a, [N, T, I].
+        backprops: b, [N, T, O].
+        second_moment: whether to return Σ_n G_n².
+        deterministic: the same bits at every call, with every kernel; None follows
+            torch.use_deterministic_algorithms. It changes nothing in plain torch.
+
+    Returns:
+        The weight gradient [O, I], the squared norms [N] and the second moment [O, I] or None;
+        float32 or float64. Sums over the samples, not means.
+
+    Example:
+        >>> b = torch.tensor([[[1.0], [1.0]], [[2.0], [2.0]]])
+        >>> weight_grad_moments(torch.ones(2, 2, 4), b, second_moment=True)
+        (tensor([[6., 6., 6., 6.]]), tensor([16., 64.]), tensor([[20., 20., 20., 20.]]))
+    """
+    dtype = accumulation_dtype(activations, backprops)
+    width_in, width_out = activations.shape[2], backprops.shape[2]
+    chunks = sample_chunks(width_in * width_out, dtype, activations, backprops)
+    grads = (torch.bmm(b_NTO.to(dtype).mT, a_NTI.to(dtype)) for a_NTI, b_NTO in chunks)
+    total = activations.new_zeros(width_out, width_in, dtype=dtype)
+    return sum_moments(grads, total, second_moment)
+
+
+@operation(
+    "(Tensor activations, Tensor backprops, Tensor preconditioner) -> Tensor", lambda a, b, p: [()]
+)
+def preconditioned_trace(activations: Tensor, backprops: Tensor, preconditioner: Tensor) -> Tensor:
+    """Σ p ∘ Σ_n G_n², G_n = Σ_t b_nt a_ntᵀ: the second moment's trace in the geometry of a diagonal
+    preconditioner p, such as Adam's 1/(√v̂ + ε).
+
+    Args:
+        activations: a, [N, T, I].
+        backprops: b, [N, T, O].
+        preconditioner: p, [O, I].
+
+    Returns:
+        A number, [], float32 or float64: a sum over the samples, not a mean.
+
+    Example:
+        >>> a, p = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([[1.0, 0.5]])
+        >>> preconditioned_trace(a, torch.ones(2, 1, 1), p)
+        tensor(12.)
+    """
+    dtype = accumulation_dtype(activations, backprops, preconditioner)
+    preconditioner = preconditioner.to(dtype)
+    trace = preconditioner.new_zeros(())
+    for a_NTI, b_NTO in sample_chunks(preconditioner.numel(), dtype, activations, backprops):
+        a_NTI, b_NTO = a_NTI.to(dtype), b_NTO.to(dtype)
+        if activations.shape[1] == 1:
+            weighted = b_NTO[:, 0].square() @ preconditioner
+            trace += (weighted * a_NTI[:, 0].square()).sum()
+        else:
+            trace += (torch.bmm(b_NTO.mT, a_NTI).square() * preconditioner).sum()
+    return trace
+
+
+@operation("(Tensor ids, Tensor backprops) -> Tensor", lambda ids, b: [(ids.shape[0],)])
 def embedding_sq_norms(ids: Tensor, backprops: Tensor) -> Tensor:
     """Squared norms ‖G_n‖² of an embedding's gradient: Σ_v ‖Σ_{t: id_nt = v} b_nt‖².
 
-    Equal ids of a sample are summed in slots found by sorting: N T D memory a chunk, neither [N, V, D] nor [N, T, T].
+    Equal ids of a sample are summed in slots found by sorting: N T D memory a chunk, neither
+    [N, V, D] nor [N, T, T].
 
     Args:
         ids: [N, T], integers.
@@ -134,16 +199,18 @@ def embedding_sq_norms(ids: Tensor, backprops: Tensor) -> Tensor:
         [N], float32 or float64.
 
     Example:
-        >>> embedding_sq_norms(torch.tensor([[7, 7], [7, 2]]), torch.tensor([[[1.0], [1.0]], [[3.0], [4.0]]]))
+        >>> b = torch.tensor([[[1.0], [1.0]], [[3.0], [4.0]]])
+        >>> embedding_sq_norms(torch.tensor([[7, 7], [7, 2]]), b)
         tensor([ 4., 25.])
     """
     dtype = accumulation_dtype(backprops)
     if ids.shape[1] == 1:
         return row_sq_norms(backprops, dtype)
     chunks = sample_chunks(backprops.shape[1] * backprops.shape[2], dtype, ids, backprops)
-    return torch.cat([row_sq_norms(_slot_sums(ids_NT, b_NTD, dtype)[1], dtype) for ids_NT, b_NTD in chunks])
+    return torch.cat([row_sq_norms(_slot_sums(i, b, dtype)[1], dtype) for i, b in chunks])
 
 
+@operation()
 def embedding_second_moment(ids: Tensor, backprops: Tensor, num_embeddings: int) -> Tensor:
     """Elementwise Σ_n G_n² of an embedding's gradient.
 
@@ -161,12 +228,14 @@ def embedding_second_moment(ids: Tensor, backprops: Tensor, num_embeddings: int)
     """
     dtype = accumulation_dtype(backprops)
     moment_VD = backprops.new_zeros(num_embeddings, backprops.shape[2], dtype=dtype)
-    for ids_NT, b_NTD in sample_chunks(backprops.shape[1] * backprops.shape[2], dtype, ids, backprops):
+    numel = backprops.shape[1] * backprops.shape[2]
+    for ids_NT, b_NTD in sample_chunks(numel, dtype, ids, backprops):
         slot_ids_NT, sums_NTD = _slot_sums(ids_NT, b_NTD, dtype)
         moment_VD.index_add_(0, slot_ids_NT.flatten(), sums_NTD.flatten(0, 1).square())
     return moment_VD
 
 
+@operation()
 def embedding_dot(ids: Tensor, backprops: Tensor, other: Tensor) -> Tensor:
     """Inner products ⟨G_n, other⟩ = Σ_t b_nt · other[id_nt] of an embedding's gradient.
 
@@ -179,7 +248,8 @@ def embedding_dot(ids: Tensor, backprops: Tensor, other: Tensor) -> Tensor:
         [N], float32 or float64.
 
     Example:
-        >>> embedding_dot(torch.tensor([[0, 2]]), torch.ones(1, 2, 1), torch.tensor([[1.0], [2.0], [3.0]]))
+        >>> other = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> embedding_dot(torch.tensor([[0, 2]]), torch.ones(1, 2, 1), other)
         tensor([4.])
     """
     dtype = accumulation_dtype(backprops, other)
@@ -187,14 +257,9 @@ def embedding_dot(ids: Tensor, backprops: Tensor, other: Tensor) -> Tensor:
     return torch.cat([(other[ids_NT].to(dtype) * b_NTD).sum((1, 2)) for ids_NT, b_NTD in chunks])
 
 
+@operation()
 def dense_sq_norms(grad: Tensor) -> Tensor:
-    """Squared norms ‖G_n‖² of gradients that are at hand.
-
-    Args:
-        grad: G, [N, *shape].
-
-    Returns:
-        [N], float32 or float64.
+    """Squared norms ‖G_n‖² of gradients G [N, *shape] that exist already: [N], float32 or float64.
 
     Example:
         >>> dense_sq_norms(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
@@ -203,8 +268,10 @@ def dense_sq_norms(grad: Tensor) -> Tensor:
     return row_sq_norms(grad, accumulation_dtype(grad))
 
 
+@operation()
 def dense_second_moment(grad: Tensor) -> Tensor:
-    """Elementwise Σ_n G_n² of gradients that are at hand: [N, *shape] -> [*shape], a sum over the samples, float32 or float64.
+    """Elementwise Σ_n G_n² of gradients G [N, *shape] that exist already: [*shape], a sum over the
+    samples, float32 or float64.
 
     Example:
         >>> dense_second_moment(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
@@ -217,27 +284,45 @@ def dense_second_moment(grad: Tensor) -> Tensor:
     return moment
 
 
+@operation()
 def dense_dot(grad: Tensor, other: Tensor) -> Tensor:
-    """Inner products ⟨G_n, other⟩ of gradients that are at hand: [N, *shape], [*shape] -> [N], float32 or float64.
+    """Inner products ⟨G_n, other⟩ of gradients G [N, *shape] that exist already with one tensor
+    [*shape]: [N], float32 or float64.
 
     Example:
         >>> dense_dot(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([2.0, 1.0]))
         tensor([10.,  2.])
     """
-    dtype = accumulation_dtype(grad, other)
-    chunks = sample_chunks(other.numel(), dtype, grad)
-    return torch.cat([rows.reshape(rows.shape[0], other.numel()).to(dtype) @ other.reshape(-1).to(dtype) for (rows,) in chunks])
+    dtype, numel = accumulation_dtype(grad, other), other.numel()
+    flat = other.reshape(-1).to(dtype)
+    chunks = sample_chunks(numel, dtype, grad)
+    return torch.cat([rows.reshape(rows.shape[0], numel).to(dtype) @ flat for (rows,) in chunks])
+
+
+def sum_moments(
+    grads: Iterable[Tensor], total: Tensor, second_moment: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Σ G_n (added to `total`), ‖G_n‖² and Σ G_n² of chunks [n, *shape], which are overwritten."""
+    second = torch.zeros_like(total) if second_moment else None
+    sq_norms = []
+    for chunk in grads:
+        total += chunk.sum(0)
+        sq_norms.append(row_sq_norms(chunk, chunk.dtype))
+        if second is not None:
+            second += chunk.square_().sum(0)
+    return total, torch.cat(sq_norms), second
 
 
 def _slot_sums(ids: Tensor, backprops: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sums of backprops over equal ids of a sample: (id of each slot [N, T], sums [N, T, D]); a sample with fewer than T distinct ids leaves slots of zeros."""
+    """Sums of backprops over equal ids of a sample: (id of each slot [N, T], sums [N, T, D]); a
+    sample with fewer than T distinct ids leaves slots of zeros."""
     samples, positions = ids.shape
     sorted_NT, order_NT = ids.sort(dim=1)
     sorted_slots_NT = torch.zeros_like(order_NT)
     sorted_slots_NT[:, 1:] = (sorted_NT[:, 1:] != sorted_NT[:, :-1]).cumsum(1)
     slots_NT = torch.empty_like(order_NT).scatter_(1, order_NT, sorted_slots_NT)
     slot_ids_NT = torch.zeros_like(ids).scatter_(1, slots_NT, ids)
-    rows = (slots_NT + positions * torch.arange(samples, device=ids.device).unsqueeze(1)).flatten()
+    firsts_N1 = positions * torch.arange(samples, device=ids.device).unsqueeze(1)
     sums = backprops.new_zeros(samples * positions, backprops.shape[2], dtype=dtype)
-    sums.index_add_(0, rows, backprops.flatten(0, 1).to(dtype))
+    sums.index_add_(0, (slots_NT + firsts_N1).flatten(), backprops.flatten(0, 1).to(dtype))
     return slot_ids_NT, sums.view(samples, positions, backprops.shape[2])

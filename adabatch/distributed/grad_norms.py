@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from adabatch.kernels.chunks import LONGEST_SUM
+from adabatch.kernels.operators import LONGEST_SUM
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -227,7 +227,7 @@ KINDS = [("outer", "outer"), ("lookup", "lookup"), ("dense", "dense"), ("outer",
 @pytest.mark.parametrize("kinds", [*KINDS, ("lookup", "dense", "outer", "dense")], ids="+".join)
 def test_merged_uses_against_the_sum_of_dense_gradients(kinds, samples, chunk_bytes, monkeypatch):
     monkeypatch.setattr("adabatch.grad_sample.factors.merge.CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr("adabatch.kernels.chunks.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("adabatch.kernels.operators.CHUNK_BYTES", chunk_bytes)
     torch.manual_seed(0)
     factors = [factor(kind, samples) for kind in kinds]
     dense, merged = sum(use.dense().double() for use in factors), merge_factors(factors)

@@ -20,8 +20,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adabatch.kernels import triton_affine, triton_conv, triton_embedding, triton_gram, triton_outer
-from adabatch.kernels.triton_tuning import OPTIONS
+from adabatch.kernels.triton import affine, conv, embedding, gram, outer
+from adabatch.kernels.triton.tuning import OPTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
@@ -40,13 +40,13 @@ def outer_variants():
         for name, flags in asked.items():
             constants = dict(flags, PRECISION=rounding, DTYPE=TYPES[kind], a_stride_i=1, b_stride_o=1, p_stride_i=1)
             tiles = flags["GRAD"] + flags["SECOND"] + flags["WEIGHTED"] + 1
-            configs = functools.partial(triton_outer.configurations, TYPES[kind], rounding, tiles)
-            yield f"{name} {kind} {rounding}", triton_outer.weight_grad_kernel, pointers, constants, configs
+            configs = functools.partial(outer.configurations, TYPES[kind], rounding, tiles)
+            yield f"{name} {kind} {rounding}", outer.weight_grad_kernel, pointers, constants, configs
 
 
 def gram_variants():
     for kind, rounding in PRODUCTS:
-        configs = functools.partial(triton_gram.configurations, TYPES[kind], rounding)
+        configs = functools.partial(gram.configurations, TYPES[kind], rounding)
         for ids in (False, True):
             pointers = {"a_ptr": "i64" if ids else kind, "b_ptr": kind, "norms_ptr": "fp32"}
             constants = {
@@ -58,13 +58,13 @@ def gram_variants():
                 "a_stride_i": 1,
                 "b_stride_o": 1,
             }
-            yield f"{'ids' if ids else 'activations'} {kind} {rounding}", triton_gram.gram_kernel, pointers, constants, configs
+            yield f"{'ids' if ids else 'activations'} {kind} {rounding}", gram.gram_kernel, pointers, constants, configs
 
 
 def row_variants():
     for kind in TYPES:
         pointers = {"a_ptr": kind, "b_ptr": kind, "norms_ptr": "fp32"}
-        yield kind, triton_gram.row_norms_kernel, pointers, {"a_stride_i": 1, "b_stride_o": 1}, lambda: triton_gram.ROWS
+        yield kind, gram.row_norms_kernel, pointers, {"a_stride_i": 1, "b_stride_o": 1}, lambda: gram.ROWS
 
 
 def affine_variants():
@@ -77,14 +77,14 @@ def affine_variants():
         pointers = {"a_ptr": kind, "b_ptr": kind, "mean_ptr": "fp32", "rstd_ptr": "fp32", "scale_ptr": "fp32", "shift_ptr": "fp32"}
         for name, constants in statistics.items():
             for squared in (True, False):
-                yield f"{name} {kind} {squared}", triton_affine.affine_kernel, pointers, dict(constants, SQUARED=squared), lambda: triton_affine.AFFINE
+                yield f"{name} {kind} {squared}", affine.affine_kernel, pointers, dict(constants, SQUARED=squared), lambda: affine.AFFINE
 
 
 def run_variants():
     for kind, rounding in PRODUCTS:
         pointers = {"ids_ptr": "i64", "order_ptr": "i64", "b_ptr": kind, "norms_ptr": "fp32"}
         constants = {"PRECISION": rounding, "DTYPE": TYPES[kind], "b_stride_d": 1}
-        yield f"{kind} {rounding}", triton_embedding.runs_kernel, pointers, constants, functools.partial(triton_embedding.configurations, TYPES[kind], rounding)
+        yield f"{kind} {rounding}", embedding.runs_kernel, pointers, constants, functools.partial(embedding.configurations, TYPES[kind], rounding)
 
 
 def conv_variants():
@@ -95,8 +95,8 @@ def conv_variants():
             for second in (False, True):
                 constants = dict(geometry, GRAD=True, SECOND=second, NORMS=True, ATOMIC=not second, PRECISION=rounding, DTYPE=TYPES[kind])
                 constants |= dict.fromkeys(contiguous, 1)
-                configs = functools.partial(triton_conv.configurations, TYPES[kind], rounding)
-                yield f"{layout}, second {second}, {kind} {rounding}", triton_conv.conv_kernel, pointers, constants, configs
+                configs = functools.partial(conv.configurations, TYPES[kind], rounding)
+                yield f"{layout}, second {second}, {kind} {rounding}", conv.conv_kernel, pointers, constants, configs
 
 
 FAMILIES = {"outer": outer_variants, "gram": gram_variants, "rows": row_variants, "affine": affine_variants, "runs": run_variants, "conv": conv_variants}

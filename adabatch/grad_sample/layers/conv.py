@@ -19,7 +19,7 @@ from adabatch.grad_sample.layers.linear import no_batch_dimension, weight_and_bi
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
 from adabatch.kernels import accumulation_dtype
-from adabatch.kernels.cpu_conv import conv_gram_is_cheaper
+from adabatch.kernels.cpu_conv import conv_form
 
 # Time of per-sample weight gradients over that of one for the batch.
 FACTOR = 1.4
@@ -75,9 +75,8 @@ def conv_cost(
     training = 3 * product + 2 * PASS * elements_per_sample(input_shape, output_shape)
     _, padding, _, groups = _geometry(layer)
     kernel = layer.kernel_size
-    if len(input_shape) == len(kernel) + 2 and conv_gram_is_cheaper(
-        input_shape, output_shape, kernel, layer.stride, padding, groups
-    ):
+    shapes = (input_shape, output_shape, layer.weight.shape)
+    if len(input_shape) == len(kernel) + 2 and conv_form(*shapes, padding, groups) == "gram":
         size = input_shape[2:]
         padded = math.prod(length + 2 * amount
                            for length, amount in zip(size, padding, strict=True))

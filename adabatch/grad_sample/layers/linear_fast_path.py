@@ -17,7 +17,7 @@ from adabatch.grad_sample.compat import autocast_disabled
 from adabatch.grad_sample.layers.linear import linear_grad_sample
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.taps.base import DOUBLE_BACKWARD, TapSite, defer_factors
-from adabatch.kernels.chunks import accumulation_dtype
+from adabatch.kernels.operators import accumulation_dtype
 
 
 def has_vectors(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor) -> bool:

@@ -18,7 +18,7 @@ from adabatch.grad_sample.layers.conv import symmetric_padding
 from adabatch.grad_sample.layers.group_norm_tap import can_take_norm, take_norm
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.taps.base import DOUBLE_BACKWARD, TapSite, defer_factors, record_call, report_norms, saved_signal
-from adabatch.kernels.chunks import accumulation_dtype
+from adabatch.kernels.operators import accumulation_dtype
 
 TAKEN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm)
 # Decisions remembered for each layer; what activation checkpointing runs again must get the tap that it had, whatever came between.
