@@ -21,7 +21,10 @@ setup(
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["adabatch", "adabatch.*"]), "adabatch.kernels"],
+    packages=[
+        *find_packages(include=["adabatch", "adabatch.*"]),
+        "adabatch.kernels", *(f"adabatch.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"adabatch.kernels": "kernels"},
     package_data={"adabatch": ["py.typed"]},
     install_requires=["torch>=2.6", "numpy", "scipy"],

@@ -1,9 +1,5 @@
-"""The reference kernels against sums written out sample by sample in float64, and against autograd; dispatch, chunks and torch.compile."""
-
-import doctest
-import inspect
-import subprocess
-import sys
+"""The definitions, and the CPU's forms, against per-sample gradients in float64; chunks, layers and
+torch.compile."""
 
 import pytest
 import torch
@@ -12,271 +8,191 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from adabatch import kernels
-from adabatch.kernels import chunks, reference, reference_conv
-
-OPERATIONS = reference.__all__
-DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
-OUTER_SHAPES = {
-    "one-position": (5, 1, 7, 3),
-    "gram": (5, 2, 9, 11),
-    "materialised": (5, 13, 3, 2),
-    "round": (4, 8, 16, 16),
-    "one-wide": (3, 4, 1, 1),
-    "one-sample": (1, 3, 4, 5),
-    "no-samples": (0, 3, 4, 5),
-    "no-samples-one-position": (0, 1, 4, 5),
-}
-# id: (activations, backprops' channels, kernel, stride, padding, dilation, groups)
-CONV_SHAPES = {
-    "1d": ((5, 3, 11), 4, (4,), (2,), (1,), (2,), 1),
-    "2d": ((5, 4, 7, 6), 6, (3, 2), (1, 2), (1, 0), (1, 1), 2),
-    "2d-depthwise": ((5, 3, 6, 6), 3, (3, 3), (1, 1), (1, 1), (1, 1), 3),
-    "2d-left-over": ((3, 2, 9, 8), 3, (3, 3), (2, 3), (0, 1), (1, 2), 1),
-    "3d": ((2, 2, 4, 3, 5), 3, (2, 1, 3), (1, 2, 2), (1, 0, 1), (1, 1, 1), 1),
-    "one-wide": ((4, 1, 1), 1, (1,), (1,), (0,), (1,), 1),
-    "no-samples": ((0, 2, 5, 5), 3, (3, 3), (1, 1), (0, 0), (1, 1), 1),
-}
-shapes = pytest.mark.parametrize("shape", OUTER_SHAPES.values(), ids=OUTER_SHAPES)
-conv_shapes = pytest.mark.parametrize("shape", CONV_SHAPES.values(), ids=CONV_SHAPES)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+from adabatch.kernels import OPERATIONS, operators, reference_conv
+from tests.kernels import cases
+from tests.kernels.cases import CONV, OUTER, RTOL, SHAPES, check, close, make
 
 
-def close(actual, expected, rtol):
-    assert actual.shape == expected.shape
-    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=rtol * float(expected.abs().max()) if expected.numel() else 0)
+def forms(name):
+    """Definition, and the CPU's form where there is one."""
+    operation = OPERATIONS[name]
+    return [operation.definition, *([operation.forms["cpu"]] if "cpu" in operation.forms else [])]
 
 
-def accumulated(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize(("name", "shape"), cases.ALL)
+def test_operation(name, shape, dtype):
+    case = make(name, SHAPES[name][shape], dtype)
+    for form in forms(name):
+        check(form, case, dtype)
+        if case.kwargs:
+            without = form(*case.args)
+            assert without[2] is None
+            for actual, expected in zip(without[:2], case.expected[:2], strict=True):
+                close(actual, expected, RTOL[dtype])
 
 
-def check_operations(grads, sq_norms, second_moment, dot, dtype):
-    """Each operation's result against the gradients [N, *shape] written out in float64."""
-    direction = torch.randn(grads.shape[1:], dtype=dtype)
-    rtol = DTYPES[dtype]
-    results = sq_norms(), second_moment(), dot(direction)
-    assert {result.dtype for result in results} == {accumulated(dtype)}
-    flat = grads.reshape(len(grads), direction.numel())
-    close(results[0], flat.square().sum(1), rtol)
-    close(results[1], grads.square().sum(0), rtol)
-    close(results[2], flat @ direction.double().flatten(), rtol)
-
-
-def make_outer(shape, dtype):
-    samples, positions, width_in, width_out = shape
-    torch.manual_seed(0)
-    activations = torch.randn(samples, positions, width_in).to(dtype)
-    # Strided, as a transposed layer would hand it over.
-    backprops = torch.randn(samples, width_out, positions).to(dtype).mT
-    grads = torch.zeros(samples, width_out, width_in, dtype=torch.float64)
-    for sample in range(samples):
-        for position in range(positions):
-            grads[sample] += torch.outer(backprops[sample, position].double(), activations[sample, position].double())
-    return activations, backprops, grads
-
-
-def check_outer(shape, dtype):
-    activations, backprops, grads = make_outer(shape, dtype)
-    check_operations(
-        grads,
-        lambda: kernels.outer_sq_norms(activations, backprops),
-        lambda: kernels.outer_second_moment(activations, backprops),
-        lambda direction: kernels.outer_dot(activations, backprops, direction),
-        dtype,
-    )
-
-
-@dtypes
-@shapes
-def test_outer(shape, dtype):
-    check_outer(shape, dtype)
+def test_every_operation_has_cases():
+    assert set(SHAPES) == set(OPERATIONS)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)))
-def test_outer_of_any_shape(shape):
-    check_outer(shape, torch.float64)
-
-
-def make_embedding(samples, positions, width, rows, dtype):
-    torch.manual_seed(0)
-    ids, backprops = torch.randint(rows, (samples, positions)), torch.randn(samples, positions, width).to(dtype)
-    grads = torch.zeros(samples, rows, width, dtype=torch.float64)
-    for sample in range(samples):
-        for position in range(positions):
-            grads[sample, ids[sample, position]] += backprops[sample, position].double()
-    return ids, backprops, grads
-
-
-def check_embedding(samples, positions, width, rows, dtype):
-    ids, backprops, grads = make_embedding(samples, positions, width, rows, dtype)
-    check_operations(
-        grads,
-        lambda: kernels.embedding_sq_norms(ids, backprops),
-        lambda: kernels.embedding_second_moment(ids, backprops, rows),
-        lambda direction: kernels.embedding_dot(ids, backprops, direction),
-        dtype,
-    )
-
-
-@dtypes
-@pytest.mark.parametrize("shape", [(5, 11, 3, 4), (5, 11, 3, 100), (3, 1, 2, 4), (1, 6, 1, 1), (2, 0, 3, 4), (0, 3, 2, 4)], ids=str)
-def test_embedding(shape, dtype):
-    check_embedding(*shape, dtype)
+@given(st.tuples(*[st.integers(1, n) for n in (6, 9, 9, 9)]), st.sampled_from(cases.OUTER_NAMES))
+def test_outer_of_any_shape(shape, name):
+    check(getattr(kernels, name), make(name, shape, torch.float64), torch.float64)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 4), st.integers(1, 20)))
+@given(st.tuples(*[st.integers(1, n) for n in (5, 12, 4, 20)]))
 def test_embedding_of_any_shape(shape):
-    check_embedding(*shape, torch.float64)
+    for name in ("embedding_sq_norms", "embedding_second_moment", "embedding_dot"):
+        check(getattr(kernels, name), make(name, shape, torch.float64), torch.float64)
 
 
-@dtypes
-@pytest.mark.parametrize("shape", [(5, 3), (5,), (1, 2, 3), (4, 1), (0, 3)], ids=str)
-def test_dense(shape, dtype):
-    torch.manual_seed(0)
-    grad = torch.randn(shape).to(dtype)
-    check_operations(
-        grad.double(),
-        lambda: kernels.dense_sq_norms(grad),
-        lambda: kernels.dense_second_moment(grad),
-        lambda direction: kernels.dense_dot(grad, direction),
-        dtype,
-    )
-
-
-def make_conv(shape, dtype):
-    """Gradients by autograd, a sample at a time."""
-    inputs_shape, width_out, kernel, stride, padding, dilation, groups = shape
-    geometry = (stride, padding, dilation, groups)
-    torch.manual_seed(0)
-    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
-    weight = torch.randn(width_out, inputs_shape[1] // groups, *kernel, dtype=torch.float64, requires_grad=True)
-    activations = torch.randn(inputs_shape).to(dtype)
-    spatial = convolution(torch.zeros(1, *inputs_shape[1:], dtype=torch.float64), weight, None, *geometry).shape[1:]
-    backprops = torch.randn(inputs_shape[0], *spatial).to(dtype)
-    grads = torch.zeros(inputs_shape[0], *weight.shape, dtype=torch.float64)
-    for sample in range(inputs_shape[0]):
-        outputs = convolution(activations[sample : sample + 1].double(), weight, None, *geometry)
-        (grads[sample],) = torch.autograd.grad(outputs, weight, backprops[sample : sample + 1].double())
-    return activations, backprops, tuple(weight.shape), geometry, grads
-
-
-@dtypes
-@conv_shapes
-def test_conv(shape, dtype):
-    activations, backprops, weight_shape, geometry, grads = make_conv(shape, dtype)
-    check_operations(
-        grads,
-        lambda: kernels.conv_sq_norms(activations, backprops, weight_shape, *geometry),
-        lambda: kernels.conv_second_moment(activations, backprops, weight_shape, *geometry),
-        lambda direction: kernels.conv_dot(activations, backprops, direction, *geometry),
-        dtype,
-    )
-    close(kernels.conv_grad_sample(activations, backprops, weight_shape, *geometry), grads, DTYPES[dtype])
-
-
-def test_chunks_of_any_length_give_the_same(monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 200)
+@pytest.mark.parametrize("name", SHAPES)
+def test_chunks_of_any_length_give_the_same(name, monkeypatch):
+    monkeypatch.setattr(operators, "CHUNK_BYTES", 200)
     monkeypatch.setattr(reference_conv, "LONGEST_CHUNK", 2)
-    for shape in OUTER_SHAPES.values():
-        check_outer(shape, torch.float32)
-    for shape in CONV_SHAPES.values():
-        test_conv(shape, torch.float32)
-    check_embedding(7, 5, 3, 4, torch.float32)
-    test_dense((7, 100), torch.float32)
+    for shape in SHAPES[name].values():
+        if shape != OUTER["cpu-one-product-a-sample"]:
+            case = make(name, shape, torch.float32)
+            for form in forms(name):
+                check(form, case, torch.float32)
+
+
+def test_norms_of_millions_of_elements_are_exact():
+    """One float32 sum of so many squares would be 8e-5 too small."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 40, 1536), torch.randn(2, 40, 1536)
+    grads = torch.einsum("nto,nti->noi", b.double(), a.double())
+    for form in forms("weight_grad_moments"):
+        close(form(a, b, second_moment=True)[1], grads.flatten(1).square().sum(1), 1e-6)
+    dense = torch.randn(2, 1536, 1536)
+    close(kernels.dense_sq_norms(dense), dense.double().flatten(1).square().sum(1), 1e-6)
+
+
+@pytest.mark.parametrize("shape", CONV.values(), ids=CONV)
+def test_products_by_kernel_position_are_the_same_gradients(shape):
+    """The form used under torch.compile, for every shape."""
+    a, b, weight_shape, geometry, grads = cases.conv(shape, torch.float64)
+    if len(grads):
+        by_position = reference_conv._products_by_kernel_position
+        close(by_position(a, b, weight_shape, *geometry), grads, 1e-10)
+
+
+def by_autograd(normalize, inputs, backprops, width):
+    """Squared norms of scale and shift, one backward pass per sample."""
+    norms = []
+    for row, b in zip(inputs, backprops, strict=True):
+        scale = torch.ones(width, dtype=torch.float64, requires_grad=True)
+        shift = torch.zeros(width, dtype=torch.float64, requires_grad=True)
+        outputs = normalize(row[None], scale, shift)
+        grads = torch.autograd.grad(outputs, (scale, shift), b[None])
+        norms.append([grad.square().sum() for grad in grads])
+    return [torch.stack(column) for column in zip(*norms, strict=True)]
+
+
+def flat(tensor):
+    return tensor.flatten(2).mT
+
+
+@pytest.mark.parametrize("layer", ["layer norm", "RMS norm", "group norm", "batch norm"])
+def test_affine_sq_norms_are_those_of_torchs_layers(layer):
+    torch.manual_seed(0)
+    x, b = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    if layer == "layer norm":
+        expected = by_autograd(lambda x, *own: F.layer_norm(x, (5,), *own), x, b, 5)
+        mean = x.mean(2, keepdim=True)
+        inputs = x, b, mean, (x.var(2, unbiased=False, keepdim=True) + 1e-5).rsqrt()
+    elif layer == "RMS norm":
+        expected = by_autograd(
+            lambda x, scale, shift: F.rms_norm(x, (5,), scale, 1e-5) + shift, x, b, 5
+        )
+        inputs = x, b, None, (x.square().mean(2, keepdim=True) + 1e-5).rsqrt()
+    elif layer == "group norm":
+        expected = by_autograd(lambda x, *own: F.group_norm(x, 2, *own), x, b, 4)
+        _, mean, rstd = torch.native_group_norm(x, None, None, 3, 4, 5, 2, 1e-5)
+        statistics = (value.repeat_interleave(2, 1).unsqueeze(1) for value in (mean, rstd))
+        inputs = flat(x), flat(b), *statistics
+    else:
+        mean, variance = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+        expected = by_autograd(lambda x, *own: F.batch_norm(x, mean, variance, *own), x, b, 4)
+        inputs = flat(x), flat(b), mean.view(1, 1, 4), (variance + 1e-5).rsqrt().view(1, 1, 4)
+    for actual, norms in zip(kernels.affine_sq_norms(*inputs), expected, strict=True):
+        close(actual, norms, 1e-10)
+
+
+def test_statistics_of_another_shape_are_refused():
+    match = (
+        r"rstd has shape \(4,\); for activations \(2, 3, 4\) allowed are "
+        r"\(2, 3, 1\), \(2, 1, 4\), \(1, 3, 1\), \(1, 1, 4\)"
+    )
+    with pytest.raises(ValueError, match=match):
+        kernels.affine_sq_norms(torch.ones(2, 3, 4), torch.ones(2, 3, 4), None, torch.ones(4))
 
 
 def check_compiled_once(moments, make_inputs):
-    """Compiled and eager agree at every batch size, with one graph for them all; sizes other than the batch's are fixed, as in a model."""
+    """Compiled and eager agree at every batch size, with one graph for them all; sizes other than
+    the batch's are fixed, as in a model."""
     torch._dynamo.reset()
-    function, before = torch.compile(moments, fullgraph=True, backend="aot_eager"), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    function = torch.compile(moments, fullgraph=True, backend="aot_eager")
     for samples in (6, 5, 9):
         inputs = make_inputs(samples)
         for tensor in inputs:
             torch._dynamo.mark_dynamic(tensor, 0)
         torch.testing.assert_close(function(*inputs), moments(*inputs), rtol=1e-4, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+    assert counters["unique_graphs"] - before == 1
 
 
 @pytest.mark.parametrize("positions", [1, 2, 13])
 def test_outer_compiles_once_for_all_batch_sizes(positions):
-    def moments(activations, backprops):
+    def moments(a, b):
         return (
-            kernels.outer_sq_norms(activations, backprops),
-            kernels.outer_second_moment(activations, backprops),
-            kernels.outer_dot(activations, backprops, backprops[0].mT @ activations[0]),
+            kernels.outer_sq_norms(a, b),
+            kernels.outer_second_moment(a, b),
+            kernels.outer_dot(a, b, b[0].mT @ a[0]),
+            *kernels.weight_grad_moments(a, b, second_moment=True),
+            kernels.preconditioned_trace(a, b, torch.ones(4, 3)),
+            *kernels.affine_sq_norms(a, a, None, a.square().mean(2, keepdim=True)),
         )
 
-    check_compiled_once(moments, lambda samples: make_outer((samples, positions, 3, 4), torch.float32)[:2])
+    def inputs(samples):
+        a, b, _ = cases.outer((samples, positions, 3, 4), torch.float32)
+        return a.contiguous(), b.contiguous()
+
+    check_compiled_once(moments, inputs)
 
 
 def test_embedding_and_dense_compile_once_for_all_batch_sizes():
-    def moments(ids, backprops):
+    def moments(ids, b):
         return (
-            kernels.embedding_sq_norms(ids, backprops),
-            kernels.embedding_second_moment(ids, backprops, 4),
-            kernels.embedding_dot(ids, backprops, backprops[0, :4]),
-            kernels.dense_sq_norms(backprops),
-            kernels.dense_second_moment(backprops),
-            kernels.dense_dot(backprops, backprops[0]),
+            kernels.embedding_sq_norms(ids, b),
+            kernels.embedding_second_moment(ids, b, 4),
+            kernels.embedding_dot(ids, b, b[0, :4]),
+            kernels.dense_sq_norms(b),
+            kernels.dense_second_moment(b),
+            kernels.dense_dot(b, b[0]),
         )
 
-    check_compiled_once(moments, lambda samples: make_embedding(samples, 7, 2, 4, torch.float32)[:2])
+    check_compiled_once(moments, lambda n: cases.embedding((n, 7, 2, 4), torch.float32)[:2])
 
 
-@pytest.mark.parametrize("shape", [CONV_SHAPES[name] for name in ("1d", "2d", "3d")], ids=["1d", "2d", "3d"])
-def test_conv_compiles_once_for_all_batch_sizes(shape):
-    _, _, weight_shape, geometry, _ = make_conv(shape, torch.float32)
+@pytest.mark.parametrize("name", ["1d", "2d", "3d"])
+def test_conv_compiles_once_for_all_batch_sizes(name):
+    shape = CONV[name]
+    _, _, weight_shape, geometry, _ = cases.conv(shape, torch.float32)
 
-    def moments(activations, backprops):
+    def moments(a, b):
         return (
-            kernels.conv_sq_norms(activations, backprops, weight_shape, *geometry),
-            kernels.conv_second_moment(activations, backprops, weight_shape, *geometry),
-            kernels.conv_dot(activations, backprops, activations.new_ones(weight_shape), *geometry),
+            kernels.conv_sq_norms(a, b, weight_shape, *geometry),
+            kernels.conv_second_moment(a, b, weight_shape, *geometry),
+            kernels.conv_dot(a, b, a.new_ones(weight_shape), *geometry),
+            *kernels.conv_weight_grad_moments(a, b, weight_shape, *geometry, second_moment=True),
         )
 
-    check_compiled_once(moments, lambda samples: make_conv(((samples, *shape[0][1:]), *shape[1:]), torch.float32)[:2])
+    def inputs(samples):
+        return cases.conv(((samples, *shape[0][1:]), *shape[1:]), torch.float32)[:2]
 
-
-@conv_shapes
-def test_products_by_kernel_position_are_the_same_gradients(shape):
-    """The form used under torch.compile, for every shape."""
-    activations, backprops, weight_shape, geometry, grads = make_conv(shape, torch.float64)
-    if len(grads):
-        close(reference_conv._products_by_kernel_position(activations, backprops, weight_shape, *geometry), grads, 1e-10)
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_the_dispatcher_keeps_name_signature_and_documentation(name):
-    dispatched, definition = getattr(kernels, name), getattr(reference, name)
-    assert inspect.signature(dispatched) == inspect.signature(definition)
-    assert (dispatched.__name__, dispatched.__doc__) == (name, definition.__doc__)
-    assert set(OPERATIONS) == set(reference.__all__)
-
-
-def test_the_dispatcher_asks_backends_first_unless_the_reference_is_forced(monkeypatch):
-    class Backend:
-        @staticmethod
-        def dense_sq_norms(grad):
-            return "backend"
-
-    grad = torch.ones(2, 3)
-    monkeypatch.setitem(kernels.BACKENDS, "cpu", (Backend,))
-    assert kernels.dense_sq_norms(grad) == kernels.dense_sq_norms(grad=grad) == "backend"
-    assert torch.equal(kernels.dense_second_moment(grad), torch.full((3,), 2.0))
-    monkeypatch.setattr(kernels, "FORCED", "reference")
-    assert kernels.dense_sq_norms(grad).shape == (2,)
-
-
-def test_an_unknown_choice_of_kernels_is_refused_at_import():
-    result = subprocess.run([sys.executable, "-c", "import adabatch.kernels"], env={"ADABATCH_KERNELS": "cuda"}, capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "ADABATCH_KERNELS is 'cuda'; allowed are 'reference' and nothing" in result.stderr
-
-
-@pytest.mark.parametrize("module", [kernels, reference, reference_conv, chunks], ids=lambda module: module.__name__)
-def test_examples_in_the_documentation(module):
-    failed, attempted = doctest.testmod(module)
-    assert attempted > 0
-    assert failed == 0
+    check_compiled_once(moments, inputs)

@@ -1,6 +1,8 @@
-"""The Triton kernels compiled ahead of time for GPUs that need not be there: registers, shared memory, tensor-core instructions.
+"""The Triton kernels compiled ahead of time for GPUs that need not be present: registers, shared
+memory, tensor-core instructions.
 
-In a process of its own, without TRITON_INTERPRET, which would leave nothing to compile. `pytest -m slow` compiles every type and configuration.
+In a process without TRITON_INTERPRET, which would leave nothing to compile. `pytest -m slow`
+compiles every type and configuration.
 """
 
 import json
@@ -12,16 +14,18 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-# Bytes of shared memory that one block may have, by architecture (CUDA C++ programming guide, technical specifications per compute capability).
+# Bytes of shared memory that one block may have, by architecture (CUDA C++ programming guide,
+# technical specifications per compute capability).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-# What runs on tensor cores: not the memory-bound kernels, nor float32 products that keep all their bits.
+# Tensor cores: not for the memory-bound kernels, nor float32 products that keep all their bits.
 MATRIX_KERNELS = ("outer", "gram", "runs", "conv")
 
 
 def compiled(families, every):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    request = json.dumps({"families": families, "architectures": sorted(SHARED_LIMIT), "every": every})
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.ahead_of_time", request]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    request = {"families": families, "architectures": sorted(SHARED_LIMIT), "every": every}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.ahead_of_time"]
+    command.append(json.dumps(request))
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
