@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from adabatch.kernels import cpu, cpu_conv, reference, reference_affine, reference_conv
 from adabatch.kernels.operators import (
+    CHUNK_BYTES,
     OPERATIONS,
     accumulation_dtype,
     has_kernel,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the names added below, with their definitions' types
     from adabatch.kernels.reference_affine import *  # noqa: F403
     from adabatch.kernels.reference_conv import *  # noqa: F403
 
-__all__ = ["OPERATIONS", "accumulation_dtype", "has_kernel", "outer_form", "sample_chunks"]
-__all__ += ["cpu", "cpu_conv", "reference", "reference_affine", "reference_conv", *OPERATIONS]
+__all__ = ["CHUNK_BYTES", "OPERATIONS", "accumulation_dtype", "has_kernel", "outer_form"]
+__all__ += ["cpu", "cpu_conv", "reference", "reference_affine", "reference_conv"]
+__all__ += ["sample_chunks", *OPERATIONS]
 globals().update({name: operation.call for name, operation in OPERATIONS.items()})

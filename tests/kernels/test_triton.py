@@ -127,7 +127,7 @@ def test_runs_across_splits_are_counted_once(processors, monkeypatch):
     """Splits of one and of eight positions, in runs that begin, end or lie within them."""
     monkeypatch.setattr(tuning, "processors", lambda device: processors)
     monkeypatch.setattr(embedding, "SHORTEST_SPLIT", 1 if processors == 64 else 8)
-    for rows in (1, 2, 3, 11, 100):
+    for rows in (1, 2, 11):
         check_kernel("embedding_sq_norms", (2, 41, 3, rows), torch.float32)
 
 
