@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from adabatch.estimators.moments import GradientMoments
 
 # Set by tests: treat the CPU as an accelerator, whose numbers may only be read a step later.
 LAGS_ON_CPU = False
@@ -55,6 +59,26 @@ class HostCopies:
         for event in self._events.values():
             event.synchronize()
         self._events.clear()
+
+
+class DelayedMoments:
+    """A `PendingMoments` that is computed when the copies that it needs have arrived.
+
+    Args:
+        copies: all that `compute` reads.
+        compute: called once, after they have arrived.
+
+    Attributes:
+        lags: whether moments() should be called one step later, because it waits for the device.
+    """
+
+    def __init__(self, copies: HostCopies, compute: Callable[[], GradientMoments]):
+        self.lags, self._copies, self._compute = copies.under_way, copies, compute
+
+    def moments(self) -> GradientMoments:
+        """The moments; waits for copies that are under way."""
+        self._copies.wait()
+        return self._compute()
 
 
 def scale_of(grad_scaler: Any) -> Tensor | float:

@@ -16,8 +16,8 @@ from adabatch.check import CheckReport
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.distributed.setup import DistributedSetup
-from adabatch.estimators.cross_rank import CrossRankMoments
-from adabatch.estimators.micro_batch import MicroBatchMoments
+from adabatch.estimators.cross_rank import CrossRankEstimator
+from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.micro_batches.search import LossFn
@@ -144,9 +144,9 @@ def wrap(
     common: dict[str, Any] = {"loss_reduction": loss_reduction, "grad_scaler": grad_scaler}
     hooks: Any
     if estimator == "micro_batch":
-        hooks = MicroBatchMoments([parameter for params in _groups(optimizer) for parameter in params], adaptive.micro_batches, **common)
+        hooks = MicroBatchEstimator([parameter for params in _groups(optimizer) for parameter in params], adaptive.micro_batches, **common)
     elif estimator == "cross_rank":
-        hooks = CrossRankMoments(model, parallel.shard, accumulate=accumulate, comm_hook=comm_hook, comm_state=comm_state, **common)
+        hooks = CrossRankEstimator(model, parallel.shard, accumulate=accumulate, comm_hook=comm_hook, comm_state=comm_state, **common)
     elif asked or needs_moments(controller, coupling):
         common |= {"samples": samples, "seed": seed, "accumulate": accumulate, "ignore": ignore, "layout": layout, "inner_products": inner_products or "inner_products" in needs}
         common |= {"capacity": max_batch_size, "per_parameter": per_parameter}
@@ -159,7 +159,7 @@ def wrap(
         if parallel is not None:
             parallel.agree_on_limit(adaptive)
         options = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "effective_lr": effective_lr, **scheduler_options}
-        options["overhead"] = None if overhead is DEFAULT_OVERHEAD and not hasattr(hooks, "cost") else overhead
+        options["overhead"] = None if overhead is DEFAULT_OVERHEAD and hooks.cost() is None else overhead
         scheduler = BatchSizeScheduler(optimizer, adaptive, hooks, controller, **options)
         if parallel is not None:
             parallel.join(model, hooks, scheduler, between_processes=estimator == "cross_rank")

@@ -196,7 +196,7 @@ def test_a_controller_without_need_of_moments_is_measured_only_if_a_budget_is_gi
         ({"overhead": 0}, "overhead must be a number above 0.*got 0"),
         ({"overhead": True}, "overhead must be a number above 0.*got True"),
         ({"overhead": math.inf}, "overhead must be a number above 0.*got inf"),
-        ({"overhead": 0.1, "estimator": "micro_batch"}, "overhead=0.1 needs hooks that know what measuring costs.*got MicroBatchMoments"),
+        ({"overhead": 0.1, "estimator": "micro_batch"}, "overhead=0.1 needs hooks that know what measuring costs.*got MicroBatchEstimator"),
     ],
 )
 def test_arguments_that_do_not_go_together(options, message):

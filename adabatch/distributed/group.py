@@ -1,4 +1,4 @@
-"""The processes that share each batch: small collectives on the host, and checks that they agree."""
+"""The processes that share each batch: small collectives on the host, checks that they agree."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ def raise_divergence(group: HostGroup, decision: Mapping[str, Any]) -> None:
 
 
 def _differences(group: HostGroup, names: Sequence[str], values: Sequence[dict[str, str]]) -> str:
-    """A line for each name: 'a on ranks 0, 2; b on rank 1', long values by the line that differs."""
+    """A line per name: 'a on ranks 0, 2; b on rank 1', long values by the line that differs."""
     lines = []
     for name in names:
         ranks_of_value: dict[str, list[int]] = {}

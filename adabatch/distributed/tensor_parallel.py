@@ -113,7 +113,8 @@ class TensorParallel:
         for site in hooks.sites[:-1]:
             names = site.parameters
             own = {name: split[full] for name, full in names.items()}
-            problem = _problem(site, own, any(self._is_split(parameters[n]) for n in names.values()))
+            is_split = any(self._is_split(parameters[full]) for full in names.values())
+            problem = _problem(site, own, is_split)
             if problem is not None:
                 problems.append(f"{site.name} ({type(site.layer).__name__}): {problem}")
             whole = isinstance(site.layer, nn.Embedding) and own.get("weight") == 0
@@ -171,7 +172,7 @@ def _sharded(model: nn.Module) -> dict[str, Any]:
 
 
 def _default_data_ranks(model: nn.Module, sharded: Mapping[str, Any]) -> list[int]:
-    """Without group=: this process alone where all are one replica that fully_shard does not hold."""
+    """Without group=: this process alone where all hold one replica, not by fully_shard."""
     world = dist.get_world_size()
     meshes = [parameter.device_mesh for parameter in sharded.values()]
     one_replica = all(mesh.size() == world and mesh.ndim == 1 for mesh in meshes)
@@ -189,7 +190,7 @@ def _fully_sharded(model: nn.Module) -> set[int]:
 
 
 def _mesh_lines(parameter: Any, data: list[int]) -> Iterator[tuple[Any, list[int], bool]]:
-    """(placement, ranks in this process's line, whether these share each batch) per mesh dimension."""
+    """(placement, ranks in this process's line, whether these share each batch) per dimension."""
     mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
     for dim, placement in enumerate(parameter.placements):
         index = tuple(slice(None) if at == dim else here for at, here in enumerate(coordinate))
@@ -219,8 +220,9 @@ def _split_over(model: nn.Module, sharded: Mapping[str, Any], data: list[int]) -
     """
     held = _fully_sharded(model)
     for name, parameter in sharded.items():
-        lines = _mesh_lines(parameter, data)
-        splits = [hasattr(p, "dim") for p, line, shares_batch in lines if shares_batch and len(line) > 1]
+        lines = list(_mesh_lines(parameter, data))
+        within = [placement for placement, line, shares in lines if shares and len(line) > 1]
+        splits = [hasattr(placement, "dim") for placement in within]
         allowed = splits in ([], [True], [False, True], [False])
         if not allowed if id(parameter) in held else any(splits):
             yield name

@@ -1,58 +1,89 @@
-"""The variance of the gradient from the gradients of whole processes, before they are averaged: nothing is measured per sample, so any model will do.
+"""The variance of the gradient from whole processes' gradients before they are averaged.
 
-Legend: W processes, b_r of the step's m samples on process r, g_r the mean gradient of its samples, ḡ = Σ b_r g_r / m that of all.
+Nothing is measured per sample, so that any model will do.
+
+Legend: W processes, b_r of the step's m samples on process r, g_r the mean gradient of its samples,
+ḡ = Σ b_r g_r / m that of all.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch._checks import check_version
+from adabatch._engine import at_backward_end
+from adabatch._transfers import DelayedMoments, HostCopies
 from adabatch.distributed.shard import BatchShard
-from adabatch.estimators.loss_scale import LossScale
+from adabatch.estimators.loss_scale import LossScale, StepScale
 from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import LOSS_REDUCTIONS
+from adabatch.estimators.pooling import check_arguments
+from adabatch.interfaces import Estimator, State
+from adabatch.kernels import accumulation_dtype
 
+NO_WEIGHTS = "the cross-rank estimator does not support weights=: use the per-sample estimator"
 CommHook = Callable[[Any, Any], Any]
 NO_WRAPPER = (
-    "the cross-rank estimator takes each process's gradient where it is handed over for averaging, and found neither DistributedDataParallel nor a module "
-    "under fully_shard in {kind}. Wrap the model before adabatch.wrap, or leave estimator= at 'per_sample'"
+    "the cross-rank estimator takes each process's gradient where it is handed over for averaging, "
+    "and found neither DistributedDataParallel nor a module under fully_shard in {kind}. Wrap the "
+    "model before adabatch.wrap, or use the per-sample estimator"
 )
 TWICE = (
-    "gradients were averaged more than once in this step, so that those of one process cannot be told: run all but the last of a step's backward passes "
-    "inside model.no_sync() (fully_shard: model.set_requires_gradient_sync(False)); with micro-batches, all where loader.is_last_micro_batch is False"
+    "gradients were averaged more than once in this step, so that the process's own gradient is "
+    "not known: run all but the last of a step's backward passes inside model.no_sync() "
+    "(fully_shard: model.set_requires_gradient_sync(False)); with micro-batches, all where "
+    "loader.is_last_micro_batch is False"
 )
-NOTHING = "no gradient was handed over for averaging since the last step: call loss.backward() outside no_sync() once before scheduler.step(loss)"
+NOTHING = (
+    "no gradient was handed over for averaging since the last step: call loss.backward() outside "
+    "no_sync() once before scheduler.step(loss)"
+)
+HAS_HOOK = (
+    "the model has a communication hook already ({error}): do not register it, pass it as "
+    "adabatch.wrap(comm_hook=, comm_state=)"
+)
+TOO_OLD = (
+    "torch {version} has no hook for fully_shard's gradients: use torch >= 2.9, or "
+    "DistributedDataParallel"
+)
+FLOAT16 = (
+    "fully_shard divides float16 gradients before it hands them over: reduce in float32 "
+    "(MixedPrecisionPolicy(reduce_dtype=))"
+)
 
 
-class CrossRankMoments:
-    """What GradSampleHooks is for samples, for processes: stands in its place in BatchSizeScheduler.
+class CrossRankEstimator(Estimator):
+    """Squared norms of this process's gradient and of the average over all processes.
 
-    ‖g_r‖² is taken in DistributedDataParallel's communication hook (under fully_shard in the call that scatters gradients), ‖ḡ‖² when the backward pass ends.
-    From all processes' numbers the scheduler's stage then makes T̂ = Σ b_r‖g_r − ḡ‖²/(W − 1), with W − 1 degrees of freedom against m − 1 per sample.
+    ‖g_r‖² is taken in DistributedDataParallel's communication hook (under fully_shard in the call
+    that scatters gradients), ‖ḡ‖² when the backward pass ends. MomentReduction computes
+    T̂ = Σ b_r‖g_r − ḡ‖²/(W − 1) from all processes' numbers, with W − 1 degrees of freedom against
+    m − 1 per sample.
 
     Args:
         model: in DistributedDataParallel or under fully_shard.
-        shard: this process's shares of the batches.
+        shard: this process's part of the batches.
         loss_reduction: 'mean' or 'sum'.
         accumulate: batches per step.
         grad_scaler: the GradScaler that scales the loss.
-        comm_hook, comm_state: a communication hook (state, bucket) of the caller's own that does the averaging, a compressing one for instance. Given here and
-            not to the model, which takes one only.
+        comm_hook, comm_state: a user-supplied communication hook (state, bucket) that does the
+            averaging, a compressing one for instance; passed here, because the model takes only
+            one.
 
     Raises:
-        ValueError: a model without such a wrapper, an unknown loss_reduction, a comm_hook under fully_shard.
-        RuntimeError: the model has a communication hook already, or torch is too old to hear fully_shard.
+        ValueError: a model without such a wrapper, an unknown loss_reduction, a comm_hook under
+            fully_shard.
+        RuntimeError: the model has a communication hook already, or torch is too old.
     """
 
     measures: frozenset[str] = frozenset()
+    shard: BatchShard
+    _whole: Tensor | None
 
     def __init__(
         self,
@@ -65,130 +96,167 @@ class CrossRankMoments:
         comm_hook: CommHook | None = None,
         comm_state: Any = None,
     ):
-        if loss_reduction not in LOSS_REDUCTIONS:
-            raise ValueError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, got {loss_reduction!r}")
-        self.loss_reduction, self.accumulate, self.enabled, self.by_samples = loss_reduction, accumulate, True, False
-        self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        check_arguments(loss_reduction, accumulate=accumulate)
+        self.loss_reduction, self.accumulate, self.on_backward_end = loss_reduction, accumulate, []
+        named = model.named_parameters()
+        self.parameters = {name: each for name, each in named if each.requires_grad}
         self.shard, self.loss_scale = shard, LossScale(grad_scaler)
+        self.enabled, self._removed = True, False
         self.reset()
-        parallel = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
-        if parallel is not None:
-            _listen_to_buckets(parallel, weakref.ref(self), comm_hook, comm_state)
+        modules = model.modules()
+        ddp = next((each for each in modules if isinstance(each, DistributedDataParallel)), None)
+        if ddp is not None:
+            _observe_buckets(ddp, weakref.ref(self), comm_hook, comm_state)
         else:
-            _listen_to_shards(model, weakref.ref(self), comm_hook)
+            _observe_shards(model, weakref.ref(self), comm_hook)
 
-    def hear(self, place: Any, gradient: Tensor) -> None:
-        """A piece of this process's gradient, about to be averaged."""
-        if not self.enabled:
+    def on_gradient(self, place: Hashable, gradient: Tensor) -> None:
+        """A piece of this process's gradient is about to be averaged."""
+        if not self.enabled or self._removed:
             return
-        self._repeated |= place in self._parts
-        if not self._parts:
-            # Twice: DistributedDataParallel writes the averages in a last callback of its own.
-            engine = Variable._execution_engine
-            engine.queue_callback(lambda: engine.queue_callback(self._complete))
-        self._parts[place] = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64 if gradient.dtype == torch.float64 else torch.float32).square()
+        self._repeated |= place in self._sq_norms
+        if not self._sq_norms:
+            at_backward_end(self._end_pass)
+        dtype = accumulation_dtype(gradient)
+        norm = torch.linalg.vector_norm(gradient.detach(), dtype=dtype)
+        self._sq_norms[place] = norm.square()
 
-    def _complete(self) -> None:
-        self._whole = self.shard.grad_sq_norms([list(self.parameters.values())])
+    def _end_pass(self) -> None:
         self.loss_scale.read()
+        self._whole = self.shard.grad_sq_norms([list(self.parameters.values())])
+        for callback in self.on_backward_end:
+            callback()
 
-    def collect(self, **given: Any) -> GradientMoments:
-        """This process's ‖g_r‖² [1] and its part of ‖ḡ‖²; the scheduler's stage adds up those of all.
+    def observe(
+        self,
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+        loss_scale: float | StepScale | None = None,
+    ) -> DelayedMoments:
+        """This process's ‖g_r‖² [1] and its part of ‖ḡ‖²; MomentReduction adds up all processes'.
 
         Raises:
-            RuntimeError: gradients were not averaged once since the last step.
-            ValueError: weights or loss_scale, which this estimator does not take.
+            RuntimeError: gradients were not averaged exactly once since the last step.
+            ValueError: weights, which this estimator does not support.
         """
-        if given:
-            raise ValueError(f"the cross-rank estimator takes neither weights nor loss_scale, got {sorted(given)}: use GradSampleHooks")
+        if weights is not None:
+            raise ValueError(NO_WEIGHTS)
         try:
             if self._repeated or self._whole is None:
                 raise RuntimeError(TWICE if self._repeated else NOTHING)
-            return self._moments()
+            return self._pending(self._whole, loss_scale)
         finally:
             self.reset()
 
-    def _moments(self) -> GradientMoments:
-        world, share, m = self.shard.world_size, self.shard.fraction_of(self.accumulate), self.shard.size_of(self.accumulate)
-        summed, scale = self.loss_reduction == "sum", self.loss_scale.noted(None).factor()
-        own = 1 / (scale * world * (share * m if summed else share))
-        whole = 1 / (scale * (m if summed else 1))
-        sq_norm = float(sum(part.double().cpu() for part in self._parts.values())) * own**2
-        return GradientMoments(m, torch.tensor([sq_norm], dtype=torch.float64), float(self._whole.double().sum()) * whole**2, share=share)
+    def _pending(self, whole: Tensor, loss_scale: float | StepScale | None) -> DelayedMoments:
+        shard, copies, summed = self.shard, HostCopies(), self.loss_reduction == "sum"
+        fraction, m = shard.fraction_of(self.accumulate), shard.size_of(self.accumulate)
+        world, grad_sq_norm = shard.world_size, copies.add(whole)
+        parts = [copies.add(part) for part in self._sq_norms.values()]
+        if not isinstance(loss_scale, StepScale):
+            loss_scale = self.loss_scale.noted(loss_scale)
+        scale = loss_scale.copied(copies)
+
+        def compute() -> GradientMoments:
+            factor = scale.factor()
+            own = 1 / (factor * world * fraction * (m if summed else 1)) ** 2
+            all_samples = 1 / (factor * (m if summed else 1)) ** 2
+            sq_norm = torch.tensor([sum(map(float, parts)) * own], dtype=torch.float64)
+            average = float(grad_sq_norm.double().sum()) * all_samples
+            return GradientMoments(m, sq_norm, average, share=fraction)
+
+        return DelayedMoments(copies, compute)
 
     def reset(self) -> None:
-        """Forget what came by since the last collect()."""
-        self._parts: dict[Any, Tensor] = {}
-        self._whole: Tensor | None = None
+        """Discard what was measured since the last observe()."""
+        self._sq_norms: dict[Hashable, Tensor] = {}
+        self._whole = None
         self._repeated = False
         self.loss_scale.clear()
 
     def remove(self) -> None:
-        """Hear no more. The communication hook stays, as the model cannot be rid of it, and does the averaging alone."""
-        self.enabled = False
+        """Measure no more; the communication hook, which torch cannot remove, only averages."""
+        self._removed = True
         self.loss_scale.remove()
-        self.hear = lambda place, gradient: None  # type: ignore[method-assign]
 
-    def state_dict(self) -> dict[str, Any]:
-        """No state."""
-        return {"version": 1}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load.
+    def load_state_dict(self, state: State) -> None:
+        """There is nothing to load.
 
         Raises:
             ValueError: unknown version.
         """
-        check_version(state, 1, "CrossRankMoments")
+        check_version(state, 1, "CrossRankEstimator")
 
 
-def _listen_to_buckets(model: DistributedDataParallel, owner: weakref.ref[CrossRankMoments], comm_hook: CommHook | None, comm_state: Any) -> None:
+def _observe_buckets(
+    model: DistributedDataParallel,
+    owner: weakref.ref[CrossRankEstimator],
+    comm_hook: CommHook | None,
+    comm_state: Any,
+) -> None:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    average, state = (allreduce_hook, model.process_group) if comm_hook is None else (comm_hook, comm_state)
+    state, average = (comm_state, comm_hook) if comm_hook else (model.process_group, allreduce_hook)
 
-    def hear_and_average(state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
-        own = owner()
-        if own is not None:
-            own.hear(bucket.index(), bucket.buffer())
+    def observe_and_average(state: Any, bucket: Any) -> Any:
+        estimator = owner()
+        if estimator is not None:
+            estimator.on_gradient(bucket.index(), bucket.buffer())
         return average(state, bucket)
 
-    # DistributedDataParallel asks for these very annotations, not for their text.
-    hear_and_average.__annotations__ = {"bucket": torch.distributed.GradBucket, "return": torch.futures.Future[Tensor]}
+    # DistributedDataParallel compares the annotations themselves, not their text.
+    observe_and_average.__annotations__ = {
+        "bucket": torch.distributed.GradBucket, "return": torch.futures.Future[Tensor],
+    }
     try:
-        model.register_comm_hook(state, hear_and_average)
+        model.register_comm_hook(state, observe_and_average)
     except RuntimeError as error:
-        cure = "do not register it, pass it to adabatch.wrap(comm_hook=, comm_state=)"
-        raise RuntimeError(f"the model has a communication hook already ({error}): {cure}") from error
+        raise RuntimeError(HAS_HOOK.format(error=error)) from error
 
 
-def _listen_to_shards(model: nn.Module, owner: weakref.ref[CrossRankMoments], comm_hook: CommHook | None) -> None:
-    sharded = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "unshard")]
+def _observe_shards(
+    model: nn.Module, owner: weakref.ref[CrossRankEstimator], comm_hook: CommHook | None
+) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not sharded:
         raise ValueError(NO_WRAPPER.format(kind=type(model).__name__))
     if comm_hook is not None:
-        raise ValueError("comm_hook= is of DistributedDataParallel; fully_shard takes none. Leave it away")
-    if not all(hasattr(module, "set_custom_reduce_scatter") for module in sharded):
-        raise RuntimeError(f"torch {torch.__version__} does not let fully_shard's gradients be heard: use torch >= 2.9, or DistributedDataParallel")
+        raise ValueError("comm_hook= is for DistributedDataParallel, not fully_shard: omit it")
+    if not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+        raise RuntimeError(TOO_OLD.format(version=torch.__version__))
     for place, module in enumerate(sharded):
-        module.set_custom_reduce_scatter(_HeardReduceScatter(place, owner))
+        observed: Any = _ObservedReduceScatter(place, owner)
+        module.set_custom_reduce_scatter(observed)
 
 
-class _HeardReduceScatter:
-    """fully_shard's own reduce-scatter, heard."""
+class _ObservedReduceScatter:
+    """fully_shard's own reduce-scatter, which first passes the gradient to the estimator."""
 
-    def __init__(self, place: int, owner: weakref.ref[CrossRankMoments]):
+    def __init__(self, place: int, owner: weakref.ref[CrossRankEstimator]):
         self._place, self._owner = place, owner
+        distributed: Any = torch.distributed
+        # Its name before torch 2.13 is the second.
+        single = getattr(distributed, "reduce_scatter_single", None)
+        self._scatter = single or distributed.reduce_scatter_tensor
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A plain buffer."""
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
-        own = self._owner()
-        if own is not None:
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: Any,
+        op: Any,
+        async_op: bool = False,
+    ) -> Any:
+        estimator = self._owner()
+        if estimator is not None:
             if input_tensor.dtype == torch.float16:
-                raise RuntimeError("fully_shard divides float16 gradients before it hands them over: reduce in float32 (MixedPrecisionPolicy(reduce_dtype=))")
-            own.hear(self._place, input_tensor)
-        scatter = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor  # its name before torch 2.13
-        return scatter(output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op)
+                raise RuntimeError(FLOAT16)
+            estimator.on_gradient(self._place, input_tensor)
+        tensors = {"output": output_tensor, "input": input_tensor}
+        return self._scatter(**tensors, group=group, op=op, async_op=async_op)

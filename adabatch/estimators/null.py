@@ -1,29 +1,33 @@
-"""NullEstimator: what stands where the hooks would, for controllers that need no moments."""
+"""NullEstimator: what stands where an estimator would, for controllers that need no moments."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from adabatch.interfaces import Estimator, PendingMoments
 
 
-class NullEstimator:
+class NullEstimator(Estimator):
     """Measures nothing, and puts nothing on the model.
 
     Args:
-        accumulate: backward passes per optimizer step in the caller's own gradient accumulation.
+        accumulate: backward passes per optimizer step in a user's own gradient accumulation.
         loss_reduction: 'mean' or 'sum', of the loss that is differentiated.
 
     Example:
-        >>> hooks = NullEstimator()
-        >>> hooks.enabled = True
-        >>> hooks.enabled
+        >>> estimator = NullEstimator()
+        >>> estimator.enabled = True
+        >>> estimator.enabled
         False
     """
 
     def __init__(self, accumulate: int = 1, loss_reduction: str = "mean"):
         self.accumulate, self.loss_reduction = accumulate, loss_reduction
-        self.parameters: dict[str, Any] = {}
+        self.on_backward_end = []
 
-    @property
+    @property  # type: ignore[override]
     def enabled(self) -> bool:
         """False, whatever it is set to."""
         return False
@@ -32,15 +36,12 @@ class NullEstimator:
     def enabled(self, value: bool) -> None:
         pass
 
-    def remove(self) -> None:
-        """Nothing was put anywhere."""
+    def observe(
+        self, *, weights: Tensor | Sequence[float] | None = None, loss_scale: object = None
+    ) -> PendingMoments:
+        """Refused: there is nothing to observe.
 
-    def reset(self) -> None:
-        """Nothing was measured."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """No state."""
-        return {"version": 1}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The state of hooks that measured is left aside."""
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("NullEstimator measures nothing: check `enabled` before observe()")

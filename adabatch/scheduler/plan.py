@@ -50,8 +50,9 @@ class FixedInterval:
     def measurement(self) -> Measurement:
         """What is measured, and its expected share of a step (NaN before the first measured step, or where the hooks do not know their cost)."""
         samples, share = getattr(self._hooks, "samples", None), math.nan
-        if self._batch_size and hasattr(self._hooks, "cost"):
-            share = self._hooks.cost().share(per_pass(self._hooks, self._batch_size), samples) / self._every
+        cost = cost_of(self._hooks) if self._batch_size else None
+        if cost is not None:
+            share = cost.share(per_pass(self._hooks, self._batch_size), samples) / self._every
         return Measurement(samples, self._every, share)
 
     def next_step(self, step: int, measured: bool, batch_size: int) -> None:
@@ -104,7 +105,7 @@ class Budget:
     def __init__(self, hooks: Any, overhead: float):
         if isinstance(overhead, bool) or not isinstance(overhead, (int, float)) or not 0 < overhead < math.inf:
             raise ValueError(f"overhead must be a number above 0, the share of a step that measuring may cost, or None for no bound, got {overhead!r}")
-        if not hasattr(hooks, "cost"):
+        if cost_of(hooks) is None:
             raise ValueError(f"overhead={overhead!r} needs hooks that know what measuring costs, GradSampleHooks, got {type(hooks).__name__}: leave it away")
         if hooks.samples is not None:
             raise ValueError(f"overhead={overhead!r} chooses the samples, but the hooks measure samples={hooks.samples}: leave one of them away")
@@ -232,6 +233,11 @@ def budget_of_wrap(overhead: float | None, samples: int | None, options: dict[st
 def per_pass(hooks: Any, batch_size: int) -> int:
     """Samples of one backward pass of a step, on one of the processes that share it."""
     return max(1, -(-batch_size // (getattr(hooks, "accumulate", 1) * shard_of(hooks).world_size)))
+
+
+def cost_of(hooks: Any) -> StepCost | None:
+    """What measuring costs; None where the hooks do not know."""
+    return hooks.cost() if hasattr(hooks, "cost") else None
 
 
 def shard_of(hooks: Any) -> BatchShard:
