@@ -1,71 +1,76 @@
-"""Walking through what models take and give: tensors in tuples, lists, mappings and data classes."""
+"""Tensors in nested containers: torch's pytrees, and the data classes and mappings they lack."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import GetAttrKey, SequenceKey, tree_map_with_path
 
 Path = tuple[Any, ...]
 
 
 def map_tensors(value: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
-    """The value with the function (of a tensor's path and the tensor) applied to each tensor; containers whose tensors stay the same are kept, others copied.
+    """A copy of the value with function(path, tensor) in place of each tensor.
 
-    Objects of other kinds are left alone, packed sequences too.
+    Objects of other kinds, packed sequences among them, are kept.
 
     Example:
         >>> import torch
         >>> map_tensors({"a": (torch.zeros(2), 3)}, lambda path, tensor: tensor + len(path))
         {'a': (tensor([2., 2.]), 3)}
     """
-    if isinstance(value, Tensor):
-        return function(path, value)
-    new = {key: map_tensors(child, function, (*path, key)) for key, child in children(value)}
-    if all(new[key] is child for key, child in children(value)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
-    changed = copy.copy(value)
-    for key, child in new.items():
-        if isinstance(value, Mapping):
-            changed[key] = child
-        else:
-            object.__setattr__(changed, key, child)
-    return changed
+    def at_leaf(keys: tuple[Any, ...], leaf: Any) -> Any:
+        at = (*path, *map(_plain, keys))
+        if isinstance(leaf, Tensor):
+            return function(at, leaf)
+        changed: Any = copy.copy(leaf) if is_record(leaf) or isinstance(leaf, Mapping) else leaf
+        if isinstance(leaf, Mapping):
+            for key, child in leaf.items():
+                changed[key] = map_tensors(child, function, (*at, key))
+        elif is_record(leaf):
+            for key in (field.name for field in dataclasses.fields(leaf)):
+                child = map_tensors(getattr(leaf, key), function, (*at, key))
+                object.__setattr__(changed, key, child)
+        return changed
+
+    return tree_map_with_path(at_leaf, value, is_leaf=is_packed)
 
 
-def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+def tensors(value: Any) -> list[tuple[Path, Tensor]]:
     """All tensors with their paths, in order.
 
     Example:
         >>> import torch
-        >>> [(path, tensor.shape[0]) for path, tensor in tensors([torch.zeros(2), {"b": torch.zeros(3)}])]
+        >>> found = tensors([torch.zeros(2), {"b": torch.zeros(3)}])
+        >>> [(path, tensor.shape[0]) for path, tensor in found]
         [((0,), 2), ((1, 'b'), 3)]
     """
-    if isinstance(value, Tensor):
-        yield path, value
-    for key, child in children(value):
-        yield from tensors(child, (*path, key))
+    found: list[tuple[Path, Tensor]] = []
+
+    def add(path: Path, tensor: Tensor) -> Tensor:
+        found.append((path, tensor))
+        return tensor
+
+    map_tensors(value, add)
+    return found
 
 
-def holds_packed_sequence(value: Any) -> bool:
-    """Whether a PackedSequence is somewhere inside."""
-    return isinstance(value, PackedSequence) or any(holds_packed_sequence(child) for _, child in children(value))
+def is_packed(value: Any) -> bool:
+    """Whether the value is a PackedSequence, which torch takes for an ordinary named tuple."""
+    return isinstance(value, PackedSequence)
 
 
-def children(value: Any) -> list[tuple[Any, Any]]:
-    """(key or index or field name, child) of a container; nothing for any other object."""
-    if isinstance(value, PackedSequence):
-        return []
-    if isinstance(value, (tuple, list)):
-        return list(enumerate(value))
-    if isinstance(value, Mapping):
-        return list(value.items())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    return []
+def is_record(value: Any) -> bool:
+    """Whether the value is an instance of a data class."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _plain(key: Any) -> Any:
+    if isinstance(key, SequenceKey):
+        return key.idx
+    return key.name if isinstance(key, GetAttrKey) else key.key

@@ -1,4 +1,4 @@
-"""CheckReport: what adabatch.check found, as rows, as layouts for the hooks, and as a table to read."""
+"""CheckReport: what adabatch.check found, as rows, as layouts for the hooks, and as a table."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from adabatch._table import aligned, html
 from adabatch.grad_sample.layout import BatchSizeSource, Layout
 
 STATUSES = ("exact", "contribution", "refused")
-
 _HEAD = ("layer", "type", "rule", "parameters", "layout", "variance", "cost", "error", "status")
-_TEXT = (0, 1, 2, 4, 8)
 
 
 @dataclass
@@ -21,14 +20,19 @@ class CheckRow:
     Attributes:
         name: its name in the model, '' for the model itself.
         type: its class.
-        rule: 'rule' (a registered one), 'generic' (the vjp of the layer's own forward pass), 'none' (it cannot be measured).
-        n_parameters: trainable ones; a shared parameter counts with the first layer that uses it.
-        layout: which rows belong to which sample; None where no layout was found or no gradient came.
-        variance_share: the layer's part of the variance trace Σ_i ‖g_i − ḡ‖² / (n − 1) of the samples compared, in [0, 1].
-        cost: of its norms relative to its own weight gradient, an estimate; NaN where not known.
-        error: of the taps' squared norms ‖g_i‖² relative to exact ones, the largest over samples and parameters; NaN where not compared.
-        status: 'exact' (per-sample gradients), 'contribution' (the layer's part of what sample i adds to the gradient of the batch: train-mode batch norm makes
-            samples depend on each other), 'refused'.
+        rule: 'rule' (a registered one), 'generic' (the vjp of the layer's own forward pass), 'none'
+            (it cannot be measured).
+        n_parameters: trainable ones; a shared one counts with the first layer that uses it.
+        layout: which rows belong to which sample; None where no layout was found or no gradient
+            came.
+        variance_share: the layer's part of the variance trace Σ_i ‖g_i − ḡ‖² / (n − 1) of the
+            samples compared, in [0, 1].
+        cost: of measuring the layer relative to training it, by the cost model
+            (`adabatch.grad_sample.cost`); NaN where not known.
+        error: of the taps' squared norms ‖g_i‖² relative to exact ones, the largest over samples
+            and parameters; NaN where not compared.
+        status: 'exact' (per-sample gradients), 'contribution' (what sample i adds to the batch's
+            gradient: train-mode batch norm makes samples depend on each other), 'refused'.
         reason: why it is refused, or a remark.
     """
 
@@ -48,20 +52,29 @@ class CheckRow:
         if self.status != "refused":
             self.status, self.reason = "refused", reason
 
+    def cells(self) -> tuple[str, ...]:
+        """The row of the table."""
+        share = "-" if math.isnan(self.variance_share) else f"{self.variance_share:.1%}"
+        cost, error = ("-" if math.isnan(value) else format(value, form)
+                       for value, form in ((self.cost, ".2g"), (self.error, ".0e")))
+        return (self.name or "(model)", self.type, self.rule, f"{self.n_parameters:,}",
+                str(self.layout or "-"), share, cost, error, self.status)
+
 
 @dataclass
 class CheckReport:
-    """The result of adabatch.check; hand it to GradSampleHooks(layout=report) or wrap(layout=report).
+    """The result of adabatch.check; pass it to GradSampleHooks(layout=) or PerSample(layout=).
 
     Attributes:
-        rows: one CheckRow per layer that owns trainable parameters, in the order of model.named_modules().
-        batch_size_source: where the model's inputs count the samples; None if that was not found.
+        rows: one per layer that owns trainable parameters, in the order of model.named_modules().
+        batch_size_source: where the model's inputs count the samples; None if not found.
         n_samples: samples used for the layouts.
-        n_compared: samples compared with a backward pass each; the variance shares are over these.
+        n_compared: samples compared with a backward pass each; variance shares are over these.
         notes: what concerns no layer in particular.
 
     Example:
-        >>> report = CheckReport([CheckRow("fc", "Linear", "rule", 6, Layout("batch_second"))], BatchSizeSource(0, "inputs", (), 1), 8, 4)
+        >>> row = CheckRow("fc", "Linear", "rule", 6, Layout("batch_second"))
+        >>> report = CheckReport([row], BatchSizeSource(0, "inputs", (), 1), 8, 4)
         >>> report.ok, report.layouts["fc"].value, str(report.batch_size_source)
         (True, 'batch_second', 'inputs.shape[1]')
     """
@@ -79,12 +92,12 @@ class CheckReport:
 
     @property
     def refused(self) -> dict[str, str]:
-        """{layer's name: why}, of the refused layers."""
+        """{layer's name: why} of the refused layers."""
         return {row.name: row.reason for row in self.rows if row.status == "refused"}
 
     @property
     def ok(self) -> bool:
-        """Whether every layer can be measured, exactly or as contributions, and nothing else stands in the way."""
+        """Whether every layer can be measured and nothing else stands in the way."""
         return not self.refused and not self.notes
 
     def __getitem__(self, name: str) -> CheckRow:
@@ -92,47 +105,37 @@ class CheckReport:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"no layer {name!r} with trainable parameters; there are {[row.name for row in self.rows]}")
+        names = [row.name for row in self.rows]
+        raise KeyError(f"no layer {name!r} with trainable parameters; there are {names}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: layouts by name, NaN as it is."""
-        rows = [{**asdict(row), "layout": None if row.layout is None else row.layout.value} for row in self.rows]
+        """Plain values, with a version."""
+        rows = [{**asdict(row), "layout": row.layout and row.layout.value} for row in self.rows]
         source = self.batch_size_source and self.batch_size_source.to_dict()
-        values = {"n_samples": self.n_samples, "n_compared": self.n_compared, "notes": list(self.notes), "ok": self.ok}
-        return {"version": 1, "rows": rows, "batch_size_source": source, **values}
+        return {"version": 1, "rows": rows, "batch_size_source": source, "ok": self.ok,
+                "n_samples": self.n_samples, "n_compared": self.n_compared, "notes": [*self.notes]}
 
-    def __str__(self) -> str:
-        """The table, then the reasons."""
-        lines = _align([_HEAD, *(_cells(row) for row in self.rows)])
+    def remarks(self) -> list[str]:
+        """The lines below the table: totals, where N is read, and the reasons, each once."""
         total = sum(row.n_parameters for row in self.rows)
-        counts = [(status, sum(row.status == status for row in self.rows)) for status in STATUSES]
-        listed = ", ".join(f"{count} {status}" for status, count in counts if count)
-        lines.append(f"{len(self.rows)} layers with {total:,} trainable parameters: {listed}; {self.n_samples} samples, {self.n_compared} compared one by one")
-        lines.append(f"number of samples read from: {self.batch_size_source or 'not found'}")
+        counts = ((sum(row.status == each for row in self.rows), each) for each in STATUSES)
+        listed = ", ".join(f"{count} {status}" for count, status in counts if count)
+        lines = [f"{len(self.rows)} layers with {total:,} trainable parameters: {listed}; "
+                 f"{self.n_samples} samples, {self.n_compared} compared one by one",
+                 f"number of samples read from: {self.batch_size_source or 'not found'}"]
         reasons: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
             if row.reason:
-                reasons.setdefault((row.status, row.reason), []).append(row.name or "the model itself")
-        lines += [f"  {status}: {_listed(names)}: {reason}" for (status, reason), names in reasons.items()]
-        lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
+                key = row.status, row.reason
+                reasons.setdefault(key, []).append(row.name or "the model itself")
+        for (status, reason), names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+            lines.append(f"  {status}: {', '.join(names[:3] if more else names)}{more}: {reason}")
+        return [*lines, *(f"  {note}" for note in self.notes)]
 
+    def __str__(self) -> str:
+        table = aligned([_HEAD, *(row.cells() for row in self.rows)], left=(0, 1, 2, 4, 8))
+        return "\n".join([*table, *self.remarks()])
 
-def _cells(row: CheckRow) -> tuple[str, ...]:
-    share = "-" if math.isnan(row.variance_share) else f"{row.variance_share:.1%}"
-    layout = "-" if row.layout is None else row.layout.value
-    return row.name or "(model)", row.type, row.rule, f"{row.n_parameters:,}", layout, share, _number(row.cost, ".2g"), _number(row.error, ".0e"), row.status
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
-
-
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    padded = ([cell.ljust(width) if index in _TEXT else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in rows)
-    return ["  ".join(cells).rstrip() for cells in padded]
+    def _repr_html_(self) -> str:
+        return html([_HEAD, *(row.cells() for row in self.rows)], self.remarks())

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from adabatch import AdaptiveDataLoader, GradSampleHooks, check
-from adabatch.check import comparison
+from adabatch.check import compare
+from adabatch.grad_sample.cost import PASS, layer_cost
 from tests import oracle
 from tests.check.models import D, Positions, Stack, T, square_loss
 
@@ -43,13 +44,16 @@ def test_a_plain_model_is_exact_and_the_taps_agree():
     assert report.n_compared == 4
 
 
-def test_cost_of_linear_layers():
+def test_cost_is_the_cost_models():
     wide = nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 2))
     one = check(wide, torch.randn(3, 40), square_loss, verbose=False)
-    assert one["0"].cost == pytest.approx(100 / 2400)
-    gram = check(wide, torch.randn(3, 7, 40), square_loss, verbose=False)
-    assert gram["0"].cost == pytest.approx(7 * 100 / 2400)
-    assert gram["1"].cost == pytest.approx(1 + 1 / 7)
+    assert one["0"].cost == pytest.approx(PASS * 100 / (3 * 2400 + 2 * PASS * 100))
+    several = check(wide, torch.randn(3, 7, 40), square_loss, verbose=False)
+    for row, layer in zip(several.rows, wide, strict=True):
+        width_in, width_out = layer.in_features, layer.out_features
+        model = layer_cost(layer, (3, 7, width_in), (3, 7, width_out))
+        assert row.cost == pytest.approx(model.measuring(3, 3) / (3 * model.training))
+    assert several["0"].cost > one["0"].cost
 
 
 @pytest.mark.parametrize("strength", [1.0, 1e-3])
@@ -159,7 +163,7 @@ def test_where_the_hooks_cannot_measure_the_reason_is_in_the_table(monkeypatch):
             raise ValueError("per-sample gradients cannot be measured:\n  - Linear (2): it is made of wood")
         return GradSampleHooks(model, ignore=ignore, **{name: value for name, value in options.items() if name != "layout"})
 
-    monkeypatch.setattr(comparison, "GradSampleHooks", failing)
+    monkeypatch.setattr(compare, "GradSampleHooks", failing)
     report = check(network(), torch.randn(6, D), square_loss, verbose=False)
     assert report.refused == {"2": "Linear (2): it is made of wood"}
     assert report["0"].error < 1e-5
@@ -170,7 +174,7 @@ def test_an_error_of_the_hooks_that_names_no_layer_becomes_a_note(monkeypatch):
     def failing(*args, **options):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(comparison, "GradSampleHooks", failing)
+    monkeypatch.setattr(compare, "GradSampleHooks", failing)
     report = check(network(), torch.randn(6, D), square_loss, verbose=False)
     assert report.notes == ["the hooks cannot be used: no"]
     assert not report.ok
@@ -249,7 +253,7 @@ CRITERION = r"loss_fn must be a function \(model, batch\) -> the losses of the b
         ("mse", CRITERION + "'mse'. For"),
         (nn.MSELoss(reduction="none"), CRITERION + "MSELoss, a function of outputs and targets. For"),
         (nn.functional.mse_loss, CRITERION + "mse_loss, a function of outputs and targets. For"),
-        (lambda batch: batch, CRITERION + ".*which cannot be called so: too many positional arguments"),
+        (lambda batch: batch, CRITERION + ".*which cannot be called in this way: too many positional arguments"),
     ],
 )
 def test_what_is_no_loss_function_is_refused(loss_fn, message):

@@ -1,4 +1,4 @@
-"""Leaving no trace: a model's state and the random state are put back as they were."""
+"""Leaving no trace: a model's state and the random states are restored."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# Recurrent layers run on these lists, which a functional call rebuilds from the tensors it was given.
+# Recurrent layers run on these lists, which a functional call rebuilds from its own tensors.
 _FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put back, afterwards and bit for bit, the model's training flags, buffers, .grad, hooks after accumulation and every random state.
+    """Restore, bit for bit, training flags, buffers, .grad, flat weights and every random state.
 
-    Parameters are not copied, but for the tables of embeddings with max_norm, which their forward pass shrinks in place.
+    Parameters are not copied, except tables of embeddings with max_norm, which shrink in place.
     """
     modules = list(model.modules())
     flags = [(module, module.training) for module in modules]
     buffers = [(module, dict(module._buffers)) for module in modules]
-    tables = [module.weight for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None]
-    kept = {buffer for _, own in buffers for buffer in own.values() if buffer is not None} | set(tables)
+    kept = {buffer for _, own in buffers for buffer in own.values() if buffer is not None}
+    kept |= {module.weight for module in modules
+             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None}
     values = [(tensor, tensor.detach().clone()) for tensor in kept]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    flat_weights = [(module, {key: vars(module)[key] for key in _FLAT_WEIGHTS if key in vars(module)}) for module in modules if isinstance(module, nn.RNNBase)]
-    with _random_state_restored({tensor.device for tensor in (*kept, *model.parameters()) if tensor.device.type == "cuda"}):
+    attributes = [vars(module) for module in modules if isinstance(module, nn.RNNBase)]
+    flat_weights = [(own, {key: own[key] for key in _FLAT_WEIGHTS if key in own})
+                    for own in attributes]
+    devices = {each.device for each in (*kept, *model.parameters()) if each.device.type == "cuda"}
+    with _random_state_restored(devices):
         try:
             yield
         finally:
@@ -44,22 +48,23 @@ def restored(model: nn.Module) -> Iterator[None]:
                         tensor.copy_(value)
             for parameter, grad in grads:
                 parameter.grad = grad
-            for module, lists in flat_weights:
-                vars(module).update(lists)
+            for own, lists in flat_weights:
+                own.update(lists)
 
 
 @contextmanager
-def batch_norm_by_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norm in eval mode, by mean 0 and variance 1 where a layer keeps no statistics: nothing in it mixes samples."""
+def running_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norm in eval mode, with mean 0 and variance 1 where a layer keeps no statistics: it
+    does not mix samples."""
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     before = [(layer, layer.training, dict(layer._buffers)) for layer in layers]
+    like = next(model.parameters())
     try:
         for layer in layers:
             layer.training = False
             if layer.running_mean is None and layer.running_var is None:
-                like = next(model.parameters())
-                layer._buffers["running_mean"] = torch.zeros(layer.num_features, dtype=like.dtype, device=like.device)
-                layer._buffers["running_var"] = torch.ones(layer.num_features, dtype=like.dtype, device=like.device)
+                layer._buffers["running_mean"] = like.new_zeros(layer.num_features)
+                layer._buffers["running_var"] = like.new_ones(layer.num_features)
         yield
     finally:
         for layer, training, buffers in before:
@@ -70,7 +75,8 @@ def batch_norm_by_running_statistics(model: nn.Module) -> Iterator[None]:
 def mixing_batch_norm(model: nn.Module) -> bool:
     """Whether some batch norm, as it is now, normalizes by the statistics of the batch."""
     layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return any(layer.training or (layer.running_mean is None and layer.running_var is None) for layer in layers)
+    return any(layer.training or (layer.running_mean is None and layer.running_var is None)
+               for layer in layers)
 
 
 @contextmanager
@@ -86,14 +92,16 @@ def plain_arithmetic(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def no_gradients_yet(model: nn.Module) -> Iterator[None]:
-    """Room for a real backward pass: .grad empty, and no hook after accumulation that could step an optimizer. Inside `restored`."""
-    hooks = [own for parameter in model.parameters() if parameter.is_leaf and (own := parameter._post_accumulate_grad_hooks)]
+    """For a real backward pass inside `restored`: .grad empty, and no hook after accumulation that
+    could step an optimizer."""
+    hooks = [own for parameter in model.parameters()
+             if parameter.is_leaf and (own := parameter._post_accumulate_grad_hooks)]
     before = [dict(own) for own in hooks]
     try:
         for parameter in model.parameters():
             parameter.grad = None
         for own in hooks:
-            own.clear()  # emptied, not taken off: the engine holds on to the dictionary itself
+            own.clear()  # emptied, not removed: the engine holds the dictionary itself
         yield
     finally:
         for own, functions in zip(hooks, before, strict=True):
@@ -102,7 +110,7 @@ def no_gradients_yet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _random_state_restored(devices: set[torch.device]) -> Iterator[None]:
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  (models draw from the global generator)
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global generator)
     with torch.random.fork_rng(list(devices), device_type="cuda"):
         try:
             yield

@@ -1,0 +1,282 @@
+"""Backward passes that record which gradient reached each layer's outputs and parameters.
+
+While a layer runs, its parameters are replaced by aliases (views), whose gradient is that of this
+call alone: what a parameter's whole gradient has beyond that of its aliases comes from a use
+outside the layer. Gradients are taken by tensor hooks on views and copies, so that in-place
+operations before and after the layer do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+from adabatch._engine import running_backward
+from adabatch._tree import is_packed, map_tensors, tensors
+from adabatch.check.isolate import restored
+from adabatch.grad_sample.plan import clean_name, owns_children_parameters
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ParameterSlot:
+    """An entry of a module's _parameters; `name` is the parameter's (first) name in the model."""
+
+    name: str
+    holder: nn.Module
+    key: str
+    parameter: Tensor
+
+
+@dataclass(eq=False)
+class ParameterOwner:
+    """A layer that owns trainable parameters, itself or through parts that are never called: its
+    parametrizations, lists of parameters, what nn.MultiheadAttention holds.
+
+    Attributes:
+        name: its name in the model, '' for the model itself.
+        module: the layer.
+        slots: where its parameters are.
+    """
+
+    name: str
+    module: nn.Module
+    slots: list[ParameterSlot] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """{name in the model: parameter}."""
+        return {slot.name: slot.parameter for slot in self.slots}
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a parameter has a type of fewer than 32 bits."""
+        return any(torch.finfo(slot.parameter.dtype).bits < 32 for slot in self.slots)
+
+
+def find_owners(model: nn.Module) -> list[ParameterOwner]:
+    """Every layer that owns trainable parameters, in the order of named_modules.
+
+    Raises:
+        ValueError: there is none, or a lazy module has no shape yet.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(4, 1, bias=False)
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), attention)
+        >>> [(owner.name, list(owner.parameters)) for owner in find_owners(model)]
+        [('0', ['0.weight', '0.bias']), ('2', ['2.in_proj_weight', '2.out_proj.weight'])]
+    """
+    modules = dict(model.named_modules())
+    owners: dict[str, ParameterOwner] = {}
+    names: dict[int, str] = {}
+    for path, module in modules.items():
+        for key, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            name = names.setdefault(id(parameter), clean_name(f"{path}.{key}" if path else key))
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{name} is not initialized: run one batch through the lazy "
+                                 "module first")
+            at = _called_path(path, modules)
+            owner = owners.setdefault(at, ParameterOwner(clean_name(at), modules[at]))
+            owner.slots.append(ParameterSlot(name, module, key, parameter))
+    if not owners:
+        raise ValueError("the model has no trainable parameters, so there is nothing to check")
+    return list(owners.values())
+
+
+def _called_path(path: str, modules: dict[str, nn.Module]) -> str:
+    """The path of the module that is called when the parameters of the one at `path` are used."""
+    parts = path.split(".")
+    for end, part in enumerate(parts):
+        above = ".".join(parts[:end])
+        if owns_children_parameters(modules[above]) or (
+            part == "parametrizations" and parametrize.is_parametrized(modules[above])
+        ):
+            return above
+    while path and type(modules[path]).forward is nn.Module.forward:  # it only holds parameters
+        path = path.rpartition(".")[0]
+    return path
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        inputs, output: the first tensor that went in, and the first with a gradient that came out.
+        shapes: of the outputs that need a gradient.
+        backprops: {index of the output: its gradient}.
+        packed: whether a PackedSequence went in or out.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    output: Tensor | None = None
+    shapes: list[torch.Size] = field(default_factory=list)
+    backprops: dict[int, Tensor] = field(default_factory=dict)
+    packed: bool = False
+
+
+class PassRecord:
+    """What a pass has shown; as a context manager, the hooks that record it.
+
+    Attributes:
+        losses: per-sample losses [N], detached.
+        calls: {layer's name: its calls, in order}.
+        grads: {parameter's name: gradient of Σ w_i l_i, or None}; empty without a backward pass.
+        inside: {parameter's name: {layer's name: the part that came through calls of this layer}}.
+        uses: {parameter's name: the number of those calls}.
+        inputs: (args, kwargs) of the model's own first call, or None.
+    """
+
+    losses: Tensor
+
+    def __init__(self, model: nn.Module, owners: list[ParameterOwner]):
+        self.calls: dict[str, list[Call]] = {owner.name: [] for owner in owners}
+        self.grads: dict[str, Tensor | None] = {}
+        self.inside: dict[str, dict[str, Tensor]] = {}
+        self.uses: dict[str, int] = {}
+        self.inputs: Inputs | None = None
+        self._model, self._owners = model, owners
+        self._undo: dict[str, list[Callable[[], None]]] = {owner.name: [] for owner in owners}
+
+    def __enter__(self) -> PassRecord:
+        first: dict[str, Any] = {"prepend": True, "with_kwargs": True}
+        self._handles = [self._model.register_forward_pre_hook(self._take_inputs, **first)]
+        for owner in self._owners:
+            before, after = partial(self._before, owner), partial(self._after, owner)
+            self._handles.append(owner.module.register_forward_pre_hook(before, prepend=True))
+            self._handles.append(owner.module.register_forward_hook(after, **first))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for owner in self._owners:
+            for undo in reversed(self._undo[owner.name]):  # calls that an error cut short
+                undo()
+            for slot in owner.slots:
+                slot.holder._parameters[slot.key] = slot.parameter  # type: ignore[assignment]
+
+    def _take_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.inputs is None:
+            self.inputs = args, kwargs
+
+    def _before(self, owner: ParameterOwner, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Put aliases in place of the layer's parameters."""
+        if not torch.is_grad_enabled():
+            self._undo[owner.name].append(lambda: None)
+            return
+        aliases = {id(each): each.view_as(each) for each in owner.parameters.values()}
+        if not _recomputing():
+            for name, parameter in owner.parameters.items():
+                aliases[id(parameter)].register_hook(partial(self._add_part, name, owner.name))
+        if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
+            # It runs on this list, and would rebuild it if _parameters changed.
+            weights = module._flat_weights
+            aliased = [aliases.get(id(weight), weight) for weight in weights]
+            vars(module)["_flat_weights"] = aliased
+            self._undo[owner.name].append(lambda: vars(module).update(_flat_weights=weights))
+            return
+        current = [(slot, slot.holder._parameters[slot.key]) for slot in owner.slots]
+        for slot in owner.slots:
+            alias: Any = aliases[id(slot.parameter)]
+            slot.holder._parameters[slot.key] = alias
+
+        def undo() -> None:
+            for slot, tensor in current:
+                slot.holder._parameters[slot.key] = tensor
+
+        self._undo[owner.name].append(undo)
+
+    def _add_part(self, name: str, layer: str, grad: Tensor) -> None:
+        parts = self.inside.setdefault(name, {})
+        wide = grad.detach().to_dense().to(torch.promote_types(grad.dtype, torch.float32))
+        parts[layer] = parts[layer] + wide if layer in parts else wide
+        self.uses[name] = self.uses.get(name, 0) + 1
+
+    def _after(
+        self, owner: ParameterOwner, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        """Put the parameters back, and record the call."""
+        self._undo[owner.name].pop()()
+        if not torch.is_grad_enabled():
+            return None
+        leaves = tree_leaves((args, kwargs, output), is_leaf=is_packed)
+        call = Call([each.detach() for _, each in tensors((args, kwargs))[:1]])
+        call.packed = any(map(is_packed, leaves))
+        if not _recomputing():
+            self.calls[owner.name].append(call)
+
+        def tap(path: Any, tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            index = len(call.shapes)
+            call.shapes.append(tensor.shape)
+            if call.output is None:
+                call.output = tensor.detach()
+            copied = tensor.clone()
+            copied.register_hook(lambda grad: call.backprops.update({index: grad.detach()}))
+            return copied
+
+        return map_tensors(output, tap)
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass runs the layer again, under activation checkpointing."""
+    return running_backward() != -1
+
+
+def record_pass(
+    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction,
+    weights: Tensor,
+) -> PassRecord:
+    """Run loss_fn(model, batch) and the backward pass of Σ w_i l_i; the model's state is restored.
+
+    Args:
+        weights: w, [N], converted to the losses' device and type.
+    """
+    named = {name: parameter for owner in owners for name, parameter in owner.parameters.items()}
+    with restored(model), PassRecord(model, owners) as record:
+        losses = loss_fn(model, batch)
+        weights = weights.to(losses)
+        grads = torch.autograd.grad(losses, list(named.values()), weights, allow_unused=True)
+    record.losses, record.grads = losses.detach(), dict(zip(named, grads, strict=True))
+    return record
+
+
+def run_trial(
+    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction
+) -> PassRecord:
+    """A forward pass with the whole model in evaluation mode, so that losses can be compared.
+
+    Raises:
+        TypeError: loss_fn does not return a tensor.
+        ValueError: it does not return one loss per sample, with a gradient.
+    """
+    with restored(model), PassRecord(model, owners) as record:
+        for module in model.modules():
+            module.training = False
+        losses = loss_fn(model, batch)
+    if not isinstance(losses, Tensor):
+        raise TypeError("loss_fn must return a tensor of per-sample losses, got "
+                        f"{type(losses).__name__}")
+    if losses.dim() != 1:
+        raise ValueError("loss_fn must return per-sample losses [N], got the shape "
+                         f"{list(losses.shape)}: use reduction='none', and sum or average over all "
+                         "dimensions but the samples'")
+    if not losses.requires_grad:
+        raise ValueError("the losses do not depend on any trainable parameter: call the model in "
+                         "loss_fn with gradients on")
+    record.losses = losses.detach()
+    return record
