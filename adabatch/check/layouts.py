@@ -165,7 +165,7 @@ def infer_layout(
 def _layouts_of_call(
     layer: nn.Module, call: Call, again: Call, ratios: Tensor, dims: list[frozenset[int]]
 ) -> list[Layout] | str:
-    """The possible layouts, the preferred one first; [] without a gradient; or why there is none."""
+    """The possible layouts, the preferred one first; [] without a gradient; or what is wrong."""
     live = [index for index, grad in sorted(call.backprops.items())
             if index in again.backprops and grad.any()]
     found: list[list[Layout]] = []

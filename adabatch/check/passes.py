@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from adabatch._engine import running_backward
 from adabatch._tree import is_packed, map_tensors, tensors
 from adabatch.check.isolate import restored
-from adabatch.grad_sample.plan import clean_name, owns_children_parameters
+from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
+from adabatch.grad_sample.plan import clean_name
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -100,9 +101,8 @@ def _called_path(path: str, modules: dict[str, nn.Module]) -> str:
     parts = path.split(".")
     for end, part in enumerate(parts):
         above = ".".join(parts[:end])
-        if owns_children_parameters(modules[above]) or (
-            part == "parametrizations" and parametrize.is_parametrized(modules[above])
-        ):
+        own = part == "parametrizations" and parametrize.is_parametrized(modules[above])
+        if own or call_type(modules[above]) is not RecomputedCall:  # it uses its parts' parameters
             return above
     while path and type(modules[path]).forward is nn.Module.forward:  # it only holds parameters
         path = path.rpartition(".")[0]
