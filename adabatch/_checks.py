@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 
@@ -39,3 +40,26 @@ def check_controller(state: dict[str, Any], version: int, name: str) -> None:
         raise ValueError(
             f"the state is that of a controller {found}, and was to be loaded into {name}: go on with {found}, or begin without the controller's state"
         )
+
+
+def checked_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as a Python int within low … high.
+
+    Raises:
+        TypeError: not an integer (bool and float are refused too).
+        ValueError: out of range.
+
+    Example:
+        >>> checked_int("batch_size", 8, 1)
+        8
+    """
+    allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or type(value).__name__ in ("bool", "bool_"):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    return number

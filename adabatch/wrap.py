@@ -21,7 +21,7 @@ from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.micro_batches.search import LossFn
-from adabatch.micro_batches.setup import MicroBatching
+from adabatch.micro_batches.optimizer import MicroBatching
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.arguments import bind_controller, check_switches, needs_moments
 from adabatch.scheduler.effective_lr import EffectiveLr

@@ -52,7 +52,8 @@ def build(workers, limit, collate_in):
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Dropout(0.1), nn.Linear(7, 2))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    loader = adabatch.AdaptiveDataLoader(Noisy(), 16, True, num_workers=workers, collate_in=collate_in)
+    loader = adabatch.AdaptiveDataLoader(Noisy(), 16, True, num_workers=workers, collate_in=collate_in,
+        seed_samples=True)
     schedule = ExponentialLR(optimizer, 0.97)
     options = {"min_batch_size": 4, "max_batch_size": 32, "max_micro_batch_size": limit, "lr_scheduler": schedule, "coupling": "sqrt"}
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=Growing(), **options)

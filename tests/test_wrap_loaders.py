@@ -110,7 +110,7 @@ def test_let_go_of_it_takes_the_loader_and_its_workers_along():
     try:
         model, optimizer, loader, scheduler = wrapped(DataLoader(Indexed(), batch_size=16, num_workers=1, persistent_workers=True))
         train_epoch(model, optimizer, loader, scheduler)
-        workers = loader._loader._iterator._workers
+        workers = loader._engine._iterator._workers
         gone = weakref.ref(loader)
         del loader, scheduler
         assert gone() is None

@@ -1,6 +1,6 @@
-"""Batches of exactly the size that is current when they are drawn, every sample once an epoch, resumable."""
+"""Batches of exactly the current size, every sample once an epoch, resumable at any batch."""
 
-from adabatch.data.joining import pad_right
+from adabatch.data.batches import pad_right
 from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.data.order import KeyedPermutation
 from adabatch.data.sampler import ResizableBatchSampler

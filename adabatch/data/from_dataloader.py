@@ -1,4 +1,4 @@
-"""Taking over a plain DataLoader."""
+"""The arguments of an AdaptiveDataLoader that does what a plain DataLoader does."""
 
 from __future__ import annotations
 
@@ -6,92 +6,96 @@ import logging
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler,
+)
 
 from adabatch.data.sampler import ResizableBatchSampler
 
 logger = logging.getLogger(__name__)
 KEPT = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-    "in_order",
+    "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
+    "multiprocessing_context", "generator", "prefetch_factor", "persistent_workers",
+    "pin_memory_device", "in_order",
 )
 
 
-def arguments_of(loader: DataLoader) -> tuple[dict[str, Any], ResizableBatchSampler | None]:
-    """(arguments of an AdaptiveDataLoader that does what this loader does, its batch sampler if that can be used as it is).
+def dataloader_kwargs(loader: DataLoader) -> tuple[dict[str, Any], ResizableBatchSampler | None]:
+    """(arguments of an AdaptiveDataLoader like this loader, its batch sampler if usable as it is).
 
-    A shuffling loader gets the keyed order, seeded from its generator (or from torch's); a DistributedSampler gives way to the global order, of its seed, that
-    all its processes share, with world_size times the batch size; any other sampler is taken as it is.
+    A shuffling loader gets the keyed order, seeded from its generator (or from torch's). A
+    DistributedSampler gives way to the global order that its processes share, with its seed and
+    world_size times the batch size. Any other sampler is kept.
 
     Raises:
-        ValueError: batching switched off, a batch sampler of the caller's own, or a DistributedSampler that is of another kind or data set.
+        ValueError: batching switched off, a user's batch sampler, or a DistributedSampler of
+            another kind or data set.
         TypeError: not a DataLoader.
 
     Example:
-        >>> arguments, _ = arguments_of(DataLoader(range(4), batch_size=2, shuffle=True))
-        >>> arguments["batch_size"], arguments["shuffle"], arguments["num_workers"]
+        >>> kwargs, _ = dataloader_kwargs(DataLoader(range(4), batch_size=2, shuffle=True))
+        >>> kwargs["batch_size"], kwargs["shuffle"], kwargs["num_workers"]
         (2, True, 0)
     """
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"loader must be a torch.utils.data.DataLoader or an adabatch.AdaptiveDataLoader, got {type(loader).__name__}")
-    arguments = {name: getattr(loader, name) for name in KEPT if hasattr(loader, name)}
-    if not arguments.get("pin_memory_device"):
-        arguments.pop("pin_memory_device", None)
-    batch_sampler = loader.batch_sampler
+        raise TypeError(
+            "loader must be a torch.utils.data.DataLoader or an adabatch.AdaptiveDataLoader, got "
+            f"{type(loader).__name__}"
+        )
+    # Which of them a loader has depends on the release of torch.
+    kwargs = {name: value for name, value in vars(loader).items() if name in KEPT}
+    kwargs["multiprocessing_context"] = loader.multiprocessing_context
+    if not kwargs.get("pin_memory_device"):
+        kwargs.pop("pin_memory_device", None)
+    batch_sampler, sampler = loader.batch_sampler, loader.sampler
     if batch_sampler is None:
-        raise ValueError("the loader has no batch sampler (batch_size=None): there is no batch size to set. Build it with a batch_size.")
+        raise ValueError(
+            "the loader has no batch sampler (batch_size=None), so there is no batch size to set. "
+            "Build it with a batch_size."
+        )
     if isinstance(batch_sampler, ResizableBatchSampler):
-        return {**arguments, "batch_size": batch_sampler.batch_size, "drop_last": batch_sampler.drop_last}, batch_sampler
+        sizes = {"batch_size": batch_sampler.batch_size, "drop_last": batch_sampler.drop_last}
+        return kwargs | sizes, batch_sampler
     if loader.batch_size is None:
         raise ValueError(
-            f"the loader has a batch sampler of its own ({type(batch_sampler).__name__}), whose batch size cannot be set. "
-            "Build the loader with batch_size= and sampler=, or give it a ResizableBatchSampler."
+            f"the batch size of the loader's batch sampler ({type(batch_sampler).__name__}) cannot "
+            "be set. Build the loader with batch_size= and sampler=, or pass a "
+            "ResizableBatchSampler."
         )
-    arguments |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    kwargs |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
     if isinstance(loader.dataset, IterableDataset):
-        return arguments, None
-    if isinstance(loader.sampler, DistributedSampler):
-        return {**arguments, **_of_distributed(loader)}, None
-    if _is_plain_shuffle(loader):
-        seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.sampler.generator).item())
-        return {**arguments, "shuffle": True, "seed": seed}, None
-    return {**arguments, "sampler": None if _is_sequential(loader) else loader.sampler}, None
+        return kwargs, None
+    if isinstance(sampler, DistributedSampler):
+        return kwargs | _of_distributed(loader, sampler), None
+    if isinstance(sampler, RandomSampler) and _is_plain(sampler, loader.dataset):
+        seed = torch.empty((), dtype=torch.int64).random_(generator=sampler.generator)
+        return kwargs | {"shuffle": True, "seed": int(seed)}, None
+    plain = type(sampler) is SequentialSampler and sampler.data_source is loader.dataset
+    return kwargs | {"sampler": None if plain else sampler}, None
 
 
-def _is_plain_shuffle(loader: DataLoader) -> bool:
+def _is_plain(sampler: RandomSampler, dataset: Any) -> bool:
     """Whether the order is a fresh permutation of the whole data set at each epoch."""
-    sampler = loader.sampler
-    return type(sampler) is RandomSampler and sampler.data_source is loader.dataset and not sampler.replacement and sampler.num_samples == len(loader.dataset)
+    whole = type(sampler) is RandomSampler and sampler.data_source is dataset
+    return whole and not sampler.replacement and sampler.num_samples == len(dataset)
 
 
-def _is_sequential(loader: DataLoader) -> bool:
-    return type(loader.sampler) is SequentialSampler and loader.sampler.data_source is loader.dataset
-
-
-def _of_distributed(loader: DataLoader) -> dict[str, Any]:
-    sampler = loader.sampler
-    if type(sampler) is not DistributedSampler or len(sampler.dataset) != len(loader.dataset):
+def _of_distributed(loader: DataLoader, sampler: DistributedSampler) -> dict[str, Any]:
+    theirs: Any = sampler.dataset
+    here: Any = loader.dataset
+    if type(sampler) is not DistributedSampler or len(theirs) != len(here):
         raise ValueError(
-            f"the loader's sampler ({type(sampler).__name__}) shares its samples out by rules of its own, or those of another data set. Leave it away: "
-            "the processes then share one order (rank= and world_size=)."
+            f"the loader's sampler ({type(sampler).__name__}) divides samples among processes by "
+            "rules of its own, or those of another data set. Omit it: the processes then share one "
+            "order (rank= and world_size=)."
         )
     logger.info(
-        "DistributedSampler is taken over: %s processes of global batches of %s x %s samples share one order, in which each sample comes once an epoch",
+        "DistributedSampler is replaced: %s processes of global batches of %s x %s samples share "
+        "one order, in which each sample comes once an epoch",
         *(sampler.num_replicas, sampler.num_replicas, loader.batch_size),
     )
     return {
-        "batch_size": loader.batch_size * sampler.num_replicas,
-        "shuffle": sampler.shuffle,
-        "seed": sampler.seed,
-        "rank": sampler.rank,
-        "world_size": sampler.num_replicas,
+        "batch_size": (loader.batch_size or 1) * sampler.num_replicas,
+        "shuffle": sampler.shuffle, "seed": sampler.seed,
+        "rank": sampler.rank, "world_size": sampler.num_replicas,
     }

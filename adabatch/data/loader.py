@@ -1,7 +1,9 @@
-"""AdaptiveDataLoader: a data loader whose batch size may be set while it runs, and whose runs can be resumed."""
+"""AdaptiveDataLoader: a data loader whose batch size may change while it runs, and that resumes."""
 
 from __future__ import annotations
 
+import html
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,58 +12,64 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from adabatch._checks import check_version
-from adabatch.data.chunks import Pace, Reply, Request, Requests
-from adabatch.data.collating import fast_collate_for
-from adabatch.data.deliveries import EpochIterator
-from adabatch.data.epochs import Epoch, check_same_streams
-from adabatch.data.from_dataloader import arguments_of
-from adabatch.data.joining import JoinFn, Layout
-from adabatch.data.orders import StreamOrder
+from adabatch.data.batches import JoinFn, Layout
+from adabatch.data.chunks import ChunkSizer, Replies, Request
+from adabatch.data.epoch import Epoch, EpochIterator, check_same_streams
+from adabatch.data.from_dataloader import dataloader_kwargs
+from adabatch.data.order import StreamOrder
+from adabatch.data.rng import mix
 from adabatch.data.sampler import ResizableBatchSampler
-from adabatch.data.sampler_view import SamplerView
-from adabatch.data.seeding import mix
-from adabatch.data.workers import Fetcher, StreamFetcher, WorkerStart
-from adabatch.micro_batches.batches import MicroBatches, retrying
+from adabatch.data.worker import Fetcher, StreamFetcher, WorkerStart, fetches_lists
+from adabatch.interfaces import BatchSource
+from adabatch.micro_batches.batches import BatchSplit, retrying
 
 COLLATE_IN = ("worker", "consumer")
 
 
-class AdaptiveDataLoader(SamplerView):
-    """A DataLoader whose batches have the size that `loader.batch_size` is when they are asked for, with any number of workers.
+class AdaptiveDataLoader(BatchSource):
+    """A DataLoader whose batches have the current `loader.batch_size`, with any number of workers.
 
-    Workers fetch and collate chunks of the order ahead of time; what comes out is cut and joined to size. So a change holds on the very next batch, and nothing
-    fetched is lost or repeated. While the size stays the same a chunk is a batch, or several where batches take less than 4 ms to fetch and the collate_fn is
-    torch's, and nothing is joined. Batches cut from one chunk share its memory but no element of it, and may be changed in place.
+    Workers fetch and collate chunks of the order ahead of time, and the chunks are cut and joined
+    to size: a change holds for the very next batch, and no fetched sample is lost or repeated.
+    While the size stays the same a chunk is one batch, or several where batches take less than
+    4 ms to fetch and the collate_fn is torch's, and nothing is joined. Batches cut from one chunk
+    share its memory but no element of it, and may be changed in place.
 
     Args:
-        dataset: map-style, or iterable (each worker reads its own copy: let it take its share by torch's get_worker_info, as for a DataLoader).
+        dataset: map-style, or iterable (each worker reads its copy: let it choose its part by
+            torch's get_worker_info, as for a DataLoader).
         batch_size: of the first batch.
         shuffle: a new order each epoch, a permutation keyed by (seed, epoch).
-        sampler: the caller's own order, taken as it is; excludes shuffle.
+        sampler: a user's order; excludes shuffle.
         seed: of the shuffle, and of random augmentation.
-        drop_last: leave out a last batch shorter than asked for.
-        rank, world_size: of this process among those that share one order. batch_size, recent, position, num_samples, len() and the state are global and the
-            same in all; each gets its share of every batch, within one sample of the others', and all have equally many (see ResizableBatchSampler). A sampler
-            of the caller's own must give the same order in all; an iterable data set the whole stream: each process keeps every world_size-th sample, so that
-            its batches are multiples of world_size.
-        collate_in: 'worker', chunk by chunk, or 'consumer', for a collate_fn that must see the whole batch (mixup): workers then hand over samples.
-        join_fn: (tensors, axis, path) -> tensor, joins chunks whose shapes differ beyond the axis that counts samples; adabatch.data.pad_right pads.
-        seed_samples: seed torch's, NumPy's and Python's global generators for each sample by (seed, epoch, position), so that random augmentation does not
-            depend on workers and batch sizes, and repeats on resuming. This takes 1.5 µs a sample where the data set draws from one of them, and nothing where
-            it does not; the chunk in which it first does is fetched twice.
-        kwargs: of torch.utils.data.DataLoader: num_workers, collate_fn, pin_memory, timeout, worker_init_fn, multiprocessing_context, generator,
-            prefetch_factor, persistent_workers.
+        drop_last: drop a last batch shorter than requested.
+        rank, world_size: of this process among those that share one order. batch_size, recent,
+            position, num_samples, len() and the state are global, the same in all; each process
+            gets its part of every batch, within one sample of the others', and all have equally
+            many batches (see ResizableBatchSampler). A user's sampler must give the same order in
+            all of them, an iterable data set the whole stream: each process keeps every
+            world_size-th sample, so that its batches are multiples of world_size.
+        collate_in: "worker", chunk by chunk, or "consumer", for a collate_fn that needs the whole
+            batch (mixup): workers then hand over samples.
+        join_fn: (tensors, axis, path) -> tensor, joins chunks whose shapes differ beyond the axis
+            that counts samples; adabatch.data.pad_right pads.
+        seed_samples: seed torch's, NumPy's and Python's global generators before each sample by
+            (seed, epoch, position): random augmentation repeats on resuming, and does not depend
+            on workers and batch sizes. Samples are then fetched one by one. None: where there are
+            workers, unless the data set fetches lists (`__getitems__`). False: as in a DataLoader.
+        kwargs: of torch.utils.data.DataLoader: num_workers, collate_fn, pin_memory, timeout,
+            worker_init_fn, multiprocessing_context, generator, prefetch_factor,
+            persistent_workers.
 
     Attributes:
         batch_sampler: the order and the position in it, counted in samples delivered.
-        recent: (size asked for, size delivered) of the last batches delivered, newest last.
-        n_batches: batches delivered so far, over all epochs.
-        n_iterations: how often an iteration was begun.
+        n_iterations: how many iterations were begun.
         is_stream: whether the data set is iterable.
-        micro_batches: how a batch is cut, where it arrives in parts (adabatch.wrap with max_micro_batch_size).
+        runs_ahead: False: a batch counts when it is delivered, not when workers fetch it.
 
     Raises:
-        ValueError, TypeError: arguments of the sampler or of DataLoader that are out of range, a sampler together with shuffle, in_order=False.
+        ValueError, TypeError: arguments of the sampler or of DataLoader that are out of range, a
+            sampler together with shuffle, in_order=False.
 
     Example:
         >>> loader = AdaptiveDataLoader(torch.arange(10), batch_size=4)
@@ -71,106 +79,203 @@ class AdaptiveDataLoader(SamplerView):
         [0, 1, 2, 3] 6
         [4, 5, 6, 7, 8] 1
         [9] 0
+        >>> loader
+        AdaptiveDataLoader(10 samples, batch 5, position 0 of 10, epoch 1, workers 0)
     """
 
+    runs_ahead = False
+    n_iterations: int = 0
+
     def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int = 1,
-        shuffle: bool = False,
-        *,
-        sampler: Sampler | None = None,
-        seed: int = 0,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        collate_in: str = "worker",
-        join_fn: JoinFn | None = None,
-        seed_samples: bool = True,
-        **kwargs: Any,
+        self, dataset: Dataset, batch_size: int = 1, shuffle: bool = False, *,
+        sampler: Sampler | None = None, seed: int = 0, drop_last: bool = False, rank: int = 0,
+        world_size: int = 1, collate_fn: Callable[[list[Any]], Any] | None = None,
+        collate_in: str = "worker", join_fn: JoinFn | None = None,
+        seed_samples: bool | None = None, **kwargs: Any,
     ):
         self.is_stream = isinstance(dataset, IterableDataset)
         if self.is_stream and (shuffle or sampler is not None):
-            raise ValueError(f"the data set is iterable-style ({type(dataset).__name__}) and has an order of its own: leave shuffle and sampler away.")
+            raise ValueError(
+                f"the data set is iterable-style ({type(dataset).__name__}) and decides the order: "
+                "omit shuffle and sampler."
+            )
         if sampler is not None and shuffle:
-            raise ValueError("a sampler decides the order: pass either sampler= or shuffle=True")
+            raise ValueError("a sampler decides the order: pass sampler= or shuffle=True, not both")
         if kwargs.get("in_order") is False:
-            raise ValueError("in_order=False lets batches overtake each other, so that the size of the one delivered is not known. Leave in_order at True.")
+            raise ValueError(
+                "in_order=False lets batches overtake each other, so that the size of the one "
+                "delivered is not known. Leave in_order at True."
+            )
         if collate_in not in COLLATE_IN:
             raise ValueError(f"collate_in must be one of {COLLATE_IN}, got {collate_in!r}")
-        order = StreamOrder(dataset) if self.is_stream else sampler
         self.dataset, self.sampler = dataset, sampler
-        options = {"shuffle": shuffle, "seed": seed, "drop_last": drop_last, "rank": rank, "world_size": world_size}
-        self.batch_sampler = ResizableBatchSampler(dataset, batch_size, sampler=order, **options)
+        self.batch_sampler = ResizableBatchSampler(
+            dataset, batch_size, shuffle=shuffle,  # type: ignore[arg-type]
+            sampler=StreamOrder(dataset) if isinstance(dataset, IterableDataset) else sampler,
+            seed=seed, drop_last=drop_last, rank=rank, world_size=world_size,
+        )
         self.collate_fn = default_collate if collate_fn is None else collate_fn
-        self.collate_in, self.join_fn, self.seed_samples = collate_in, join_fn, seed_samples
-        self.micro_batches = MicroBatches()
-        self.n_iterations = 0
-        self._requests = Requests()
+        self.collate_in, self.join_fn = collate_in, join_fn
+        self.num_workers: int = kwargs.get("num_workers", 0)
+        self.pin_memory: bool = kwargs.get("pin_memory", False)
+        if seed_samples is None:
+            seed_samples = self.num_workers > 0 and not fetches_lists(dataset)
+        self.seed_samples = seed_samples
+        self._micro_batches = BatchSplit()
         self._epoch: Epoch | None = None
         self._progress: dict[str, Any] | None = None
-        self._layout: Layout = None
-        self._pace: Pace | None = None
-        self._loader = self._engine(**kwargs)
+        self.layout: Layout = None
+        self._requests = _Requests()
+        self._engine = self._new_engine(**kwargs)
+        # Chunks grow only where batches are the same whatever chunks they are cut from: not where
+        # a collate_fn pads, or workers divide an iterable data set by chunks.
+        alike = collate_in == "consumer" or self.collate_fn is default_collate
+        grows = self.num_workers > 0 and not self.is_stream and alike
+        self.chunk_sizer = ChunkSizer() if grows else None
 
-    def _engine(self, *, worker_init_fn: Callable[[int], None] | None = None, generator: torch.Generator | None = None, **kwargs: Any) -> DataLoader:
+    def _new_engine(
+        self, *, worker_init_fn: Callable[[int], None] | None = None,
+        generator: torch.Generator | None = None, **kwargs: Any,
+    ) -> DataLoader:
         self.worker_init_fn, self.generator = worker_init_fn, generator
-        self.num_workers, self.pin_memory = kwargs.get("num_workers", 0), kwargs.get("pin_memory", False)
-        if self.collate_in == "consumer":
-            kwargs["pin_memory"] = False  # samples are not what is handed over
-        self._fetcher = (StreamFetcher if self.is_stream else Fetcher)(
-            self.dataset, None if self.collate_in == "consumer" else fast_collate_for(self.collate_fn), learns=self.num_workers > 0, seeded=self.seed_samples
-        )
-        if self.num_workers and not self.is_stream and (self.collate_in == "consumer" or self.collate_fn is default_collate):
-            # Only where batches are the same whatever chunks they are cut from: not where a collate_fn pads, or an iterable data set is shared out by chunks.
-            self._pace = Pace()
-        self._fetcher.processes = self.batch_sampler.processes
-        # Its own generator, because a DataLoader draws a number at each iter(): a resumed run draws once more, and would go on with other dropout masks.
-        generator = torch.Generator() if generator is None else generator
-        start = WorkerStart(worker_init_fn)
+        consumer = self.collate_in == "consumer"
+        if consumer:
+            kwargs["pin_memory"] = False  # samples are not what is delivered
+        collate_fn, learns = None if consumer else self.collate_fn, self.num_workers > 0
+        options: dict[str, Any] = {"learns": learns, "seeded": self.seed_samples}
+        if self.is_stream:
+            self._fetcher: Fetcher = StreamFetcher(
+                self.dataset, collate_fn, shard=self.batch_sampler.shard, **options
+            )
+        else:
+            self._fetcher = Fetcher(self.dataset, collate_fn, **options)
+        # A DataLoader draws a number at each iter(). From torch's generator a resumed run would
+        # draw once more, and continue with other dropout masks: the engine has a generator.
+        self._engine_generator = torch.Generator() if generator is None else generator
         engine = DataLoader(
-            self._fetcher, batch_size=None, sampler=self._requests, collate_fn=_as_it_is, worker_init_fn=start, generator=generator, **kwargs
+            self._fetcher, batch_size=None, sampler=self._requests,  # type: ignore[arg-type]
+            collate_fn=_identity, worker_init_fn=WorkerStart(worker_init_fn),
+            generator=self._engine_generator, **kwargs,
         )
         self.timeout, self.multiprocessing_context = engine.timeout, engine.multiprocessing_context
-        self.prefetch_factor, self.persistent_workers = engine.prefetch_factor, engine.persistent_workers
+        self.prefetch_factor = engine.prefetch_factor
+        self.persistent_workers = engine.persistent_workers
         return engine
 
     @classmethod
     def from_loader(cls, loader: DataLoader, **options: Any) -> AdaptiveDataLoader:
-        """Take over a plain DataLoader: data set, order, collate_fn, workers, pinning, generator.
+        """An adaptive loader with a DataLoader's data set, order, collate_fn, workers, pinning.
 
-        A shuffling loader gets the keyed order, seeded from its generator (or from torch's); torch's DistributedSampler gives way to the global order, with its
-        seed and the same global batch; any other sampler is taken as it is.
+        A shuffling loader gets the keyed order, seeded from its generator (or from torch's). A
+        DistributedSampler gives way to the global order, with its seed and the same global batch.
+        Any other sampler is kept.
 
         Args:
             loader: the plain one.
-            options: arguments of AdaptiveDataLoader besides, or instead: with world_size= also seed=, which must be the same in all processes.
+            options: further arguments of AdaptiveDataLoader, which take precedence: with
+                world_size= also seed=, which must be the same in all processes.
 
         Raises:
-            ValueError: batching switched off, a batch sampler of the caller's own, or a sampler that shares samples out otherwise.
+            ValueError: batching switched off, a user's batch sampler, or a sampler that divides
+                samples by other rules.
             TypeError: not a DataLoader.
         """
-        arguments, batch_sampler = arguments_of(loader)
-        adopted = cls(loader.dataset, **{**arguments, **options})
+        kwargs, batch_sampler = dataloader_kwargs(loader)
+        adaptive = cls(loader.dataset, **{**kwargs, **options})
         if batch_sampler is not None:
-            adopted.batch_sampler, adopted.sampler = batch_sampler, batch_sampler.sampler
-        return adopted
+            adaptive.batch_sampler, adaptive.sampler = batch_sampler, batch_sampler.sampler
+        return adaptive
+
+    def __repr__(self) -> str:
+        return f"AdaptiveDataLoader({self.batch_sampler.describe()}, workers {self.num_workers})"
+
+    def _repr_html_(self) -> str:
+        total = self.num_samples
+        bar = f' <progress value="{self.position}" max="{total}"></progress>' if total else ""
+        return f"<code>{html.escape(repr(self))}</code>{bar}"
+
+    def __len__(self) -> int:
+        """Batches, or micro-batches, still to come in this epoch at the present size.
+
+        TypeError where the length is not known.
+        """
+        whole, others = self.batch_sampler.sizes_to_come()
+        shard, parts = self.batch_sampler.shard, self.micro_batches.sizes
+        sizes = [len(parts(size, shard)) for size in others]
+        return whole * len(parts(self.batch_size, shard)) + sum(sizes)
+
+    # -- sizes and positions, in samples of all processes together
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        """Size of the batches drawn from now on."""
+        return self.batch_sampler.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.batch_sampler.batch_size = size
+
+    @property
+    def drop_last(self) -> bool:  # type: ignore[override]
+        """Whether a last batch shorter than requested is dropped."""
+        return self.batch_sampler.drop_last
+
+    @drop_last.setter
+    def drop_last(self, drop: bool) -> None:
+        self.batch_sampler.drop_last = drop
+
+    @property
+    def recent(self) -> deque[tuple[int, int]]:
+        """(size requested, size delivered) of the latest batches, newest last."""
+        return self.batch_sampler.recent
+
+    @property
+    def last_size(self) -> int:
+        """Samples of the latest batch; 0 before the first."""
+        return self.batch_sampler.last_size
+
+    @property
+    def last_local_size(self) -> int:
+        """Samples of the latest batch in this process.
+
+        Weighting its mean loss by world_size · last_local_size / last_size makes the mean over
+        processes the mean over the batch.
+        """
+        return self.batch_sampler.last_local_size
+
+    @property
+    def n_batches(self) -> int:
+        """Batches delivered so far, over all epochs."""
+        return self.batch_sampler.n_batches
+
+    @property
+    def position(self) -> int:
+        """Samples of the present epoch delivered so far; those fetched ahead do not count."""
+        return self.batch_sampler.position
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of a whole epoch; None for an iterable data set or sampler without a length."""
+        return self.batch_sampler.num_samples
+
+    @property
+    def samples_left(self) -> int | None:
+        """Samples of the present epoch still to be delivered; None where that is not known."""
+        return self.batch_sampler.samples_left
+
+    @property
+    def micro_batches(self) -> BatchSplit:
+        """How batches are split into micro-batches (adabatch.wrap with micro_batches=)."""
+        return self._micro_batches
 
     @property
     def is_last_micro_batch(self) -> bool:
-        """Whether the optimizer is to step after this batch: False only for micro-batches that more of the same batch follow."""
+        """Whether the optimizer steps after this batch: False if micro-batches of it follow."""
         return self.micro_batches.is_last
 
-    def __len__(self) -> int:
-        """Batches (where they arrive in parts, micro-batches) still to come in this epoch at the present size; TypeError where the length is not known."""
-        whole, others = self.batch_sampler._to_come()
-        parts, processes = self.micro_batches.sizes, self.batch_sampler.processes
-        return whole * len(parts(self.batch_size, processes)) + sum(len(parts(size, processes)) for size in others)
-
     def learn_layout(self) -> None:
-        """Learn how batches are cut although there are no workers: for batches that are begun anew in smaller micro-batches."""
-        self._fetcher.learns = self._layout is None
+        """Learn how batches are cut even without workers, to retry them in smaller micro-batches."""
+        self._fetcher.learns = self.layout is None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, and with it the order, of the next iteration."""
@@ -179,7 +284,7 @@ class AdaptiveDataLoader(SamplerView):
     # -- resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins, counted in samples delivered (not in those that workers fetched), as plain numbers and tensors.
+        """Where the next batch begins, in samples delivered, as plain numbers and tensors.
 
         Raises:
             RuntimeError: between two micro-batches of one batch.
@@ -187,26 +292,29 @@ class AdaptiveDataLoader(SamplerView):
         """
         if not self.is_last_micro_batch:
             raise RuntimeError(
-                "a checkpoint between two micro-batches would lose their gradients: save where loader.is_last_micro_batch is True, after the step"
+                "a checkpoint between two micro-batches would lose their gradients: save where "
+                "loader.is_last_micro_batch is True, after the step"
             )
-        sampler_state = self.batch_sampler.state_dict()
-        progress = self._progress
+        sampler_state, progress = self.batch_sampler.state_dict(), self._progress
         if self._epoch is not None:
             sampler_state, progress = self._epoch.state(sampler_state)
         return {"version": 1, "sampler": sampler_state, "progress": progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on where `state` was saved: the same samples in the same order.
+        """Let the next iteration continue where `state` was saved: same samples, same order.
 
-        With a map-style data set the number of workers may differ; an iterable one goes on from its own states, with the same number of workers.
+        With a map-style data set the number of workers may differ; an iterable one continues from
+        its own states, with the same number of workers.
 
         Raises:
-            ValueError: another version, another kind of order, another number of workers of an iterable data set.
+            ValueError: another version, another kind of order, another number of workers of an
+                iterable data set.
         """
         check_version(state, 1, "AdaptiveDataLoader")
         progress = state["progress"]
         if self.is_stream and progress is not None:
-            check_same_streams(progress, num_workers=self.num_workers, world_size=self.batch_sampler.processes.world_size)
+            world_size = self.batch_sampler.shard.world_size
+            check_same_streams(progress, num_workers=self.num_workers, world_size=world_size)
         self.batch_sampler.load_state_dict(state["sampler"])
         self._epoch, self._progress = None, progress
 
@@ -214,31 +322,45 @@ class AdaptiveDataLoader(SamplerView):
 
     def __iter__(self) -> Iterator[Any]:
         self.n_iterations += 1
-        deliveries = EpochIterator(self, self.batch_sampler._start())
-        self._epoch = deliveries.epoch
-        yield from deliveries
+        iterator_id = self.batch_sampler.new_iterator()
+        progress, self._progress = self._progress, None
+        batches = EpochIterator(self, iterator_id, progress)
+        self._epoch = batches.epoch
+        yield from batches
 
-    def _open(self, requests: Iterator[Request]) -> Iterator[Reply]:
-        """The replies to these requests, in their order."""
-        if self.num_workers == 0 and not self._loader.pin_memory:
-            return map(self._fetcher.__getitem__, requests)
-        self._requests.epoch = requests
+    def open_engine(self, requests: Iterator[Request]) -> Replies:
+        """The replies to these requests, in their order; for EpochIterator."""
+        if self.num_workers == 0 and not self._engine.pin_memory:
+            return Replies(map(self._fetcher.__getitem__, requests))
+        self._requests.epoch, sampler = requests, self.batch_sampler
         if self.generator is None:
-            self._loader.generator.manual_seed(mix(self.batch_sampler.seed, self.batch_sampler.epoch, self.batch_sampler.processes.rank))
-        return iter(self._loader)
+            seed = mix(sampler.seed, sampler.epoch, sampler.shard.rank)
+            self._engine_generator.manual_seed(seed)
+        return Replies(iter(self._engine), self.num_workers > 0)
 
     def retrying(self) -> AbstractContextManager[None]:
-        """Around the body of the training loop: where memory runs out, the micro-batch is halved and the same batch comes again from its start.
+        """Around the body of the training loop: retries a batch whose memory runs out.
 
-        What the failed attempt added to the gradients is dropped; running statistics of batch norm keep what it added to them.
+        The micro-batch is halved and the same batch comes again from its start. What the failed
+        attempt added to the gradients is dropped; running statistics of batch norm keep theirs.
 
         Raises:
-            RuntimeError: the optimizer does not wait for the last micro-batch: use the one that adabatch.wrap(..., max_micro_batch_size=) returns. Or there
-                are other processes, which would wait for this one.
+            RuntimeError: the optimizer does not wait for the last micro-batch: use the one that
+                adabatch.wrap(..., micro_batches=) returns. Or there are other processes, which
+                would wait for this one.
             The error itself: micro-batches of one sample fail too, or the step was already taken.
         """
-        return retrying(self.micro_batches, self.batch_sampler.processes.world_size)
+        return retrying(self.micro_batches, self.batch_sampler.shard.world_size)
 
 
-def _as_it_is(reply: Reply) -> Reply:
+class _Requests:
+    """The engine's sampler: the requests of the present epoch, made when there is room for one."""
+
+    epoch: Iterator[Request] = iter(())
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.epoch
+
+
+def _identity(reply: Any) -> Any:
     return reply

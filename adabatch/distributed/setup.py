@@ -93,7 +93,7 @@ class DistributedSetup:
             adaptive = loader
         else:
             adaptive = AdaptiveDataLoader.from_loader(loader, **own)
-        sampler, built_for = adaptive.batch_sampler, adaptive.batch_sampler.processes
+        sampler, built_for = adaptive.batch_sampler, adaptive.batch_sampler.shard
         rank, world_size = built_for.rank, built_for.world_size
         wrong = (rank, world_size) != (data.rank, data.world_size)
         # Together, as an error on one process only would leave the others waiting.

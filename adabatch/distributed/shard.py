@@ -41,7 +41,7 @@ class ShardedSampler(Protocol):
     n_batches: int  # delivered since the start
 
     @property
-    def share(self) -> int:
+    def last_local_size(self) -> int:
         """m_r of the last batch delivered."""
 
     @property
@@ -100,7 +100,7 @@ class BatchShard:
         sampler = self._sampler
         if sampler is None or not sampler.last_size:
             return 1 / self.world_size
-        return sampler.share / sampler.last_size
+        return sampler.last_local_size / sampler.last_size
 
     @property
     def weight(self) -> float:
@@ -118,7 +118,7 @@ class BatchShard:
         """Record m_r and m of the current batch, once per batch; called in the forward pass."""
         if self._sampler is not None and self._sampler.n_batches != self._batch:
             self._batch = self._sampler.n_batches
-            self._recorded.append((self._sampler.share, self._sampler.last_size))
+            self._recorded.append((self._sampler.last_local_size, self._sampler.last_size))
 
     def fraction_of(self, batches: int) -> float:
         """Σ m_r/Σ m of the last `batches` recorded batches."""

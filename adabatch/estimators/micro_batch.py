@@ -23,7 +23,7 @@ from adabatch.estimators.loss_scale import LossScale, StepScale
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import check_arguments
 from adabatch.interfaces import Estimator, State
-from adabatch.micro_batches.batches import MicroBatches
+from adabatch.micro_batches.batches import BatchSplit
 
 NO_WEIGHTS = "the micro-batch estimator does not support weights=: use the per-sample estimator"
 
@@ -74,7 +74,7 @@ class MicroBatchEstimator(Estimator):
 
     Example:
         >>> from adabatch.micro_batches.optimizer import AccumulatingOptimizer
-        >>> weight, micro = torch.nn.Parameter(torch.zeros(1)), MicroBatches()
+        >>> weight, micro = torch.nn.Parameter(torch.zeros(1)), BatchSplit()
         >>> estimator = MicroBatchEstimator([weight], micro)
         >>> optimizer = AccumulatingOptimizer(torch.optim.SGD([weight], lr=1.0), micro)
         >>> for part, size in enumerate(micro.start(4)):
@@ -91,7 +91,7 @@ class MicroBatchEstimator(Estimator):
     def __init__(
         self,
         parameters: Iterable[Tensor],
-        micro_batches: MicroBatches,
+        micro_batches: BatchSplit,
         *,
         loss_reduction: str = "mean",
         grad_scaler: Any = None,

@@ -1,1 +1,1 @@
-"""Batches larger than memory: cut into micro-batches, accumulated, and the largest that fits."""
+"""Batches larger than memory: split into micro-batches, accumulated; the largest that fits."""

@@ -1,56 +1,85 @@
-"""Batches larger than memory: micro-batches come through the training loop one by one, and the optimizer steps on the last one.
+"""An optimizer that steps on a batch's last micro-batch, and what wrap sets up for micro-batches.
 
-Legend: m_j samples in micro-batch j of k, m = Σ m_j samples in the batch, g_j the gradient of micro-batch j's loss.
+Legend: m_j samples in micro-batch j of k, m = Σ m_j samples in the batch, g_j the gradient of
+micro-batch j's loss.
 
-With a loss that is a mean, loss.backward() adds g_j, and the batch's gradient is Σ_j (m_j/m) g_j. The share m_j/m is put on each parameter's gradient by a
-tensor hook before it is accumulated. So p.grad is right as soon as the last backward pass has ended, for equal and unequal micro-batches alike, and clipping,
-a GradScaler and measurements see the gradient they would see without micro-batches. A loss that is a sum needs no share.
+If the loss is a mean, loss.backward() adds g_j, and the batch's gradient is Σ_j (m_j/m) g_j. A
+tensor hook multiplies each parameter's gradient by m_j/m before it is accumulated. So p.grad is
+right as soon as the last backward pass has ended, for equal and unequal micro-batches alike, and
+clipping, a GradScaler and measurements see the gradient of the whole batch. A loss that is a sum
+needs no weights.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.hooks import RemovableHandle
 
 from adabatch._engine import at_backward_end
-from adabatch.micro_batches.batches import MicroBatches
+from adabatch.distributed.grad_norms import is_sharded
+from adabatch.interfaces import Estimator
+from adabatch.micro_batches.batches import BatchSplit
+from adabatch.micro_batches.search import LossFn, find_micro_batch_size
 
+if TYPE_CHECKING:
+    from adabatch.data.loader import AdaptiveDataLoader
+
+ESTIMATORS = ("per_sample", "micro_batch", "cross_rank")
 CHANGED = (
-    "the gradients were changed between two micro-batches of one batch: by clipping, scaler.unscale_ or scaler.step, or model.zero_grad(). Clip by "
-    "wrap(max_grad_norm=), give the scaler to wrap(grad_scaler=), clear gradients with optimizer.zero_grad(); or do it only if loader.is_last_micro_batch."
+    "the gradients were changed between two micro-batches of one batch: by clipping, or "
+    "model.zero_grad(). Clip by max_grad_norm=, clear gradients with optimizer.zero_grad(); or do "
+    "it only if loader.is_last_micro_batch."
 )
 LR_CHANGED = (
-    "the learning rate changed between two micro-batches of one batch: an lr_scheduler that is stepped for each of them moves too fast. "
-    "Give it to wrap(lr_scheduler=), or step it only if loader.is_last_micro_batch."
+    "the learning rate changed between two micro-batches of one batch: an lr_scheduler that is "
+    "stepped for each of them moves too fast. Pass it as lr_scheduler=, or step it only if "
+    "loader.is_last_micro_batch."
 )
-CLOSURE = "step(closure) would evaluate one micro-batch only: call loss.backward() and optimizer.step() in the loop, or leave max_micro_batch_size away"
-SCALER = "scaler.unscale_ or scaler.step on a micro-batch that is not the batch's last: give the scaler to wrap(grad_scaler=) and call optimizer.step()"
-TWO_SCALERS = "optimizer.step() runs the scaler that was given to wrap(grad_scaler=), its unscale_ and update() too: leave scaler.step(optimizer) and them away"
-UNWEIGHED = (
-    "no gradient passed the hooks that give each micro-batch its share: backward() was not called, or gradients do not go through the parameters' own "
-    "autograd nodes (fully_shard). Train without max_micro_batch_size."
+CLOSURE = (
+    "step(closure) would evaluate one micro-batch only: call loss.backward() and optimizer.step() "
+    "in the loop, or train without micro-batches"
+)
+SCALER = (
+    "scaler.step on a micro-batch that is not the batch's last: pass the scaler as grad_scaler= "
+    "and call optimizer.step()"
+)
+TWO_SCALERS = (
+    "optimizer.step() runs the scaler that was passed as grad_scaler=, its unscale_ and update() "
+    "too: omit scaler.step(optimizer) and them"
+)
+UNWEIGHTED = (
+    "no gradient passed the hooks that weight each micro-batch: backward() was not called, or "
+    "gradients do not go through the parameters' autograd nodes (fully_shard). Train without "
+    "micro-batches."
 )
 
 
 class AccumulatingOptimizer(Optimizer):
-    """An optimizer that waits for a batch's last micro-batch; param_groups, state and everything else are the inner one's.
+    """An optimizer that waits for a batch's last micro-batch; everything else is the inner one's.
 
-    step() steps on the last micro-batch and does nothing on the others; zero_grad() does nothing while gradients are being accumulated, so it may stand
-    before backward() or after step(). On the last micro-batch, in this order: grad_scaler.unscale_, clipping, the step, grad_scaler.update, lr_scheduler.step
-    (not where the scaler skipped the step). While a batch is being accumulated torch.autograd.grad with respect to parameters gives shares as well.
+    step() steps on the last micro-batch and does nothing on the others; zero_grad() does nothing
+    while gradients are accumulated, so it may stand before backward() or after step(). The last
+    step() runs, in this order: grad_scaler.unscale_, clipping, the step, grad_scaler.update,
+    lr_scheduler.step (unless the scaler skipped the step). Each of these is either passed here, or
+    called in the loop where loader.is_last_micro_batch is True: never on another micro-batch.
+
+    param_groups, state and defaults are the inner optimizer's. So lr schedulers may be built with
+    either of the two. torch.autograd.grad with respect to parameters is weighted too while a batch
+    is accumulated.
 
     Args:
         optimizer: the one that steps.
-        micro_batches: of the loader.
-        loss_reduction: 'mean' or 'sum', of the loss over a micro-batch.
-        grad_scaler: a torch.amp.GradScaler; loss.backward() is then scaler.scale(loss).backward().
+        split: of the loader.
+        loss_reduction: "mean" or "sum", of the loss over a micro-batch.
+        grad_scaler: a torch.amp.GradScaler; the loop calls scaler.scale(loss).backward().
         lr_scheduler: stepped after each step of the optimizer.
         max_grad_norm: clips the whole batch's gradient to this norm.
 
@@ -58,15 +87,15 @@ class AccumulatingOptimizer(Optimizer):
         optimizer: the inner one.
 
     Raises:
-        TypeError: an lr_scheduler that is none, or needs a metric.
-        ValueError: max_grad_norm not above 0.
+        TypeError: not an lr_scheduler, or one that needs a metric.
+        ValueError: max_grad_norm is not positive.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
-        >>> micro = MicroBatches(limit=2)
-        >>> optimizer = AccumulatingOptimizer(torch.optim.SGD([weight], lr=1.0), micro)
-        >>> for part, size in enumerate(micro.start(3)):
-        ...     micro.advance(part, size)
+        >>> split = BatchSplit(limit=2)
+        >>> optimizer = AccumulatingOptimizer(torch.optim.SGD([weight], lr=1.0), split)
+        >>> for part, size in enumerate(split.start(3)):
+        ...     split.advance(part, size)
         ...     optimizer.zero_grad()
         ...     (weight * float(part)).backward()
         ...     optimizer.step()
@@ -75,31 +104,31 @@ class AccumulatingOptimizer(Optimizer):
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        micro_batches: MicroBatches,
-        *,
-        loss_reduction: str = "mean",
-        grad_scaler: Any = None,
-        lr_scheduler: LRScheduler | None = None,
+        self, optimizer: Optimizer, split: BatchSplit, *, loss_reduction: str = "mean",
+        grad_scaler: torch.amp.GradScaler | None = None, lr_scheduler: LRScheduler | None = None,
         max_grad_norm: float | None = None,
     ):
-        if lr_scheduler is not None and (not isinstance(lr_scheduler, LRScheduler) or isinstance(lr_scheduler, ReduceLROnPlateau)):
-            kind = type(lr_scheduler).__name__
-            raise TypeError(f"lr_scheduler must be a torch LRScheduler whose step() takes no metric, got {kind}: step ReduceLROnPlateau in your own loop")
-        if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
-            raise ValueError(f"max_grad_norm must be a number > 0 or None, got {max_grad_norm!r}")
-        # Not super().__init__(): there is one set of param_groups and of hooks, the inner optimizer's.
-        self.optimizer, self._micro = optimizer, micro_batches
-        self._weighs = loss_reduction == "mean"
-        self._grad_scaler, self._lr_scheduler, self._max_grad_norm = grad_scaler, lr_scheduler, max_grad_norm
-        self._handles: list[Any] = []
-        self._pending = False
-        self._forget()
+        plain = isinstance(lr_scheduler, LRScheduler)
+        if lr_scheduler is not None and (not plain or isinstance(lr_scheduler, ReduceLROnPlateau)):
+            raise TypeError(
+                "lr_scheduler must be a torch LRScheduler whose step() takes no metric, got "
+                f"{type(lr_scheduler).__name__}: step ReduceLROnPlateau in your loop"
+            )
+        norm = max_grad_norm
+        if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+            raise ValueError(f"max_grad_norm must be a number > 0 or None, got {norm!r}")
+        # Not super().__init__(): there is one set of param_groups and of hooks, the inner one's.
+        self.optimizer, self._split = optimizer, split
+        self._weighted = loss_reduction == "mean"
+        self._grad_scaler, self._lr_scheduler = grad_scaler, lr_scheduler
+        self._max_grad_norm = max_grad_norm
+        self._handles: list[RemovableHandle] = []
+        self._pending = self._in_scaler = False
+        self._reset()
         for group in optimizer.param_groups:
             self._watch(group["params"])
-        micro_batches.accumulates = True
-        micro_batches.listeners.append(self._start)
+        split.accumulates = True
+        split.listeners.append(self._start)
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -110,56 +139,41 @@ class AccumulatingOptimizer(Optimizer):
         return f"AccumulatingOptimizer({self.optimizer!r})"
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the inner optimizer."""
-        # GradScaler.unscale_ asks an optimizer for nothing else, and leaves no mark on the gradients that could be seen afterwards.
-        if self._micro.count > 1 and sys._getframe(1).f_code.co_name == "_unscale_grads_":
-            self._check_scaler()
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:
-        """That of the inner optimizer."""
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Those of the inner optimizer."""
-        return self.optimizer.defaults
-
-    @property
     def _step_supports_amp_scaling(self) -> bool:
-        # A GradScaler asks for this attribute at the start of its step().
-        self._check_scaler()
-        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        """False; a GradScaler reads it at the start of its step(), which must be allowed here."""
+        if not self._in_scaler:
+            if self._grad_scaler is not None:
+                raise RuntimeError(TWO_SCALERS)
+            if not self._split.is_last:
+                raise RuntimeError(SCALER)
+        return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, unless a batch is being accumulated in them."""
         if not self._pending:
             self.optimizer.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Step if the batch is complete.
 
-        Args:
-            closure: must be None.
-            kwargs: handed on to the inner step, for a GradScaler of the caller's own.
-
         Raises:
-            RuntimeError: a closure; gradients or learning rates that were changed between micro-batches.
+            RuntimeError: a closure; gradients or learning rates changed between micro-batches.
         """
         if closure is not None:
             raise RuntimeError(CLOSURE)
-        if self._micro.count > 1:
+        if self._in_scaler:
+            self.optimizer.step()
+            return
+        if self._split.count > 1:
             self._check_lrs()
-            if not self._micro.is_last:
+            if not self._split.is_last:
                 self._check_untouched()
                 return
-            if self._weighs and not self._pending:
-                raise RuntimeError(UNWEIGHED)
+            if self._weighted and not self._pending:
+                raise RuntimeError(UNWEIGHTED)
         # From here on the batch cannot be tried again, whatever fails.
-        self._micro.stepped = True
-        self._step(kwargs)
+        self._split.stepped = True
+        self._step()
         self._pending = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -168,7 +182,7 @@ class AccumulatingOptimizer(Optimizer):
         self._watch(self.optimizer.param_groups[-1]["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the inner optimizer."""
+        """The inner optimizer's state."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -176,52 +190,55 @@ class AccumulatingOptimizer(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def remove(self) -> None:
-        """Take the hooks off the parameters."""
+        """Remove the hooks from the parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     # -- parts of a step
 
-    def _step(self, kwargs: dict[str, Any]) -> None:
+    def _step(self) -> None:
         scaler, skipped = self._grad_scaler, False
         if self._max_grad_norm is not None:
             if scaler is not None:
-                scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_([parameter for group in self.param_groups for parameter in group["params"]], self._max_grad_norm)
+                # On this object, not the inner one: torch refuses it if the loop did it before.
+                scaler.unscale_(self)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         if scaler is None:
-            self.optimizer.step(**kwargs)
+            self.optimizer.step()
         else:
             before = scaler.get_scale()
-            scaler.step(self.optimizer)
+            self._in_scaler = True
+            try:
+                scaler.step(self)
+            finally:
+                self._in_scaler = False
             scaler.update()
             skipped = scaler.get_scale() < before
         if self._lr_scheduler is not None and not skipped:
             self._lr_scheduler.step()
 
     def _start(self) -> None:
-        """A batch begins, perhaps anew: what an unfinished one left in the gradients is dropped."""
+        """A batch begins: what an unfinished one left in the gradients is dropped."""
         if self._pending:
             self.optimizer.zero_grad()
             self._pending = False
-        self._forget()
+        self._reset()
 
-    def _check_scaler(self) -> None:
-        if self._grad_scaler is not None:
-            raise RuntimeError(TWO_SCALERS)
-        if not self._micro.is_last:
-            raise RuntimeError(SCALER)
-
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._lrs: list[float] | None = None
         self._watched: Tensor | None = None
         self._noted: tuple[Tensor | None, int] | None = None
 
     def _watch(self, parameters: list[Tensor]) -> None:
-        self._handles += [parameter.register_hook(functools.partial(self._weigh, parameter)) for parameter in parameters if parameter.requires_grad]
+        self._handles += [
+            parameter.register_hook(functools.partial(self._weight, parameter))
+            for parameter in parameters if parameter.requires_grad
+        ]
 
-    def _weigh(self, parameter: Tensor, grad: Tensor) -> Tensor | None:
-        if self._micro.count == 1:
+    def _weight(self, parameter: Tensor, grad: Tensor) -> Tensor | None:
+        if self._split.count == 1:
             return None
         self._pending = True
         if self._watched is None:
@@ -229,7 +246,7 @@ class AccumulatingOptimizer(Optimizer):
         if parameter is self._watched:
             self._check_untouched()
             at_backward_end(self._note)
-        return grad * self._micro.share if self._weighs else None
+        return grad * self._split.fraction if self._weighted else None
 
     def _note(self) -> None:
         if self._watched is not None:
@@ -237,15 +254,132 @@ class AccumulatingOptimizer(Optimizer):
             self._noted = grad, -1 if grad is None else grad._version
 
     def _check_untouched(self) -> None:
-        """One parameter is looked at: clipping and unscaling change all."""
-        if self._noted is None:
+        """Look at one parameter: clipping and zero_grad() change all of them."""
+        if self._noted is None or self._watched is None:
             return
         grad, version = self._noted
         if self._watched.grad is not grad or (grad is not None and grad._version != version):
             raise RuntimeError(CHANGED)
 
     def _check_lrs(self) -> None:
-        lrs = [float(group["lr"]) for group in self.param_groups]
+        lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         if self._lrs is not None and self._lrs != lrs:
             raise RuntimeError(LR_CHANGED)
         self._lrs = lrs
+
+
+class MicroBatching:
+    """The micro-batches of one wrap() call.
+
+    Args:
+        loader: its micro_batches are set.
+        limit: the largest micro-batch, "auto", or None for whole batches.
+        accumulate: backward passes per step in a user's own accumulation; 1 with micro-batches.
+        estimator: one of ESTIMATORS.
+        loss_fn: for "auto".
+
+    Raises:
+        ValueError: arguments that do not go together.
+        TypeError: a limit that is not an integer.
+
+    Example:
+        >>> from adabatch import AdaptiveDataLoader
+        >>> loader = AdaptiveDataLoader(range(8), 8)
+        >>> MicroBatching(loader, 3, 1, "per_sample", None).find_limit(None, None, None, 8)
+        >>> len(loader)
+        3
+    """
+
+    def __init__(
+        self, loader: AdaptiveDataLoader, limit: int | str | None, accumulate: int, estimator: str,
+        loss_fn: LossFn | None,
+    ):
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
+        if isinstance(limit, str) and limit != "auto":
+            raise ValueError(
+                f"the micro-batch limit must be a positive integer, 'auto' or None, got {limit!r}"
+            )
+        self._wanted = limit is not None or estimator == "micro_batch"
+        if self._wanted and accumulate != 1:
+            raise ValueError(
+                f"micro-batches are accumulated already: leave accumulate at 1, got {accumulate}"
+            )
+        if limit == "auto" and loss_fn is None:
+            raise ValueError(
+                "micro-batches 'auto' tries steps: pass loss_fn=, (model, batch) -> the loss that "
+                "you differentiate"
+            )
+        # Checked here, before hooks are placed anywhere.
+        self._limit = "auto" if isinstance(limit, str) else BatchSplit(limit).limit
+        self._loader, self._loss_fn, self._accumulate = loader, loss_fn, accumulate
+        split = loader.micro_batches
+        self._before = split.limit, split.at_least, split.accumulates, list(split.listeners)
+
+    def find_limit(
+        self, model: nn.Module, optimizer: Optimizer, hooks: Estimator, largest: int
+    ) -> None:
+        """Set the limit; "auto" searches for it while the hooks' memory is in use.
+
+        Processes may find different limits: `DistributedSetup.agree_on_limit` takes the smallest.
+        """
+        limit = self._limit
+        if isinstance(limit, str):
+            state = hooks.state_dict()
+            limit = self._search(model, optimizer, largest)
+            hooks.reset()
+            hooks.load_state_dict(state)
+        self._loader.micro_batches.limit = limit
+
+    def _search(self, model: nn.Module, optimizer: Optimizer, largest: int) -> int:
+        loader, loss_fn = self._loader, self._loss_fn
+        assert loss_fn is not None
+        world_size = loader.batch_sampler.shard.world_size
+        if world_size == 1:
+            return find_micro_batch_size(model, optimizer, loader, loss_fn, largest=largest)
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            raise ValueError(
+                "micro-batches 'auto' cannot try sizes on a sharded model, whose processes wait "
+                "for each other: pass a number"
+            )
+        # No process waits for another whose memory ran out.
+        largest = -(-largest // world_size)
+        with getattr(model, "no_sync", nullcontext)():
+            return find_micro_batch_size(model, optimizer, loader, loss_fn, largest=largest)
+
+    def accumulating(
+        self, optimizer: Optimizer, hooks: Estimator, *, grad_scaler: torch.amp.GradScaler | None,
+        lr_scheduler: LRScheduler | None, max_grad_norm: float | None,
+    ) -> Optimizer:
+        """The optimizer that waits for the last micro-batch; `optimizer` if it has nothing to do."""
+        if not self._wanted and lr_scheduler is None and max_grad_norm is None:
+            return optimizer
+        split = self._loader.micro_batches
+        proxy = AccumulatingOptimizer(
+            optimizer, split, loss_reduction=hooks.loss_reduction, grad_scaler=grad_scaler,
+            lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm,
+        )
+        if self._accumulate != 1:
+            split.accumulates = False  # a user's own accumulation: batches come whole
+            return proxy
+        self._loader.learn_layout()
+        hooks.by_samples = True
+        split.listeners.append(_PassesOfBatch(hooks, split))
+        return proxy
+
+    def undo(self) -> None:
+        """Leave the loader as it was."""
+        split = self._loader.micro_batches
+        split.limit, split.at_least, split.accumulates, split.listeners = self._before
+
+
+class _PassesOfBatch:
+    """Sets the number of backward passes of each batch, and discards those of a failed attempt."""
+
+    def __init__(self, hooks: Estimator, split: BatchSplit):
+        self._hooks, self._split = hooks, split
+
+    def __call__(self) -> None:
+        if self._split.is_retry:
+            self._hooks.reset()
+        self._hooks.accumulate = self._split.count

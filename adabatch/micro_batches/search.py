@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
-from adabatch.data.loader import AdaptiveDataLoader
+from adabatch.data.rng import generators_restored
 from adabatch.micro_batches.batches import free_memory, is_out_of_memory
 
-# So many different samples are repeated to fill a batch: memory depends on shapes, and reading a large batch could take long.
+if TYPE_CHECKING:
+    from adabatch.data.loader import AdaptiveDataLoader
+
+# Different samples that are repeated to fill a batch: memory depends on shapes, and reading a
+# large batch could take long.
 _SAMPLES = 16
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def find_micro_batch_size(
-    model: nn.Module, optimizer: Optimizer, loader: AdaptiveDataLoader, loss_fn: LossFn, *, largest: int, margin: float = 0.1, samples: int = _SAMPLES
+    model: nn.Module, optimizer: Optimizer, loader: AdaptiveDataLoader, loss_fn: LossFn, *,
+    largest: int, margin: float = 0.1, samples: int = _SAMPLES,
 ) -> int:
-    """Tries 2, 4, 8, … samples until memory runs out, halves between the last that fitted and the first that did not, and takes off a margin.
+    """The largest size that fits, less a margin: 2, 4, 8, … until memory runs out, then bisection.
 
-    A trial is a whole step, forward, backward and optimizer.step(), because the optimizer's state takes memory too. Model, gradients, optimizer and the random
-    states of torch, NumPy and Python are put back. Where samples differ in length, memory depends on the longest: put loader.retrying() around the loop too.
+    A trial is a whole step, forward, backward and optimizer.step(), because the optimizer's state
+    takes memory too. Model, gradients, optimizer and the random states of torch, NumPy and Python
+    are restored. Where samples differ in length, memory depends on the longest: put
+    loader.retrying() around the loop too.
 
     Args:
         model, optimizer: as they will be trained.
         loader: its data set and collate_fn make the batches.
-        loss_fn: (model, batch) -> the scalar loss that is differentiated; it moves the batch to the model's device.
-        largest: no more is tried; where it fits, it is the answer.
-        margin: share of the largest size that fitted which is left free.
-        samples: so many different samples are repeated to fill the batches.
+        loss_fn: (model, batch) -> the scalar loss that is differentiated; it moves the batch to
+            the model's device.
+        largest: the largest size tried; where it fits, it is the answer.
+        margin: fraction of the largest size that fitted which is left free.
+        samples: number of different samples, repeated to fill the batches.
 
     Returns:
         A micro-batch size from 1 to `largest`.
@@ -48,13 +54,15 @@ def find_micro_batch_size(
         ValueError: an empty data set, or a margin outside [0, 1).
 
     Example:
+        >>> from adabatch import AdaptiveDataLoader
         >>> model = nn.Linear(2, 1)
         >>> loader = AdaptiveDataLoader(torch.randn(9, 2), batch_size=4)
         >>> def loss_fn(model, batch):
         ...     if len(batch) > 50:
         ...         raise torch.OutOfMemoryError("out of memory")
         ...     return model(batch).mean()
-        >>> find_micro_batch_size(model, torch.optim.SGD(model.parameters(), lr=0.1), loader, loss_fn, largest=400, margin=0.0)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> find_micro_batch_size(model, optimizer, loader, loss_fn, largest=400, margin=0.0)
         50
     """
     if not 0 <= margin < 1:
@@ -63,12 +71,15 @@ def find_micro_batch_size(
         few = _few_samples(loader.dataset, samples)
 
         def fits(size: int) -> bool:
-            return _fits(model, optimizer, loss_fn, lambda: loader.collate_fn(list(islice(cycle(few), size))))
+            def make_batch() -> Any:
+                return loader.collate_fn(list(islice(cycle(few), size)))
 
-        fitted, failed = 0, None
+            return _fits(model, optimizer, loss_fn, make_batch)
+
+        fitted, failed = 0, largest + 1
         # Not 1: batch norm refuses it.
         size = min(2, largest)
-        while failed is None and fitted < largest:
+        while fitted < size < failed:
             if fits(size):
                 fitted, size = size, min(2 * size, largest)
             else:
@@ -78,7 +89,10 @@ def find_micro_batch_size(
         if fitted == 0 and size > 1 and fits(1):
             return 1
         if fitted == 0:
-            raise RuntimeError("memory runs out with a micro-batch of one sample: the model, its gradients and the optimizer's state leave no room for it")
+            raise RuntimeError(
+                "memory runs out with a micro-batch of one sample: the model, its gradients and "
+                "the optimizer's state leave no room for it"
+            )
         while failed - fitted > 1 + fitted // 32:
             middle = (fitted + failed) // 2
             if fits(middle):
@@ -95,11 +109,13 @@ def _few_samples(dataset: Any, count: int) -> list[Any]:
     else:
         few = [dataset[index] for index in range(min(count, len(dataset)))]
     if not few:
-        raise ValueError("max_micro_batch_size='auto' needs a sample to try with, but the data set is empty")
+        raise ValueError("micro-batches 'auto' needs a sample to try, but the data set is empty")
     return few
 
 
-def _fits(model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, make_batch: Callable[[], Any]) -> bool:
+def _fits(
+    model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, make_batch: Callable[[], Any]
+) -> bool:
     fitted = False
     try:
         loss_fn(model, make_batch()).backward()
@@ -116,20 +132,19 @@ def _fits(model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, make_batch: C
 @contextmanager
 def _restored(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Puts model, gradients, optimizer state and random states back."""
-    weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()
+               if isinstance(value, Tensor)}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grads = [parameter.grad for parameter in parameters]
-    state = copy.deepcopy(dict(optimizer.state.items()), memo={id(parameter): parameter for parameter in parameters})
+    same = {id(parameter): parameter for parameter in parameters}
+    state = copy.deepcopy(dict(optimizer.state.items()), memo=same)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 the generator that data sets use is the global one
     for parameter in parameters:
         parameter.grad = None
     try:
-        with torch.random.fork_rng(devices):
+        with generators_restored(), torch.random.fork_rng(devices):
             yield
     finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 if name in weights:

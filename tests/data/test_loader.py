@@ -53,7 +53,7 @@ def test_recent_is_what_was_delivered_not_what_workers_drew_ahead(persistent):
 def test_the_sampler_alone_records_what_it_drew():
     sampler = ResizableBatchSampler(10, 4)
     assert sampler.runs_ahead
-    assert not getattr(AdaptiveDataLoader(Numbers(3)), "runs_ahead", False)
+    assert not AdaptiveDataLoader(Numbers(3)).runs_ahead
     iterator = iter(sampler)
     next(iterator)
     sampler.batch_size = 5
@@ -152,8 +152,8 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: AdaptiveDataLoader(Stream(), shuffle=True), ValueError, r"iterable-style \(Stream\).*leave shuffle and sampler away"),
-        (lambda: AdaptiveDataLoader(Numbers(3), shuffle=True, sampler=[1]), ValueError, "either sampler= or shuffle=True"),
+        (lambda: AdaptiveDataLoader(Stream(), shuffle=True), ValueError, r"iterable-style \(Stream\).*omit shuffle and sampler"),
+        (lambda: AdaptiveDataLoader(Numbers(3), shuffle=True, sampler=[1]), ValueError, "sampler= or shuffle=True, not both"),
         (lambda: AdaptiveDataLoader(Numbers(3), num_workers=1, in_order=False), ValueError, "in_order=False lets batches overtake"),
         (lambda: AdaptiveDataLoader(Numbers(3), batch_size=0), ValueError, "batch_size must be an integer >= 1, got 0"),
         (lambda: AdaptiveDataLoader.from_loader([1, 2]), TypeError, "got list"),

@@ -197,7 +197,7 @@ def a_group_of_some_processes(folder: Path) -> None:
     if dist.get_rank() < 2:
         model = DistributedDataParallel(make_model(), process_group=pair)
         *_, loader, scheduler = wrap(model, group=pair)
-        assert loader.batch_sampler.processes.world_size == 2
+        assert loader.batch_sampler.shard.world_size == 2
         scheduler.remove()
     assert_same(train("ddp", steps=20), train("alone", steps=20))
 

@@ -41,7 +41,7 @@ class Delivered:
     """A sampler that has delivered `share` of `last_size` samples to this process."""
 
     def __init__(self, share, last_size):
-        self.share, self.last_size, self.n_batches = share, last_size, 1
+        self.last_local_size, self.last_size, self.n_batches = share, last_size, 1
 
 
 @pytest.mark.parametrize(("summed", "weight"), [(False, 2 * 5 / 9), (True, 2.0)])
@@ -98,7 +98,7 @@ def test_shares_of_accumulated_batches():
     shard = BatchShard(2, sampler)
     shard.record()
     shard.record()
-    sampler.n_batches, sampler.share, sampler.last_size = 2, 4, 9
+    sampler.n_batches, sampler.last_local_size, sampler.last_size = 2, 4, 9
     shard.record()
     assert shard.fraction_of(1) == 4 / 9
     assert shard.fraction_of(2) == 0.5

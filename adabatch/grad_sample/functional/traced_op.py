@@ -217,8 +217,7 @@ def _pull_to_parameter(place: _Place, grad: Tensor) -> tuple[str, Tensor] | None
                        for each in index):
                 return None
             whole = grad.new_zeros(len(grad), *parents[0].shape)
-            own_rows = (slice(None), *index)
-            whole[own_rows] = grad
+            whole[(slice(None), *index)] = grad
             grad = whole
         else:
             return None

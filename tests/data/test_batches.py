@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 
 from adabatch import AdaptiveDataLoader
 from adabatch.data import pad_right
-from adabatch.data.joining import cut, join, learn_layout
+from adabatch.data.batches import cut, join, learn_layout
 
 Pair = namedtuple("Pair", "first second")
 

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-import adabatch
 from adabatch import AdaptiveDataLoader, ResizableBatchSampler
 from adabatch.data import KeyedPermutation
 from tests.data.streams import Augmented, Counting, Numbers, Plain, Restartable, through_a_file
@@ -66,7 +65,7 @@ def together(loaders, sizes, stop=None):
             assert left < (size if loaders[0].drop_last else 1)
             break
         batches = [torch.cat(pieces).tolist() for pieces in parts]
-        shares = [loader.share for loader in loaders]
+        shares = [loader.last_local_size for loader in loaders]
         assert max(shares) - min(shares) <= 1
         assert {loader.last_size for loader in loaders} == {sum(shares)}
         assert len({(loader.position, loader.samples_left, len(loader), tuple(loader.recent[-1])) for loader in loaders}) == 1
@@ -167,7 +166,7 @@ def test_with_workers_augmentation_and_micro_batches_as_with_one_process(collate
     def epoch(world, workers):
         rows = []
         for rank in range(world):
-            loader = AdaptiveDataLoader(Augmented(101), 12, True, seed=4, num_workers=workers, rank=rank, world_size=world, collate_in=collate_in)
+            loader = AdaptiveDataLoader(Augmented(101), 12, True, seed=4, num_workers=workers, rank=rank, world_size=world, collate_in=collate_in, seed_samples=True)
             loader.micro_batches.limit = 4
             counts = []
             for batch in loader:
@@ -206,7 +205,7 @@ def test_iterable_data_sets_keep_one_of_every_world_size(kind, workers):
         mine = []
         for batch in loader:
             mine.append(len(batch))
-            assert (loader.share, loader.last_size) == (len(batch), 3 * len(batch))
+            assert (loader.last_local_size, loader.last_size) == (len(batch), 3 * len(batch))
             seen += batch.tolist()
             loader.batch_size = 3 + 5 * (loader.n_batches % 3)
         batches.add(tuple(mine))
@@ -275,7 +274,7 @@ def test_a_distributed_sampler_is_taken_over(shuffle, rank, caplog):
     plain = DataLoader(data, 4, sampler=DistributedSampler(data, 2, rank, shuffle=shuffle, seed=6), num_workers=0)
     with caplog.at_level(logging.INFO, "adabatch"):
         loader = AdaptiveDataLoader.from_loader(plain)
-    assert "DistributedSampler is taken over" in caplog.text
+    assert "DistributedSampler is replaced" in caplog.text
     assert (loader.batch_size, loader.batch_sampler.shuffle, loader.batch_sampler.seed) == (8, shuffle, 6)
     order = KeyedPermutation(23, 6, 0)(slice(None)).tolist() if shuffle else list(range(23))
     assert list(chain.from_iterable(batch.tolist() for batch in loader)) == order[rank::2]
@@ -299,7 +298,7 @@ class NoLength:
     ("arguments", "error", "message"),
     [
         ({"batch_size": 3}, ValueError, "each of the 4 processes needs a sample of it: it must be an integer >= 4, got 3"),
-        ({"dataset": Numbers(3)}, ValueError, "an epoch of 3 samples gives not every one of 4 processes"),
+        ({"dataset": Numbers(3)}, ValueError, "an epoch of 3 samples cannot give each of 4 processes"),
         ({"sampler": [1, 2, 0]}, ValueError, "an epoch of 3 samples"),
         ({"rank": 4}, ValueError, "rank must be an integer from 0 to 3, got 4"),
         ({"rank": -1}, ValueError, "rank must be an integer from 0 to 3, got -1"),
@@ -322,37 +321,3 @@ def test_a_size_below_the_number_of_processes_is_refused_and_nothing_changes():
     alone = AdaptiveDataLoader(Numbers(20), 2)
     loader.load_state_dict(alone.state_dict())
     assert loader.batch_size == 4
-
-
-def test_retrying_is_refused_in_one_of_many():
-    loader = AdaptiveDataLoader(Numbers(20), 8, rank=1, world_size=4)
-    loader.micro_batches.accumulates = True
-    with pytest.raises(RuntimeError, match="would leave the others waiting"), loader.retrying():
-        pass
-
-
-class Sharded(torch.nn.Linear):
-    def __init__(self):
-        super().__init__(1, 1)
-        self.weight.full_tensor = lambda: None
-
-
-@pytest.mark.parametrize("kind", [torch.nn.Linear, Sharded])
-def test_the_largest_micro_batch_of_one_in_many(kind):
-    loader = AdaptiveDataLoader(torch.ones(40, 1), 12, rank=1, world_size=3)
-    model = kind(1, 1) if kind is torch.nn.Linear else kind()
-    optimizer, tried = torch.optim.SGD(model.parameters(), lr=0.1), []
-
-    def loss_fn(model, batch):
-        tried.append(len(batch))
-        return model(batch).mean()
-
-    def build():
-        return adabatch.wrap(model, optimizer, loader, min_batch_size=3, max_batch_size=32, max_micro_batch_size="auto", loss_fn=loss_fn)
-
-    if kind is Sharded:
-        with pytest.raises(ValueError, match="on a sharded model"):
-            build()
-        return
-    build()
-    assert max(tried) == loader.micro_batches.limit == 11

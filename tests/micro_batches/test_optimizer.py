@@ -1,4 +1,4 @@
-"""Micro-batches: the same loop, the same gradients, the same measurements as with the whole batch."""
+"""AccumulatingOptimizer: the same loop, gradients and measurements as with the whole batch."""
 
 import copy
 import warnings
@@ -12,43 +12,9 @@ from torch.utils.data import DataLoader
 
 import adabatch
 from adabatch.data import AdaptiveDataLoader
+from tests.micro_batches.runs import LOSSES, make, train
 from tests.oracle import per_sample_grads
 from tests.scripted import Indexed, Wishes, regression
-
-SIZES = (20, 7, 33, 12, 1, 40, 5, 23)
-LOSSES = {"mean": lambda outputs, targets: (outputs - targets).square().mean(), "sum": lambda outputs, targets: (outputs - targets).square().sum() / 100}
-
-
-def make(limit=None, *, proposals=SIZES, optimizer=SGD, lr=0.05, model=None, loss_reduction="mean", loader_options=None, n=240, **options):
-    torch.manual_seed(0)
-    model = model or nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-    inner = optimizer(model.parameters(), lr=lr)
-    data = Indexed(n)
-    data.inputs, data.targets = data.inputs.double(), data.targets.double()
-    loader = AdaptiveDataLoader(data, 16, **(loader_options or {}))
-    if callable(options.get("lr_scheduler")):
-        options["lr_scheduler"] = options["lr_scheduler"](inner)
-    options = {"min_batch_size": 1, "max_batch_size": 64, "effective_lr": lambda group: group["lr"], **options}
-    controller = Wishes(*proposals)
-    return model, *adabatch.wrap(model, inner, loader, controller=controller, loss_reduction=loss_reduction, max_micro_batch_size=limit, **options)
-
-
-def train(model, optimizer, loader, scheduler, reduction="mean", zero="first", epochs=1, scaler=None):
-    """The loop as it is without micro-batches; (indices of each piece, the weights after each)."""
-    pieces, weights = [], []
-    for _ in range(epochs):
-        for indices, inputs, targets in loader:
-            if zero == "first":
-                optimizer.zero_grad()
-            loss = LOSSES[reduction](model(inputs), targets)
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            optimizer.step()
-            scheduler.step(loss)
-            if zero == "last":
-                optimizer.zero_grad()
-            pieces.append(indices.tolist())
-            weights.append([parameter.detach().clone() for parameter in model.parameters()])
-    return pieces, weights
 
 
 @pytest.mark.parametrize("zero", ["first", "last"])
@@ -151,16 +117,18 @@ def misuse_clip(model, optimizer, loader, loss):
     optimizer.step()
 
 
-def misuse_scaler(model, optimizer, loader, loss, scaler=None):
+def misuse_scaler(model, optimizer, loader, loss):
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss).backward()
     scaler.step(optimizer)
 
 
+SCALER = torch.amp.GradScaler("cpu")
+
+
 def misuse_unscale(model, optimizer, loader, loss):
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
+    SCALER.scale(loss).backward()
+    SCALER.unscale_(optimizer)
     optimizer.step()
 
 
@@ -187,7 +155,7 @@ def misuse_checkpoint(model, optimizer, loader, loss):
 MISUSES = {
     "clip": (misuse_clip, r"changed between two micro-batches.*max_grad_norm="),
     "scaler": (misuse_scaler, r"not the batch's last.*grad_scaler="),
-    "unscale": (misuse_unscale, r"scaler.unscale_.*grad_scaler="),
+    "unscale": (misuse_unscale, r"unscale_\(\) has already been called"),  # torch says so
     "model.zero_grad": (misuse_model_zero_grad, r"optimizer.zero_grad\(\)"),
     "lr": (misuse_lr, r"learning rate changed.*lr_scheduler="),
     "closure": (misuse_closure, r"closure.*loss.backward\(\)"),
@@ -205,6 +173,48 @@ def test_misuse_raises_with_the_cure(misuse, message):
 
     with pytest.raises(RuntimeError, match=message):
         loop()
+
+
+class Fused(SGD):
+    """Counts on grad_scale and found_inf as fused optimizers do, where a scaler sets them."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure=None):
+        assert not hasattr(self, "grad_scale")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_the_loop_may_not_scale_twice(unscale, clip):
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    model, optimizer, loader, _ = make(6, grad_scaler=scaler, max_grad_norm=clip, optimizer=Fused)
+    plain = make(6, max_grad_norm=clip)
+
+    def loop():
+        for _, inputs, targets in loader:
+            scaler.scale(LOSSES["mean"](model(inputs), targets)).backward()
+            if loader.is_last_micro_batch and unscale:
+                scaler.unscale_(optimizer)
+            optimizer.step()
+            if loader.is_last_micro_batch:
+                break
+
+    if unscale and clip:
+        with pytest.raises(RuntimeError, match="already been called"):
+            loop()
+        return
+    loop()
+    for _, inputs, targets in plain[2]:
+        LOSSES["mean"](plain[0](inputs), targets).backward()
+        plain[1].step()
+        if plain[2].is_last_micro_batch:
+            break
+    for ours, theirs in zip(model.parameters(), plain[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    with pytest.raises(RuntimeError, match="runs the scaler that was passed"):
+        scaler.step(optimizer)
 
 
 def test_by_hand_on_the_last_piece_everything_is_allowed():
@@ -227,8 +237,8 @@ def test_by_hand_on_the_last_piece_everything_is_allowed():
 
 
 WRONG = {
-    "zero": ({"limit": 0}, ValueError, "max_micro_batch_size must be an integer >= 1, got 0"),
-    "float": ({"limit": 2.5}, TypeError, "max_micro_batch_size .* got 2.5"),
+    "zero": ({"limit": 0}, ValueError, "micro-batch limit must be an integer >= 1, got 0"),
+    "float": ({"limit": 2.5}, TypeError, "micro-batch limit .* got 2.5"),
     "word": ({"limit": "big"}, ValueError, "'auto' or None, got 'big'"),
     "auto-without": ({"limit": "auto"}, ValueError, "pass loss_fn="),
     "accumulate": ({"limit": 4, "accumulate": 2}, ValueError, "leave accumulate at 1, got 2"),
@@ -245,135 +255,6 @@ def test_wrong_arguments_leave_nothing_behind(options, error, message):
         make(options.pop("limit", None) if "limit" in options else None, model=model, **copy.copy(options))
     assert not model._forward_hooks
     assert not model.weight._backward_hooks
-
-
-# Running out of memory
-
-
-def run_out(above, calls):
-    def forward_hook(module, args):
-        calls.append(len(args[0]))
-        if len(args[0]) > above:
-            raise torch.OutOfMemoryError("CUDA out of memory (a fake)")
-
-    return forward_hook
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("collate_in", ["worker", "consumer"])
-def test_retrying_halves_and_loses_nothing(workers, collate_in):
-    options = {"num_workers": workers, "collate_in": collate_in}
-    _, expected = train(*make(None, loader_options=options), epochs=1)
-    model, optimizer, loader, scheduler = make(40, loader_options=options)
-    calls = []
-    model[2].register_forward_pre_hook(run_out(9, calls))
-    done = []
-    for indices, inputs, targets in loader:
-        with loader.retrying():
-            optimizer.zero_grad()
-            loss = LOSSES["mean"](model(inputs), targets)
-            loss.backward()
-            optimizer.step()
-            scheduler.step(loss)
-            done.append(indices.tolist())
-    assert loader.micro_batches.limit <= 9
-    assert max(calls) > 9
-    for ours, theirs in zip(model.parameters(), expected[-1], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    assert scheduler.samples_seen == 240
-
-
-def test_retrying_in_the_middle_of_a_batch_starts_it_anew():
-    model, optimizer, loader, scheduler = make(8, proposals=[32])
-    loader.batch_size = 32
-    failing = iter([False, False, True, *[False] * 1000])
-    pieces = []
-    for indices, inputs, targets in loader:
-        with loader.retrying():
-            loss = LOSSES["mean"](model(inputs), targets)
-            loss.backward()
-            if next(failing):
-                raise torch.OutOfMemoryError("a fake")
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step(loss)
-        pieces.append(indices.tolist())
-    assert [len(piece) for piece in pieces[:11]] == [8, 8, 8, *[4] * 8]
-    assert [index for piece in pieces[3:11] for index in piece] == list(range(32))
-    whole = make(None, proposals=[32])
-    whole[2].batch_size = 32
-    _, expected = train(*whole, epochs=1)
-    for ours, theirs in zip(model.parameters(), expected[-1], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-
-
-def failing_loop(loader, error, change=False):
-    for _, inputs, _ in loader:
-        with loader.retrying():
-            if change:
-                inputs += 1
-            raise error
-
-
-def test_what_cannot_be_retried_is_raised():
-    loader = make(8)[2]
-    with pytest.raises(ValueError, match="mine"):
-        failing_loop(loader, ValueError("mine"))
-    with pytest.raises(torch.OutOfMemoryError):
-        failing_loop(loader, torch.OutOfMemoryError("even one sample is too much"))
-    assert loader.micro_batches.limit == 1
-    with pytest.raises(RuntimeError, match="max_micro_batch_size"):
-        failing_loop(AdaptiveDataLoader(Indexed(), 4), torch.OutOfMemoryError("a fake"))
-
-
-def test_a_batch_changed_in_place_is_not_tried_again():
-    with pytest.raises(RuntimeError, match=r"changed in place.*inputs = inputs / 255"):
-        failing_loop(make(8)[2], torch.OutOfMemoryError("a fake"), change=True)
-
-
-def test_a_step_that_was_taken_is_not_taken_twice():
-    model, optimizer, loader, _ = make(8)
-
-    def loop():
-        for _, inputs, targets in loader:
-            with loader.retrying():
-                LOSSES["mean"](model(inputs), targets).backward()
-                optimizer.step()
-                if loader.is_last_micro_batch:
-                    raise torch.OutOfMemoryError("after the step")
-
-    with pytest.raises(torch.OutOfMemoryError, match="after the step"):
-        loop()
-
-
-def test_auto_finds_the_largest_that_fits_and_puts_everything_back():
-    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 1)).double()
-    tried = []
-
-    def loss_fn(model, batch):
-        tried.append(len(batch[1]))
-        if len(batch[1]) > 21:
-            raise torch.OutOfMemoryError("a fake")
-        return LOSSES["mean"](model(batch[1]), batch[2])
-
-    before = copy.deepcopy(model.state_dict())
-    torch.manual_seed(0)
-    random_state = torch.get_rng_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, optimizer, loader, _ = make("auto", model=model, optimizer=Adam, loss_fn=loss_fn, estimator="micro_batch", max_batch_size=200)
-    assert loader.micro_batches.limit == int(21 * 0.9)
-    assert tried[:5] == [2, 4, 8, 16, 32]
-    assert max(tried) == 32
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not optimizer.state
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_auto_with_room_for_the_largest_batch():
-    _, _, loader, _ = make("auto", loss_fn=lambda model, batch: model(batch[1]).mean(), max_batch_size=50)
-    assert loader.micro_batches.limit == 50
 
 
 # The estimator from micro-batches

@@ -1,0 +1,419 @@
+"""One pass through the data: the chunks to request, the batches delivered, where to resume."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from adabatch.data.batches import PER_SAMPLE, cut, join, learn_layout
+from adabatch.data.chunks import ChunkBuffer, ChunkPlan, Reply, Request
+from adabatch.data.order import Stateful
+from adabatch.data.rng import mix
+from adabatch.data.sampler import ResizableBatchSampler
+
+if TYPE_CHECKING:
+    from adabatch.data.loader import AdaptiveDataLoader
+    from adabatch.micro_batches.batches import BatchSplit
+
+# Unequal local sizes repeat after world_size batches at most; workers fetch only a few ahead.
+_PLANNED = 16
+_CHANGED_IN_PLACE = (
+    "the batch cannot be tried again, because its tensors were changed in place. Write "
+    "inputs = inputs / 255 instead of inputs /= 255, or set a lower limit of micro-batches to "
+    "begin with."
+)
+
+State = dict[str, Any]
+Cut = Callable[[Any, int, int], Any]
+
+
+@dataclass
+class _Drawn:
+    """A chunk that was requested and is not yet wholly delivered.
+
+    `state` is that of its source: before the chunk (map-style; `start` is its position in the
+    order) or after it (iterable).
+    """
+
+    size: int
+    worker: int = 0
+    state: Any = None
+    arrived: bool = False
+    start: int = 0
+
+
+class Epoch:
+    """An epoch of a map-style data set.
+
+    Args:
+        sampler: keeps the position, in samples delivered.
+        iterator_id: of the sampler's newest iterator.
+        plan: sizes of the chunks.
+        progress: what state() gave in the run that is resumed.
+    """
+
+    # The last chunk's state is kept when it is delivered: that of an exhausted sampler may already
+    # be the next epoch's.
+    _keeps = 1
+
+    def __init__(
+        self, sampler: ResizableBatchSampler, iterator_id: int, plan: ChunkPlan,
+        progress: State | None = None,
+    ):
+        self.plan = plan
+        self._sampler, self._iterator_id = sampler, iterator_id
+        self._skip = 0 if progress is None else progress["skip"]
+        self._stream = mix(sampler.seed, sampler.epoch)
+        self._outstanding: deque[_Drawn] = deque()
+        self._offset = 0
+        # The next position to request, and how far a user's sampler has been iterated.
+        self._next = sampler.shard.first(sampler.position)
+        self._reached = sampler.position - self._skip
+
+    def requests(self) -> Iterator[Request]:
+        """The chunks in the sampler's order, each drawn when the engine has room for it."""
+        sampler, world = self._sampler, self._sampler.shard.world_size
+        stateful, epoch = isinstance(sampler.sampler, Stateful), sampler.epoch
+        order = sampler.open_order(self._iterator_id, self._skip)
+        while True:
+            before = copy.deepcopy(sampler.sampler.state_dict()) if stateful else None
+            indices = list(islice(order, self.plan.next_size()))
+            if not indices:
+                return
+            if stateful:
+                drawn = _Drawn(len(indices), state=before, arrived=True, start=self._reached)
+                self._outstanding.append(drawn)
+            at, self._next = self._next, self._next + len(indices) * world
+            self._reached = self._next - world + 1  # this process's last index was taken last
+            yield Request(self._iterator_id, epoch, self._stream, at, indices, world)
+
+    def received(self, reply: Reply, cut: Cut) -> Reply:
+        """A chunk arrived; returns what of it is to be delivered."""
+        return reply
+
+    def delivered(self, n: int) -> None:
+        """`n` further samples were handed to the training loop."""
+        self._offset += n
+        waiting = self._outstanding
+        while len(waiting) > self._keeps and waiting[0].arrived and self._offset >= waiting[0].size:
+            drawn = waiting.popleft()
+            self._offset -= drawn.size
+            self._passed(drawn)
+
+    def _passed(self, drawn: _Drawn) -> None:
+        pass
+
+    def state(self, sampler_state: State) -> tuple[State, State | None]:
+        """(the sampler's state, what else is needed to resume), at the samples delivered."""
+        current = self._sampler.is_current(self._iterator_id)
+        if sampler_state["sampler"] is None or not current:
+            return sampler_state, None
+        if self._outstanding:
+            front = self._outstanding[0]
+            skip = sampler_state["position"] - front.start
+            return {**sampler_state, "sampler": front.state}, {"skip": skip}
+        return sampler_state, {"skip": sampler_state["position"] - self._reached}
+
+
+def check_same_streams(progress: State, **here: int) -> None:
+    """Refuse to resume an iterable data set where workers or processes would divide it otherwise.
+
+    Raises:
+        ValueError: another number of workers or processes than saved.
+    """
+    for name, number in here.items():
+        saved = progress.get(name, 1)
+        if saved != number:
+            raise ValueError(
+                "the order of an iterable data set depends on the number of workers and "
+                f"processes: saved with {saved}, here {number}. Resume with the same {name}."
+            )
+
+
+class StreamEpoch(Epoch):
+    """An epoch of an iterable data set: chunk k comes from worker k modulo the number of workers.
+
+    On resuming, empty requests let the first real one reach the worker whose turn it was, and
+    chunks that were drawn and not delivered are drawn again in their sizes: the rest of the order
+    is the same.
+    """
+
+    _keeps = 0
+
+    def __init__(
+        self, sampler: ResizableBatchSampler, iterator_id: int, plan: ChunkPlan,
+        progress: State | None, workers: int,
+    ):
+        super().__init__(sampler, iterator_id, plan)
+        self._num_workers, self._workers = workers, max(1, workers)
+        self._states: list[Any] = [None] * self._workers
+        self._ended: set[int] = set()
+        self._again: list[int] = []
+        self._turn = self._drop = 0
+        if progress is not None:
+            self._states, self._again = list(progress["states"]), list(progress["chunks"])
+            self._turn, self._drop = progress["worker"], progress["offset"]
+            plan.requested, plan.drawn = progress["requested"], progress["drawn"]
+        self._first = list(self._states)
+        self._offset = self._drop
+        self._stateless = False
+        self._awaited: deque[tuple[_Drawn, int]] = deque()
+
+    def requests(self) -> Iterator[Request]:
+        epoch = self._sampler.epoch
+        self._sampler.open_order(self._iterator_id)
+        for turn in count():
+            worker, real = turn % self._workers, turn >= self._turn
+            if real and len(self._ended) == self._workers:
+                return
+            size = 0
+            if real:
+                size = self._again.pop(0) if self._again else self.plan.next_size()
+            drawn = _Drawn(size, worker)
+            self._awaited.append((drawn, size))
+            if real:
+                self._outstanding.append(drawn)
+            restore = self._first[worker] if turn < self._workers else None
+            yield Request(self._iterator_id, epoch, self._stream, 0, range(size), restore=restore)
+
+    def received(self, reply: Reply, cut: Cut) -> Reply:
+        drawn, requested = self._awaited.popleft()
+        drawn.size, drawn.state, drawn.arrived = reply.n, reply.state, True
+        self._stateless |= reply.state is None
+        if reply.ended:
+            self._ended.add(drawn.worker)
+            self.plan.drawn -= requested - reply.n
+        if not requested or not self._drop:
+            return reply
+        dropped, self._drop = self._drop, 0
+        return reply._replace(batch=cut(reply.batch, dropped, reply.n), n=reply.n - dropped)
+
+    def _passed(self, drawn: _Drawn) -> None:
+        self._states[drawn.worker] = drawn.state
+
+    def state(self, sampler_state: State) -> tuple[State, State | None]:
+        if not self._sampler.position:
+            return sampler_state, None
+        if self._stateless:
+            name = type(self._sampler.sampler.dataset).__name__
+            raise TypeError(
+                f"{name} cannot be resumed in the middle of an epoch: give the iterable data set, "
+                "or its iterator, state_dict and load_state_dict."
+            )
+        front = self._outstanding[0] if self._outstanding else None
+        return sampler_state, {
+            "num_workers": self._num_workers,
+            "world_size": self._sampler.shard.world_size,
+            "states": list(self._states),
+            "worker": 0 if front is None else front.worker,
+            "chunks": [drawn.size for drawn in self._outstanding],
+            "offset": self._offset,
+            "requested": self.plan.requested,
+            "drawn": self.plan.drawn,
+        }
+
+
+class EpochIterator:
+    """The batches of one epoch, of the size that is current when each is drawn.
+
+    Args:
+        loader: gives sampler, engine, collate_fn and micro-batches.
+        iterator_id: of the sampler's newest iterator.
+        progress: what Epoch.state() gave in the run that is resumed.
+    """
+
+    def __init__(self, loader: AdaptiveDataLoader, iterator_id: int, progress: State | None):
+        self._loader, self._sampler = loader, loader.batch_sampler
+        self._micro, self._iterator_id = loader.micro_batches, iterator_id
+        if self._micro.is_split:
+            loader.learn_layout()
+        self._whole, self._sized = loader.collate_in == "consumer", self._sampler.is_sized
+        parts = self._micro if self._sized and not self._whole else None
+        cycle = SizesAhead(self._sampler, parts)
+        self._plan = ChunkPlan(loader.num_workers, cycle, loader.chunk_sizer)
+        # A position from a loaded state is not this epoch's where set_epoch chose another since.
+        progress = progress if self._sampler.position else None
+        self.epoch = (
+            StreamEpoch(self._sampler, iterator_id, self._plan, progress, loader.num_workers)
+            if loader.is_stream else Epoch(self._sampler, iterator_id, self._plan, progress)
+        )
+        self._buffer: ChunkBuffer | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        sampler = self._sampler
+        try:
+            while True:
+                size = sampler.batch_size
+                n = self._upcoming(size)
+                if n == 0:
+                    break
+                sampler.record(size, n)
+                if self._micro.is_split:
+                    yield from self._micro_batches(n)
+                    continue
+                local = sampler.local_draw(n)
+                batch = self._whole_batch(local)
+                self._advance(n, local)
+                yield batch
+                batch = None  # not kept while the next one is awaited
+                sampler.check_current(self._iterator_id)
+            if self._buffer is not None:
+                self._buffer.finish()
+            sampler.go_to(sampler.epoch + 1)
+        finally:
+            # The buffer holds methods of this object: the cycle would keep loader and workers.
+            buffer, self._buffer = self._buffer, None
+            if buffer is not None and not self._loader.persistent_workers:
+                buffer.replies.close()
+
+    def _upcoming(self, size: int) -> int:
+        """Global samples of the next batch, 0 at the end.
+
+        Where the length of the epoch is not known, only when they are here.
+        """
+        if self._sized:
+            return self._sampler.upcoming(size)
+        # Equal parts: nobody knows how much is left, and all processes must end together.
+        world = self._sampler.shard.world_size
+        local = size // world
+        got = self._request(local, ()).fill(local)
+        return 0 if self._sampler.drop_last and got < local else got * world
+
+    def _whole_batch(self, local: int) -> Any:
+        if self._whole:
+            return self._collated(local)(0, local, [])
+        return self._next_samples(local)
+
+    def _micro_batches(self, n: int) -> Iterator[Any]:
+        local, shard = self._sampler.local_draw(n), self._sampler.shard
+        pieces = self._collated(local) if self._whole else self._pieces(local)
+        sizes, part, at = self._micro.start(n, shard, local), 0, 0
+        advanced = False
+        kept: list[tuple[Any, int, list[int]]] = []
+        while part < len(sizes):
+            size = sizes[part]
+            batch = pieces(at, size, sizes[part + 1 :])
+            kept.append((batch, size, _versions(batch)))
+            self._micro.advance(part, size)
+            if self._micro.is_last and not advanced:
+                self._advance(n, local)
+                advanced = True
+            yield batch
+            self._sampler.check_current(self._iterator_id)
+            part, at = part + 1, at + size
+            if self._micro.failed:
+                self._put_back(kept)
+                sizes, part, at, kept = self._micro.start(n, shard, local), 0, 0, []
+        self._micro.end()
+
+    def _advance(self, n: int, local: int) -> None:
+        self._sampler.position += n
+        self.epoch.delivered(local)
+
+    def _put_back(self, kept: list[tuple[Any, int, list[int]]]) -> None:
+        if any(_versions(batch) != versions for batch, _, versions in kept):
+            raise RuntimeError(_CHANGED_IN_PLACE)
+        if not self._whole and self._buffer is not None:
+            for batch, size, _ in reversed(kept):
+                self._buffer.put_back(batch, size)
+
+    # -- where the samples come from
+
+    def _pieces(self, n: int) -> Callable[[int, int, list[int]], Any]:
+        """Pieces (start, size, sizes of the rest) of the next batch, requested one by one."""
+        requested = 0 if self._sized else n
+
+        def take(at: int, size: int, rest: list[int]) -> Any:
+            nonlocal requested
+            missing = max(0, at + size - requested)
+            requested += missing
+            return self._next_samples(size, missing, rest)
+
+        return take
+
+    def _collated(self, n: int) -> Callable[[int, int, list[int]], Any]:
+        """Pieces of the next batch, collated here as a whole."""
+        loader, samples = self._loader, self._next_samples(n)
+        if self._micro.is_split and loader.layout is None:
+            loader.layout = learn_layout(loader.collate_fn, samples[0])
+        batch = loader.collate_fn(samples)
+        if loader.pin_memory and torch.cuda.is_available():
+            batch = pin_memory(batch)
+        layout = loader.layout
+        return lambda at, size, rest: batch if size == n else cut(batch, layout, at, at + size)
+
+    def _next_samples(
+        self, size: int, missing: int | None = None, rest: Sequence[int] = ()
+    ) -> Any:
+        """`size` samples, after requesting the missing ones: all of them where that is None."""
+        if missing is None:
+            missing = size if self._sized else 0
+        buffer = self._request(missing, rest) if missing or not self._buffer else self._buffer
+        got = buffer.fill(size)
+        if got < size:
+            raise RuntimeError(
+                f"the sampler gave only {got} of the {size} samples that its length promised"
+            )
+        return buffer.take(size)
+
+    def _request(self, size: int, rest: Sequence[int]) -> ChunkBuffer:
+        self._plan.request(size, rest)
+        if self._buffer is None:
+            # Not before the first size is requested: the engine draws chunks when it is opened.
+            replies = self._loader.open_engine(self.epoch.requests())
+            self._buffer = ChunkBuffer(replies, self._cut, self._join, self._received)
+        return self._buffer
+
+    def _received(self, reply: Reply) -> Reply:
+        if reply.layout is not None and not self._whole:
+            self._loader.layout = reply.layout
+        if self._loader.chunk_sizer is not None:
+            self._loader.chunk_sizer.observe(reply)
+        return self.epoch.received(reply, self._cut)
+
+    def _cut(self, batch: Any, start: int, stop: int) -> Any:
+        return cut(batch, PER_SAMPLE if self._whole else self._loader.layout, start, stop)
+
+    def _join(self, parts: list[Any]) -> Any:
+        loader = self._loader
+        layout = PER_SAMPLE if self._whole else loader.layout
+        return join(parts, layout, loader.join_fn, loader.pin_memory)
+
+
+class SizesAhead:
+    """Local sizes of the batches after the present one, or of their micro-batches, if sizes stay.
+
+    Holds no loader: the plan outlives the epoch.
+    """
+
+    def __init__(self, sampler: ResizableBatchSampler, micro: BatchSplit | None):
+        self._sampler, self._micro = sampler, micro
+
+    def __call__(self) -> list[int]:
+        sampler, shard = self._sampler, self._sampler.shard
+        size, world = sampler.batch_size, shard.world_size
+        if not sampler.is_sized or size % world == 0:
+            local = [size // world]
+        else:
+            at, batches = sampler.position + sampler.last_size, world // math.gcd(size, world)
+            local = [shard.local_size(at + batch * size, size)
+                     for batch in range(min(batches, _PLANNED))]
+        if self._micro is None:
+            return local
+        return [part for n in local for part in self._micro.sizes(size, shard, n)]
+
+
+def _versions(batch: Any) -> list[int]:
+    """Version counters of the tensors, by which changes in place are noticed."""
+    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]

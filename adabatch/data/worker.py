@@ -1,0 +1,174 @@
+"""What runs in a worker, or in the training process if there are none: fetching and collating."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import Dataset, Subset, get_worker_info
+
+from adabatch.data.batches import PER_SAMPLE, Layout, learn_layout
+from adabatch.data.chunks import Reply, Request
+from adabatch.data.order import EpochAware, Shard, Stateful
+from adabatch.data.rng import generators_restored, mix, sample_keys, seed_generators
+
+
+def fetches_lists(dataset: Any) -> bool:
+    """Whether a data set fetches many samples at once, by __getitems__ (Subset only forwards it)."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return hasattr(dataset, "__getitems__")
+
+
+class Fetcher(Dataset):
+    """Answers Requests for samples of a map-style data set.
+
+    Args:
+        dataset: map-style.
+        collate_fn: of a chunk; None hands over the list of samples.
+        learns: whether the layout of batches will be needed.
+        seeded: seed the global generators for each sample, and fetch samples one by one.
+
+    Example:
+        >>> fetcher = Fetcher([10, 11, 12], None, learns=True, seeded=True)
+        >>> reply = fetcher[Request(1, 0, 0, 0, [2, 0])]
+        >>> reply.batch, reply.n
+        ([12, 10], 2)
+    """
+
+    def __init__(
+        self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, *, learns: bool,
+        seeded: bool,
+    ):
+        self.dataset, self._collate_fn = dataset, collate_fn
+        self.learns, self._seeded = learns, seeded
+
+    def __getitem__(self, request: Request) -> Reply:
+        began = time.perf_counter()
+        return self._reply(self._samples(request), began)
+
+    def _samples(self, request: Request) -> list[Any]:
+        dataset, indices = self.dataset, request.indices
+        if self._seeded:
+            keys = sample_keys(request.stream, request.start, len(indices), request.stride)
+            return self._seeded_draw(keys, lambda at: dataset[indices[at]])
+        if not hasattr(dataset, "__getitems__"):
+            return [dataset[index] for index in indices]
+        samples = dataset.__getitems__(indices)
+        if len(samples) != len(indices):
+            raise ValueError(
+                f"{type(dataset).__name__}.__getitems__ gave {len(samples)} samples for "
+                f"{len(indices)} indices; one for each is needed."
+            )
+        return samples
+
+    @staticmethod
+    def _seeded_draw(keys: list[int], draw: Callable[[int], Any]) -> list[Any]:
+        """[draw(0), draw(1), …], each after seeding; the training process's generators stay."""
+        with generators_restored() if get_worker_info() is None else nullcontext():
+            drawn = []
+            for at, key in enumerate(keys):
+                seed_generators(key)
+                drawn.append(draw(at))
+        return drawn
+
+    def _reply(
+        self, samples: list[Any], began: float, ended: bool = False, state: Any = None
+    ) -> Reply:
+        layout: Layout = None
+        collate_fn = self._collate_fn
+        if samples and self.learns:
+            self.learns = False
+            layout = learn_layout(collate_fn, samples[0]) if collate_fn else PER_SAMPLE
+        n = len(samples)  # before collating: a collate_fn may take the list apart
+        batch = collate_fn(samples) if collate_fn and samples else samples
+        return Reply(batch, n, layout, ended, state, time.perf_counter() - began)
+
+
+class StreamFetcher(Fetcher):
+    """The same for an iterable data set: a request takes samples from this process's iterator.
+
+    Each of many processes reads all samples and keeps one of every world_size; those after the
+    last full round are dropped, because all processes must end together.
+
+    Random augmentation is seeded per request, by (seed, epoch, worker, samples taken before).
+    """
+
+    _run = -1
+    _iterator: Iterator[Any]
+
+    def __init__(self, *args: Any, shard: Shard, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.shard = shard
+
+    def __getitem__(self, request: Request) -> Reply:
+        began = time.perf_counter()
+        if request.run != self._run:
+            self._run = request.run
+            self._begin(request.epoch, request.restore)
+        wanted = len(request.indices)
+        samples = self._samples(request) if wanted else []
+        self._count += len(samples)
+        self._ended |= len(samples) < wanted
+        return self._reply(samples, began, self._ended, self._state())
+
+    def _begin(self, epoch: int, restore: dict[str, Any] | None) -> None:
+        if isinstance(self.dataset, EpochAware):
+            self.dataset.set_epoch(epoch)
+        restore = restore or {"count": 0, "ended": False, "of_iterator": False, "data": None}
+        self._count, self._ended = restore["count"], restore["ended"]
+        if self._ended:
+            # Not from its state: many data sets begin again after their end.
+            self._iterator = iter(())
+            return
+        if restore["data"] is not None and not restore["of_iterator"]:
+            self.dataset.load_state_dict(restore["data"])
+        self._iterator = iter(self.dataset)
+        if restore["of_iterator"] and isinstance(self._iterator, Stateful):
+            self._iterator.load_state_dict(restore["data"])
+
+    def _samples(self, request: Request) -> list[Any]:
+        rank, world = self.shard.rank, self.shard.world_size
+
+        def take() -> list[Any]:
+            taken = list(islice(self._iterator, len(request.indices) * world))
+            return taken[rank : len(taken) // world * world : world]
+
+        if not self._seeded:
+            return take()
+        info = get_worker_info()
+        key = mix(request.stream, 0 if info is None else info.id, self._count)
+        return self._seeded_draw([key], lambda at: take())[0]
+
+    def _state(self) -> dict[str, Any] | None:
+        if self._ended:
+            return {"data": None, "count": self._count, "of_iterator": False, "ended": True}
+        of_iterator = isinstance(self._iterator, Stateful)
+        source = self._iterator if of_iterator else self.dataset
+        if not isinstance(source, Stateful):
+            return None
+        # A copy, because the data set may change what it handed out.
+        data = copy.deepcopy(source.state_dict())
+        return {"data": data, "count": self._count, "of_iterator": of_iterator, "ended": False}
+
+
+class WorkerStart:
+    """A worker_init_fn: get_worker_info().dataset becomes the user's data set, then calls `then`.
+
+    Args:
+        then: the user's worker_init_fn, or None.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None):
+        self._then = then
+
+    def __call__(self, worker: int) -> None:
+        info: Any = get_worker_info()
+        # Past its own setattr, which refuses in some releases of torch.
+        object.__setattr__(info, "dataset", info.dataset.dataset)
+        if self._then is not None:
+            self._then(worker)
