@@ -1,13 +1,12 @@
-"""The moving average of controllers and of the history.
+"""The moving average of controllers and of the diagnostics.
 
-Legend: x_i the i-th value, w_i the samples behind it, k_i = μ^(n−i) its decay after n values, μ the smoothing, p_i = k_i w_i / Σ k w its share.
+Legend: x_i the i-th value, w_i the samples behind it, k_i = μ^(n−i) its decay after n values, μ the
+smoothing, p_i = k_i w_i / Σ k w its weight.
 """
 
 from __future__ import annotations
 
 import math
-
-from scipy.special import ndtri, stdtrit
 
 
 class MovingAverage:
@@ -15,20 +14,25 @@ class MovingAverage:
 
         average = Σ k_i w_i x_i / Σ k_i w_i = Σ p_i x_i
 
-    The division by the sum of the weights is the bias correction: after one value the average is that value. Weighting by samples matters
-    where batches differ in size: of two estimates of a variance, the one from 64 samples is worth sixteen from 4 samples.
+    The division by the sum of the weights is the bias correction: after one value the average is
+    that value. Weighting by samples matters where batches differ in size: of two estimates of a
+    variance, the one from 64 samples is worth sixteen from 4 samples.
 
-    The standard error, where every value came with its own: SE² = Σ p_i² SE_i², with ν = (Σ p_i² SE_i²)²/Σ (p_i⁴ SE_i⁴/ν_i) degrees of freedom. Else from the
-    residuals around the average, each value with a variance of its own:
+    The standard error, where every value came with one: SE² = Σ p_i² SE_i², with
+    ν = (Σ p_i² SE_i²)²/Σ (p_i⁴ SE_i⁴/ν_i) degrees of freedom. Otherwise from the residuals around
+    the average, each value with its own variance:
 
         SE² = Σ p_i² (x_i − average)² / (1 − 2 Σp³/Σp² + Σp²),   ν = (Σ p²/w)²/Σ (p²/w)² − 1
 
-    unbiased for values of equal variance, and consistent whatever their variances are: those of ‖g‖² − T̂/m fall as 1/m or as 1/m², as signal or noise
-    prevails, and one law for all (V/w_i) gave intervals 1.7 times too long for batches of 4 and 64. The average is worth n_eff = 1/Σp² values of equal
-    variance: 39 steps for μ = 0.95 and equal weights, not 20; its error is known as well as that of ν + 1 of them, 20. ν is that of variances V/w_i.
+    unbiased for values of equal variance, and consistent for any variances: those of ‖g‖² − T̂/m
+    fall as 1/m or as 1/m², as signal or noise prevails, and one law for all (V/w_i) gave intervals
+    1.7 times too long for batches of 4 and 64. The average is worth n_eff = 1/Σp² values of equal
+    variance: 39 steps for μ = 0.95 and equal weights, not 20; its error is known as well as that of
+    ν + 1 of them, 20. ν is that of variances V/w_i.
 
-    Where the mean itself drifts, the average is of the mean over the window, and residuals count the drift as noise: such an error is too large, not too
-    small. Errors of the values leave the drift out.
+    Where the mean itself drifts, the average is of the mean over the window, and residuals count
+    the drift as noise: such an error is too large, not too small. Errors of the values leave the
+    drift out.
 
     Args:
         smoothing: μ, 0 <= μ < 1.
@@ -45,8 +49,8 @@ class MovingAverage:
     """
 
     __slots__ = (
-        *("average", "count", "smoothing", "weights", "square_weights", "cubes"),
-        *("offsets", "squares", "vary", "vary_squares", "known", "known_fourths", "unknown"),
+        *("average", "count", "smoothing", "weights", "square_weights", "cubes", "offsets"),
+        *("squares", "vary", "vary_squares", "known", "known_fourths", "unknown"),
     )
 
     def __init__(self, smoothing: float = 0.95):
@@ -59,12 +63,17 @@ class MovingAverage:
         self.offsets = self.squares = 0.0  # Σ (kw)² (x − average), Σ (kw)² (x − average)²
         self.known = self.known_fourths = 0.0  # Σ (kw)² SE², Σ (kw)⁴ SE⁴/ν
 
-    def update(self, value: float, weight: float, std_error: float = math.nan, freedom: float = math.inf) -> float:
-        """Takes one value with its weight and returns the average. A value that is not finite, or a weight not above 0, changes nothing.
+    def update(
+        self, value: float, weight: float, std_error: float = math.nan, freedom: float = math.inf
+    ) -> float:
+        """Take one value with its weight and return the average.
+
+        A value that is not finite, or a weight that is not positive, changes nothing.
 
         Args:
             value, weight: x_i and w_i.
-            std_error, freedom: SE_i and its degrees of freedom ν_i, where they are known; NaN where not. One without takes the errors of all from residuals.
+            std_error, freedom: SE_i and its degrees of freedom ν_i; NaN where they are not known.
+                One value without them makes all errors come from residuals.
         """
         if not (math.isfinite(value) and weight > 0):
             return self.average
@@ -73,7 +82,8 @@ class MovingAverage:
         before = value if self.count == 0 else self.average
         moved = (value - before) * (weight / self.weights)
         self.average = before + moved
-        # The sums are about the average, and follow it as it moves: exact, and no difference of large numbers.
+        # The sums are about the average and follow it as it moves: exact, and no difference of
+        # large numbers.
         self.squares += moved * (moved * self.square_weights - 2 * self.offsets)
         self.offsets -= moved * self.square_weights
         residual, square = value - self.average, weight * weight
@@ -83,24 +93,30 @@ class MovingAverage:
         self.cubes = decay**3 * self.cubes + square * weight
         self.vary = decay**2 * self.vary + weight
         self.vary_squares = decay**4 * self.vary_squares + square
-        told = math.isfinite(std_error) and freedom > 0
-        self.unknown += not told
-        known = square * std_error * std_error if told else 0.0
+        has_error = math.isfinite(std_error) and freedom > 0
+        self.unknown += not has_error
+        known = square * std_error * std_error if has_error else 0.0
         self.known = decay**2 * self.known + known
-        self.known_fourths = decay**4 * self.known_fourths + (known * known / freedom if told else 0.0)
+        fourth = known * known / freedom if has_error else 0.0
+        self.known_fourths = decay**4 * self.known_fourths + fourth
         self.count += 1
         return self.average
 
     def std_error(self) -> float:
-        """Standard error of the average, in the unit of the values; from residuals NaN before the second value, and without smoothing (no spread)."""
-        return math.sqrt(self.known) / self.weights if self.count and not self.unknown else self.residual_error()
+        """Standard error of the average, in the unit of the values.
+
+        From residuals it is NaN before the second value, and without smoothing (no spread).
+        """
+        if self.count and not self.unknown:
+            return math.sqrt(self.known) / self.weights
+        return self.residual_error()
 
     def residual_error(self) -> float:
         """The standard error by the residuals, also where errors of the values are known."""
         if self.count < 2:
             return math.nan
-        shares = self.square_weights / self.weights**2
-        lost = 1 - 2 * self.cubes / (self.weights * self.square_weights) + shares
+        squares = self.square_weights / self.weights**2
+        lost = 1 - 2 * self.cubes / (self.weights * self.square_weights) + squares
         return math.sqrt(self.squares / lost) / self.weights if lost > 1e-12 else math.nan
 
     @property
@@ -111,12 +127,15 @@ class MovingAverage:
     @property
     def freedom(self) -> float:
         """ν, the degrees of freedom of the standard error."""
-        if self.unknown or not self.count:
-            return self.vary**2 / self.vary_squares - 1 if self.count else 0.0
+        if not self.count:
+            return 0.0
+        if self.unknown:
+            return self.vary**2 / self.vary_squares - 1
         return self.known**2 / self.known_fourths if self.known_fourths else math.inf
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """(low, high), average ∓ t·std_error, t the quantile of Student's distribution with ν degrees of freedom; infinitely long where there is no error yet.
+        """(low, high) = average ∓ t·std_error, t of Student's distribution with ν degrees
+        of freedom. Infinitely long where there is no error yet.
 
         Raises:
             ValueError: a level outside (0, 1).
@@ -129,20 +148,23 @@ class MovingAverage:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes the numbers of `state_dict`.
+        """Continue from a state_dict().
 
         Raises:
             ValueError: a number is missing.
         """
         missing = [name for name in self.__slots__ if name not in state]
         if missing:
-            raise ValueError(f"The state of a moving average lacks {missing}; pass what MovingAverage.state_dict() returned.")
+            raise ValueError(
+                f"the state of a moving average lacks {missing}: pass what "
+                "MovingAverage.state_dict() returned"
+            )
         for name in self.__slots__:
             setattr(self, name, state[name])
 
 
 def student_quantile(level: float, freedom: float) -> float:
-    """t with P(|t_ν| <= t) = level; the normal distribution's for ν = ∞, infinite for ν not above 0.
+    """t with P(|t_ν| <= t) = level; of the normal distribution for ν = ∞, ∞ unless ν > 0.
 
     Raises:
         ValueError: a level outside (0, 1).
@@ -151,11 +173,16 @@ def student_quantile(level: float, freedom: float) -> float:
         >>> [round(student_quantile(0.9, freedom), 3) for freedom in (1, 37, float("inf"))]
         [6.314, 1.687, 1.645]
     """
+    from scipy.special import ndtri, stdtrit
+
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, both excluded, got {level!r}; 0.9 is usual")
+        raise ValueError(
+            f"level must lie between 0 and 1, both excluded, got {level!r}; 0.9 is usual"
+        )
     if not freedom > 0:
         return math.inf
-    quantile = float(ndtri((1 + level) / 2) if math.isinf(freedom) else stdtrit(freedom, (1 + level) / 2))
+    at = (1 + level) / 2
+    quantile = float(ndtri(at) if math.isinf(freedom) else stdtrit(freedom, at))
     return quantile if math.isfinite(quantile) else math.inf
 
 
@@ -163,11 +190,11 @@ def half_width(level: float, std_error: float, freedom: float) -> float:
     """t·std_error; infinite where the error is not known.
 
     Example:
-        >>> round(half_width(0.9, 2.0, 37), 2), half_width(0.9, math.nan, 37), half_width(0.9, 0.0, 0)
-        (3.37, inf, inf)
+        >>> round(half_width(0.9, 2.0, 37), 2), half_width(0.9, math.nan, 37)
+        (3.37, inf)
     """
-    quantile = student_quantile(level, freedom)
-    return quantile * std_error if math.isfinite(std_error) and math.isfinite(quantile) else math.inf
+    half = student_quantile(level, freedom) * std_error
+    return half if math.isfinite(half) else math.inf
 
 
 def check_smoothing(smoothing: float) -> None:
@@ -180,4 +207,7 @@ def check_smoothing(smoothing: float) -> None:
         >>> check_smoothing(0.95)
     """
     if not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing is {smoothing!r}, but must be a number from 0 (no smoothing) to below 1; 0.95 is usual.")
+        raise ValueError(
+            f"smoothing is {smoothing!r}, but must be at least 0 (no smoothing) and less than 1; "
+            "0.95 is usual"
+        )

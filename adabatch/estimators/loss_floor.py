@@ -1,4 +1,4 @@
-"""LossFloor: where the loss is going, estimated while it is on its way.
+"""LossFloor: the value that the loss approaches, estimated during training.
 
 Legend: n samples seen since the start (or the last restart), L(n) the loss of a step's batch there.
 """
@@ -6,31 +6,37 @@ Legend: n samples seen since the start (or the last restart), L(n) the loss of a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from adabatch._checks import check_version
 from adabatch.estimators.averages import half_width
 
-BIN_RATIO = 1.2  # bins of n grow by this factor: late ones, which say most of the floor, hold most of the samples
+BIN_RATIO = 1.2  # bins of n grow by this: late ones, which say most of the floor, have most samples
 SMALLEST_SPAN = 30.0
 RESTART_BELOW = 0.5  # of the lr at the start of the fit
 NORMAL_SPREAD = 0.6095  # E ψ²/E ψ' of a standard normal residual
+Form = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class LossFloor:
-    """F* of L(n) = F* + a·(n + n₀)^(−b) or F* + a·exp(−n/τ), whichever fits better, by a robust least-squares fit of scipy's to the losses binned over log n.
+    """F* of L(n) = F* + a·(n + n₀)^(−b) or F* + a·exp(−n/τ), whichever fits better.
 
-    Refused (NaN) while the n of the bins span less than a factor of 30: on a true floor of 0.5 spans of 3, 30 and 300 gave .18 to .73, .46 to .53 and .49 to
-    .51. An lr below half of that at the start begins anew, as the noise's share of the loss falls with it; the old estimate holds until the new one can be
-    made. The floor never lies above the smallest loss averaged over a bin minus its standard error, nor below 0 where no loss did.
+    The fit is scipy's robust least squares of the losses binned over log n. Refused (NaN) while the
+    n of the bins span less than a factor of 30: on a true floor of 0.5 spans of 3, 30 and 300 gave
+    .18 to .73, .46 to .53 and .49 to .51. An lr below half of that at the start restarts the fit,
+    as the noise's part of the loss falls with it; the old estimate holds until there is a new one.
+    The floor never lies above the smallest loss averaged over a bin minus its standard error, nor
+    below 0 where no loss did.
 
-    What it estimates is where the loss goes at the present lr and schedule, an extrapolation; its error is that of the fit if the form is right.
+    It estimates where the loss goes at the present lr and schedule, an extrapolation; its error is
+    that of the fit, if the form is right.
 
     Attributes:
-        value: F*, NaN before there is one. std_error: of the fit, with `freedom` degrees of freedom.
+        value: F*, NaN before there is one.
+        std_error: of the fit, with `freedom` degrees of freedom.
 
     Example:
         >>> floor = LossFloor()
@@ -40,9 +46,12 @@ class LossFloor:
         0.5
     """
 
-    _SAVED = ("value", "std_error", "freedom", "samples", "start_lr", "lowest", "any_negative", "positions", "losses", "squares", "weights", "counts")
+    _SAVED = (
+        *("value", "std_error", "freedom", "samples", "start_lr", "lowest", "any_negative"),
+        *("positions", "losses", "squares", "weights", "counts"),
+    )
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.value, self.std_error, self.freedom = math.nan, math.nan, 0
         self.lowest, self.any_negative = math.inf, False
         self._restart(math.nan)
@@ -56,7 +65,10 @@ class LossFloor:
         self.counts: list[int] = []
 
     def update(self, loss: float, samples: int, lr: float) -> float:
-        """Take a step's loss, its number of samples and the lr; give F*. A loss that is not finite is left out."""
+        """Take a step's loss, its number of samples and the lr; return F*.
+
+        A loss that is not finite is left out.
+        """
         if not (math.isfinite(loss) and samples > 0):
             return self.bounded
         if not lr >= RESTART_BELOW * self.start_lr:
@@ -69,9 +81,11 @@ class LossFloor:
 
     @property
     def bounded(self) -> float:
-        """F*, not above the smallest averaged loss minus its error; NaN before there is an estimate."""
-        floor = min(self.value, self.lowest) if math.isfinite(self.value) else math.nan
-        return floor if self.any_negative else max(floor, 0.0) if floor == floor else math.nan
+        """F*, not above the smallest averaged loss minus its error; NaN before an estimate."""
+        if not math.isfinite(self.value):
+            return math.nan
+        floor = min(self.value, self.lowest)
+        return floor if self.any_negative else max(floor, 0.0)
 
     @property
     def span(self) -> float:
@@ -94,20 +108,25 @@ class LossFloor:
         self.counts[-1] += 1
 
     def _fit(self) -> None:
-        """Variance of a loss per sample from the scatter inside the bins; then the better of the two forms."""
-        position, loss, weight = (np.array(values) for values in (self.positions, self.losses, self.weights))
-        centre = np.sqrt(position * np.append(position[1:], self.samples)) / position[0]
+        """Variance of a loss per sample from the scatter within bins; then the better form."""
+        positions, loss = np.array(self.positions), np.array(self.losses)
+        centre = np.sqrt(positions * np.append(positions[1:], self.samples)) / positions[0]
         freedom = sum(self.counts) - len(self.counts)
         noise = sum(self.squares) / freedom if freedom > 0 else 0.0
-        error = np.sqrt(noise / weight + (1e-4 * np.abs(loss).mean()) ** 2)  # no bin is better than the form is true
+        # No bin is better than the form is true.
+        error = np.sqrt(noise / np.array(self.weights) + (1e-4 * np.abs(loss).mean()) ** 2)
         self.lowest = min(self.lowest, float((loss - error).min()))
-        found = min((_fitted(form, centre, loss, error) for form in (_power, _exponential)), key=lambda fit: fit.cost)
+        fits = [_fitted(form, centre, loss, error) for form in (_power, _exponential)]
+        found = min(fits, key=lambda fit: fit.cost)
         covariance = np.linalg.pinv(found.jac.T @ found.jac)
         self.value, self.freedom = float(found.x[0]), max(1, len(loss) - len(found.x))
-        self.std_error = math.sqrt(max(0.0, float(covariance[0, 0]) * _spread(found.fun, self.freedom)))
+        variance = float(covariance[0, 0]) * _spread(found.fun, self.freedom)
+        self.std_error = math.sqrt(max(0.0, variance))
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """(low, high), value ∓ t·std_error, t of Student's distribution with as many degrees of freedom as there are bins beyond the form's parameters.
+        """(low, high) = value ∓ t·std_error, t of Student's distribution.
+
+        Its degrees of freedom are the number of bins minus that of the form's parameters.
 
         Raises:
             ValueError: a level outside (0, 1).
@@ -117,8 +136,7 @@ class LossFloor:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists of them, some kilobytes at most: bins are few."""
-        state = {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in self._SAVED}
-        return {"version": 1, **state}
+        return {"version": 1} | {name: _copied(getattr(self, name)) for name in self._SAVED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict().
@@ -128,13 +146,19 @@ class LossFloor:
         """
         check_version(state, 1, "LossFloor")
         for name in self._SAVED:
-            setattr(self, name, list(state[name]) if isinstance(state[name], list) else state[name])
+            setattr(self, name, _copied(state[name]))
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
 
 
 def _spread(residuals: np.ndarray, freedom: int) -> float:
-    """Σψ²/(bins − parameters) / mean ψ', Huber's factor on the inverse of scipy's JᵀJ, which weighs each bin by ψ'; ψ(z) = z/√(1 + z²) is soft_l1's.
+    """Σψ²/(bins − parameters) / mean ψ', with soft_l1's ψ(z) = z/√(1 + z²).
 
-    Not below what normal residuals of variance 1 give, 0.3443/0.5649: the noise is known from inside the bins.
+    It is Huber's factor on the inverse of scipy's JᵀJ, in which each bin is weighted by ψ'. Not
+    below what normal residuals of variance 1 give, 0.3443/0.5649: the noise is known from within
+    the bins.
     """
     ψ, slope = residuals / np.sqrt(1 + residuals**2), (1 + residuals**2) ** -1.5
     return max(NORMAL_SPREAD, float((ψ**2).sum() / freedom / slope.mean()))
@@ -148,23 +172,31 @@ def _exponential(shape: np.ndarray, n: np.ndarray) -> np.ndarray:
     return np.exp(-n / n[-1] * np.exp(shape[0]))
 
 
-def _fitted(form: Any, n: np.ndarray, loss: np.ndarray, error: np.ndarray) -> Any:
-    """least_squares with soft_l1 of (F* + a·form − loss)/error, begun where linear fits of F* and a over a grid of shapes are best."""
-    rates = np.log(np.geomspace(0.1, 3, 12)) if form is _power else np.log(np.geomspace(1, 300, 12))
-    shifts = np.log(n[-1]) * np.linspace(-0.5, 0.9, 5) if form is _power else [None]
-    begin, least = None, math.inf
-    for rate in rates:
-        for shift in shifts:
-            shape = np.array([rate] if shift is None else [rate, shift])
-            design = np.stack([np.ones_like(n), form(shape, n)], 1) / error[:, None]
-            linear = np.linalg.lstsq(design, loss / error, rcond=None)[0]
-            cost = np.abs(design @ linear - loss / error).sum()
-            if cost < least and linear[1] >= 0:
-                begin, least = np.concatenate([linear, shape]), cost
-    if begin is None:  # a loss that rises
-        begin = np.concatenate([[loss.min(), 0.0], [rates[0]], [] if form is _exponential else [shifts[0]]])
-    low, high = [-np.inf, 0.0, rates[0] - 1e-9], [np.inf, np.inf, rates[-1] + 1e-9]
-    if form is _power:
-        low, high = [*low, -np.log(n[-1])], [*high, np.log(n[-1])]
-    residuals = lambda at: (at[0] + at[1] * form(at[2:], n) - loss) / error  # noqa: E731
-    return least_squares(residuals, begin, loss="soft_l1", bounds=(low, high), x_scale="jac", max_nfev=100)
+def _fitted(form: Form, n: np.ndarray, loss: np.ndarray, error: np.ndarray) -> Any:
+    """scipy's least_squares with soft_l1 of (F* + a·form − loss)/error.
+
+    It starts where linear fits of F* and a over a grid of shapes are best.
+    """
+    from scipy.optimize import least_squares
+
+    power, span = form is _power, np.log(n[-1])
+    rates = np.log(np.geomspace(0.1, 3, 12) if power else np.geomspace(1, 300, 12))
+    shifts = span * np.linspace(-0.5, 0.9, 5)
+    shapes = [np.array([rate, shift]) for rate in rates for shift in shifts]
+    shapes = shapes if power else [np.array([rate]) for rate in rates]
+    start, least = np.array([loss.min(), 0.0, *shapes[0]]), math.inf  # for a loss that rises
+    for shape in shapes:
+        design = np.stack([np.ones_like(n), form(shape, n)], 1) / error[:, None]
+        linear = np.linalg.lstsq(design, loss / error, rcond=None)[0]
+        cost = np.abs(design @ linear - loss / error).sum()
+        if cost < least and linear[1] >= 0:
+            start, least = np.concatenate([linear, shape]), cost
+    bounds = [-np.inf, 0.0, rates[0] - 1e-9], [np.inf, np.inf, rates[-1] + 1e-9]
+    for ends, end in zip(bounds, (-span, span), strict=True):
+        ends += [end] if power else []
+
+    def residuals(at: np.ndarray) -> np.ndarray:
+        return (at[0] + at[1] * form(at[2:], n) - loss) / error
+
+    options = {"loss": "soft_l1", "x_scale": "jac", "max_nfev": 100}
+    return least_squares(residuals, start, bounds=bounds, **options)
