@@ -16,6 +16,7 @@ from adabatch.data import AdaptiveDataLoader, ResizableBatchSampler
 from adabatch.diagnostics import Diagnostics
 from adabatch.estimators import GradientMoments
 from adabatch.grad_sample import GradSampleHooks, register_grad_sampler
+from adabatch.monitor import Monitor, monitor
 from adabatch.scheduler.scheduler import BatchSizeScheduler
 from adabatch.wrap import wrap
 
@@ -34,10 +35,12 @@ __all__ = [
     "GradientMoments",
     "MicroBatch",
     "MicroBatches",
+    "Monitor",
     "PerSample",
     "ResizableBatchSampler",
     "check",
     "load_state_dict",
+    "monitor",
     "register_grad_sampler",
     "state_dict",
     "wrap",

@@ -1,9 +1,16 @@
-"""State dicts: plain numbers and tensors with a version."""
+"""Checks that several folders share: versions of state dicts, names of keywords."""
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def check_version(state: dict[str, Any], version: int, what: str) -> None:
@@ -63,3 +70,27 @@ def checked_int(name: str, value: object, low: int, high: int | None = None) -> 
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
     return number
+
+
+def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function's error on an unknown keyword name the nearest known one.
+
+    Example:
+        >>> suggest_keywords(lambda *, measure=None: None)(mesure=1)
+        Traceback (most recent call last):
+        TypeError: <lambda>() got an unexpected keyword argument 'mesure': did you mean measure=?
+    """
+    signature = inspect.signature(function)
+    known = [name for name, each in signature.parameters.items() if each.kind is each.KEYWORD_ONLY]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in signature.parameters:
+                near = difflib.get_close_matches(name, known, n=1)
+                fix = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(known)}"
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument "
+                                f"{name!r}: {fix}")
+        return function(*args, **kwargs)
+
+    return checked

@@ -1,118 +1,118 @@
-"""wrap: wires hooks, loader and scheduler in one call. Nothing imports this module but the package itself."""
+"""wrap: wires estimator, loader and scheduler in one call. Only the package itself imports it."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from adabatch.check import CheckReport
+from adabatch._checks import suggest_keywords
+from adabatch.config import (
+    DEFAULT_SHARE,
+    BatchSizes,
+    Coupling,
+    CouplingRule,
+    CrossRank,
+    EstimatorOptions,
+    Every,
+    Measure,
+    MicroBatch,
+    MicroBatches,
+    PerSample,
+    measure_of,
+)
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
+from adabatch.diagnostics import Diagnostics
 from adabatch.distributed.setup import DistributedSetup
 from adabatch.estimators.cross_rank import CrossRankEstimator
 from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
-from adabatch.micro_batches.search import LossFn
 from adabatch.micro_batches.optimizer import MicroBatching
 from adabatch.preconditioners import preconditioner_reader
-from adabatch.scheduler.arguments import bind_controller, check_switches, needs_moments
-from adabatch.scheduler.effective_lr import EffectiveLr
-from adabatch.scheduler.plan import DEFAULT_OVERHEAD, budget_of_wrap
+from adabatch.scheduler.arguments import bind_controller, needs_moments
 from adabatch.scheduler.scheduler import BatchSizeScheduler
-from adabatch.scheduler.sizing import SizeRule
+
+KINDS = {PerSample: "per_sample", MicroBatch: "micro_batch", CrossRank: "cross_rank"}
 
 
+@suggest_keywords
 def wrap(
     model: nn.Module,
     optimizer: Optimizer,
-    loader: DataLoader | AdaptiveDataLoader,
+    loader: DataLoader[Any] | AdaptiveDataLoader,
     *,
     controller: Any = None,
-    min_batch_size: int = 16,
-    max_batch_size: int = 2048,
-    overhead: float | None = DEFAULT_OVERHEAD,
+    batch_sizes: BatchSizes | tuple[int, int] = BatchSizes(),  # noqa: B008
+    coupling: Coupling | str | CouplingRule = "none",
+    measure: Measure = "auto",
+    estimator: EstimatorOptions | None = None,
+    micro_batches: MicroBatches | int | None = None,
     loss_reduction: str = "mean",
-    samples: int | None = None,
     accumulate: int = 1,
-    ignore: Collection[str] = (),
-    layout: CheckReport | None = None,
-    seed: int = 0,
-    inner_products: bool = False,
     grad_scaler: Any = None,
-    effective_lr: EffectiveLr | None = None,
-    max_micro_batch_size: int | str | None = None,
-    loss_fn: LossFn | None = None,
-    estimator: str = "per_sample",
-    lr_scheduler: LRScheduler | None = None,
-    max_grad_norm: float | None = None,
-    per_parameter: bool = False,
-    group: Any = None,
-    comm_hook: Any = None,
-    comm_state: Any = None,
-    **scheduler_options: Any,
+    process_group: Any = None,
+    diagnostics: Diagnostics | None = None,
 ) -> tuple[Optimizer, AdaptiveDataLoader, BatchSizeScheduler]:
     """Let a training loop choose its own batch size.
 
-    The loop stays as it was; after optimizer.step() it calls scheduler.step(loss). The first batch has the loader's own size, clipped to the bounds.
+    The loop stays as it was; after optimizer.step() it calls scheduler.step(loss). The first batch
+    has the loader's own size, clipped to the bounds.
 
     Args:
-        model: any module whose trainable layers have a grad_sample rule. Wrap before the first compiled run.
-        optimizer: torch.optim.SGD; with CABS also Adam, AdamW, RMSprop or Adagrad; any other with effective_lr=. The parameters it holds are the ones measured.
-        loader: a map-style DataLoader with a batch_size. A shuffling one gets an order keyed by a seed drawn from its generator; sampler,
-            collate_fn, workers, pinning, generator and worker_init_fn are kept.
-        controller: default adabatch.CABS(). Where neither it nor the coupling needs moments (controllers.Scheduled, Seesaw, OnlineSelection), the model is
-            measured only if overhead=, samples=, inner_products= or every= asks for it.
-        min_batch_size, max_batch_size: bounds of a step's size, in samples.
-        overhead: the share of a step that measuring may cost on average, by a cost model of the model's layers: the samples measured and the interval follow
-            from it, see `adabatch.scheduler.plan.Budget` and scheduler.measurement. None measures all samples at every step.
-        loss_reduction: 'mean' or 'sum', of the loss that is differentiated.
-        samples: measure so many samples of each batch, at every step or one in every=, instead of what the default overhead chooses.
-        accumulate: backward passes per optimizer step in the caller's own accumulation; the loader's batches are that much smaller than the step's. The
-            number of batches in an epoch is not known beforehand: count the passes on from epoch to epoch, so that a step may span two.
-        ignore: names of modules to leave out of the measurement.
-        layout: what adabatch.check(model, batch, loss_fn) found, for models whose layers do not all see their samples along dimension 0.
-        seed: of the choice of measured samples.
-        inner_products: measure inner products with the mean gradient too, which scheduler.step(loss, weights=...) needs; a controller that
-            needs them asks for them itself. See GradSampleHooks.
-        grad_scaler: the GradScaler that scales the loss under float16; scheduler.step(loss) takes the loss without its scale.
-        effective_lr: a callable of a param group, for optimizers other than SGD.
-        max_micro_batch_size: a larger batch arrives as nearly equal micro-batches, through the same loop: optimizer.step() steps on the last of them,
-            scheduler.step(loss) pools their losses and moments. 'auto' finds the largest that fits (see find_micro_batch_size), with loss_fn.
-        loss_fn: (model, batch) -> the loss that is differentiated, for 'auto'.
-        estimator: 'per_sample', or 'micro_batch': from the gradients of micro-batches, at least two a batch, for models that cannot be measured per sample;
-            or 'cross_rank': from the gradients of at least two processes, at no cost.
-        lr_scheduler, max_grad_norm: run by optimizer.step() after the last micro-batch's step, and before it. So is grad_scaler's whole part, where any of
-            these or max_micro_batch_size is given. CABS is told of the clipping.
-        per_parameter: record each parameter's moments too, for scheduler.diagnostics.layers(); with a controller that needs none, this asks to measure.
-        group: where a process group is initialised: the processes that share each batch, a ProcessGroup or DeviceMesh; default all. Beside tensor
-            parallelism it is the data-parallel part of the mesh. All sizes are then those of the whole batch. Every process calls wrap with the same arguments.
-        comm_hook, comm_state: for 'cross_rank', a communication hook of DistributedDataParallel's that averages (compresses) in place of the default.
-        scheduler_options: of BatchSizeScheduler: multiple_of, every, dwell, hysteresis, confidence, ladder, spill, short_batch, coupling, base_batch_size,
-            scale_betas, diagnostics.
+        model: any module whose trainable layers have a grad_sample rule. Wrap before the first
+            compiled run.
+        optimizer: torch.optim.SGD; with CABS also Adam, AdamW, RMSprop or Adagrad; others with a
+            controller that is given an effective_lr. Its parameters are the ones measured.
+        loader: a map-style DataLoader with a batch_size. A shuffling one gets an order keyed by a
+            seed drawn from its generator; sampler, collate_fn, workers, pinning, generator and
+            worker_init_fn are kept.
+        controller: proposes the batch size; default adabatch.CABS(), with coupling="seesaw"
+            controllers.Seesaw().
+        batch_sizes: (minimum, maximum) of a step, in samples, or `BatchSizes`.
+        coupling: how the lr follows the batch size: "none", "linear", "sqrt", "adascale",
+            "seesaw", a callable, or `Coupling`.
+        measure: "auto": a share of 0.05 of the training time where controller, coupling or
+            estimator= need moments, nothing where they do not; a share, which a cost model of the
+            layers turns into samples and interval (`scheduler.measurement`); `Every(k)`; "all" for
+            every sample of every step; None for nothing. MicroBatch and CrossRank, whose cost is
+            small, measure at every step or as Every(k) says.
+        estimator: `PerSample` (the default), `MicroBatch` or `CrossRank`.
+        micro_batches: a larger batch arrives as nearly equal micro-batches of at most this size,
+            through the same loop: optimizer.step() steps on the last of them. A number or
+            `MicroBatches`.
+        loss_reduction: "mean" or "sum", of the loss that is differentiated.
+        accumulate: backward passes per optimizer step in the user's own accumulation; the loader's
+            batches are that much smaller than the step's. Count the passes from epoch to epoch, so
+            that a step may span two.
+        grad_scaler: the GradScaler that scales the loss under float16; scheduler.step(loss) takes
+            the loss without its scale.
+        process_group: where torch.distributed is initialised: the processes that share each batch,
+            a ProcessGroup or DeviceMesh; default all. With tensor parallelism it is the
+            data-parallel part of the mesh. All sizes are then those of the whole batch. Every
+            process calls wrap with the same arguments.
+        diagnostics: a history to append to; default a new one.
 
     Returns:
-        (optimizer, loader, scheduler): the optimizer itself, or around it one that waits for the last micro-batch; the adaptive loader to iterate over; and
-        the scheduler.
+        (optimizer, loader, scheduler): the optimizer itself, or around it one that waits for the
+        last micro-batch; the adaptive loader to iterate over; and the scheduler.
 
     Raises:
-        ValueError: layers that cannot be measured exactly (all listed), bounds out of order, arguments that do not go together, processes that are set up
-            differently.
+        ValueError: layers that cannot be measured exactly (all listed), options that do not go
+            together, a model or optimizer that is wrapped already, processes set up differently.
         RuntimeError: several processes were launched, but no process group is initialised.
-        TypeError: a loader or optimizer of another kind, a keyword that is not known.
+        TypeError: a loader or optimizer of another kind, an unknown keyword.
 
     Example:
         >>> import torch
-        >>> model, data = torch.nn.Linear(4, 1), torch.utils.data.TensorDataset(torch.randn(64, 4))
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> optimizer, loader, scheduler = wrap(model, optimizer, DataLoader(data, batch_size=8, shuffle=True), min_batch_size=8, max_batch_size=64)
+        >>> model = torch.nn.Linear(4, 1)
+        >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4))
+        >>> optimizer, loader, scheduler = wrap(
+        ...     model, torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     DataLoader(data, batch_size=8, shuffle=True), batch_sizes=(8, 64))
         >>> for (inputs,) in loader:
         ...     optimizer.zero_grad()
         ...     loss = (model(inputs) - 1).square().mean()
@@ -123,47 +123,73 @@ def wrap(
         64
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    SizeRule(min_batch_size, max_batch_size)  # refuses what are no bounds under their names here, before the hooks reserve room for the largest size
-    _check_names(scheduler_options)
-    _check_arguments(seed, layout, ignore, estimator, comm_hook=comm_hook, comm_state=comm_state, inner_products=inner_products, per_parameter=per_parameter)
-    settings = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "loss_reduction": loss_reduction, "samples": samples}
-    settings |= {"accumulate": accumulate, "ignore": ignore, "seed": seed, "inner_products": inner_products, "max_micro_batch_size": max_micro_batch_size}
-    settings |= {"controller": controller, "estimator": estimator, "max_grad_norm": max_grad_norm, "per_parameter": per_parameter, **scheduler_options}
-    parallel = DistributedSetup.find(group, estimator, model)
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
+    sizes, lr_rule = BatchSizes.of(batch_sizes), Coupling.of(coupling)
+    micro_options, measured = MicroBatches.of(micro_batches), measure_of(measure)
+    how = estimator_options(estimator)
+    check_not_hooked(model)
+    settings = {
+        "controller": controller, "loss_reduction": loss_reduction, "accumulate": accumulate,
+        "measure": measured, "max_micro_batch_size": micro_options.size,
+        "max_grad_norm": micro_options.max_grad_norm, "estimator": KINDS[type(how)],
+        **_settings(sizes), **_settings(lr_rule), **_settings(how, but=("layout", "comm_hook")),
+    }
+    parallel = DistributedSetup.find(process_group, KINDS[type(how)], model)
     adaptive = _adaptive(loader, parallel, model, optimizer, settings)
-    samples = samples if parallel is None else parallel.samples_here(samples)
-    coupling = scheduler_options.get("coupling", "none")
-    controller = CABS() if controller is None and coupling != "seesaw" else controller
-    if max_grad_norm is not None and hasattr(controller, "clips"):
-        controller.clips(max_grad_norm)
+    controller = CABS() if controller is None and lr_rule.rule != "seesaw" else controller
+    if micro_options.max_grad_norm is not None and hasattr(controller, "clips"):
+        controller.clips(micro_options.max_grad_norm)
+    effective_lr = getattr(controller, "effective_lr", None)
     needs = bind_controller(controller, optimizer, effective_lr)
-    asked = samples is not None or inner_products or per_parameter or "every" in scheduler_options or overhead is not DEFAULT_OVERHEAD
-    overhead = budget_of_wrap(overhead, samples, scheduler_options)
-    micro = MicroBatching(adaptive, max_micro_batch_size, accumulate, estimator, loss_fn)
+    micro = MicroBatching(
+        adaptive, micro_options.size, accumulate, KINDS[type(how)], micro_options.loss_fn
+    )
+    asks = needs_moments(controller, lr_rule.rule)
+    interval, share = plan_of(measured, how, asks)
+    samples = interval.samples if interval is not None else None
+    samples = samples if parallel is None else parallel.samples_here(samples)
     common: dict[str, Any] = {"loss_reduction": loss_reduction, "grad_scaler": grad_scaler}
     hooks: Any
-    if estimator == "micro_batch":
-        hooks = MicroBatchEstimator([parameter for params in _groups(optimizer) for parameter in params], adaptive.micro_batches, **common)
-    elif estimator == "cross_rank":
-        hooks = CrossRankEstimator(model, parallel.shard, accumulate=accumulate, comm_hook=comm_hook, comm_state=comm_state, **common)
-    elif asked or needs_moments(controller, coupling):
-        common |= {"samples": samples, "seed": seed, "accumulate": accumulate, "ignore": ignore, "layout": layout, "inner_products": inner_products or "inner_products" in needs}
-        common |= {"capacity": max_batch_size, "per_parameter": per_parameter}
-        hooks = _hooks(model, optimizer, needs, common)
-    else:
+    if interval is None and share is None:
+        if asks and measure is None:
+            name = type(controller).__name__ if controller is not None else "Seesaw"
+            raise ValueError(
+                f"{name} or coupling={lr_rule.rule!r} needs gradient moments, got measure=None: "
+                "omit measure=, or use a controller that needs none, as controllers.Scheduled(...)"
+            )
         hooks = NullEstimator(accumulate, loss_reduction)
+    elif isinstance(how, MicroBatch):
+        measured_parameters = [each for params in _groups(optimizer) for each in params]
+        hooks = MicroBatchEstimator(measured_parameters, adaptive.micro_batches, **common)
+    elif isinstance(how, CrossRank):
+        assert parallel is not None  # find() requires a process group
+        hooks = CrossRankEstimator(
+            model, parallel.shard, accumulate=accumulate, comm_hook=how.comm_hook,
+            comm_state=how.comm_state, **common,
+        )
+    else:
+        hooks = per_sample_hooks(
+            model, optimizer, how, needs, samples=samples, accumulate=accumulate,
+            capacity=sizes.maximum, **common,
+        )
     scheduler, before = None, (adaptive.batch_size, adaptive.drop_last)
     try:
-        micro.find_limit(model, optimizer, hooks, max_batch_size)
+        micro.find_limit(model, optimizer, hooks, sizes.maximum)
         if parallel is not None:
             parallel.agree_on_limit(adaptive)
-        options = {"min_batch_size": min_batch_size, "max_batch_size": max_batch_size, "effective_lr": effective_lr, **scheduler_options}
-        options["overhead"] = None if overhead is DEFAULT_OVERHEAD and hooks.cost() is None else overhead
-        scheduler = BatchSizeScheduler(optimizer, adaptive, hooks, controller, **options)
+        scheduler = BatchSizeScheduler(
+            optimizer, adaptive, hooks, controller, effective_lr=effective_lr,
+            every=1 if interval is None else interval.k, overhead=share, diagnostics=diagnostics,
+            **_flat(sizes, lr_rule),
+        )
         if parallel is not None:
-            parallel.join(model, hooks, scheduler, between_processes=estimator == "cross_rank")
-        optimizer = micro.accumulating(optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)
+            between = isinstance(how, CrossRank)
+            parallel.join(model, hooks, scheduler, between_processes=between)
+        optimizer = micro.accumulating(
+            optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=micro_options.lr_scheduler,
+            max_grad_norm=micro_options.max_grad_norm,
+        )
     except Exception:
         (hooks if scheduler is None else scheduler).remove()
         micro.undo()
@@ -172,62 +198,113 @@ def wrap(
     return optimizer, adaptive, scheduler
 
 
+def plan_of(
+    measure: float | Every | str | None, how: EstimatorOptions, needed: bool
+) -> tuple[Every | None, float | None]:
+    """(interval, share of the training time): one of the two, or neither to measure nothing.
+
+    Args:
+        measure: from measure_of().
+        how: the estimator's options; those that request a record of their own count as a need.
+        needed: whether controller or coupling reads moments.
+
+    Raises:
+        ValueError: a share, or a number of samples, for an estimator that has no samples.
+
+    Example:
+        >>> plan_of("auto", PerSample(), True), plan_of("auto", MicroBatch(), False)
+        ((None, 0.05), (Every(k=1, samples=None), None))
+    """
+    if not isinstance(how, PerSample):
+        if isinstance(measure, float) or (isinstance(measure, Every) and measure.samples):
+            raise ValueError(
+                f"measure={measure!r} chooses among samples, which estimator={type(how).__name__}"
+                "() does not measure: omit measure=, or pass adabatch.Every(k)"
+            )
+        return (measure if isinstance(measure, Every) else None if measure is None else Every(1),
+                None)
+    if measure == "auto":
+        needed = needed or how.per_parameter or how.inner_products
+        return None, DEFAULT_SHARE if needed else None
+    if isinstance(measure, Every):
+        return measure, None
+    return None, measure  # type: ignore[return-value]
+
+
+def estimator_options(given: EstimatorOptions | None) -> EstimatorOptions:
+    """PerSample() for None.
+
+    Raises:
+        ValueError: anything but estimator options.
+    """
+    if given is None:
+        return PerSample()
+    if not isinstance(given, (PerSample, MicroBatch, CrossRank)):
+        raise ValueError(
+            "estimator must be None, adabatch.PerSample(...), adabatch.MicroBatch() or "
+            f"adabatch.CrossRank(...), got {given!r}"
+        )
+    return given
+
+
+def per_sample_hooks(
+    model: nn.Module, optimizer: Optimizer, how: PerSample, needs: frozenset[str], **options: Any
+) -> GradSampleHooks:
+    """Hooks on the parameters that the optimizer holds, with the statistics in `needs`."""
+    reader = preconditioner_reader(optimizer) if "preconditioned_trace" in needs else None
+    return GradSampleHooks(
+        model, param_groups=_groups(optimizer), second_moment="second_moment" in needs,
+        preconditioner=reader, layout=how.layout, ignore=how.ignore, seed=how.seed,
+        per_parameter=how.per_parameter,
+        inner_products=how.inner_products or "inner_products" in needs, **options,
+    )
+
+
+def check_not_hooked(model: nn.Module) -> None:
+    """Refuse a model that is measured already.
+
+    Raises:
+        ValueError: it is; TypeError: it is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    if any(isinstance(getattr(hook, "owner", None), GradSampleHooks) for hook in hooks):
+        raise ValueError(
+            "the model's gradients are measured already: call remove() of the scheduler, monitor "
+            "or GradSampleHooks that measures them, or use that one"
+        )
+
+
 def _adaptive(
-    loader: DataLoader | AdaptiveDataLoader, parallel: DistributedSetup | None, model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]
+    loader: Any, parallel: DistributedSetup | None, model: nn.Module, optimizer: Optimizer,
+    settings: dict[str, Any],
 ) -> AdaptiveDataLoader:
-    """The adaptive loader, of all processes that share each batch, whose set-ups are compared."""
+    """The adaptive loader of the processes that share each batch, whose set-ups are compared."""
     if parallel is None:
-        return loader if isinstance(loader, AdaptiveDataLoader) else AdaptiveDataLoader.from_loader(loader)
+        adopted = isinstance(loader, AdaptiveDataLoader)
+        return loader if adopted else AdaptiveDataLoader.from_loader(loader)
     adaptive = parallel.take_loader(loader, summed=settings["loss_reduction"] == "sum")
     parallel.check_same(model, optimizer, adaptive, settings)
     return adaptive
-
-
-def _hooks(model: nn.Module, optimizer: Optimizer, needs: Collection[str], options: dict[str, Any]) -> GradSampleHooks:
-    """Hooks on the parameters that the optimizer holds, with what the controller needs beside norms."""
-    preconditioner = preconditioner_reader(optimizer) if "preconditioned_trace" in needs else None
-    return GradSampleHooks(model, param_groups=_groups(optimizer), second_moment="second_moment" in needs, preconditioner=preconditioner, **options)
 
 
 def _groups(optimizer: Optimizer) -> list[list[Tensor]]:
     return [group["params"] for group in optimizer.param_groups]
 
 
-def _check_names(scheduler_options: Collection[str]) -> None:
-    """Refuse a keyword that neither wrap nor BatchSizeScheduler takes, as wrap's own."""
-    own = inspect.signature(wrap).parameters.keys()
-    passed_on = {name for name, each in inspect.signature(BatchSizeScheduler).parameters.items() if each.kind is each.KEYWORD_ONLY}
-    for name in scheduler_options:
-        if name not in passed_on:
-            near = difflib.get_close_matches(name, [*own - {"scheduler_options"}, *passed_on - own], n=1)
-            cure = f"did you mean {near[0]}=?" if near else f"beside its own it takes {', '.join(sorted(passed_on - own))}"
-            raise TypeError(f"wrap() got an unexpected keyword argument {name!r}: {cure}")
+def _settings(options: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of an option object, as all processes must have them."""
+    return {name: value for name, value in vars(options).items() if name not in but}
 
 
-def _check_arguments(
-    seed: int, layout: CheckReport | None, ignore: Collection[str], estimator: str, *, comm_hook: Any, comm_state: Any, inner_products: bool, per_parameter: bool
-) -> None:
-    """Refuse arguments that nothing else looks at."""
-    check_switches(inner_products=inner_products, per_parameter=per_parameter)
-    if not hasattr(seed, "__index__"):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    if layout is not None:
-        _check_layout(layout, ignore)
-    if per_parameter and estimator != "per_sample":
-        raise ValueError(f"per_parameter=True needs estimator='per_sample', got {estimator!r}: the other estimators see the gradient as a whole")
-    given = [name for name, value in (("comm_hook", comm_hook), ("comm_state", comm_state)) if value is not None]
-    if given and estimator != "cross_rank":
-        raise ValueError(
-            f"only estimator='cross_rank' takes {'= and '.join(given)}=, got estimator={estimator!r}: pass estimator='cross_rank', or give the hook to the "
-            "model itself, model.register_comm_hook(state, hook)"
-        )
-
-
-def _check_layout(layout: CheckReport, ignore: Collection[str]) -> None:
-    """Refuse a model some of whose layers check refused, unless they are left out."""
-    if not isinstance(layout, CheckReport):
-        raise TypeError(f"layout must be what adabatch.check(model, batch, loss_fn) returned, got {layout!r}")
-    refused = {name: why for name, why in layout.refused.items() if not any(name == prefix or name.startswith(prefix + ".") for prefix in ignore)}
-    if refused:
-        lines = "\n".join(f"  - {name}: {why}" for name, why in refused.items())
-        raise ValueError(f"adabatch.check refused these layers; mend them, or leave them out with ignore={sorted(refused)}:\n{lines}")
+def _flat(sizes: BatchSizes, coupling: Coupling) -> dict[str, Any]:
+    """As BatchSizeScheduler takes them."""
+    return {
+        "min_batch_size": sizes.minimum, "max_batch_size": sizes.maximum,
+        "multiple_of": sizes.multiple_of, "dwell": sizes.cooldown,
+        "hysteresis": sizes.hysteresis, "ladder": sizes.size_ratio, "coupling": coupling.rule,
+        "spill": "lr" if coupling.on_limit == "lower_lr" else None,
+        "short_batch": coupling.short_batch, "base_batch_size": coupling.base_batch_size,
+        "scale_betas": coupling.scale_betas,
+    }

@@ -45,31 +45,31 @@ class Method:
     """One row: a controller made for a budget, or a fixed size with a decay of the lr over the share of the budget seen."""
 
     controller: Callable[[int, int], Any] | None = None
-    options: tuple[tuple[str, Any], ...] = ()
+    coupling: str | adabatch.Coupling = "none"
     size: int = BASE
     decay: Callable[[float], float] = DECAYS["constant"]
 
 
 def methods() -> dict[str, Method]:
     """Every row of the table; a controller is made from (budget, samples of an epoch)."""
-    spilled = (("spill", "lr"),)
+    lowered = adabatch.Coupling(on_limit="lower_lr")
     adaptive = {
         "annealed": Method(lambda budget, _: controllers.Annealed(budget, BASE, shape="power")),
         "annealed, noise cap": Method(lambda budget, _: controllers.Annealed(budget, BASE, shape="power", cap=controllers.NoiseScale(scale=2.0))),
         "CABS": Method(lambda budget, _: CABS()),
-        "CABS, spill": Method(lambda budget, _: CABS(), spilled),
-        "CABS, f_star auto": Method(lambda budget, _: CABS(f_star="auto"), spilled),
-        "NormTest": Method(lambda budget, _: controllers.NormTest(), spilled),
-        "InnerProductTest": Method(lambda budget, _: controllers.InnerProductTest(), spilled),
-        "augmented": Method(lambda budget, _: controllers.InnerProductTest.augmented(), spilled),
-        "NoiseScale": Method(lambda budget, _: controllers.NoiseScale(), spilled),
+        "CABS, spill": Method(lambda budget, _: CABS(), lowered),
+        "CABS, f_star auto": Method(lambda budget, _: CABS(f_star="auto"), lowered),
+        "NormTest": Method(lambda budget, _: controllers.NormTest(), lowered),
+        "InnerProductTest": Method(lambda budget, _: controllers.InnerProductTest(), lowered),
+        "augmented": Method(lambda budget, _: controllers.InnerProductTest.augmented(), lowered),
+        "NoiseScale": Method(lambda budget, _: controllers.NoiseScale(), lowered),
         # With the published linear coupling the lr outgrows what the network can be trained at: runs collapse, other ones with every seed.
-        "GradientDiversity": Method(lambda budget, epoch: controllers.GradientDiversity(), (("coupling", "sqrt"),)),
-        "AdaDamp": Method(lambda budget, _: controllers.AdaDamp(BASE), spilled),
-        "PadaDamp": Method(lambda budget, epoch: controllers.PadaDamp(BASE, rate=BASE**2 / epoch), spilled),
-        "GeoDamp": Method(lambda budget, _: controllers.GeoDamp(BASE), spilled),
+        "GradientDiversity": Method(lambda budget, epoch: controllers.GradientDiversity(), "sqrt"),
+        "AdaDamp": Method(lambda budget, _: controllers.AdaDamp(BASE), lowered),
+        "PadaDamp": Method(lambda budget, epoch: controllers.PadaDamp(BASE, rate=BASE**2 / epoch), lowered),
+        "GeoDamp": Method(lambda budget, _: controllers.GeoDamp(BASE), lowered),
         "AdaScale": Method(lambda budget, _: controllers.AdaScale(8 * BASE, BASE)),
-        "Goodput": Method(lambda budget, _: controllers.Goodput(BASE, LARGEST), (("coupling", "adascale"),)),
+        "Goodput": Method(lambda budget, _: controllers.Goodput(BASE, LARGEST), "adascale"),
     }
     fixed = {f"{size} {name}": Method(size=size, decay=decay) for size in (BASE, 8 * BASE) for name, decay in DECAYS.items()}
     return {**adaptive, **fixed}
@@ -83,10 +83,12 @@ def train(name: str, method: Method, make_network: Callable, data: ImageSets, *,
     loader = DataLoader(data[0], batch_size=method.size, shuffle=True, drop_last=method.controller is None, generator=torch.Generator().manual_seed(seed))
     if method.controller is not None:
         controller = method.controller(budget, len(data[0]))
-        options = {"min_batch_size": BASE, "max_batch_size": min(LARGEST, len(data[0])), **dict(method.options)}
-        if getattr(controller, "needs_moments", True):
-            options["every"] = 1  # what is compared are the rules, not how seldom they may measure
-        optimizer, loader, scheduler = adabatch.wrap(network, optimizer, loader, controller=controller, **options)
+        # What is compared are the rules: all of them may measure every step.
+        optimizer, loader, scheduler = adabatch.wrap(
+            network, optimizer, loader, controller=controller, coupling=method.coupling,
+            batch_sizes=(BASE, min(LARGEST, len(data[0]))),
+            measure="all" if controller.needs_moments else "auto",
+        )
         run = Run(name, scheduler.diagnostics)
         train_loop(network, optimizer, loader, scheduler, run, budget, data[1])
         scheduler.remove()

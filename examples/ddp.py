@@ -67,7 +67,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
     loader = DataLoader(TensorDataset(images[HELD_OUT:], labels[HELD_OUT:]), batch_size=16, shuffle=True)
     # All sizes are those of the whole batch: 16 samples are 8 on each of two processes.
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, min_batch_size=16, max_batch_size=options.max_batch_size)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, batch_sizes=(16, options.max_batch_size))
 
     parts = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler}
     resumed = load_checkpoint(options.out, **parts)

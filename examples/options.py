@@ -63,7 +63,8 @@ def shared_options(description: str | None, budget: str | None, out: str) -> arg
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
     """Adds the choice between CABS and a fixed size, and what CABS may spend on measuring."""
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="train at this fixed batch size; without it CABS chooses the size")
-    parser.add_argument("--overhead", type=float, help="share of the time to spend on measuring, as 0.05; without it every step is measured")
+    about_measure = "share of the time to spend on measuring, as 0.05 (default: measure every step)"
+    parser.add_argument("--measure", type=float, default="all", help=about_measure)
 
 
 def add_fashion_data(parser: argparse.ArgumentParser) -> None:

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
     loader = DataLoader(NoisyPoints(options.samples), batch_size=16, shuffle=True, num_workers=options.workers)
     # A controller that asks for large batches, so that some come in micro-batches; in so few steps it needs each of them measured.
-    sizes = {"controller": adabatch.CABS(scale=8.0), "min_batch_size": 8, "max_batch_size": 64, "max_micro_batch_size": 20, "overhead": None}
+    sizes = {"controller": adabatch.CABS(scale=8.0), "batch_sizes": (8, 64), "micro_batches": 20, "measure": "all"}
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, **sizes)
     parts = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler}
     seen: list[list[int]] = []

@@ -54,7 +54,7 @@ def train(
     seed: int,
     out: Path,
     batch_size: int | None = None,
-    overhead: float | None = None,
+    measure: float | str = "all",
 ) -> Run:
     """Trains a fresh network on the first of the data sets for `budget` samples, with CABS or, where `batch_size` is given, at that size.
 
@@ -71,8 +71,8 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(train_set, batch_size=batch_size or FIRST_BATCH_SIZE, shuffle=True, drop_last=drop_last, generator=generator)
     if batch_size is None:
-        # Runs this short have few steps to learn the variance from: without a budget (overhead=None) every one of them is measured.
-        options = {"controller": adabatch.CABS(), "min_batch_size": 16, "max_batch_size": 2048, "overhead": overhead}
+        # Runs this short have few steps to learn the variance from: every one of them is measured.
+        options = {"controller": adabatch.CABS(), "batch_sizes": (16, 2048), "measure": measure}
         optimizer, loader, scheduler = adabatch.wrap(network, optimizer, loader, **options)
         run = Run("cabs", scheduler.diagnostics)
     else:

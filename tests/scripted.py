@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import adabatch
 from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from tests.options import grouped
 
 
 class Wishes:
@@ -121,9 +122,10 @@ def wrapped(loader, controller=None, **options):
     """(model, optimizer, loader, scheduler) of a linear model."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    every_step = {} if "samples" in options or "every" in options else {"overhead": None}
-    options = {"min_batch_size": 4, "max_batch_size": 64, **every_step, **options}
-    return model, *adabatch.wrap(model, SGD(model.parameters(), lr=0.05), loader, controller=controller or Wishes(20, 7, 33, 12), **options)
+    every_step = {} if {"samples", "every", "measure"} & options.keys() else {"measure": "all"}
+    options = grouped(**{"min_batch_size": 4, "max_batch_size": 64, **every_step, **options})
+    optimizer, controller = SGD(model.parameters(), lr=0.05), controller or Wishes(20, 7, 33, 12)
+    return model, *adabatch.wrap(model, optimizer, loader, controller=controller, **options)
 
 
 def train_epoch(model, optimizer, loader, scheduler):

@@ -10,7 +10,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import adabatch
-from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from adabatch import AdaptiveDataLoader, BatchSizeScheduler, Every, GradSampleHooks
 from adabatch.controllers import Scheduled
 from adabatch.estimators.averages import MovingAverage
 from adabatch.grad_sample.cost import LayerCost, StepCost
@@ -168,40 +168,33 @@ def wrapped(**options):
 
 
 @pytest.mark.parametrize(
-    ("options", "every", "samples"),
-    [({"overhead": None}, 1, None), ({"samples": 4}, 1, 4), ({"every": 3}, 3, None), ({"samples": 4, "every": 2}, 2, 4)],
+    ("measure", "every", "samples"),
+    [("all", 1, None), (Every(1, 4), 1, 4), (Every(3), 3, None), (Every(2, samples=4), 2, 4)],
 )
-def test_what_is_given_wins_over_the_default(options, every, samples):
-    measurement = wrapped(**options).measurement
+def test_what_is_given_is_measured(measure, every, samples):
+    measurement = wrapped(measure=measure).measurement
     assert (measurement.every, measurement.samples) == (every, samples)
 
 
 def test_a_budget_is_the_default():
     assert isinstance(wrapped()._plan, Budget)
     assert wrapped()._plan.state_dict()["overhead"] == 0.05
-    assert wrapped(overhead=0.2)._plan.state_dict()["overhead"] == 0.2
+    assert wrapped(measure=0.2)._plan.state_dict()["overhead"] == 0.2
 
 
 def test_a_controller_without_need_of_moments_is_measured_only_if_a_budget_is_given():
-    assert not wrapped(controller=Scheduled("0:8"), min_batch_size=1).hooks.parameters
-    assert wrapped(controller=Scheduled("0:8"), min_batch_size=1, overhead=0.05).hooks.parameters
+    assert not wrapped(controller=Scheduled("0:8"), batch_sizes=(1, 2048)).hooks.parameters
+    assert wrapped(controller=Scheduled("0:8"), batch_sizes=(1, 2048), measure=0.05).hooks.parameters
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"overhead": 0.05, "samples": 4}, r"overhead=0.05 says .* samples=4 what is measured: leave overhead= away .*, or samples= for the budget"),
-        ({"overhead": None, "every": 2}, "overhead=None says .* every=2"),
-        ({"overhead": 0.1, "every": 2, "samples": 3}, "samples=3 and every=2 what is measured"),
-        ({"overhead": 0}, "overhead must be a number above 0.*got 0"),
-        ({"overhead": True}, "overhead must be a number above 0.*got True"),
-        ({"overhead": math.inf}, "overhead must be a number above 0.*got inf"),
-        ({"overhead": 0.1, "estimator": "micro_batch"}, "overhead=0.1 needs hooks that know what measuring costs.*got MicroBatchEstimator"),
-    ],
-)
-def test_arguments_that_do_not_go_together(options, message):
-    with pytest.raises(ValueError, match=message):
-        wrapped(**options)
+def test_a_share_needs_samples_to_choose_among():
+    with pytest.raises(ValueError, match=r"measure=0.1 chooses among samples.*MicroBatch\(\)"):
+        wrapped(measure=0.1, estimator=adabatch.MicroBatch())
+
+
+def test_a_controller_that_needs_moments_cannot_go_without():
+    with pytest.raises(ValueError, match="CABS or .* needs gradient moments, got measure=None"):
+        wrapped(measure=None)
 
 
 def test_the_schedulers_own_arguments():

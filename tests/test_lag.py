@@ -13,6 +13,7 @@ import adabatch
 from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
 from adabatch import _transfers as host_copies
 from adabatch.scheduler.pipeline import HostTransferStage
+from tests.options import grouped
 from tests.scripted import Wishes, regression, squared_error
 
 READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::item")
@@ -56,8 +57,9 @@ class Run:
         own = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 1)) if model is None else model
         self.model, self.device, self.scaler, self.loss_of = own.to(device), device, grad_scaler, loss_of
         loader = DataLoader(regression(400), batch_size=16)
-        options = {"min_batch_size": 4, "max_batch_size": 64, "overhead": None, "grad_scaler": grad_scaler, **options}
-        parts = adabatch.wrap(self.model, SGD(self.model.parameters(), lr=1e-3), loader, controller=controller or Wishes(20, 24, 12, 16), **options)
+        every_step = {} if "samples" in options else {"measure": "all"}
+        options = {"batch_sizes": (4, 64), **every_step, "grad_scaler": grad_scaler, **options}
+        parts = adabatch.wrap(self.model, SGD(self.model.parameters(), lr=1e-3), loader, controller=controller or Wishes(20, 24, 12, 16), **grouped(**options))
         self.optimizer, self.loader, self.scheduler = parts
         self.batches = iter(self.loader)
 
@@ -81,7 +83,7 @@ class Run:
 OPTIONS = {
     "all": {},
     "subset": {"samples": 3},
-    "budget": {"overhead": 0.2},
+    "budget": {"measure": 0.2},
     "inner_products": {"inner_products": True},
     "micro-batches": {"max_micro_batch_size": 6},
     "micro-batch estimator": {"estimator": "micro_batch"},
@@ -92,10 +94,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def plain(options):
-    given = dict(options)
-    if {"samples", "every"} & given.keys():
-        given["overhead"] = adabatch.scheduler.plan.DEFAULT_OVERHEAD
-    return given
+    return dict(options)
 
 
 @each_option

@@ -9,6 +9,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import adabatch
+from tests.options import grouped
 from tests.scripted import regression
 
 
@@ -20,7 +21,7 @@ def network():
 def train(model, optimizer, change, **options):
     """Messages of the warnings of three steps, before the second of which the model is changed."""
     loader = DataLoader(regression(48, width=3), batch_size=16)
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, overhead=None, max_batch_size=16, **options)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, measure="all", batch_sizes=(16, 16), **grouped(**options))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for number, (inputs, targets) in enumerate(loader):

@@ -130,7 +130,7 @@ def test_wrap_trains_with_any_of_them_and_measures_what_is_needed(make):
     model = nn.Linear(3, 2)
     optimizer = make(model.parameters())
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch_of(200)), batch_size=10)
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, min_batch_size=4, max_batch_size=50, overhead=None)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, batch_sizes=(4, 50), measure="all")
     for batch in loader:
         optimizer.zero_grad()
         loss = loss_fn(model, batch).mean()

@@ -55,7 +55,7 @@ def build(workers, limit, collate_in):
     loader = adabatch.AdaptiveDataLoader(Noisy(), 16, True, num_workers=workers, collate_in=collate_in,
         seed_samples=True)
     schedule = ExponentialLR(optimizer, 0.97)
-    options = {"min_batch_size": 4, "max_batch_size": 32, "max_micro_batch_size": limit, "lr_scheduler": schedule, "coupling": "sqrt"}
+    options = {"batch_sizes": (4, 32), "micro_batches": adabatch.MicroBatches(limit, lr_scheduler=schedule), "coupling": "sqrt"}
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=Growing(), **options)
     return {"model": model, "optimizer": optimizer, "lr_scheduler": schedule, "loader": loader, "scheduler": scheduler}
 

@@ -49,8 +49,8 @@ def test_a_grad_scaler_given_to_wrap_is_read_while_its_scale_holds(inner_product
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
-    options = {"controller": Wishes(8), "min_batch_size": 8, "max_batch_size": 8, "overhead": None}
-    wrapped = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8), inner_products=inner_products, grad_scaler=scaler, **options)
+    options = {"controller": Wishes(8), "batch_sizes": (8, 8), "measure": "all"}
+    wrapped = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8), estimator=adabatch.PerSample(inner_products=inner_products), grad_scaler=scaler, **options)
     optimizer, loader, scheduler = wrapped
     for inputs, targets in loader:
         expected = true_trace(model, (inputs, targets))
@@ -97,9 +97,7 @@ def scaled(scaler, told=None, fused=False, **options):
     """A linear model, and a function that takes one step scaled by `scaler`."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    options = {"controller": Wishes(8), "min_batch_size": 8, "max_batch_size": 8, "overhead": None, **options}
-    if options.get("estimator") == "micro_batch":
-        del options["overhead"]
+    options = {"controller": Wishes(8), "batch_sizes": (8, 8), "measure": "all", **options}
     optimizer = SGD(model.parameters(), lr=0.01, fused=fused)
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(regression(64), 8), grad_scaler=told, **options)
 
@@ -118,7 +116,7 @@ def scaled(scaler, told=None, fused=False, **options):
 FORGOTTEN = {
     "per sample": ({}, "that adabatch was not told of"),
     "fused": ({"fused": True}, "that adabatch was not told of"),
-    "micro-batches": ({"estimator": "micro_batch"}, "that adabatch was not told of"),
+    "micro-batches": ({"estimator": adabatch.MicroBatch()}, "that adabatch was not told of"),
     "another": ({"told": torch.amp.GradScaler("cpu")}, "other than the grad_scaler= that adabatch was given"),
 }
 
@@ -197,7 +195,7 @@ def test_a_summed_loss_is_refused_by_rules_that_need_the_step_per_unit_of_the_me
     with pytest.raises(ValueError, match=r"With loss_reduction='sum' that is lr times the batch size.*divide the loss by the batch size"):
         slope_run(controller, loss_reduction="sum")
     model = nn.Linear(3, 1)
-    options = {"loss_reduction": "sum", "effective_lr": lambda group: group["lr"], "min_batch_size": 8, "max_batch_size": 16}
+    options = {"loss_reduction": "sum", "batch_sizes": (8, 16)}
     with pytest.raises(ValueError, match="divide the loss by the batch size"):
         adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(regression(64), 8), controller=controller, **options)
     assert not model._forward_hooks

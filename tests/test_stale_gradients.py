@@ -16,7 +16,7 @@ def train(zero_grad, **options):
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     loader = DataLoader(regression(96, width=3), batch_size=16)
-    optimizer, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=1e-3), loader, overhead=None, max_batch_size=16, **options)
+    optimizer, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=1e-3), loader, measure="all", batch_sizes=(16, 16), **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for inputs, targets in loader:
@@ -47,7 +47,7 @@ def test_one_scheduler_at_a_time():
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = DataLoader(regression(64, width=3), batch_size=16)
     first = adabatch.wrap(model, optimizer, loader)[2]
-    with pytest.raises(ValueError, match=r"has a BatchSizeScheduler already.*remove\(\)"):
+    with pytest.raises(ValueError, match=r"measured already: call remove\(\)"):
         adabatch.wrap(model, optimizer, loader)
     first.remove()
     adabatch.wrap(model, optimizer, loader)

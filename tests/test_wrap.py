@@ -1,11 +1,13 @@
 """wrap: one call turns a plain training loop into one that chooses its batch size."""
 
 import copy
+import inspect
 import math
 import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import nn
 from torch.optim import SGD, Adadelta, Adam
 from torch.utils.data import (
@@ -26,7 +28,7 @@ def test_the_loop_of_the_design_as_it_stands():
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = DataLoader(regression(20_000, width=200), batch_size=600, shuffle=True)
     original = optimizer
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=adabatch.CABS(), min_batch_size=16, max_batch_size=4096)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=adabatch.CABS(), batch_sizes=(16, 4096))
 
     for inputs, targets in loader:
         optimizer.zero_grad()
@@ -45,8 +47,9 @@ def test_every_step_measured_the_size_settles_where_theory_says():
     torch.manual_seed(0)
     model = nn.Linear(200, 1)
     loader = DataLoader(regression(20_000, width=200), batch_size=600, shuffle=True)
-    sizes = {"min_batch_size": 16, "max_batch_size": 4096, "overhead": None}
-    optimizer, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), loader, **sizes)
+    options = {"batch_sizes": (16, 4096), "measure": "all"}
+    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, **options)
     for inputs, targets in loader:
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(inputs), targets)
@@ -69,42 +72,44 @@ ERRORS = {
     "not-an-optimizer": ({"optimizer": lambda model: "sgd"}, TypeError, "optimizer must be a torch.optim.Optimizer, got str"),
     "frozen": ({"model": lambda: nn.Linear(3, 1).requires_grad_(False)}, ValueError, "no trainable parameters"),
     "adadelta": ({"optimizer": lambda model: Adadelta(model.parameters())}, ValueError, "known for Adadelta.*effective_lr="),
-    "bounds": ({"min_batch_size": 100}, ValueError, "min_batch_size .100. must not exceed max_batch_size .64."),
-    "reduction": ({"loss_reduction": "none"}, ValueError, r"loss_reduction must be one of \('mean', 'sum'\), got 'none'"),
-    "unknown-option": ({"spil": "lr"}, TypeError, r"^wrap\(\) got an unexpected keyword argument 'spil': did you mean spill=\?$"),
-    "unknown-own": ({"max_batchsize": 8}, TypeError, r"^wrap\(\) got an unexpected keyword argument 'max_batchsize': did you mean max_batch_size=\?$"),
-    "unknown-far": ({"foo": 1}, TypeError, r"^wrap\(\) got an unexpected keyword argument 'foo': beside its own it takes base_batch_size, .*, spill$"),
-    "comm-hook": ({"comm_hook": print}, ValueError, "only estimator='cross_rank' takes comm_hook=, got estimator='per_sample'"),
-    "comm-state": ({"comm_state": 1, "estimator": "micro_batch"}, ValueError, "only estimator='cross_rank' takes comm_state=, got estimator='micro_batch'"),
-    "ignored": ({"ignore": ["head"]}, ValueError, "names no module of the model: 'head'"),
+    "bounds": ({"batch_sizes": (100, 64)}, ValueError, r"minimum \(100\) must not exceed"),
+    "bound": ({"batch_sizes": 64}, ValueError, r"batch_sizes must be a pair .* got 64"),
+    "reduction": ({"loss_reduction": "none"}, ValueError, r"loss_reduction must be one of .*'none'"),
+    "typo": (
+        {"batchsizes": (4, 8)}, TypeError,
+        r"^wrap\(\) got an unexpected keyword argument 'batchsizes': did you mean batch_sizes=\?$",
+    ),
+    "far": ({"foo": 1}, TypeError, "keyword argument 'foo': it takes controller, .*, diagnostics$"),
+    "coupling": ({"coupling": "cubic"}, ValueError, "rule must be one of .* got 'cubic'"),
+    "estimator": ({"estimator": "per_sample"}, ValueError, "estimator must be .* got 'per_sample'"),
+    "measure": ({"measure": "some"}, ValueError, "measure must be 'auto', .* got 'some'"),
+    "micro": ({"micro_batches": 0}, ValueError, "size must be a positive integer, .* got 0"),
+    "samples": (
+        {"measure": adabatch.Every(1, samples=4), "estimator": adabatch.MicroBatch()},
+        ValueError, r"chooses among samples, which estimator=MicroBatch\(\)",
+    ),
+    "nothing": ({"measure": None}, ValueError, "needs gradient moments, got measure=None"),
+    "ignored": (
+        {"estimator": adabatch.PerSample(ignore=["head"])}, ValueError,
+        "names no module of the model: 'head'",
+    ),
     "accumulate": ({"accumulate": 0}, ValueError, "accumulate must be a positive integer"),
-    "largest-none": ({"max_batch_size": None}, ValueError, "max_batch_size must be a positive integer, got None"),
-    "largest-float": ({"max_batch_size": 8.0}, ValueError, "max_batch_size must be a positive integer, got 8.0"),
-    "controller-name": ({"controller": "cabs"}, TypeError, r"controller must be an object with propose.*got 'cabs'.*adabatch.CABS\(\)"),
-    "controller-class": ({"controller": CABS}, TypeError, r"controller must be an object with propose.*make one, CABS\(\)"),
-    "controller-number": ({"controller": 64}, TypeError, "controller must be an object with propose.*got 64"),
-    "ignore-name": ({"ignore": "head"}, TypeError, "ignore must be a list of module names.*got 'head'"),
-    "ignore-number": ({"ignore": [0]}, TypeError, r"ignore must be a list of module names.*got \[0\]"),
-    "layout": ({"layout": 5}, TypeError, "layout must be what adabatch.check.* returned, got 5"),
-    "seed": ({"seed": None}, TypeError, "seed must be an integer, got None"),
-    "inner_products": ({"inner_products": "yes"}, TypeError, "inner_products must be True or False, got 'yes'"),
-    "per-parameter": ({"per_parameter": "yes"}, TypeError, "per_parameter must be True or False, got 'yes'"),
-    "max-grad-norm": ({"max_grad_norm": "1", "controller": adabatch.controllers.NormTest()}, ValueError, "max_grad_norm must be a number > 0 or None, got '1'"),
-    "hysteresis": ({"hysteresis": "a"}, ValueError, "hysteresis must be a number >= 0, got 'a'"),
-    "ladder": ({"ladder": "a"}, ValueError, "ladder must be a number > 1.* got 'a'"),
-    "confidence": ({"confidence": "0.9"}, ValueError, "confidence must be None, or a level between 0 and 1.* got '0.9'"),
+    "controller-name": (
+        {"controller": "cabs"}, TypeError, r"controller must be .*got 'cabs'.*adabatch.CABS\(\)",
+    ),
+    "controller-class": ({"controller": CABS}, TypeError, r"controller must be .*CABS\(\)"),
+    "controller-number": ({"controller": 64}, TypeError, "controller must be .*got 64"),
     "of-another-model": (
-        {"optimizer": lambda model: SGD(nn.Linear(3, 1).parameters(), lr=0.1)},
-        ValueError,
+        {"optimizer": lambda model: SGD(nn.Linear(3, 1).parameters(), lr=0.1)}, ValueError,
         "no trainable parameters to measure, or the optimizer.* holds none of them",
     ),
-    "no-common-multiple": ({"accumulate": 65}, ValueError, "no multiple of 65 lies between min_batch_size 4 and max_batch_size 64"),
+    "no-common-multiple": ({"accumulate": 65}, ValueError, "no multiple of 65 lies between"),
 }
 
 
 @pytest.mark.parametrize(("options", "error", "message"), ERRORS.values(), ids=ERRORS)
 def test_errors_leave_everything_as_it_was(options, error, message):
-    options = {"min_batch_size": 4, "max_batch_size": 64, **options}
+    options = {"batch_sizes": (4, 64), **options}
     model = options.pop("model", lambda: nn.Linear(3, 1))()
     optimizer = options.pop("optimizer", lambda model: SGD(model.parameters(), lr=0.1))(model)
     loader = options.pop("loader", lambda: AdaptiveDataLoader(ones(80), 2))()
@@ -133,7 +138,7 @@ def test_a_compiled_model_takes_the_same_steps(backend):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 1))
         callable_model = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
-        options = {"min_batch_size": 4, "max_batch_size": 64, "overhead": None}
+        options = {"batch_sizes": (4, 64), "measure": "all"}
         parts = adabatch.wrap(callable_model, SGD(model.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=16), **options)
         return train_epoch(callable_model, *parts), parts[2].diagnostics
 
@@ -149,7 +154,10 @@ def test_adam_with_an_effective_lr():
     model = nn.Linear(3, 1)
     optimizer = Adam(model.parameters(), lr=0.01)
     loader = DataLoader(Indexed(), batch_size=16)
-    parts = adabatch.wrap(model, optimizer, loader, max_batch_size=64, effective_lr=lambda group: 10 * group["lr"], overhead=None)
+    controller = CABS()
+    controller.effective_lr = lambda group: 10 * group["lr"]
+    options = {"controller": controller, "batch_sizes": (16, 64), "measure": "all"}
+    parts = adabatch.wrap(model, optimizer, loader, **options)
     train_epoch(model, *parts)
     assert set(parts[2].diagnostics.column("lr")) == {10 * 0.01}
     assert parts[2].diagnostics.n_measured == parts[2].diagnostics.n_steps
@@ -167,7 +175,7 @@ def test_two_param_groups_are_measured_apart():
 
 def test_options_reach_their_places():
     model, optimizer, loader, scheduler = wrapped(
-        DataLoader(Indexed(), batch_size=16), samples=6, seed=3, every=2, multiple_of=8, spill="lr", short_batch="keep"
+        DataLoader(Indexed(), batch_size=16), samples=6, seed=3, every=2, multiple_of=8, on_limit="lower_lr", short_batch="keep"
     )
     train_epoch(model, optimizer, loader, scheduler)
     told = scheduler.controller.told
@@ -226,7 +234,7 @@ def test_nothing_of_ours_warns(compiled):
         if compiled:
             warnings.filterwarnings("ignore", "<class 'torch.autograd.function.Function'> should not be instantiated", DeprecationWarning)
         model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
-        optimizer, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8, shuffle=True), min_batch_size=8)
+        optimizer, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8, shuffle=True), batch_sizes=(8, 2048))
         forward = torch.compile(model, backend="aot_eager") if compiled else model
         for inputs, targets in loader:
             optimizer.zero_grad()
@@ -236,3 +244,64 @@ def test_nothing_of_ours_warns(compiled):
             scheduler.step(loss)
     torch._dynamo.reset()
     assert scheduler.diagnostics[0].variance_trace > 0
+
+
+@pytest.mark.parametrize("measuring", ["wrap", "monitor", "hooks"])
+def test_a_model_that_is_measured_already_is_refused(measuring):
+    model = nn.Sequential(nn.Linear(3, 1))
+    optimizer, loader = SGD(model.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=16)
+    first = {
+        "wrap": lambda: adabatch.wrap(model, SGD(model.parameters(), lr=0.1), loader)[2],
+        "monitor": lambda: adabatch.monitor(model, optimizer),
+        "hooks": lambda: adabatch.GradSampleHooks(model),
+    }[measuring]()
+    for second in (lambda: adabatch.wrap(model, optimizer, loader),
+                   lambda: adabatch.monitor(model, optimizer)):
+        with pytest.raises(ValueError, match=r"measured already: call remove\(\)"):
+            second()
+    first.remove()
+    adabatch.wrap(model, optimizer, loader)[2].remove()
+
+
+DEFAULTS = {
+    "controller": CABS, "batch_sizes": adabatch.BatchSizes, "coupling": adabatch.Coupling,
+    "measure": lambda: "auto", "estimator": adabatch.PerSample,
+    "micro_batches": adabatch.MicroBatches, "loss_reduction": lambda: "mean",
+    "accumulate": lambda: 1, "grad_scaler": lambda: None, "process_group": lambda: None,
+    "diagnostics": adabatch.Diagnostics,
+}
+DOCUMENTED = {
+    "controller": None, "batch_sizes": (16, 2048), "coupling": "none", "estimator": None,
+    "micro_batches": None, "diagnostics": None,
+}
+
+
+def few_steps(**options):
+    """Weights and records of a short run."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    parts = adabatch.wrap(
+        model, SGD(model.parameters(), lr=0.05), DataLoader(Indexed(96), 16), **options
+    )
+    batches = train_epoch(model, *parts)
+    columns = ("batch_size", "proposed_batch_size", "variance_trace", "loss", "lr", "measured")
+    history = [parts[2].diagnostics.column(name).tolist() for name in columns]
+    return repr((batches, history, model.weight.tolist(), parts[2].get_last_lr()))
+
+
+def test_wrap_takes_few_keywords_all_with_a_default():
+    parameters = inspect.signature(adabatch.wrap).parameters.values()
+    keywords = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    assert keywords.keys() == DEFAULTS.keys()
+    assert len(keywords) <= 13
+    assert inspect.Parameter.empty not in keywords.values()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(names=strategies.sets(strategies.sampled_from(sorted(DEFAULTS))), short=strategies.booleans())
+def test_a_default_passed_explicitly_changes_nothing(names, short):
+    """Each default as itself, or as the object it stands for."""
+    options = {name: DEFAULTS[name]() for name in names}
+    if short:
+        options |= {name: value for name, value in DOCUMENTED.items() if name in names}
+    assert few_steps(**options) == few_steps()

@@ -149,6 +149,11 @@ class GradSampleHooks:
         self._placer.enabled = value
 
     @property
+    def n_passes(self) -> int:
+        """Measured backward passes since the last collect()."""
+        return self._n_passes
+
+    @property
     def samples(self) -> int | None:
         """How many samples of each batch are measured; None for all. May be set between steps."""
         return self._row_sampler.samples

@@ -67,7 +67,7 @@ def test_the_rule_is_settled_by_the_optimizer(optimizer, rule):
     model = nn.Linear(1, 1)
     loader = torch.utils.data.DataLoader(ones(64), batch_size=8)
     controller = AtMost(Annealed(1000, 8), 32)
-    *_, scheduler = adabatch.wrap(model, optimizer(model.parameters(), lr=0.1), loader, controller=controller, min_batch_size=4)
+    *_, scheduler = adabatch.wrap(model, optimizer(model.parameters(), lr=0.1), loader, controller=controller, batch_sizes=(4, 2048))
     assert controller.members[0].rule == rule
     scheduler.remove()
 

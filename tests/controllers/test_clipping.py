@@ -16,7 +16,8 @@ def first_wish(norm, controller, batch, lr=0.05):
     data = torch.utils.data.TensorDataset(*batch)
     optimizer, loader, scheduler = adabatch.wrap(
         model, torch.optim.SGD(model.parameters(), lr=lr), DataLoader(data, batch_size=len(data)),
-        controller=controller, min_batch_size=2, max_batch_size=64, max_grad_norm=norm, every=1,
+        controller=controller, batch_sizes=(2, 64), measure="all",
+        micro_batches=adabatch.MicroBatches(max_grad_norm=norm),
     )  # fmt: skip
     for part in loader:
         optimizer.zero_grad()

@@ -19,7 +19,7 @@ def trained(steps=150, controller=None, lr=0.02, **options):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    options = {"min_batch_size": 4, "max_batch_size": 256, "overhead": None, **options}
+    options = {"batch_sizes": (4, 256), "measure": "all", **options}
     controller = NoiseScale(smoothing=0.9) if controller is None else controller
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(regression(4000), batch_size=16, shuffle=True), controller=controller, **options)
     while True:

@@ -124,7 +124,7 @@ def test_per_epoch_over_a_plain_loader_that_drops_its_last_batch():
     optimizer = SGD(model.parameters(), lr=0.01)
     schedule = schedules.StepBS(None, 1, batch_size_manager=schedules.VirtualBatchSize(16))
     loader = DataLoader(ones(100), batch_size=16, drop_last=True)
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=Scheduled(schedule, unit="epoch"), min_batch_size=1)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=Scheduled(schedule, unit="epoch"), batch_sizes=(1, 2048))
     sizes = []
     for _ in range(3):
         sizes.append([])
@@ -145,7 +145,7 @@ def test_ramps_and_functions_of_the_count(accumulate):
     }
     for controller in controllers.values():
         model = nn.Linear(1, 1)
-        parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(400), 3), controller=controller, min_batch_size=1, accumulate=accumulate)
+        parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(400), 3), controller=controller, batch_sizes=(1, 2048), accumulate=accumulate)
         _, loader, scheduler = parts
         for count, _ in enumerate(loader, start=1):
             if count % accumulate == 0:
@@ -220,16 +220,16 @@ def test_hooks_none_needs_a_controller_and_a_coupling_without_moments():
     ("options", "measured"),
     [
         ({}, False),
-        ({"every": 1}, True),
-        ({"samples": 4}, True),
-        ({"coupling": "adascale", "overhead": None}, True),
-        ({"overhead": None}, True),
+        ({"measure": "all"}, True),
+        ({"measure": adabatch.Every(1, samples=4)}, True),
+        ({"coupling": "adascale", "measure": "all"}, True),
+        ({"measure": 10.0}, True),
         ({"coupling": "linear"}, False),
     ],
 )
 def test_wrap_measures_an_open_loop_run_only_if_asked(options, measured):
     model = nn.Linear(1, 1)
-    options = {"controller": Scheduled("0:8"), "min_batch_size": 1, **options}
+    options = {"controller": Scheduled("0:8"), "batch_sizes": (1, 2048), **options}
     _, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(64), 8), **options)
     for (inputs,) in loader:
         loss = model(inputs).square().mean()

@@ -14,6 +14,7 @@ import adabatch
 from adabatch import Diagnostics, GradSampleHooks
 from adabatch.controllers import Annealed
 from adabatch.diagnostics.layers import LayerHistory, Layers, LayerStatistics
+from tests.options import grouped
 from tests import oracle
 from tests.grad_sample.measuring import close, make_batch, make_mlp, measure, squared_error
 
@@ -276,8 +277,8 @@ def trained(n_steps, state=None, **options):
     model = make_mlp()
     data = torch.utils.data.TensorDataset(*make_batch(64))
     optimizer, loader, scheduler = adabatch.wrap(
-        model, torch.optim.SGD(model.parameters(), lr=0.01), torch.utils.data.DataLoader(data, batch_size=8), min_batch_size=4, max_batch_size=16,
-        every=1, **options,
+        model, torch.optim.SGD(model.parameters(), lr=0.01), torch.utils.data.DataLoader(data, batch_size=8), batch_sizes=(4, 16),
+        measure="all", **grouped(**options),
     )  # fmt: skip
     done = 0
     while done < n_steps:
@@ -322,11 +323,6 @@ def test_without_per_parameter_the_error_says_what_to_pass():
 
 def test_a_run_of_a_controller_that_measures_nothing_is_measured_for_its_layers():
     assert len(trained(4, controller=Annealed(1000, 8), per_parameter=True).diagnostics.layers()) == 2
-
-
-def test_the_micro_batch_estimator_has_no_layers():
-    with pytest.raises(ValueError, match="per_parameter=True needs estimator='per_sample', got 'micro_batch'"):
-        trained(1, per_parameter=True, estimator="micro_batch")
 
 
 def test_samples_of_unequal_weight():

@@ -13,14 +13,15 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, DistributedSampler
 
 import adabatch
+from tests.options import grouped
 from tests.distributed.runs import assert_same, make_data, make_loader, make_model, train, wrapped
 
 
 def wrap(model: nn.Module | None = None, loader: Any = None, lr: float = 0.1, **options: Any) -> Any:
     model = wrapped(make_model(), "ddp") if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    settings = {"min_batch_size": 7, "max_batch_size": 40, "overhead": None} | options
-    return model, *adabatch.wrap(model, optimizer, make_loader() if loader is None else loader, **settings)
+    settings = {"min_batch_size": 7, "max_batch_size": 40, "measure": "all"} | options
+    return model, *adabatch.wrap(model, optimizer, make_loader() if loader is None else loader, **grouped(**settings))
 
 
 def own(values: list[Any]) -> Any:
@@ -41,7 +42,7 @@ def different_set_ups(folder: Path) -> None:
     last = dist.get_world_size() - 1
     models = [make_model, lambda: nn.Sequential(*make_model()[:3], nn.Linear(8, 3))]
     raises_alike(ValueError, rf"parameters: 3.weight \(2, 8\) float32 on rank.*\(3, 8\) float32 on rank {last}", lambda: wrap(own(models)()))
-    raises_alike(ValueError, rf"max_batch_size: 40 on rank.*; 64 on rank {last}", lambda: wrap(max_batch_size=own([40, 64])))
+    raises_alike(ValueError, rf"maximum: 40 on rank.*; 64 on rank {last}", lambda: wrap(max_batch_size=own([40, 64])))
     raises_alike(ValueError, f"samples of an epoch: 61 on rank.*; 59 on rank {last}", lambda: wrap(loader=make_loader(samples=own([61, 59]))))
     raises_alike(ValueError, f"lr=0.1.*lr=0.2.*on rank {last}", lambda: wrap(lr=own([0.1, 0.2])))
     controllers = [adabatch.CABS, lambda: adabatch.CABS(scale=2.0)]

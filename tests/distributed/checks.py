@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import mse_loss
 
 import adabatch
+from tests.options import grouped
 from tests.distributed.runs import assert_same, make_loader, make_model, no_sync, train, wrapped
 
 
@@ -87,7 +88,7 @@ def measures_a_subset_of_each_share(folder: Path) -> None:
 
 def same_with_a_budget(folder: Path) -> None:
     """The default: samples and interval are chosen by cost, the same ones everywhere, and no step's lockstep is lost."""
-    run = train("ddp", overhead=0.05, samples=1999, max_batch_size=400, steps=60)
+    run = train("ddp", measure=0.05, samples=1999, max_batch_size=400, steps=60)
     measured = [record.measured for record in run["records"]]
     assert 5 <= sum(measured) < 60
     measurement = run["scheduler"].measurement
@@ -108,7 +109,7 @@ def cross_rank_once(how: str, loss_reduction: str, accumulate: int = 1, **option
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     fixed = {"controller": adabatch.controllers.Scheduled("0:26" if accumulate == 2 else "0:13"), "min_batch_size": 7, "max_batch_size": 40}
     options |= {"estimator": "cross_rank", "loss_reduction": loss_reduction, "accumulate": accumulate}
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, make_loader(samples=1999), **fixed, **options)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, make_loader(samples=1999), **grouped(**fixed, **options))
     batches, mean = [], loss_reduction == "mean"
     for inputs, targets in loader:
         batches.append((inputs, targets))
@@ -147,9 +148,9 @@ def cross_rank_with_accumulation_and_compression(folder: Path) -> None:
     model = wrapped(make_model(), "ddp")
     model.register_comm_hook(None, allreduce_hook)
     with pytest.raises(RuntimeError, match="comm_hook="):
-        adabatch.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), make_loader(), estimator="cross_rank")
+        adabatch.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), make_loader(), estimator=adabatch.CrossRank())
     with pytest.raises(ValueError, match="DistributedDataParallel"):
-        adabatch.wrap(make_model(), torch.optim.SGD(make_model().parameters(), lr=0.1), make_loader(), estimator="cross_rank")
+        adabatch.wrap(make_model(), torch.optim.SGD(make_model().parameters(), lr=0.1), make_loader(), estimator=adabatch.CrossRank())
 
 
 def cross_rank_is_unbiased(folder: Path) -> None:

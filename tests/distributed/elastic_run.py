@@ -74,8 +74,8 @@ def main(folder: Path, kills: int, seed: int) -> None:
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
     loader = DataLoader(Numbered(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(2))
-    sizes = {"controller": adabatch.CABS(scale=8.0), "min_batch_size": 5, "max_batch_size": 16}
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, overhead=None, **sizes)
+    sizes = {"controller": adabatch.CABS(scale=8.0), "batch_sizes": (5, 16)}
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, measure="all", **sizes)
     seen = Seen()
     parts = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler, "seen": seen}
     load_checkpoint(folder, **parts)

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import adabatch
 
+from tests.options import grouped
+
 SAMPLES = 61  # no multiple of 2, 3 or 4: shares differ
 
 
@@ -70,11 +72,11 @@ def train(how: str, steps: int = 50, *, accumulate: int = 1, loss_reduction: str
     settings = {"controller": options.pop("controller", lambda: adabatch.CABS(scale=40.0))(), "min_batch_size": 7, "max_batch_size": 40} | options
     if "measured" in settings:
         settings["samples"] = settings.pop("measured")
-    if settings.keys().isdisjoint({"samples", "every", "overhead"}):
-        settings["overhead"] = None
+    if settings.keys().isdisjoint({"samples", "every", "measure"}):
+        settings["measure"] = "all"
     is_mean = loss_reduction == "mean"
     optimizer, loader, scheduler = adabatch.wrap(
-        model, optimizer, make_loader(samples=samples), accumulate=accumulate, loss_reduction=loss_reduction, group=own, **settings
+        model, optimizer, make_loader(samples=samples), accumulate=accumulate, loss_reduction=loss_reduction, process_group=own, **grouped(**settings)
     )
     if waits:
         scheduler._pipeline.stages[-1]._waits = True

@@ -17,6 +17,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import adabatch
+from tests.options import grouped
 from tests.distributed.bad_setups import raises_alike
 from tests.distributed.runs import alone_group, assert_same, whole
 
@@ -76,8 +77,8 @@ def train(plan: dict[str, Any] | None, how: str = "tp", steps: int = 15, accumul
     net, group = (make(heads), alone_group()) if plan is None else split(make(heads), plan, how)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.5, foreach=False)  # momenta of several meshes cannot be stepped together
     settings = {"controller": options.pop("controller", lambda: adabatch.CABS(scale=8.0))(), "min_batch_size": 7, "max_batch_size": 60}
-    settings |= {} if "samples" in options else {"overhead": None}
-    optimizer, loader, scheduler = adabatch.wrap(net, optimizer, data(), group=group, accumulate=accumulate, **settings | options)
+    settings |= {} if "samples" in options else {"measure": "all"}
+    optimizer, loader, scheduler = adabatch.wrap(net, optimizer, data(), process_group=group, accumulate=accumulate, **grouped(**settings | options))
     losses: list[torch.Tensor] = []
     for ids, targets in loader:
         loss = mse_loss(net(ids), targets)
@@ -102,7 +103,7 @@ def same_when_layers_are_split(folder: Path) -> None:
     for plan in (PLAIN, SEQUENCE, COLUMNS):
         assert_same(train(plan), expected)
     assert_same(train(SEQUENCE, samples=6), train(None, samples=6))
-    measured = [record.measured for record in train(PLAIN, overhead=0.05)["records"]]
+    measured = [record.measured for record in train(PLAIN, measure=0.05)["records"]]
     assert 5 <= sum(measured) < len(measured)
 
 
@@ -123,7 +124,7 @@ def same_when_layers_are_split_beside_fully_shard(folder: Path) -> None:
 
 
 def split_layers_with_nothing_measured(folder: Path) -> None:
-    options = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "overhead": None, "steps": 8}
+    options = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "measure": "all", "steps": 8}
     found, expected = train(PLAIN, **options), train(None, **options)
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
 
@@ -140,8 +141,8 @@ def split_layers_that_are_refused(folder: Path) -> None:
     scaled = make()
     scaled.last.weight = nn.Parameter(distribute_tensor(scaled.last.weight.detach(), mesh, [Shard(0)]))
     optimizer = torch.optim.SGD(scaled.parameters(), lr=0.1)
-    raises_alike(ValueError, r"last \(LayerNorm\): only Linear and Embedding", lambda: adabatch.wrap(scaled, optimizer, data(), overhead=None))
-    given = {"group": mesh, "min_batch_size": 7}
+    raises_alike(ValueError, r"last \(LayerNorm\): only Linear and Embedding", lambda: adabatch.wrap(scaled, optimizer, data(), measure="all"))
+    given = {"process_group": mesh, "batch_sizes": (7, 2048)}
     raises_alike(ValueError, r'up.weight.*group=mesh\["dp"\]', lambda: adabatch.wrap(hooked, torch.optim.SGD(hooked.parameters(), lr=0.1), data(), **given))
 
 

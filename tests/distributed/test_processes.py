@@ -36,9 +36,9 @@ def test_a_launched_process_without_a_group_is_told(monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = torch.utils.data.DataLoader(torch.zeros(8, 2), batch_size=4)
     with pytest.raises(ValueError, match="cross_rank"):
-        adabatch.wrap(model, optimizer, loader, estimator="cross_rank")
+        adabatch.wrap(model, optimizer, loader, estimator=adabatch.CrossRank())
     with pytest.raises(RuntimeError, match="init_process_group"):
-        adabatch.wrap(model, optimizer, loader, group=object())
+        adabatch.wrap(model, optimizer, loader, process_group=object())
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match=r"2 processes were launched.*init_process_group"):

@@ -6,6 +6,7 @@ from torch.optim import SGD
 
 import adabatch
 from adabatch.data import AdaptiveDataLoader
+from tests.options import grouped
 from tests.scripted import Indexed, Wishes
 
 SIZES = (20, 7, 33, 12, 1, 40, 5, 23)
@@ -21,9 +22,9 @@ def make(limit=None, *, proposals=SIZES, optimizer=SGD, lr=0.05, model=None, los
     loader = AdaptiveDataLoader(data, 16, **(loader_options or {}))
     if callable(options.get("lr_scheduler")):
         options["lr_scheduler"] = options["lr_scheduler"](inner)
-    options = {"min_batch_size": 1, "max_batch_size": 64, "effective_lr": lambda group: group["lr"], **options}
+    options = {"min_batch_size": 1, "max_batch_size": 64, "max_micro_batch_size": limit, **options}
     controller = Wishes(*proposals)
-    return model, *adabatch.wrap(model, inner, loader, controller=controller, loss_reduction=loss_reduction, max_micro_batch_size=limit, **options)
+    return model, *adabatch.wrap(model, inner, loader, controller=controller, loss_reduction=loss_reduction, **grouped(**options))
 
 
 def train(model, optimizer, loader, scheduler, reduction="mean", zero="first", epochs=1, scaler=None):

@@ -237,12 +237,11 @@ def test_by_hand_on_the_last_piece_everything_is_allowed():
 
 
 WRONG = {
-    "zero": ({"limit": 0}, ValueError, "micro-batch limit must be an integer >= 1, got 0"),
-    "float": ({"limit": 2.5}, TypeError, "micro-batch limit .* got 2.5"),
+    "zero": ({"limit": 0}, ValueError, "size must be a positive integer, .* got 0"),
+    "float": ({"limit": 2.5}, ValueError, "size must be .* got 2.5"),
     "word": ({"limit": "big"}, ValueError, "'auto' or None, got 'big'"),
     "auto-without": ({"limit": "auto"}, ValueError, "pass loss_fn="),
     "accumulate": ({"limit": 4, "accumulate": 2}, ValueError, "leave accumulate at 1, got 2"),
-    "estimator": ({"estimator": "ranks"}, ValueError, "estimator must be one of"),
     "plateau": ({"lr_scheduler": ReduceLROnPlateau}, TypeError, "takes no metric, got ReduceLROnPlateau"),
     "norm": ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be a number > 0"),
 }
@@ -291,7 +290,7 @@ def test_the_micro_batch_estimator_is_unbiased():
     traces = []
     loader = AdaptiveDataLoader(data, 64, True)
     controller = Wishes(64)
-    parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.0), loader, controller=controller, estimator="micro_batch", max_micro_batch_size=16)
+    parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.0), loader, controller=controller, estimator=adabatch.MicroBatch(), micro_batches=16)
     for inputs, targets in parts[1]:
         loss = LOSSES["mean"](model(inputs), targets)
         loss.backward()
@@ -312,8 +311,8 @@ def test_a_compiled_model(backend):
     twin = copy.deepcopy(model)
     loaders = [DataLoader(Indexed(60), batch_size=16) for _ in range(2)]
     compiled = torch.compile(model, backend=backend)
-    cut = adabatch.wrap(compiled, SGD(model.parameters(), lr=0.05), loaders[0], max_batch_size=64, controller=Wishes(20, 13), max_micro_batch_size=6)
-    whole = adabatch.wrap(twin, SGD(twin.parameters(), lr=0.05), loaders[1], max_batch_size=64, controller=Wishes(20, 13), min_batch_size=4)
+    cut = adabatch.wrap(compiled, SGD(model.parameters(), lr=0.05), loaders[0], batch_sizes=(16, 64), controller=Wishes(20, 13), micro_batches=6)
+    whole = adabatch.wrap(twin, SGD(twin.parameters(), lr=0.05), loaders[1], batch_sizes=(4, 64), controller=Wishes(20, 13))
     cut[2].size_rule = whole[2].size_rule
     train(compiled, *cut, epochs=1)
     train(twin, *whole, epochs=1)

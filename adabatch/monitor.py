@@ -1,0 +1,257 @@
+"""monitor: measures the gradient moments of any training loop and changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adabatch._checks import check_version, suggest_keywords
+from adabatch.config import Measure, PerSample, measure_of
+from adabatch.diagnostics import Diagnostics
+from adabatch.diagnostics.record import Record
+from adabatch.grad_sample import GradSampleHooks
+from adabatch.grad_sample.cost import Measurement
+from adabatch.interfaces import State
+from adabatch.scheduler.arguments import rejection_reason
+from adabatch.scheduler.health import GradientNormCheck
+from adabatch.scheduler.late_parameters import UntrackedParameters
+from adabatch.scheduler.pipeline import HostTransferStage, Pipeline, StepRecord
+from adabatch.scheduler.plan import plan_for
+from adabatch.scheduler.record import Recorder, StepClock
+from adabatch.wrap import check_not_hooked, per_sample_hooks, plan_of
+
+
+@suggest_keywords
+def monitor(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    measure: Measure = "auto",
+    estimator: PerSample | None = None,
+    loss_reduction: str = "mean",
+    accumulate: int = 1,
+    grad_scaler: Any = None,
+    diagnostics: Diagnostics | None = None,
+) -> Monitor:
+    """Record the variance of the gradient in any training loop, read only.
+
+    The loop stays as it was, with any data loader: every optimizer.step() appends a record to
+    `diagnostics`. Neither lr nor batch size is written.
+
+    Args:
+        model: any module whose trainable layers have a grad_sample rule. Attach before the first
+            compiled run.
+        optimizer: its parameters are measured; its step() ends a step.
+        measure: "auto": at a share of 0.05 of the training time; a share; `Every(k)`; "all".
+        estimator: a `PerSample` with a layout, ignored modules, per_parameter=True, ...
+        loss_reduction: "mean" or "sum", of the loss that is differentiated.
+        accumulate: backward passes per optimizer step.
+        grad_scaler: the GradScaler that scales the loss. A step that it skips is not
+            recorded, and the next one is not measured.
+        diagnostics: a history to append to; default a new one.
+
+    Returns:
+        A `Monitor`.
+
+    Raises:
+        ValueError: layers that cannot be measured exactly (all listed), unknown options, a model
+            that is measured already, or one whose batches several processes share.
+        TypeError: an optimizer of another kind, an unknown keyword.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with monitor(model, optimizer) as watched:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         model(torch.randn(8, 4)).square().mean().backward()
+        ...         optimizer.step()
+        >>> watched.diagnostics.n_steps, watched.latest.batch_size, watched.latest.noise_scale > 0
+        (3, 8, True)
+    """
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
+    if measure is None:
+        raise ValueError("measure=None measures nothing: omit monitor(), or pass 'auto', a share, "
+                         "adabatch.Every(k) or 'all'")
+    how = PerSample() if estimator is None else estimator
+    if not isinstance(how, PerSample):
+        raise ValueError(f"estimator must be None or an adabatch.PerSample(...), got {how!r}: "
+                         "other estimators need adabatch.wrap")
+    _check_alone()
+    check_not_hooked(model)
+    interval, share = plan_of(measure_of(measure), how, needed=True)
+    hooks = per_sample_hooks(
+        model, optimizer, how, frozenset(), samples=None if interval is None else interval.samples,
+        loss_reduction=loss_reduction, accumulate=accumulate, grad_scaler=grad_scaler,
+    )
+    try:
+        every = 1 if interval is None else interval.k
+        return Monitor(optimizer, hooks, every=every, share=share, diagnostics=diagnostics)
+    except Exception:
+        hooks.remove()
+        raise
+
+
+class Monitor:
+    """Records each optimizer step in `diagnostics`; made by `monitor`.
+
+    On an accelerator a step's numbers are copied while the next one runs and recorded then;
+    flush() records what is under way. A context manager, which removes it at the end.
+
+    Attributes:
+        diagnostics: the history. Of a step that was not measured the batch size is not known:
+            that of the last measured step stands for it.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, hooks: GradSampleHooks, *, every: int = 1,
+        share: float | None = None, diagnostics: Diagnostics | None = None,
+    ):
+        self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
+        self.step_count = self.samples_seen = 0
+        self._optimizer, self._hooks = optimizer, hooks
+        self._plan = plan_for(hooks, every, share)
+        self._recorder, self._clock = Recorder(self.diagnostics), StepClock()
+        self._pipeline = Pipeline([HostTransferStage()])
+        self._norms = GradientNormCheck()
+        self._untracked = UntrackedParameters(optimizer, hooks.parameters.values())
+        self._batch_size, self._loss = 0, math.nan
+        hooks.loss_scale.watch(optimizer)
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def latest(self) -> Record:
+        """The record of the last step."""
+        return self.diagnostics.latest
+
+    @property
+    def measurement_plan(self) -> Measurement:
+        """Samples measured of each backward pass (None: all), the interval, the share of time."""
+        return self._plan.measurement
+
+    def record_loss(self, loss: Tensor | float) -> None:
+        """Optional: the loss of the step, for its record. Call before optimizer.step().
+
+        Args:
+            loss: as it was differentiated, without a GradScaler's scale and not divided by
+                `accumulate`.
+        """
+        self._loss = loss.detach().clone() if isinstance(loss, Tensor) else loss
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose backward passes are not measured, e.g. of another loss."""
+        with self._hooks.paused():
+            yield
+
+    def flush(self) -> None:
+        """Record the steps that are under way; on the CPU there are none."""
+        for seen in self._pipeline.flush():
+            self._record(seen)
+
+    def remove(self) -> None:
+        """Take all hooks off model and optimizer; the diagnostics stay."""
+        self.flush()
+        self._handle.remove()
+        self._hooks.remove()
+
+    def state_dict(self) -> State:
+        """Plain numbers and tensors."""
+        self.flush()
+        return {"version": 1, "step_count": self.step_count, "samples_seen": self.samples_seen,
+                "batch_size": self._batch_size, "enabled": self._hooks.enabled,
+                **{name: part.state_dict() for name, part in self._parts().items()}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from a state_dict().
+
+        Raises:
+            ValueError: an unknown version.
+        """
+        check_version(state, 1, "Monitor")
+        self._pipeline.clear()
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step_count, self.samples_seen = state["step_count"], state["samples_seen"]
+        self._batch_size, self._hooks.enabled = state["batch_size"], state["enabled"]
+        self._clock.reset()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        plan = self._plan.measurement
+        samples = "all samples" if plan.samples is None else f"{plan.samples} samples"
+        return f"Monitor(step {self.step_count}, {samples} at one step in {plan.every})"
+
+    def _parts(self) -> dict[str, Any]:
+        # The plan before the hooks, whose number of samples it sets.
+        return {"plan": self._plan, "hooks": self._hooks, "diagnostics": self.diagnostics,
+                "trace": self._recorder.trace}
+
+    def _after_step(self, *_: object) -> None:
+        """The optimizer's post-hook. Nothing here may wait for an accelerator."""
+        hooks = self._hooks
+        skipped, present = divmod(max(0, hooks.n_passes - 1), hooks.accumulate)
+        moments = None
+        if hooks.enabled and skipped and present == hooks.accumulate - 1:
+            hooks.reset()  # a GradScaler skipped steps, whose passes have not been collected
+        elif hooks.enabled and hooks.n_passes:
+            moments = hooks.observe()
+            self._untracked.warn(stacklevel=4)
+        seen = StepRecord(
+            step=self.step_count, loss=self._loss, moments=moments, delivered=0,
+            batch_size=self._batch_size,
+            lrs=[float(group["lr"]) for group in self._optimizer.param_groups], base_lr=None,
+            epoch=0, seconds=self._clock.lap(),
+        )
+        self._loss = math.nan
+        self.step_count += 1
+        for settled in self._pipeline.push(seen):
+            self._record(settled)
+        self._plan.next_step(self.step_count, moments is not None, max(1, self._batch_size))
+
+    def _record(self, seen: StepRecord) -> None:
+        seen.settle()
+        moments, loss = seen.moments, float(seen.loss)
+        if moments is not None:
+            self._batch_size = moments.batch_size
+        samples = self._batch_size if moments is None else moments.batch_size
+        if self._hooks.loss_reduction == "sum":
+            loss /= max(1, samples)
+        dropped = ""
+        if moments is not None:
+            dropped = rejection_reason(moments, 0.0 if math.isnan(loss) else loss)
+        usable = None if dropped else moments
+        if usable is not None:
+            self._norms.look(usable)
+        self.samples_seen += samples
+        lr = sum(seen.lrs) / len(seen.lrs)
+        self._recorder.record(seen, usable, lr=lr, loss=loss, samples_seen=self.samples_seen,
+                              dropped=dropped)
+        self._plan.judge(self._recorder.trace)
+
+
+def _check_alone() -> None:
+    """Refuse several processes: what one of them measures is not the batch's variance."""
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        raise ValueError(
+            f"monitor measures one process, and {group.get_world_size()} share each batch: use "
+            "adabatch.wrap, with controllers.Scheduled('0:SIZE') for a fixed batch size"
+        )
