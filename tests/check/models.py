@@ -1,4 +1,5 @@
-"""Small models for check(), each with a batch and per-sample losses; sizes differ from each other unless a test wants them equal."""
+"""Small models for check(), each with a batch and per-sample losses; sizes differ unless a test
+needs them equal."""
 
 import torch
 from torch import nn
@@ -12,7 +13,12 @@ class Stack(nn.Module):
 
     def __init__(self, layout):
         super().__init__()
-        self.layout, self.first, self.norm, self.last = layout, nn.Linear(D, 5), nn.LayerNorm(5), nn.Linear(5, 2)
+        self.layout, self.first, self.norm, self.last = (
+            layout,
+            nn.Linear(D, 5),
+            nn.LayerNorm(5),
+            nn.Linear(5, 2),
+        )
 
     def forward(self, inputs):
         """inputs [N, T, D], or [T, N, D] for batch_second."""
@@ -37,7 +43,7 @@ class ClassToken(Stack):
 
 
 class Positions(nn.Module):
-    """A position embedding looked up once for all samples, with or without a leading dimension of one."""
+    """A position embedding looked up once for all samples, perhaps with a leading dimension."""
 
     def __init__(self, leading, positions=T):
         super().__init__()
@@ -51,7 +57,11 @@ class Positions(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self, kind, batch_first, hidden_only=False):
         super().__init__()
-        self.rnn, self.head, self.hidden_only = kind(D, 5, batch_first=batch_first), nn.Linear(5, 2), hidden_only
+        self.rnn, self.head, self.hidden_only = (
+            kind(D, 5, batch_first=batch_first),
+            nn.Linear(5, 2),
+            hidden_only,
+        )
 
     def forward(self, inputs):
         outputs, hidden = self.rnn(inputs)
@@ -63,7 +73,10 @@ class Recurrent(nn.Module):
 class Attention(nn.Module):
     def __init__(self, batch_first):
         super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(D, 2, batch_first=batch_first, dropout=0.2), nn.Linear(D, 2)
+        self.attention, self.head = (
+            nn.MultiheadAttention(D, 2, batch_first=batch_first, dropout=0.2),
+            nn.Linear(D, 2),
+        )
 
     def forward(self, inputs):
         outputs = self.head(self.attention(inputs, inputs, inputs)[0])
@@ -77,4 +90,8 @@ def square_loss(model, inputs):
 
 def inputs_for(layout, samples, positions=T):
     """Random inputs, time first where the layout is."""
-    return torch.randn(positions, samples, D) if layout == "batch_second" else torch.randn(samples, positions, D)
+    return (
+        torch.randn(positions, samples, D)
+        if layout == "batch_second"
+        else torch.randn(samples, positions, D)
+    )

@@ -1,4 +1,5 @@
-"""A made-up run for the tests of the history: sizes, losses and moments drawn at random, with steps that measure nothing and dropped ones."""
+"""A synthetic run: random sizes, losses and moments, with steps that measure nothing and dropped
+measurements."""
 
 import math
 from dataclasses import astuple
@@ -45,5 +46,7 @@ def fill(history, rows):
 
 
 def same_records(some, others):
-    """Whether two histories, or lists of records, are equal in every field, NaN being equal to NaN."""
-    return repr([astuple(record) for record in some]) == repr([astuple(record) for record in others])
+    """Whether two sequences of records are equal in every field, NaN being equal to NaN."""
+    return repr([astuple(record) for record in some]) == repr(
+        [astuple(record) for record in others]
+    )

@@ -1,4 +1,4 @@
-"""The history as CSV and as JSON lines: round trips, torn files, a killed process, a run that was resumed."""
+"""The history as CSV and as JSON lines: round trips, torn files, a killed process, a resume."""
 
 import csv
 import json
@@ -24,7 +24,13 @@ def test_csv(tmp_path):
     assert list(rows[0]) == list(FIELDS)
     for row, record in zip(rows, history, strict=True):
         for name, kind in FIELDS.items():
-            value = {"int": int, "int | None": int, "float": float, "bool": lambda text: text == "True", "str": str}[kind](row[name])
+            value = {
+                "int": int,
+                "int | None": int,
+                "float": float,
+                "bool": lambda text: text == "True",
+                "str": str,
+            }[kind](row[name])
             assert repr(value) == repr(getattr(record, name))
 
 
@@ -46,16 +52,37 @@ def test_jsonl_round_trip_while_it_grows(tmp_path):
 
 def test_every_line_is_strict_json(tmp_path):
     history = fill(Diagnostics(), steps(20))
-    history.append(step=21, samples_seen=999, batch_size=8, next_batch_size=8, lr=0.1, loss=-math.inf, proposed_batch_size=math.inf, dropped='say "no"\n')
+    history.append(
+        step=21,
+        samples_seen=999,
+        batch_size=8,
+        next_batch_size=8,
+        lr=0.1,
+        loss=-math.inf,
+        proposed_batch_size=math.inf,
+        dropped='say "no"\n',
+    )
     history.to_jsonl(tmp_path / "run.jsonl")
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
 
-    header, *lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
-    assert header == {"format": "adabatch.diagnostics", "version": 2, "smoothing": 0.95, "before": None}
+    header, *lines = [
+        json.loads(line, parse_constant=refuse)
+        for line in (tmp_path / "run.jsonl").read_text().splitlines()
+    ]
+    assert header == {
+        "format": "adabatch.diagnostics",
+        "version": 2,
+        "smoothing": 0.95,
+        "before": None,
+    }
     assert tuple(lines[0]) == GIVEN
-    assert (lines[-1]["loss"], lines[-1]["proposed_batch_size"], lines[-1]["variance_trace"]) == ("-inf", "inf", None)
+    assert (lines[-1]["loss"], lines[-1]["proposed_batch_size"], lines[-1]["variance_trace"]) == (
+        "-inf",
+        "inf",
+        None,
+    )
     assert same_records(Diagnostics.from_jsonl(tmp_path / "run.jsonl"), history)
 
 
@@ -79,7 +106,11 @@ def test_empty_file_is_an_empty_history(tmp_path):
 @pytest.mark.parametrize(
     ("line", "replacement", "message"),
     [
-        (1, b'{"format": "adabatch.diagnostics", "version": 7}', "line 1: a history of version 7; this release of adabatch reads version 2"),
+        (
+            1,
+            b'{"format": "adabatch.diagnostics", "version": 7}',
+            "line 1: a history of version 7; this release of adabatch reads version 2",
+        ),
         (1, b'{"loss": 1}', "line 1: not a history"),
         (1, b"step,loss", "line 1: not a history"),
         (3, b'{"step": 2, "samp', "line 3: "),
@@ -111,14 +142,17 @@ from adabatch.diagnostics import Diagnostics
 history = Diagnostics()
 history.to_jsonl(sys.argv[1])
 for step in count(1):
-    history.append(step=step, samples_seen=16 * step, batch_size=16, next_batch_size=16, lr=0.1, loss=1 / step, measured=True, variance_trace=step)
+    history.append(step=step, samples_seen=16 * step, batch_size=16, lr=0.1, loss=1 / step,
+                   measured=True, variance_trace=step)
     print(step, flush=True)
 """
 
 
 def test_readable_after_a_kill(tmp_path):
     path = tmp_path / "run.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         while int(process.stdout.readline()) < 300:
             pass

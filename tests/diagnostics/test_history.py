@@ -28,7 +28,9 @@ def test_averages_are_weighted_by_samples(name, every):
         used = [row for row in rows[:count] if math.isfinite(row[name])]
         if len(used) < 2:
             continue
-        average, error = by_definition([row[name] for row in used], [row["batch_size"] for row in used], 0.9)
+        average, error = by_definition(
+            [row[name] for row in used], [row["batch_size"] for row in used], 0.9
+        )
         assert getattr(record, f"{name}_ema") == pytest.approx(average, rel=1e-10)
         if name == "variance_trace":
             assert record.variance_trace_std_error == pytest.approx(error, rel=1e-8)
@@ -44,8 +46,12 @@ def test_ratios_and_speed():
         assert record.noise_scale == (trace / signal if signal > 0 else math.inf)
         assert record.snr == pytest.approx(row["batch_size"] * max(signal, 0) / trace)
         if record.true_grad_sq_norm_ema > 0:
-            assert record.noise_scale_ema == record.variance_trace_ema / record.true_grad_sq_norm_ema
-            assert record.snr_ema == pytest.approx(row["batch_size"] * record.true_grad_sq_norm_ema / record.variance_trace_ema)
+            assert (
+                record.noise_scale_ema == record.variance_trace_ema / record.true_grad_sq_norm_ema
+            )
+            assert record.snr_ema == pytest.approx(
+                row["batch_size"] * record.true_grad_sq_norm_ema / record.variance_trace_ema
+            )
 
 
 def test_steps_that_measure_nothing():
@@ -61,11 +67,30 @@ def test_steps_that_measure_nothing():
 
 def test_moments_of_a_dropped_measurement_are_not_kept():
     history = Diagnostics()
-    fixed = {"batch_size": 16, "next_batch_size": 16, "lr": 0.1, "grad_sq_norm": 1.0, "true_grad_sq_norm": 0.5, "measured": True}
+    fixed = {
+        "batch_size": 16,
+        "next_batch_size": 16,
+        "lr": 0.1,
+        "grad_sq_norm": 1.0,
+        "true_grad_sq_norm": 0.5,
+        "measured": True,
+    }
     history.append(step=1, samples_seen=16, loss=2.0, variance_trace=4.0, **fixed)
-    history.append(step=2, samples_seen=32, loss=math.nan, variance_trace=1e30, dropped="non-finite loss", **fixed)
+    history.append(
+        step=2,
+        samples_seen=32,
+        loss=math.nan,
+        variance_trace=1e30,
+        dropped="non-finite loss",
+        **fixed,
+    )
     last = history.latest
-    assert (last.measured, last.dropped, last.variance_trace_ema, last.loss_ema) == (False, "non-finite loss", 4.0, 2.0)
+    assert (last.measured, last.dropped, last.variance_trace_ema, last.loss_ema) == (
+        False,
+        "non-finite loss",
+        4.0,
+        2.0,
+    )
     assert math.isnan(last.variance_trace)
     assert (history.n_measured, history.n_dropped) == (1, 1)
 
@@ -73,13 +98,31 @@ def test_moments_of_a_dropped_measurement_are_not_kept():
 def test_errors_of_the_steps_make_that_of_the_average_and_are_held():
     history = Diagnostics(smoothing=0.5)
     fixed = {"batch_size": 16, "next_batch_size": 16, "lr": 0.1, "true_grad_sq_norm": 1.0}
-    history.append(step=1, samples_seen=16, variance_trace=4.0, variance_trace_step_error=0.6, n_measured=4, measured=True, **fixed)
-    history.append(step=2, samples_seen=32, variance_trace=4.0, variance_trace_step_error=0.2, n_measured=8, measured=True, **fixed)
+    history.append(
+        step=1,
+        samples_seen=16,
+        variance_trace=4.0,
+        variance_trace_step_error=0.6,
+        n_measured=4,
+        measured=True,
+        **fixed,
+    )
+    history.append(
+        step=2,
+        samples_seen=32,
+        variance_trace=4.0,
+        variance_trace_step_error=0.2,
+        n_measured=8,
+        measured=True,
+        **fixed,
+    )
     history.append(step=3, samples_seen=48, **fixed)
     both = math.hypot(0.5 * 4 * 0.6, 8 * 0.2) / (0.5 * 4 + 8)
     assert history.column("variance_trace_std_error").tolist() == pytest.approx([0.6, both, both])
     assert history.column("n_measured").tolist() == [4, 8, 0]
-    assert history.column("variance_trace_step_error").tolist() == pytest.approx([0.6, 0.2, math.nan], nan_ok=True)
+    assert history.column("variance_trace_step_error").tolist() == pytest.approx(
+        [0.6, 0.2, math.nan], nan_ok=True
+    )
 
 
 def test_errors_and_the_interval_of_the_noise_scale():
@@ -92,17 +135,24 @@ def test_errors_and_the_interval_of_the_noise_scale():
     sizes = np.array([row["batch_size"] for row in used], float)
     p = 0.9 ** np.arange(len(used) - 1, -1, -1.0) * sizes
     p /= p.sum()
-    x, y = (np.array([row[name] for row in used]) for name in ("variance_trace", "true_grad_sq_norm"))
+    x, y = (
+        np.array([row[name] for row in used]) for name in ("variance_trace", "true_grad_sq_norm")
+    )
     lost = 1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum()
     dx, dy = x - p @ x, y - p @ y
-    errors = {name: math.sqrt((p**2 * d * d).sum() / lost) for name, d in {"variance_trace": dx, "true_grad_sq_norm": dy}.items()}
+    errors = {
+        name: math.sqrt((p**2 * d * d).sum() / lost)
+        for name, d in {"variance_trace": dx, "true_grad_sq_norm": dy}.items()
+    }
     for name, error in errors.items():
         assert getattr(record, f"{name}_std_error") == pytest.approx(error, rel=1e-8)
     shares = p**2 / sizes
     quantile = stats.t.ppf(0.95, shares.sum() ** 2 / (shares**2).sum() - 1)
     assert 0 < record.noise_scale_low < record.noise_scale_ema < record.noise_scale_high < math.inf
     for ratio in (record.noise_scale_low, record.noise_scale_high):
-        assert (p @ x - ratio * (p @ y)) ** 2 == pytest.approx(quantile**2 * (p**2 * (dx - ratio * dy) ** 2).sum() / lost, rel=1e-6)
+        assert (p @ x - ratio * (p @ y)) ** 2 == pytest.approx(
+            quantile**2 * (p**2 * (dx - ratio * dy) ** 2).sum() / lost, rel=1e-6
+        )
 
 
 def test_an_unbounded_noise_scale():
@@ -116,10 +166,18 @@ def test_an_unbounded_noise_scale():
 
 def test_numbers_are_plain():
     history = Diagnostics()
+    sizes = {"samples_seen": torch.tensor(16), "batch_size": np.int32(16), "next_batch_size": 16}
+    moments = {"variance_trace": np.float32(4.0), "grad_sq_norm": np.float64(1.0)}
     history.append(
-        step=np.int64(1), samples_seen=torch.tensor(16), batch_size=np.int32(16), next_batch_size=16, lr=torch.tensor(0.5), loss=torch.tensor(2.0),
-        variance_trace=np.float32(4.0), grad_sq_norm=np.float64(1.0), true_grad_sq_norm=torch.tensor(0.5), seconds=np.float64(1.0), measured=np.bool_(True),
-    )  # fmt: skip
+        step=np.int64(1),
+        lr=torch.tensor(0.5),
+        loss=torch.tensor(2.0),
+        true_grad_sq_norm=torch.tensor(0.5),
+        seconds=np.float64(1.0),
+        measured=np.bool_(True),
+        **sizes,
+        **moments,
+    )
     record = history.latest
     assert {type(getattr(record, name)) for name in Record.__slots__} == {int, float, bool, str}
     assert history.column("next_batch_size").dtype.kind == "i"
@@ -141,7 +199,11 @@ def test_counts_and_repr():
     history = fill(Diagnostics(), steps(20))
     assert history.dropped == Counter({"non-finite loss": 2, "batch of one": 1})
     assert (history.n_steps, history.n_measured, history.n_dropped) == (20, 17, 3)
-    assert re.fullmatch(r"Diagnostics\(20 steps, 17 measured, 3 dropped; batch \d+ → \d+, noise scale .* \(.* to .*\)\)", repr(history))
+    assert re.fullmatch(
+        r"Diagnostics\(20 steps, 17 measured, 3 dropped; batch \d+ → \d+, "
+        r"noise scale .* \(.* to .*\)\)",
+        repr(history),
+    )
     assert repr(Diagnostics()) == "Diagnostics(0 steps, 0 measured, 0 dropped)"
     history.dropped["batch of one"] = 99
     assert history.n_dropped == 3
@@ -151,11 +213,28 @@ def test_a_run_without_a_controller_has_no_proposals():
     """What a monitor appends: only what it saw."""
     history = Diagnostics()
     for row in steps(20):
-        names = ("step", "samples_seen", "batch_size", "variance_trace", "grad_sq_norm", "true_grad_sq_norm", "measured")
+        names = (
+            "step",
+            "samples_seen",
+            "batch_size",
+            "variance_trace",
+            "grad_sq_norm",
+            "true_grad_sq_norm",
+            "measured",
+        )
         history.append(**{name: row[name] for name in names})
     latest = history.latest
     assert latest.next_batch_size is None
-    assert all(math.isnan(value) for value in (latest.proposed_batch_size, latest.lr, latest.loss, latest.loss_ema, latest.seconds))
+    assert all(
+        math.isnan(value)
+        for value in (
+            latest.proposed_batch_size,
+            latest.lr,
+            latest.loss,
+            latest.loss_ema,
+            latest.seconds,
+        )
+    )
     assert np.isnan(history.column("next_batch_size")).all()
     assert "proposed" not in history.summary()
     assert "lr" not in history.summary()
@@ -205,8 +284,10 @@ def test_max_records_bounds_memory_not_counts():
     assert [record.step for record in history] == [16, 17, 18, 19, 20]
     assert (history.n_steps, history.n_dropped) == (20, 3)
     assert history.latest == fill(Diagnostics(), steps(20)).latest
-    assert same_records(fill(Diagnostics(max_records=5), steps(900)), fill(Diagnostics(), steps(900))[-5:])
-    with pytest.raises(ValueError, match="max_records must be at least 1, .* got 0"):
+    assert same_records(
+        fill(Diagnostics(max_records=5), steps(900)), fill(Diagnostics(), steps(900))[-5:]
+    )
+    with pytest.raises(ValueError, match=r"max_records must be at least 1, .* got 0"):
         Diagnostics(max_records=0)
 
 
@@ -243,7 +324,9 @@ def test_loading_an_earlier_state_rolls_back():
 
 def test_unknown_state():
     history = Diagnostics()
-    with pytest.raises(ValueError, match="Diagnostics has version 1; this release of adabatch reads version 2"):
+    with pytest.raises(
+        ValueError, match="Diagnostics has version 1; this release of adabatch reads version 2"
+    ):
         history.load_state_dict({**history.state_dict(), "version": 1})
     with pytest.raises(ValueError, match="lacks the averages"):
         history.load_state_dict({**history.state_dict(), "averages": {"means": {}, "joint": {}}})
@@ -253,8 +336,13 @@ def test_unknown_state():
 def test_what_is_no_history_is_refused_when_it_is_given(given):
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 3)), batch_size=16)
-    with pytest.raises(TypeError, match=r"diagnostics must be None, for a new history, or an adabatch\.Diagnostics\(\) to append to, got "):
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(32, 3)), batch_size=16
+    )
+    with pytest.raises(
+        TypeError,
+        match=r"diagnostics must be .* an adabatch\.Diagnostics\(\) to append to, got ",
+    ):
         adabatch.wrap(model, optimizer, loader, diagnostics=given)
     assert not model._forward_hooks
     assert not optimizer._optimizer_step_pre_hooks
@@ -264,6 +352,8 @@ def test_a_history_is_appended_to():
     history = Diagnostics()
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 3)), batch_size=16)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(32, 3)), batch_size=16
+    )
     *_, scheduler = adabatch.wrap(model, optimizer, loader, diagnostics=history)
     assert scheduler.diagnostics is history

@@ -1,4 +1,4 @@
-"""The layer view: each step's statistics against the oracle, the sums of a run against sums made here."""
+"""The layer view: each step's statistics against the oracle, a run's sums against others."""
 
 import csv
 import dataclasses
@@ -35,7 +35,15 @@ def expected(grads):
 def test_the_statistics_of_each_parameter_are_the_oracles(inner_products, loss_reduction):
     model, batch = make_mlp(), make_batch(8)
     truth = expected(oracle.per_sample_grads(model, squared_error, batch))
-    found = LayerStatistics.of_step(measure(model, batch, loss_reduction=loss_reduction, per_parameter=True, inner_products=inner_products))
+    found = LayerStatistics.of_step(
+        measure(
+            model,
+            batch,
+            loss_reduction=loss_reduction,
+            per_parameter=True,
+            inner_products=inner_products,
+        )
+    )
     assert found.names == tuple(truth)
     assert (found.of, found.batch_size, found.n_measured) == ("parameter", 8, 8)
     close(found.traces, [trace for trace, _ in truth.values()], 1e-4)
@@ -57,7 +65,13 @@ def test_parameters_and_groups_add_up_to_the_model(inner_products):
 def test_parameters_of_several_groups_and_of_several_passes():
     model = make_mlp(torch.float64)
     batches = [make_batch(size, torch.float64) for size in (6, 3)]
-    hooks = GradSampleHooks(model, per_parameter=True, inner_products=True, accumulate=2, param_groups=[[model[0].weight], [model[0].bias, *model[2].parameters()]])
+    hooks = GradSampleHooks(
+        model,
+        per_parameter=True,
+        inner_products=True,
+        accumulate=2,
+        param_groups=[[model[0].weight], [model[0].bias, *model[2].parameters()]],
+    )
     for batch in batches:
         (squared_error(model, batch).mean() / 2).backward()
     moments = hooks.collect()
@@ -73,13 +87,20 @@ def test_a_model_measured_as_a_whole_has_no_layers():
 
 
 def drawn(count, seed=0, names=NAMES):
-    """(statistics, samples seen) of so many steps of changing sizes."""
+    """(statistics, samples seen) of `count` steps of changing sizes."""
     rng, seen, made = np.random.default_rng(seed), 0, []
     for _ in range(count):
         size = int(rng.integers(4, 64))
         seen += size
         traces, signals = rng.gamma(3, 2, len(names)), rng.normal(1, 1, len(names))
-        made.append((LayerStatistics(names, "parameter", traces, signals, size, int(rng.integers(2, size + 1))), seen))
+        made.append(
+            (
+                LayerStatistics(
+                    names, "parameter", traces, signals, size, int(rng.integers(2, size + 1))
+                ),
+                seen,
+            )
+        )
     return made
 
 
@@ -99,23 +120,34 @@ def test_nothing_is_lost_however_short_the_history_is_kept(count, max_spans):
     assert view.edges[0] == 0
     assert view.edges[-1] == made[-1][1]
     assert (np.diff(view.edges) > 0).all()
-    weights = np.array([statistics.n_measured for statistics, _ in made]), np.array([statistics.batch_size for statistics, _ in made])
+    weights = (
+        np.array([statistics.n_measured for statistics, _ in made]),
+        np.array([statistics.batch_size for statistics, _ in made]),
+    )
     trace = weights[0] @ np.stack([statistics.traces for statistics, _ in made]) / weights[0].sum()
-    signal = weights[1] @ np.stack([statistics.signals for statistics, _ in made]) / weights[1].sum()
+    signal = (
+        weights[1] @ np.stack([statistics.signals for statistics, _ in made]) / weights[1].sum()
+    )
     whole = view.merged(1)
     assert whole.variance_trace[0] == pytest.approx(trace)
     assert whole.true_grad_sq_norm[0] == pytest.approx(signal)
     assert whole.batch_size[0] == pytest.approx(weights[1].mean())
     assert [row.share for row in view] == pytest.approx(trace / trace.sum())
-    assert [row.snr for row in view] == pytest.approx(weights[1].mean() * signal.clip(min=0) / trace)
-    assert [row.noise_scale for row in view] == pytest.approx([t / g if g > 0 else math.inf for t, g in zip(trace, signal, strict=True)])
+    assert [row.snr for row in view] == pytest.approx(
+        weights[1].mean() * signal.clip(min=0) / trace
+    )
+    assert [row.noise_scale for row in view] == pytest.approx(
+        [t / g if g > 0 else math.inf for t, g in zip(trace, signal, strict=True)]
+    )
 
 
 def test_a_layer_is_the_sum_of_its_parameters():
     history = filled(drawn(20))
     layers, parameters = history.view(), history.view("parameter")
     assert layers.names == ("body", "head")
-    assert layers.variance_trace == pytest.approx(parameters.variance_trace @ np.array([[1, 0], [1, 0], [0, 1]]))
+    assert layers.variance_trace == pytest.approx(
+        parameters.variance_trace @ np.array([[1, 0], [1, 0], [0, 1]])
+    )
     assert layers.share.sum(1) == pytest.approx(np.ones(20))
     assert filled(drawn(3, names=("weight", "bias"))).view().names == ("(model)",)
 
@@ -138,7 +170,7 @@ def test_what_cannot_be_shown_says_why():
         history.view().merged(0)
 
 
-def test_moments_that_are_not_finite_are_left_out_and_other_names_begin_anew():
+def test_moments_that_are_not_finite_are_left_out_and_other_names_start_again():
     history = filled(drawn(4))
     broken = LayerStatistics(NAMES, "parameter", np.array([1.0, math.nan, 1.0]), np.ones(3), 8, 8)
     history.append(broken, 999)
@@ -186,9 +218,20 @@ def test_csv_and_table(tmp_path):
 @pytest.mark.parametrize("case", ["usual", "no signal", "no noise"])
 def test_the_heat_map_is_drawn(tmp_path, layers, case):
     pytest.importorskip("matplotlib")
-    trace, signal = np.full((300, layers), 0.0 if case == "no noise" else 2.0), np.full((300, layers), -1.0 if case == "no signal" else 0.5)
+    trace, signal = (
+        np.full((300, layers), 0.0 if case == "no noise" else 2.0),
+        np.full((300, layers), -1.0 if case == "no signal" else 0.5),
+    )
     sizes = np.full(300, 16)
-    view = Layers(tuple(f"layer{k}" for k in range(layers)), np.arange(301) * 16, sizes * 1.0, trace, signal, sizes, sizes)
+    view = Layers(
+        tuple(f"layer{k}" for k in range(layers)),
+        np.arange(301) * 16,
+        sizes * 1.0,
+        trace,
+        signal,
+        sizes,
+        sizes,
+    )
     view.plot(tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000
     share, ratio = (panel.collections[0].get_array() for panel in view.draw().axes[:2])
@@ -200,7 +243,9 @@ def test_the_heat_map_is_drawn(tmp_path, layers, case):
 
 def test_a_convolution_and_its_norm_are_seen_apart():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 3)).double()
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 3)
+    ).double()
     batch = torch.randn(6, 1, 4, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     truth = expected(oracle.per_sample_grads(model, squared_error, batch))
     history = LayerHistory()
@@ -208,7 +253,9 @@ def test_a_convolution_and_its_norm_are_seen_apart():
     view = history.view()
     assert view.names == ("0", "1", "3")
     for k, name in enumerate(view.names):
-        assert view.variance_trace[0, k] == pytest.approx(sum(trace for key, (trace, _) in truth.items() if key.startswith(name)))
+        assert view.variance_trace[0, k] == pytest.approx(
+            sum(trace for key, (trace, _) in truth.items() if key.startswith(name))
+        )
 
 
 def recorded(made, path=None):
@@ -217,8 +264,22 @@ def recorded(made, path=None):
     if path is not None:
         history.to_jsonl(path)
     for step, (statistics, seen) in enumerate(made):
-        fields = {"variance_trace": float(statistics.traces.sum()), "true_grad_sq_norm": 1.0, "grad_sq_norm": 1.0, "measured": True}
-        history.append(step=step, samples_seen=seen, batch_size=statistics.batch_size, next_batch_size=8, lr=0.1, loss=1.0, layers=statistics, **fields)
+        fields = {
+            "variance_trace": float(statistics.traces.sum()),
+            "true_grad_sq_norm": 1.0,
+            "grad_sq_norm": 1.0,
+            "measured": True,
+        }
+        history.append(
+            step=step,
+            samples_seen=seen,
+            batch_size=statistics.batch_size,
+            next_batch_size=8,
+            lr=0.1,
+            loss=1.0,
+            layers=statistics,
+            **fields,
+        )
     return history
 
 
@@ -232,7 +293,11 @@ def same(view, other, rel=1e-12):
 def test_the_file_of_a_run_holds_its_layers(tmp_path):
     made = drawn(30)
     history = recorded(made, tmp_path / "run.jsonl")
-    same(Diagnostics.from_jsonl(tmp_path / "run.jsonl").layers("parameter"), history.layers("parameter"), rel=1e-6)
+    same(
+        Diagnostics.from_jsonl(tmp_path / "run.jsonl").layers("parameter"),
+        history.layers("parameter"),
+        rel=1e-6,
+    )
     with open(tmp_path / "run.jsonl") as file:
         text = file.read().splitlines()
     with open(tmp_path / "run.jsonl", "w") as file:
@@ -256,7 +321,15 @@ def test_a_resumed_history_goes_on_with_its_layers():
     resumed = recorded(made[:25])  # further than the state: what came after it is forgotten
     resumed.load_state_dict(state)
     for step, (statistics, seen) in enumerate(made[20:], start=20):
-        resumed.append(step=step, samples_seen=seen, batch_size=statistics.batch_size, next_batch_size=8, lr=0.1, measured=True, layers=statistics)
+        resumed.append(
+            step=step,
+            samples_seen=seen,
+            batch_size=statistics.batch_size,
+            next_batch_size=8,
+            lr=0.1,
+            measured=True,
+            layers=statistics,
+        )
     same(resumed.layers(), whole.layers())
 
 
@@ -266,7 +339,12 @@ def test_dropped_steps_and_moments_that_are_not_finite_leave_no_layers(tmp_path)
     statistics = drawn(1)[0][0]
     common = {"samples_seen": 8, "batch_size": 8, "next_batch_size": 8, "lr": 0.1}
     history.append(step=0, measured=True, dropped="non-finite loss", layers=statistics, **common)
-    history.append(step=1, measured=True, layers=dataclasses.replace(statistics, traces=np.full(3, math.nan)), **common)
+    history.append(
+        step=1,
+        measured=True,
+        layers=dataclasses.replace(statistics, traces=np.full(3, math.nan)),
+        **common,
+    )
     with pytest.raises(LookupError, match=r"per_parameter=True to adabatch\.wrap"):
         history.layers()
     assert len(Diagnostics.from_jsonl(tmp_path / "run.jsonl")) == 2
@@ -276,10 +354,11 @@ def trained(n_steps, state=None, **options):
     """A run over two batches' worth of steps through wrap; its scheduler."""
     model = make_mlp()
     data = torch.utils.data.TensorDataset(*make_batch(64))
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    options = {"batch_sizes": (4, 16), "measure": "all", **grouped(**options)}
     optimizer, loader, scheduler = adabatch.wrap(
-        model, torch.optim.SGD(model.parameters(), lr=0.01), torch.utils.data.DataLoader(data, batch_size=8), batch_sizes=(4, 16),
-        measure="all", **grouped(**options),
-    )  # fmt: skip
+        model, torch.optim.SGD(model.parameters(), lr=0.01), loader, **options
+    )
     done = 0
     while done < n_steps:
         for batch in loader:
@@ -301,7 +380,9 @@ def test_wrap_records_layers_that_add_up_to_the_records(inner_products):
     layers = history.layers()
     assert layers.names == ("0", "2")
     assert layers.variance_trace.sum(1) == pytest.approx(history.column("variance_trace"), rel=1e-4)
-    assert layers.true_grad_sq_norm.sum(1) == pytest.approx(history.column("true_grad_sq_norm"), rel=1e-3, abs=1e-3)
+    assert layers.true_grad_sq_norm.sum(1) == pytest.approx(
+        history.column("true_grad_sq_norm"), rel=1e-3, abs=1e-3
+    )
     assert layers.edges[-1] == history.latest.samples_seen
     assert history.layers("parameter").names == ("0.weight", "0.bias", "2.weight", "2.bias")
 
@@ -322,7 +403,9 @@ def test_without_per_parameter_the_error_says_what_to_pass():
 
 
 def test_a_run_of_a_controller_that_measures_nothing_is_measured_for_its_layers():
-    assert len(trained(4, controller=Annealed(1000, 8), per_parameter=True).diagnostics.layers()) == 2
+    assert (
+        len(trained(4, controller=Annealed(1000, 8), per_parameter=True).diagnostics.layers()) == 2
+    )
 
 
 def test_samples_of_unequal_weight():
@@ -339,5 +422,7 @@ def test_samples_of_unequal_weight():
     for name, trace in zip(found.names, found.traces, strict=True):
         rows = grads[name].flatten(1)
         mean = (shares @ rows) / 9
-        assert trace == pytest.approx(float((shares.unsqueeze(1) * (rows - mean)).square().sum(1).mean()) * 9 / 8)
+        assert trace == pytest.approx(
+            float((shares.unsqueeze(1) * (rows - mean)).square().sum(1).mean()) * 9 / 8
+        )
     assert found.traces.sum() == pytest.approx(moments.variance_trace)

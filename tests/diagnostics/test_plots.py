@@ -17,7 +17,15 @@ pytest.importorskip("matplotlib")
 def awkward(**values):
     history = Diagnostics()
     for step in range(1, 6):
-        row = {"loss": 1.0, "lr": 0.1, "variance_trace": 2.0, "grad_sq_norm": 1.0, "true_grad_sq_norm": 0.5, "measured": True, **values}
+        row = {
+            "loss": 1.0,
+            "lr": 0.1,
+            "variance_trace": 2.0,
+            "grad_sq_norm": 1.0,
+            "true_grad_sq_norm": 0.5,
+            "measured": True,
+            **values,
+        }
         history.append(step=step, samples_seen=16 * step, batch_size=16, next_batch_size=16, **row)
     return history
 
@@ -29,10 +37,23 @@ HISTORIES = {
     "one step": lambda: fill(Diagnostics(), steps(1)),
     "never measured": lambda: awkward(measured=False),
     "all NaN": lambda: awkward(loss=math.nan, lr=math.nan, dropped="non-finite loss"),
-    "negative": lambda: awkward(loss=-1.0, variance_trace=-2.0, true_grad_sq_norm=-1.0, proposed_batch_size=-4.0),
-    "zero": lambda: awkward(loss=0.0, lr=0.0, variance_trace=0.0, grad_sq_norm=0.0, true_grad_sq_norm=0.0, proposed_batch_size=0.0),
-    "infinite": lambda: awkward(loss=math.inf, proposed_batch_size=math.inf, variance_trace=math.inf),
-    "huge": lambda: awkward(loss=1e300, proposed_batch_size=1e300, variance_trace=1e38, true_grad_sq_norm=1e-300),
+    "negative": lambda: awkward(
+        loss=-1.0, variance_trace=-2.0, true_grad_sq_norm=-1.0, proposed_batch_size=-4.0
+    ),
+    "zero": lambda: awkward(
+        loss=0.0,
+        lr=0.0,
+        variance_trace=0.0,
+        grad_sq_norm=0.0,
+        true_grad_sq_norm=0.0,
+        proposed_batch_size=0.0,
+    ),
+    "infinite": lambda: awkward(
+        loss=math.inf, proposed_batch_size=math.inf, variance_trace=math.inf
+    ),
+    "huge": lambda: awkward(
+        loss=1e300, proposed_batch_size=1e300, variance_trace=1e38, true_grad_sq_norm=1e-300
+    ),
 }
 
 
@@ -66,7 +87,9 @@ def test_lines_show_the_columns():
 
     np.testing.assert_array_equal(line(size, 0), history.column("batch_size"))
     proposal = history.column("proposed_batch_size")
-    np.testing.assert_array_equal(size.lines[1].get_xydata(), np.stack([samples, proposal], 1)[np.isfinite(proposal)])
+    np.testing.assert_array_equal(
+        size.lines[1].get_xydata(), np.stack([samples, proposal], 1)[np.isfinite(proposal)]
+    )
     np.testing.assert_array_equal(line(lr, 0), history.column("lr"))
     np.testing.assert_array_equal(line(loss, 1), history.column("loss_ema"))
     np.testing.assert_array_equal(line(trace, 1), history.column("variance_trace_ema"))
@@ -80,7 +103,10 @@ def test_lines_show_the_columns():
 def test_band_is_one_standard_error():
     history = fill(Diagnostics(), steps(50))
     band = draw(history).axes[3].collections[0].get_paths()[0].vertices
-    average, error = history.column("variance_trace_ema")[-1], history.column("variance_trace_std_error")[-1]
+    average, error = (
+        history.column("variance_trace_ema")[-1],
+        history.column("variance_trace_std_error")[-1],
+    )
     at_end = band[band[:, 0] == history.latest.samples_seen][:, 1]
     assert (at_end.min(), at_end.max()) == pytest.approx((average - error, average + error))
 
@@ -90,7 +116,13 @@ def test_intervals_are_bands_that_end_with_the_panel():
     for row in rows:
         row["true_grad_sq_norm"] += 0.3
         proposal = row["proposed_batch_size"]
-        history.append(**row, proposed_low=proposal / 2, proposed_high=math.inf, f_star=0.2, f_star_std_error=0.05)
+        history.append(
+            **row,
+            proposed_low=proposal / 2,
+            proposed_high=math.inf,
+            f_star=0.2,
+            f_star_std_error=0.05,
+        )
     size, _, loss, _, scale = draw(history).axes
     proposal, samples = history.column("proposed_batch_size"), history.column("samples_seen")
     made = np.isfinite(proposal)
@@ -105,17 +137,28 @@ def test_intervals_are_bands_that_end_with_the_panel():
     drawn = scale.collections[0].get_paths()[-1].vertices
     bottom, top = scale.get_ylim()
     at_end = drawn[drawn[:, 0] == samples[-1]][:, 1]
-    assert (at_end.min(), at_end.max()) == pytest.approx((max(bottom, history.latest.noise_scale_low), min(top, history.latest.noise_scale_high)))
+    assert (at_end.min(), at_end.max()) == pytest.approx(
+        (max(bottom, history.latest.noise_scale_low), min(top, history.latest.noise_scale_high))
+    )
 
 
 def test_band_stays_where_the_average_is_negative():
     history = awkward()
-    history.append(step=6, samples_seen=96, batch_size=4096, next_batch_size=16, lr=0.1, variance_trace=-50.0, true_grad_sq_norm=1.0, measured=True)
+    history.append(
+        step=6,
+        samples_seen=96,
+        batch_size=4096,
+        next_batch_size=16,
+        lr=0.1,
+        variance_trace=-50.0,
+        true_grad_sq_norm=1.0,
+        measured=True,
+    )
     low, high = draw(history).axes[3].get_ylim()
     assert 0 < low < 2 < high < 10
 
 
-def test_a_wild_wish_does_not_flatten_the_sizes():
+def test_a_wild_proposal_does_not_flatten_the_sizes():
     low, high = draw(awkward(proposed_batch_size=1e9)).axes[0].get_ylim()
     assert low > 4
     assert high < 256

@@ -8,7 +8,10 @@ import pytest
 from adabatch.diagnostics import Record
 from adabatch.diagnostics.record import FIELDS, noise_scale, snr
 
-ROW = tuple({"int": 3, "int | None": None, "float": 0.5, "bool": True, "str": ""}[kind] for kind in FIELDS.values())  # in the order of the fields
+ROW = tuple(
+    {"int": 3, "int | None": None, "float": 0.5, "bool": True, "str": ""}[kind]
+    for kind in FIELDS.values()
+)  # in the order of the fields
 
 
 def test_record_is_frozen_and_slotted():
@@ -21,7 +24,14 @@ def test_record_is_frozen_and_slotted():
 
 @pytest.mark.parametrize(
     ("trace", "signal", "expected"),
-    [(6.0, 2.0, 3.0), (6.0, 0.0, math.inf), (6.0, -1.0, math.inf), (-6.0, 2.0, 0.0), (math.nan, 1.0, math.nan), (1.0, math.nan, math.nan)],
+    [
+        (6.0, 2.0, 3.0),
+        (6.0, 0.0, math.inf),
+        (6.0, -1.0, math.inf),
+        (-6.0, 2.0, 0.0),
+        (math.nan, 1.0, math.nan),
+        (1.0, math.nan, math.nan),
+    ],
 )
 def test_noise_scale(trace, signal, expected):
     assert noise_scale(trace, signal) == pytest.approx(expected, nan_ok=True)
@@ -29,7 +39,14 @@ def test_noise_scale(trace, signal, expected):
 
 @pytest.mark.parametrize(
     ("trace", "signal", "expected"),
-    [(4.0, 0.5, 2.0), (4.0, -0.5, 0.0), (0.0, 0.5, math.inf), (-1.0, 0.5, math.inf), (0.0, 0.0, math.nan), (math.nan, 1.0, math.nan)],
+    [
+        (4.0, 0.5, 2.0),
+        (4.0, -0.5, 0.0),
+        (0.0, 0.5, math.inf),
+        (-1.0, 0.5, math.inf),
+        (0.0, 0.0, math.nan),
+        (math.nan, 1.0, math.nan),
+    ],
 )
 def test_snr(trace, signal, expected):
     assert snr(16, trace, signal) == pytest.approx(expected, nan_ok=True)

@@ -31,15 +31,21 @@ def test_variance_shares_are_the_oracles(samples):
     report = check(model, inputs, square_loss, verbose=False)
     total = oracle.variance_trace(grads)
     for row in report.rows:
-        own = oracle.variance_trace({name: grad for name, grad in grads.items() if name.startswith(row.name + ".")})
+        own = oracle.variance_trace(
+            {name: grad for name, grad in grads.items() if name.startswith(row.name + ".")}
+        )
         assert row.variance_share == pytest.approx(float(own / total), rel=1e-9)
-        assert row.n_parameters == sum(parameter.numel() for parameter in model.get_submodule(row.name).parameters())
+        assert row.n_parameters == sum(
+            parameter.numel() for parameter in model.get_submodule(row.name).parameters()
+        )
 
 
 def test_a_plain_model_is_exact_and_the_taps_agree():
     report = check(network(), torch.randn(6, D), square_loss, verbose=False)
     assert report.ok
-    assert [(row.rule, row.status, row.reason) for row in report.rows] == [("rule", "exact", "")] * 2
+    assert [(row.rule, row.status, row.reason) for row in report.rows] == [
+        ("rule", "exact", "")
+    ] * 2
     assert all(row.error < 1e-5 for row in report.rows)
     assert report.n_compared == 4
 
@@ -61,7 +67,9 @@ def test_cost_is_the_cost_models():
 def test_penalty_inside_the_loss_is_named(strength, per_sample):
     def loss_fn(model, inputs):
         losses = square_loss(model, inputs)
-        return losses + strength * model[2].weight.square().sum() / (1 if per_sample else len(losses))
+        return losses + strength * model[2].weight.square().sum() / (
+            1 if per_sample else len(losses)
+        )
 
     report = check(network(), torch.randn(6, D), loss_fn, verbose=False)
     assert list(report.refused) == ["2"]
@@ -101,7 +109,10 @@ def test_losses_that_mix_samples_refuse_every_layer():
         outputs = model(inputs)
         return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)), reduction="none")
 
-    assert list(check(network(), torch.randn(6, D), contrastive, verbose=False).refused) == ["0", "2"]
+    assert list(check(network(), torch.randn(6, D), contrastive, verbose=False).refused) == [
+        "0",
+        "2",
+    ]
 
 
 def batch_norm_model():
@@ -118,18 +129,32 @@ def test_batch_norm_in_training_gives_contributions_and_in_evaluation_exact_grad
 
 
 def test_batch_norm_without_running_statistics():
-    model = nn.Sequential(nn.Linear(D, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Tanh(), nn.Linear(5, 2)).eval()
+    model = nn.Sequential(
+        nn.Linear(D, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Tanh(), nn.Linear(5, 2)
+    ).eval()
     report = check(model, torch.randn(6, D), square_loss, verbose=False)
     assert [row.status for row in report.rows] == ["contribution", "contribution", "exact"]
 
 
 def test_frozen_and_unused_layers():
-    model = nn.ModuleDict({"frozen": nn.Linear(D, D), "partly": nn.Linear(D, D), "unused": nn.Linear(D, D)})
+    model = nn.ModuleDict(
+        {"frozen": nn.Linear(D, D), "partly": nn.Linear(D, D), "unused": nn.Linear(D, D)}
+    )
     model["frozen"].requires_grad_(False)
     model["partly"].bias.requires_grad_(False)
-    report = check(model, torch.randn(6, D), lambda model, inputs: model["partly"](torch.tanh(model["frozen"](inputs))).square().sum(1), verbose=False)
-    assert {row.name: row.n_parameters for row in report.rows} == {"partly": D * D, "unused": D * D + D}
-    assert {name: layout.value for name, layout in report.layouts.items()} == {"partly": "batch_first"}
+    report = check(
+        model,
+        torch.randn(6, D),
+        lambda model, inputs: model["partly"](torch.tanh(model["frozen"](inputs))).square().sum(1),
+        verbose=False,
+    )
+    assert {row.name: row.n_parameters for row in report.rows} == {
+        "partly": D * D,
+        "unused": D * D + D,
+    }
+    assert {name: layout.value for name, layout in report.layouts.items()} == {
+        "partly": "batch_first"
+    }
     assert report["unused"].status == "exact"
     assert report["unused"].variance_share == 0
     assert "not called" in report["unused"].reason
@@ -160,8 +185,14 @@ def test_bfloat16_parameters():
 def test_where_the_hooks_cannot_measure_the_reason_is_in_the_table(monkeypatch):
     def failing(model, *, ignore=(), **options):
         if "2" not in ignore:
-            raise ValueError("per-sample gradients cannot be measured:\n  - Linear (2): it is made of wood")
-        return GradSampleHooks(model, ignore=ignore, **{name: value for name, value in options.items() if name != "layout"})
+            raise ValueError(
+                "per-sample gradients cannot be measured:\n  - Linear (2): it is made of wood"
+            )
+        return GradSampleHooks(
+            model,
+            ignore=ignore,
+            **{name: value for name, value in options.items() if name != "layout"},
+        )
 
     monkeypatch.setattr(compare, "GradSampleHooks", failing)
     report = check(network(), torch.randn(6, D), square_loss, verbose=False)
@@ -201,7 +232,17 @@ def test_table_is_printed_and_aligned(capsys):
     assert printed == f"{report}\n"
     lines = str(report).splitlines()
     head = lines[0]
-    assert head.split() == ["layer", "type", "rule", "parameters", "layout", "variance", "cost", "error", "status"]
+    assert head.split() == [
+        "layer",
+        "type",
+        "rule",
+        "parameters",
+        "layout",
+        "variance",
+        "cost",
+        "error",
+        "status",
+    ]
     for line, row in zip(lines[1:3], report.rows, strict=True):
         assert line.startswith(row.name)
         assert line[head.index("layout") :].startswith(row.layout.value)
@@ -212,7 +253,9 @@ def test_table_is_printed_and_aligned(capsys):
 
 
 def test_equal_reasons_are_listed_once():
-    deep = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(D, D), nn.BatchNorm1d(D))))
+    deep = nn.Sequential(
+        *(layer for _ in range(6) for layer in (nn.Linear(D, D), nn.BatchNorm1d(D)))
+    )
     table = str(check(deep, torch.randn(6, D), square_loss, verbose=False))
     assert table.count("training mode") == 1
     assert "0, 1, 2 and 9 more" in table
@@ -231,11 +274,23 @@ def test_to_dict_is_plain():
 @pytest.mark.parametrize(
     ("loss_fn", "error", "message"),
     [
-        (lambda model, inputs: model(inputs).mean(), ValueError, r"per-sample losses \[N\], got the shape \[\].*reduction='none'"),
+        (
+            lambda model, inputs: model(inputs).mean(),
+            ValueError,
+            r"per-sample losses \[N\], got the shape \[\].*reduction='none'",
+        ),
         (lambda model, inputs: model(inputs), ValueError, r"got the shape \[5, 2\]"),
-        (lambda model, inputs: 3.0, TypeError, "must return a tensor of per-sample losses, got float"),
+        (
+            lambda model, inputs: 3.0,
+            TypeError,
+            "must return a tensor of per-sample losses, got float",
+        ),
         (lambda model, inputs: model(inputs[:1]).sum(1), ValueError, "at least 2, got 1"),
-        (lambda model, inputs: inputs.sum(1), ValueError, "do not depend on any trainable parameter"),
+        (
+            lambda model, inputs: inputs.sum(1),
+            ValueError,
+            "do not depend on any trainable parameter",
+        ),
     ],
 )
 def test_wrong_losses_are_refused(loss_fn, error, message):
@@ -243,7 +298,9 @@ def test_wrong_losses_are_refused(loss_fn, error, message):
         check(network(), torch.randn(5, D), loss_fn, verbose=False)
 
 
-CRITERION = r"loss_fn must be a function \(model, batch\) -> the losses of the batch's samples \[N\], got "
+CRITERION = (
+    r"loss_fn must be a function \(model, batch\) -> the losses of the batch's samples \[N\], got "
+)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +308,15 @@ CRITERION = r"loss_fn must be a function \(model, batch\) -> the losses of the b
     [
         (None, CRITERION + "None. For instance lambda model, batch: .*reduction='none'"),
         ("mse", CRITERION + "'mse'. For"),
-        (nn.MSELoss(reduction="none"), CRITERION + "MSELoss, a function of outputs and targets. For"),
+        (
+            nn.MSELoss(reduction="none"),
+            CRITERION + "MSELoss, a function of outputs and targets. For",
+        ),
         (nn.functional.mse_loss, CRITERION + "mse_loss, a function of outputs and targets. For"),
-        (lambda batch: batch, CRITERION + ".*which cannot be called in this way: too many positional arguments"),
+        (
+            lambda batch: batch,
+            CRITERION + ".*which cannot be called in this way: too many positional arguments",
+        ),
     ],
 )
 def test_what_is_no_loss_function_is_refused(loss_fn, message):
@@ -264,12 +327,21 @@ def test_what_is_no_loss_function_is_refused(loss_fn, message):
 def test_what_is_no_batch_is_refused():
     loader = torch.utils.data.DataLoader(torch.randn(5, D), 5)
     for each in (loader, AdaptiveDataLoader(torch.randn(5, D), 5)):
-        with pytest.raises(TypeError, match=r"must be one batch.* got a \w*DataLoader: pass next\(iter\(loader\)\)"):
+        with pytest.raises(
+            TypeError, match=r"must be one batch.* got a \w*DataLoader: pass next\(iter\(loader\)\)"
+        ):
             check(network(), each, square_loss, verbose=False)
-    with pytest.raises(TypeError, match=r"batch holds no tensors, got None: pass one batch as the loader gives it"):
+    with pytest.raises(
+        TypeError, match=r"batch holds no tensors, got None: pass one batch as the loader gives it"
+    ):
         check(network(), None, square_loss, verbose=False)
     inputs = torch.randn(5, D)
-    assert check(network(), None, lambda model, batch: square_loss(model, inputs), verbose=False).n_samples == 5
+    assert (
+        check(
+            network(), None, lambda model, batch: square_loss(model, inputs), verbose=False
+        ).n_samples
+        == 5
+    )
 
 
 def test_wrong_models_are_refused():
@@ -281,7 +353,7 @@ def test_wrong_models_are_refused():
         check(nn.Sequential(nn.LazyLinear(3)), torch.randn(5, D), square_loss)
 
 
-def test_a_large_batch_that_cannot_be_cut_is_refused_with_the_cure():
+def test_a_large_batch_that_cannot_be_cut_is_refused_with_the_fix():
     def loss_fn(model, inputs):
         return square_loss(model, inputs) / len(inputs)
 

@@ -1,4 +1,4 @@
-"""check() leaves no trace, whatever the model does and however it ends."""
+"""check() leaves no trace, no matter what the model does and how it ends."""
 
 import copy
 import random
@@ -13,7 +13,7 @@ from tests.check.models import D, Recurrent, T, square_loss
 
 
 def rich_model():
-    """Everything that a forward pass may change: running statistics, power iterations, tables with max_norm, dropout, flat weights."""
+    """Everything that a forward pass may change: running statistics, power iterations, dropout."""
     model = nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Linear(D, 5)),
         nn.BatchNorm1d(5),
@@ -32,24 +32,38 @@ def loss_fn(model, inputs):
 
 
 def randomness():
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]  # noqa: NPY002
+    _, keys, position, *_ = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state(), random.getstate(), keys.tolist(), position
 
 
 def hooks_of(model):
     return [
-        sum(len(getattr(module, name)) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
+        sum(
+            len(getattr(module, name))
+            for name in (
+                "_forward_hooks",
+                "_forward_pre_hooks",
+                "_backward_hooks",
+                "_backward_pre_hooks",
+            )
+        )
         for module in model.modules()
     ]
 
 
 def snapshot(model):
     return {
-        "state": {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()},
+        "state": {
+            name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()
+        },
         "parameters": [id(parameter) for parameter in model.parameters()],
         "buffers": [id(buffer) for buffer in model.buffers()],
         "training": [module.training for module in model.modules()],
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
-        "grads": [(id(parameter.grad), None if parameter.grad is None else parameter.grad.clone()) for parameter in model.parameters()],
+        "grads": [
+            (id(parameter.grad), None if parameter.grad is None else parameter.grad.clone())
+            for parameter in model.parameters()
+        ],
         "hooks": hooks_of(model),
         "attributes": [sorted(vars(module)) for module in model.modules()],
         "random": randomness(),
@@ -100,7 +114,10 @@ def test_a_forward_pass_that_fails_half_way_leaves_no_trace():
 
 
 def test_tables_with_max_norm_keep_their_values():
-    model, ids = nn.Sequential(nn.Embedding(6, D, max_norm=0.1), nn.Linear(D, 2)), torch.randint(6, (5, T))
+    model, ids = (
+        nn.Sequential(nn.Embedding(6, D, max_norm=0.1), nn.Linear(D, 2)),
+        torch.randint(6, (5, T)),
+    )
     before = snapshot(model)
     check(model, ids, square_loss, verbose=False)
     assert equal(before, snapshot(model))
@@ -110,7 +127,11 @@ def test_recurrent_layers_keep_their_flat_weights():
     model = Recurrent(nn.LSTM, batch_first=True)
     before = [id(weight) for weight in model.rnn._flat_weights]
     check(model, torch.randn(4, T, D), square_loss, verbose=False)
-    assert [id(weight) for weight in model.rnn._flat_weights] == before == [id(parameter) for parameter in model.rnn.parameters()]
+    assert (
+        [id(weight) for weight in model.rnn._flat_weights]
+        == before
+        == [id(parameter) for parameter in model.rnn.parameters()]
+    )
 
 
 def test_optimizers_that_step_in_hooks_do_not_step():
@@ -154,10 +175,17 @@ def test_autocast_inside_the_loss_is_the_users():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return square_loss(model, inputs)
 
-    report = check(nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(T, 4, D), lambda m, x: loss_fn(m, x.transpose(0, 1)), verbose=False)
+    report = check(
+        nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, 2)),
+        torch.randn(T, 4, D),
+        lambda m, x: loss_fn(m, x.transpose(0, 1)),
+        verbose=False,
+    )
     assert {layout.value for layout in report.layouts.values()} == {"batch_first"}
 
 
 def test_it_runs_where_gradients_are_off():
     with torch.no_grad():
-        assert check(nn.Sequential(nn.Linear(D, 2)), torch.randn(4, D), square_loss, verbose=False).ok
+        assert check(
+            nn.Sequential(nn.Linear(D, 2)), torch.randn(4, D), square_loss, verbose=False
+        ).ok
