@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 NOT_RECORDED = (
     "the history holds no layers: nothing was measured yet, or the model was measured as a whole. "
-    "Pass per_parameter=True to adabatch.wrap (or to GradSampleHooks), or give the optimizer "
-    "several parameter groups, which are always recorded separately."
+    "Pass estimator=adabatch.PerSample(per_parameter=True) to adabatch.wrap or adabatch.monitor, "
+    "or give the optimizer several parameter groups, which are always recorded separately."
 )
 _MOMENTS = ("share", "snr", "noise_scale", "variance_trace", "true_grad_sq_norm")
 KINDS = ("layer", "parameter", "group")
@@ -204,7 +204,7 @@ class LayerHistory:
         if not self._counts:
             raise LookupError(NOT_RECORDED)
         if by is not None and (by == "group") != (self.of == "group"):
-            fix = ("pass per_parameter=True to adabatch.wrap" if self.of == "group" else
+            fix = ("measure with PerSample(per_parameter=True)" if self.of == "group" else
                    "measure without per_parameter=True")
             raise LookupError(f"the history holds the moments of each {self.of}, "
                               f"not of each {by}: {fix}")

@@ -14,9 +14,9 @@ import adabatch
 from adabatch import Diagnostics, GradSampleHooks
 from adabatch.controllers import Annealed
 from adabatch.diagnostics.layers import LayerHistory, Layers, LayerStatistics
-from tests.options import grouped
 from tests import oracle
 from tests.grad_sample.measuring import close, make_batch, make_mlp, measure, squared_error
+from tests.options import grouped
 
 NAMES = ("body.weight", "body.bias", "head.weight")
 
@@ -345,7 +345,7 @@ def test_dropped_steps_and_moments_that_are_not_finite_leave_no_layers(tmp_path)
         layers=dataclasses.replace(statistics, traces=np.full(3, math.nan)),
         **common,
     )
-    with pytest.raises(LookupError, match=r"per_parameter=True to adabatch\.wrap"):
+    with pytest.raises(LookupError, match=r"PerSample\(per_parameter=True\)"):
         history.layers()
     assert len(Diagnostics.from_jsonl(tmp_path / "run.jsonl")) == 2
 
@@ -398,7 +398,7 @@ def test_the_state_of_a_run_with_layers_loads_from_plain_tensors():
 
 
 def test_without_per_parameter_the_error_says_what_to_pass():
-    with pytest.raises(LookupError, match=r"Pass per_parameter=True to adabatch.wrap"):
+    with pytest.raises(LookupError, match=r"PerSample\(per_parameter=True\)"):
         trained(2).diagnostics.layers()
 
 
