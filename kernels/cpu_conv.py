@@ -163,7 +163,8 @@ def gram_sq_norms(
             reach, gap = stride[dim] * (size_out[dim] - 1) + 1, dilation[dim]
             steps = [slice(k * gap, k * gap + reach, stride[dim]) for k in range(kernel[dim])]
             before, between = [slice(None)] * (dim + 1), [slice(None)] * (dims - 1)
-            shifted = [pairs[tuple([*before, step, *between, step])] for step in steps]
+            at = [(*before, step, *between, step) for step in steps]
+            shifted = [pairs[each] for each in at]
             pairs = shifted[0].clone() if len(shifted) == 1 else shifted[0] + shifted[1]
             for another in shifted[2:]:
                 pairs += another

@@ -117,7 +117,7 @@ def implements(backend: Literal["cpu", "triton"]) -> Callable[[F], F]:
 
 
 def has_kernel(name: str, tensor: Tensor) -> bool:
-    """Whether tensors of this one's device have a form of their own, beside the definition.
+    """Whether tensors on this device have another form than the definition.
 
     Example:
         >>> has_kernel("weight_grad_moments", torch.zeros(1)) and not FORCED

@@ -1,4 +1,5 @@
-"""Models of the size that is trained on a GPU, with one fixed random batch each: letters f, g and h of the overhead benchmark. Legend: N samples, T positions.
+"""Models of the size that is trained on a GPU, with one fixed random batch each: letters f, g and h
+of the overhead benchmark. Legend: N samples, T positions.
 
 All run under bfloat16 autocast, the GPT compiled.
 """
@@ -16,11 +17,16 @@ class Bottleneck(nn.Module):
     def __init__(self, width_in: int, width: int, stride: int):
         super().__init__()
         layers: list[nn.Module] = []
-        for source, target, kernel, step in ((width_in, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)):
-            layers += [nn.Conv2d(source, target, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(target), nn.ReLU()]
+        shapes = ((width_in, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1))
+        for source, target, kernel, step in shapes:
+            conv = nn.Conv2d(source, target, kernel, step, kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(target), nn.ReLU()]
         self.main = nn.Sequential(*layers[:-1])
         same = stride == 1 and width_in == 4 * width
-        self.around = nn.Identity() if same else nn.Sequential(nn.Conv2d(width_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+        self.around: nn.Module = nn.Identity()
+        if not same:
+            conv = nn.Conv2d(width_in, 4 * width, 1, stride, bias=False)
+            self.around = nn.Sequential(conv, nn.BatchNorm2d(4 * width))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.relu(self.main(inputs) + self.around(inputs))
@@ -33,8 +39,10 @@ def resnet(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64) -> nn.Module
         for index in range(depth):
             blocks.append(Bottleneck(channels, width * 2**level, 2 if level and not index else 1))
             channels = 4 * width * 2**level
-    stem = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
+    conv = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+    stem = [conv, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000)]
+    return nn.Sequential(*stem, *blocks, *head)
 
 
 class Vit(nn.Module):
@@ -42,8 +50,10 @@ class Vit(nn.Module):
 
     def __init__(self, layers: int, width: int, heads: int, size: int):
         super().__init__()
-        self.patches, self.positions = nn.Conv2d(3, width, 16, 16), nn.Embedding((size // 16) ** 2, width)
-        self.blocks, self.norm, self.head = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers))), nn.LayerNorm(width), nn.Linear(width, 1000)
+        self.patches = nn.Conv2d(3, width, 16, 16)
+        self.positions = nn.Embedding((size // 16) ** 2, width)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.patches(images).flatten(2).mT
@@ -65,17 +75,25 @@ class UnderAutocast(nn.Module):
 
 
 def _ids(samples: int, positions: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    return torch.randint(vocabulary, (samples, positions)), torch.randint(vocabulary, (samples, positions))
+    ids, targets = torch.randint(vocabulary, (2, samples, positions))
+    return ids, targets
 
 
 GPU_WORKLOADS = {
     work.name: work
     for work in (
         Workload(
-            "f", "GPT-2-small-like, 12 layers, d=768, T=1024, m=8, bfloat16, compiled", lambda: UnderAutocast(Gpt(12, 768, 12, 1024, 50304)),
-            lambda: _ids(8, 1024, 50304), token_losses, compiled=True,
+            "f", "GPT-2-small-like, 12 layers, d=768, T=1024, m=8, bfloat16, compiled",
+            lambda: UnderAutocast(Gpt(12, 768, 12, 1024, 50304)), lambda: _ids(8, 1024, 50304),
+            token_losses, compiled=True,
         ),
-        Workload("g", "ResNet-50-like, 3x224x224, m=64, bfloat16", lambda: UnderAutocast(resnet()), images(64, 3, 224, 224), class_losses, alone=False),
-        Workload("h", "ViT-S-like, 3x224x224, m=64, bfloat16", lambda: UnderAutocast(Vit(12, 384, 6, 224)), images(64, 3, 224, 224), class_losses),
+        Workload(
+            "g", "ResNet-50-like, 3x224x224, m=64, bfloat16", lambda: UnderAutocast(resnet()),
+            images(64, 3, 224, 224), class_losses, alone=False,
+        ),
+        Workload(
+            "h", "ViT-S-like, 3x224x224, m=64, bfloat16",
+            lambda: UnderAutocast(Vit(12, 384, 6, 224)), images(64, 3, 224, 224), class_losses,
+        ),
     )
-}  # fmt: skip
+}

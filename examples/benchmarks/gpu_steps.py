@@ -1,4 +1,7 @@
-"""Training steps on a GPU with and without measurement: a part of gpu.py. Legend: N samples, T positions."""
+"""Training steps on a GPU with and without measurement: a part of gpu.py.
+
+Legend: N samples, T positions.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ from adabatch.grad_sample.cost import within_budget
 
 MODELS = ("gpt", "cnn", "vit")
 # What is measured: None for nothing, else the overhead= of wrap.
-WAYS: dict[str, tuple[bool, float | None]] = {"plain": (False, None), "all samples": (True, None), "overhead=0.05": (True, 0.05)}
+WAYS: dict[str, tuple[bool, float | None]] = {
+    "plain": (False, None), "all samples": (True, None), "overhead=0.05": (True, 0.05),
+}
 FEWEST = 5  # repeats, however short the time
 
 Setting = tuple[str, nn.Module, Tensor, Tensor, Callable, bool]
@@ -33,29 +38,40 @@ def setting_of(name: str, device: str, small: bool) -> Setting:
         ids = torch.randint(vocabulary, (2, rows, tokens), device=device)
         return f"GPT-2-small-like, N={rows}, T={tokens}, compiled", model, *ids, token_losses, True
     images, size = (4, 32) if small else (64, 224)
-    pictures, classes = torch.randn(images, 3, size, size, device=device), torch.randint(1000, (images,), device=device)
+    pictures = torch.randn(images, 3, size, size, device=device)
+    classes = torch.randint(1000, (images,), device=device)
     if name == "cnn":
         model = resnet((1, 1), 8) if small else resnet()
-        return f"ResNet-50-like, N={images}", model, pictures.contiguous(memory_format=torch.channels_last), classes, class_losses, False
-    return f"ViT-S-like, N={images}", Vit(1, 32, 2, size) if small else Vit(12, 384, 6, size), pictures, classes, class_losses, False
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        return f"ResNet-50-like, N={images}", model, pictures, classes, class_losses, False
+    model = Vit(1, 32, 2, size) if small else Vit(12, 384, 6, size)
+    return f"ViT-S-like, N={images}", model, pictures, classes, class_losses, False
 
 
 class Steps:
-    """Training steps of a copy of the model that measure nothing, all samples, or what a budget allows.
+    """Training steps of a copy of the model that measure nothing, all samples, or what a budget
+    allows.
 
-    As BatchSizeScheduler does, a step's numbers are read while the next step runs: nothing in a step waits for the device.
+    As with BatchSizeScheduler, a step's numbers are read while the next step runs: nothing in a
+    step waits for the device.
 
     Args:
         setting: of setting_of().
         device: where to train.
         measured: whether the copy carries hooks.
-        overhead: the share that measuring may cost; None: all samples at every step. It is planned by the shapes of a first step, which is not compiled.
+        overhead: the share that measuring may cost, planned by the shapes of a first step, which is
+            not compiled; None: all samples at every step.
     """
 
-    def __init__(self, setting: Setting, device: str, measured: bool, overhead: float | None = None):
+    def __init__(
+        self, setting: Setting, device: str, measured: bool, overhead: float | None = None
+    ):
         _, model, self.inputs, self.targets, self.losses, compiled = setting
-        self.model, self.device, self.every, self.samples = copy.deepcopy(model).to(device), device, 1, len(self.inputs)
-        self.hooks = adabatch.GradSampleHooks(self.model, capacity=self.samples) if measured else None
+        self.model, self.device = copy.deepcopy(model).to(device), device
+        self.every, self.samples = 1, len(self.inputs)
+        self.hooks = None
+        if measured:
+            self.hooks = adabatch.GradSampleHooks(self.model, capacity=self.samples)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
         self.forward: Callable = self.model
         self._pending: Any = None
@@ -73,7 +89,9 @@ class Steps:
             loss = self.losses(self.forward(self.inputs), self.targets).mean()
         loss.backward()
         self.optimizer.step()
-        before, self._pending = self._pending, self.hooks.observe() if self.hooks and self.hooks.enabled else None
+        before, self._pending = self._pending, None
+        if self.hooks and self.hooks.enabled:
+            self._pending = self.hooks.observe()
         if before is not None:
             before.moments()
 
@@ -94,8 +112,11 @@ class Steps:
         return spent / self.every
 
 
-def compare(setting: Setting, device: str, repeats: int, end: float, save: Callable[[list[dict]], None]) -> list[dict]:
-    """Rows of one model, told to `save` again and again; fewer repeats, but five at least, where time is short. A way that fails costs only its own row."""
+def compare(
+    setting: Setting, device: str, repeats: int, end: float, save: Callable[[list[dict]], None]
+) -> list[dict]:
+    """Rows of one model, passed to `save` after each repeat; fewer repeats, but at least five, if
+    time is short. A way that fails costs only its row."""
     steps: dict[str, Steps] = {}
     failed: dict[str, str] = {}
     traces: dict[str, float] = {}
@@ -118,7 +139,8 @@ def compare(setting: Setting, device: str, repeats: int, end: float, save: Calla
             break
         for name, each in steps.items():
             times[name].append(each.cycle())
-        rows = [_row(name, steps[name], times[name], times["plain"], traces[name]) for name in steps]
+        plain = times["plain"]
+        rows = [_row(name, steps[name], times[name], plain, traces[name]) for name in steps]
         rows += [{"way": name, "failed": why} for name, why in failed.items()]
         save(rows)
     return rows

@@ -1,4 +1,5 @@
-"""The one run for a GPU, tried without one: parts that fail, hang or die cost only themselves, and what is asked for is read off what was found."""
+"""The one run for a GPU, tried without one: parts that fail, hang or die cost only themselves, and
+the goals are judged by what was found."""
 
 import argparse
 import json
@@ -16,7 +17,8 @@ BENCHMARK = gpu.kernel_benchmark
 
 @pytest.fixture
 def options(tmp_path):
-    return argparse.Namespace(device="cpu", small=True, repeats=5, seconds=540.0, out=tmp_path, part=None, first=0)
+    given = {"device": "cpu", "small": True, "repeats": 5, "seconds": 540.0, "part": None, "first": 0}
+    return argparse.Namespace(**given, out=tmp_path)
 
 
 def test_a_case_that_fails_is_a_row(monkeypatch, capsys):
@@ -38,7 +40,8 @@ def test_a_case_that_fails_is_a_row(monkeypatch, capsys):
 
 def test_a_fault_that_breaks_the_process_ends_it_with_the_number_to_go_on_with(monkeypatch):
     monkeypatch.setattr(BENCHMARK, "is_broken", lambda device: True)
-    monkeypatch.setattr(BENCHMARK, "tried", lambda case, device, peak: {"kernel": case.kernel, "case": case.title, "failed": "fault"})
+    row = {"kernel": "k", "case": "c", "failed": "fault"}
+    monkeypatch.setattr(BENCHMARK, "tried", lambda case, device, peak: row)
     assert BENCHMARK.run("cpu", True, first=4)["next"] == 5
 
 
@@ -49,30 +52,33 @@ def test_no_case_is_begun_without_time(monkeypatch):
 
 
 def test_the_kernels_go_on_behind_what_ended_a_process(options, monkeypatch):
-    """First the process ends by itself behind case 1, then it dies in case 3, then all goes well."""
+    """First the process returns after case 1, then it dies in case 3, then all goes well."""
     row = {"kernel": "k", "case": "c", "failed": "fault"}
     answers = {
         0: {"rows": [row] * 2, "peaks": {"copy": 1.0}, "left_out": [], "next": 2},
-        2: {"rows": [row], "peaks": {"copy": 2.0}, "left_out": [], "next": 3, "problem": "exit status -11"},
+        2: {"rows": [row], "peaks": {"copy": 2.0}, "left_out": [], "next": 3, "problem": "killed"},
         4: {"rows": [row], "peaks": {"copy": 3.0}, "left_out": ["last"], "next": None},
     }
     monkeypatch.setattr(gpu, "start_part", lambda name, limit, options, first: answers.pop(first))
     found = gpu.kernels(100.0, options)
     assert not answers
-    assert (len(found["rows"]), found["peaks"], found["left_out"], found["problem"]) == (4, {"copy": 1.0}, ["last"], "exit status -11")
+    assert len(found.pop("rows")) == 4
+    assert found == {"peaks": {"copy": 1.0}, "left_out": ["last"], "problem": "killed"}
 
 
 def test_a_process_that_never_began_is_not_started_again(options, monkeypatch):
     calls = []
-    monkeypatch.setattr(gpu, "start_part", lambda *args: calls.append(args) or {"problem": "exit status 1"})
-    assert gpu.kernels(100.0, options) == {"peaks": {}, "rows": [], "left_out": [], "problem": "exit status 1"}
+    monkeypatch.setattr(gpu, "start_part", lambda *args: calls.append(args) or {"problem": "died"})
+    nothing = {"peaks": {}, "rows": [], "left_out": [], "problem": "died"}
+    assert gpu.kernels(100.0, options) == nothing
     assert len(calls) == 1
 
 
 def test_processes_end_at_their_limit(tmp_path):
     with (tmp_path / "log").open("w") as log:
         begin = time.monotonic()
-        assert gpu.ended([sys.executable, "-c", "import time; time.sleep(60)"], 0.5, log) == "stopped after 0 s"
+        sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+        assert gpu.ended(sleeps, 0.5, log) == "stopped after 0 s"
         assert time.monotonic() - begin < 10
         assert gpu.ended([sys.executable, "-c", "raise SystemExit(3)"], 60, log) == "exit status 3"
         assert gpu.ended([sys.executable, "-c", ""], 60, log) == ""
@@ -106,11 +112,14 @@ def test_steps_of_a_model(options, monkeypatch, broken):
 
 def test_all_parts_in_one_run(tmp_path, monkeypatch, capsys):
     """What was found is written after each part, and what was asked for is judged."""
-    row = {"kernel": "weight_grad_moments", "case": "N=8 T=2048 I=4096 O=4096 bfloat16", "ms": 3.0, "reached": 1e12, "unit": "FLOP/s", "share": 0.5}
-    row |= {"weight_grad": 2.0, "materialised": 9.0, "error": 0.005}
-    memory = {**row, "kernel": "affine_sq_norms", "case": "LayerNorm float32", "unit": "B/s", "share": 0.81, "weight_grad": None, "materialised": None}
+    shape = "N=8 T=2048 I=4096 O=4096 bfloat16"
+    row = {"kernel": "weight_grad_moments", "case": shape, "ms": 3.0, "reached": 1e12}
+    row |= {"unit": "FLOP/s", "share": 0.5, "weight_grad": 2.0, "materialised": 9.0, "error": 0.005}
+    memory = {**row, "kernel": "affine_sq_norms", "case": "LayerNorm float32", "unit": "B/s"}
+    memory |= {"share": 0.81, "weight_grad": None, "materialised": None}
     steps = {"low": 1.0, "high": 1.1, "ms": 2.0, "trace": 1.0}
-    ways = [{"way": "all samples: 8", "median": 1.05, **steps}, {"way": "overhead=0.05: 8", "median": 1.04, **steps}]
+    medians = {"all samples: 8": 1.05, "overhead=0.05: 8": 1.04}
+    ways = [{"way": way, "median": median, **steps} for way, median in medians.items()]
     parts = {
         "kernels": {"rows": [row, memory], "peaks": {"copy": 4e12}, "left_out": [], "next": None},
         "gpt": {"title": "GPT", "rows": ways},
@@ -121,10 +130,10 @@ def test_all_parts_in_one_run(tmp_path, monkeypatch, capsys):
     gpu.main(["--device", "cpu", "--out", str(tmp_path)])
     written = (tmp_path / "gpu.md").read_text()
     for line in (
-        "| weight_grad_moments over torch's weight gradient, N=8 T=2048 I=4096 O=4096 bfloat16: at most 1.25 | 1.50 | no |",
+        f"| weight_grad_moments over torch's weight gradient, {shape}: at most 1.25 | 1.50 | no |",
         "| memory-bound kernels, least share of a copy's bandwidth: at least 80% | 81% | yes |",
-        "| largest error of bfloat16 beside float64: at most 0.01 | 5.0e-03 | yes |",
-        "| largest error of float32 beside float64: at most 0.0001 | 5.0e-03 | no |",
+        "| largest error of bfloat16 against float64: at most 0.01 | 5.0e-03 | yes |",
+        "| largest error of float32 against float64: at most 0.0001 | 5.0e-03 | no |",
         "| GPT's step over a plain one, all samples: at most 1.1 | 1.050 | yes |",
         "| GPT's step over a plain one, overhead=0.05: at most 1.03 | 1.040 | no |",
         "| compute-sanitizer: clean | not run: no GPU | no |",
