@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from adabatch._tree import tensors
 from adabatch.check import layouts
-from adabatch.check.compare import MAX_COMPARED, Findings, compare_with_taps, exact_norms
+from adabatch.check.compare import MAX_COMPARED, Findings, exact_norms, measure_with_taps
 from adabatch.check.isolate import mixing_batch_norm, plain_arithmetic, restored, running_statistics
 from adabatch.check.layouts import MAX_SAMPLES
 from adabatch.check.passes import (
@@ -120,7 +120,7 @@ def _check(
     if mixing_batch_norm(model):
         findings.mark_contributions(infer(two_passes()))
     with running_statistics(model):
-        taps = compare_with_taps(model, owners, batch, loss_fn, exact, report)
+        taps = measure_with_taps(model, owners, batch, loss_fn, report)
     findings.enter_errors(taps)
     findings.refuse_unaccounted(float((weights * ratios).sum() / weights.sum()))
     findings.refuse_wrong()

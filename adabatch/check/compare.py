@@ -10,8 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +40,9 @@ OUTSIDE = (
 )
 
 
-@dataclass(frozen=True)
-class ExactNorms:
-    """Per-sample gradients by one backward pass each.
-
-    Attributes:
-        sq_norms: {parameter's name: ‖g_i‖² of the first S samples, [S], float64}.
-        variance_trace: {parameter's name: Σ_i ‖g_i − ḡ‖² / (S − 1)}.
-    """
+class ExactNorms(NamedTuple):
+    """{parameter's name: ‖g_i‖² of the first S samples, [S], float64}, and {parameter's name:
+    Σ_i ‖g_i − ḡ‖² / (S − 1)}."""
 
     sq_norms: dict[str, Tensor]
     variance_trace: dict[str, float]
@@ -79,44 +73,30 @@ def exact_norms(
     return ExactNorms(sq_norms, {name: each / (n_compared - 1) for name, each in traces.items()})
 
 
-@dataclass
-class TapResults:
-    """What GradSampleHooks measured.
+class TapResults(NamedTuple):
+    """{parameter's name: ‖g_i‖² by the taps, [N]}, {layer's name: why the hooks cannot measure it},
+    and an error that names no layer, or ''."""
 
-    Attributes:
-        differences: {parameter's name: the taps' ‖g_i‖² less the exact ones, [S]}.
-        refused: {layer's name: why the hooks cannot measure it}.
-        problem: an error that names no layer, or ''.
-    """
-
-    differences: dict[str, Tensor]
+    sq_norms: dict[str, Tensor]
     refused: dict[str, str]
-    problem: str = ""
+    problem: str
 
 
-def compare_with_taps(
+def measure_with_taps(
     model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction,
-    exact: ExactNorms, report: CheckReport,
+    report: CheckReport,
 ) -> TapResults:
-    """Measure the batch with the hooks; layers that an error names are left out of the next try."""
-    results = TapResults({}, {})
+    """Measure the batch with the hooks; layers that an error names are ignored in the next try."""
+    refused: dict[str, str] = {}
     while True:
-        ignored = list(results.refused)
-        found, problem = _measure(model, batch, loss_fn, ignore=ignored, layout=report)
-        named = {}
+        found, problem = _measure(model, batch, loss_fn, ignore=list(refused), layout=report)
+        before = len(refused)
         for owner in owners:
             lines = lines_about([owner.name or "the model itself", *owner.parameters], problem)
-            if lines and owner.name not in results.refused:
-                named[owner.name] = lines
-        results.refused.update(named)
-        if not named:
-            results.problem = "" if len(results.refused) == len(owners) else problem
-            for name, expected in exact.sq_norms.items():
-                if name in found:
-                    norms = found[name][:len(expected)].cpu().double()
-                    same = len(norms) == len(expected)
-                    results.differences[name] = norms - expected if same else expected + math.inf
-            return results
+            if lines and owner.name not in refused:
+                refused[owner.name] = lines
+        if len(refused) == before:
+            return TapResults(found, refused, "" if len(refused) == len(owners) else problem)
 
 
 def _measure(
@@ -223,10 +203,15 @@ class Findings:
             if owner.name in taps.refused:
                 row.rule = "rule" if self._samplers[owner.name] else "none"
                 row.refuse(taps.refused[owner.name])
-            compared = [name for name in self._own(owner) if name in taps.differences]
-            if compared:
-                norms = torch.stack([self._exact.sq_norms[name] for name in compared]).sum(0)
-                errors = torch.stack([taps.differences[name].abs() for name in compared]).sum(0)
+            pairs = [(self._exact.sq_norms[name], taps.sq_norms[name].cpu().double())
+                     for name in self._own(owner) if name in taps.sq_norms]
+            if pairs:
+                norms, errors = torch.zeros(()), torch.zeros(())
+                for exact, found in pairs:
+                    found = found[:len(exact)]
+                    errors = errors + (found - exact if len(found) == len(exact) else
+                                       exact + math.inf).abs()
+                    norms = norms + exact
                 floor = (1e-3 if owner.is_narrow else 1e-6) * total
                 row.error = float(errors.max()) / max(float(norms.max()), floor, 1e-300)
             if row.rule == "none" and row.error <= AGREEMENT:
