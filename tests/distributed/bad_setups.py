@@ -207,14 +207,14 @@ def micro_batches_agree_within_their_group(folder: Path) -> None:
     """Two of three processes find different limits and take the smaller; the third has no part."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from adabatch.micro_batches import setup
+    from adabatch.micro_batches import optimizer as module
 
     pair = dist.new_group([0, 1])
     if dist.get_rank() < 2:
         model = DistributedDataParallel(make_model(), process_group=pair)
         options = {"group": pair, "max_micro_batch_size": "auto", "loss_fn": mse_loss}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(setup, "find_micro_batch_size", lambda *args, **kw: 5 + dist.get_rank())
+            patch.setattr(module, "find_micro_batch_size", lambda *args, **kw: 5 + dist.get_rank())
             *_, loader, scheduler = wrap(model, **options)
         assert loader.micro_batches.limit == 5
         scheduler.remove()

@@ -47,6 +47,16 @@ def run_checks(world_size: int, names: list[str], folder: Path, timeout: float =
     return failed
 
 
+def assert_checks_pass(world_size: int, names: list[str], folder: Path) -> None:
+    """Run the checks; a failure shows the traceback of each rank."""
+    failed = run_checks(world_size, names, folder)
+    lines = [
+        f"{name}, rank {rank}:\n{error}"
+        for name, errors in failed.items() for rank, error in errors.items()
+    ]
+    assert not failed, "\n\n".join(lines)
+
+
 def _child(rank: int, world_size: int, names: list[str], folder: str, timeout: float, queue: multiprocessing.Queue) -> None:
     import torch.distributed as dist
 

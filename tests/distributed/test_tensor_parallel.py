@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from tests.distributed.processes import run_checks
+from tests.distributed.processes import assert_checks_pass
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -16,5 +16,4 @@ CHECKS[2] += ["split_layers_that_are_refused"]
 
 @pytest.mark.parametrize("world_size", CHECKS)
 def test_layers_split_over_processes(world_size, tmp_path):
-    failed = run_checks(world_size, CHECKS[world_size], tmp_path)
-    assert not failed, "\n".join(f"{name}, rank {rank}:\n{error}" for name, ranks in failed.items() for rank, error in ranks.items())
+    assert_checks_pass(world_size, CHECKS[world_size], tmp_path)

@@ -1,0 +1,24 @@
+"""The cross-rank estimator, on several processes."""
+
+import pytest
+import torch.distributed as dist
+
+from tests.distributed.processes import assert_checks_pass
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
+)
+CHECKS = {
+    2: [
+        "cross_rank_by_its_formula",
+        "cross_rank_with_accumulation_and_compression",
+        "cross_rank_is_unbiased",
+        "two_micro_batches_without_no_sync_cannot_be_told_apart",
+    ],
+    3: ["cross_rank_by_its_formula"],
+}
+
+
+@pytest.mark.parametrize("world_size", CHECKS)
+def test_cross_rank(world_size, tmp_path):
+    assert_checks_pass(world_size, CHECKS[world_size], tmp_path)
