@@ -1,4 +1,5 @@
-"""nn.MultiheadAttention and the transformer layers made of it, dropout included, against one backward pass per sample under the same draws."""
+"""nn.MultiheadAttention and the transformer layers made of it, dropout included, against one
+backward pass per sample under the same draws."""
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ class Attention(nn.Module):
         self.options = {"need_weights": need_weights, "average_attn_weights": average}
 
     def forward(self, query, key, value, padding=None):
-        output, weights = self.attention(query, key, value, key_padding_mask=padding, **self.options)
+        output, weights = self.attention(
+            query, key, value, key_padding_mask=padding, **self.options)
         output = output if self.attention.batch_first else output.transpose(0, 1)
         return output if weights is None else torch.cat([output.flatten(1), weights.flatten(1)], 1)
 
@@ -50,7 +52,8 @@ OPTIONS = {
 def test_cross_attention(options, samples):
     torch.manual_seed(0)
     model = Attention(**options)
-    exact(model, torch.randn(N, T, E), torch.randn(N, S, options.get("kdim", E)), torch.randn(N, S, options.get("vdim", E)), padding(), samples=samples)
+    exact(model, torch.randn(N, T, E), torch.randn(N, S, options.get("kdim", E)),
+          torch.randn(N, S, options.get("vdim", E)), padding(), samples=samples)
 
 
 class SelfAttention(nn.Module):
@@ -104,7 +107,8 @@ class EncoderDecoder(nn.Module):
 
 def encoder(layers=1, **options):
     layer = nn.TransformerEncoderLayer(E, 2, 16, batch_first=True, **options)
-    return nn.Sequential(nn.TransformerEncoder(layer, layers, enable_nested_tensor=False), nn.Linear(E, 2))
+    return nn.Sequential(nn.TransformerEncoder(layer, layers, enable_nested_tensor=False),
+                         nn.Linear(E, 2))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -147,7 +151,8 @@ def test_time_first_cross_attention():
 
 def test_bfloat16_autocast():
     torch.manual_seed(0)
-    exact(encoder(2), torch.randn(N, 6, E), rtol=3e-2, around=lambda: torch.autocast("cpu", torch.bfloat16))
+    exact(encoder(2), torch.randn(N, 6, E), rtol=3e-2,
+          around=lambda: torch.autocast("cpu", torch.bfloat16))
 
 
 def test_frozen_parameters_are_left_out():

@@ -123,7 +123,8 @@ def test_a_convolution_has_a_gram_form_where_its_images_are_small():
 
 
 @pytest.mark.parametrize(
-    "setting", [(lambda: nn.Linear(64, 64), (32, 16, 64)), (lambda: nn.Conv1d(8, 8, 3), (32, 8, 50))]
+    "setting", [(lambda: nn.Linear(64, 64), (32, 16, 64)),
+                (lambda: nn.Conv1d(8, 8, 3), (32, 8, 50))]
 )
 @pytest.mark.parametrize(
     "options", [{"inner_products": True}, {"second_moment": True},

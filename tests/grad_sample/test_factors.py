@@ -20,13 +20,16 @@ def make_outer(dtype):
 
 def make_one_hot_outer(dtype):
     ids, right = torch.randint(4, (SAMPLES, 7)), torch.randn(SAMPLES, 7, 3, dtype=dtype)
-    return OneHotOuter(ids, right, num_embeddings=4), torch.einsum("ntv,ntd->nvd", F.one_hot(ids, 4).double(), right.double())
+    return OneHotOuter(ids, right, num_embeddings=4), torch.einsum(
+        "ntv,ntd->nvd", F.one_hot(ids, 4).double(), right.double())
 
 
 def make_conv_outer(dtype):
-    activations, backprops = torch.randn(SAMPLES, 3, 9, dtype=dtype), torch.randn(SAMPLES, 4, 4, dtype=dtype)
+    activations = torch.randn(SAMPLES, 3, 9, dtype=dtype)
+    backprops = torch.randn(SAMPLES, 4, 4, dtype=dtype)
     windows = F.pad(activations.double(), (1, 1)).unfold(2, 5, 2)[..., ::2]
-    factor = ConvOuter(activations, backprops, (4, 3, 3), stride=(2,), padding=(1,), dilation=(2,), groups=1)
+    factor = ConvOuter(activations, backprops, (4, 3, 3), stride=(2,), padding=(1,), dilation=(2,),
+                       groups=1)
     return factor, torch.einsum("nop,ncpk->nock", backprops.double(), windows)
 
 
@@ -56,7 +59,8 @@ def make_sum(dtype):
 MAKERS = [
     make_outer, make_one_hot_outer, make_conv_outer, make_dense, make_scale, make_shift, make_sum,
 ]
-makers = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__.removeprefix("make_"))
+makers = pytest.mark.parametrize("make", MAKERS,
+                                 ids=lambda make: make.__name__.removeprefix("make_"))
 
 
 def check(factor, grads, rtol):
@@ -69,10 +73,12 @@ def check(factor, grads, rtol):
         (factor.dot(direction), (grads * direction).flatten(1).sum(1)),
     ]:
         assert actual.shape == expected.shape
-        torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
+        torch.testing.assert_close(actual.double(), expected, rtol=rtol,
+                                   atol=rtol * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)], ids=str)
+@pytest.mark.parametrize(("dtype", "rtol"), [
+    (torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)], ids=str)
 @makers
 def test_statistics(make, dtype, rtol):
     torch.manual_seed(0)

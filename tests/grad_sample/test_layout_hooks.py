@@ -1,4 +1,5 @@
-"""Hooks given what check() found: samples along the second dimension, flattened in both orders, shared by all; and the errors without it."""
+"""Hooks given what check() found: samples along the second dimension, flattened in both orders,
+shared by all; and the errors without it."""
 
 import pytest
 import torch
@@ -23,12 +24,14 @@ class Scale(nn.Module):
 
 
 class Arranged(nn.Module):
-    """Layers that see the samples in an order of the case's making: arrange(x [N, T, D]) -> their input, restore(their output, x) -> [N, ...]."""
+    """Layers that see the samples in an order of the case's making: arrange(x [N, T, D]) -> their
+    input, restore(their output, x) -> [N, ...]."""
 
     def __init__(self, arrange, restore, generic=True):
         super().__init__()
         self.arrange, self.restore = arrange, restore
-        self.body = nn.Sequential(nn.Linear(D, D), Scale() if generic else nn.LayerNorm(D), nn.LayerNorm(D), nn.Linear(D, D))
+        self.body = nn.Sequential(nn.Linear(D, D), Scale() if generic else nn.LayerNorm(D),
+                                  nn.LayerNorm(D), nn.Linear(D, D))
         self.head = nn.Linear(D, 2)
 
     def forward(self, x):
@@ -39,7 +42,8 @@ ORDERS = {
     "batch_first": (lambda x: x, lambda y, x: y),
     "batch_second": (lambda x: x.transpose(0, 1), lambda y, x: y.transpose(0, 1)),
     "flat_batch_major": (lambda x: x.flatten(0, 1), lambda y, x: y.view_as(x)),
-    "flat_time_major": (lambda x: x.transpose(0, 1).flatten(0, 1), lambda y, x: y.unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)),
+    "flat_time_major": (lambda x: x.transpose(0, 1).flatten(0, 1), lambda y,
+                        x: y.unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)),
 }
 
 
@@ -85,7 +89,9 @@ class Positions(nn.Module):
 
     def forward(self, ids):
         positions = torch.arange(ids.shape[1])
-        return self.head(self.norm(self.tokens(ids) + self.positions(positions[None] if self.leading else positions)))
+        return self.head(self.norm(self.tokens(ids)
+                                   + self.positions(
+                                       positions[None] if self.leading else positions)))
 
 
 @pytest.mark.parametrize("with_layout", [True, False], ids=["checked", "assumed"])
@@ -119,7 +125,8 @@ def test_recurrent_layers_time_first(kind, length, samples):
 
 
 class Windows(nn.Module):
-    """Attention within windows of an image: the windows are a second batch dimension, as in Swin."""
+    """Attention within windows of an image: the windows are a second batch dimension, as in
+    Swin."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Normalization layers by their input and statistics, as on a GPU, and the factors of scale and shift."""
+"""Normalization layers by their input and statistics, as on a GPU, and the factors of scale and
+shift."""
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def form(request, monkeypatch):
 
 def close(actual, expected, rtol):
     assert actual.shape == expected.shape
-    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=rtol * max(float(expected.abs().max()), 0.1))
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol,
+                               atol=rtol * max(float(expected.abs().max()), 0.1))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -34,8 +36,13 @@ def test_both_forms_agree_with_the_oracle(case, dtype, form):
     torch.manual_seed(0)
     layer, inputs = case.make_layer(dtype), case.make_inputs(dtype)
     weights = torch.randn_like(layer(inputs).detach())
-    grads_of = oracle.contributions if find_grad_sampler(layer).full_batch(layer) else oracle.per_sample_grads
-    expected = grads_of(layer, lambda model, batch: (model(batch[0]) * batch[1]).reshape(len(batch[0]), -1).sum(1), (inputs, weights))
+    mixes = find_grad_sampler(layer).full_batch(layer)
+    grads_of = oracle.contributions if mixes else oracle.per_sample_grads
+
+    def losses(model, batch):
+        return (model(batch[0]) * batch[1]).reshape(len(batch[0]), -1).sum(1)
+
+    expected = grads_of(layer, losses, (inputs, weights))
     factors = find_grad_sampler(layer).rule(layer, inputs, weights)
     assert factors.keys() == expected.keys()
     for name, factor in factors.items():
@@ -49,7 +56,8 @@ def test_the_input_reaches_the_kernel_once_and_uncopied(monkeypatch):
     monkeypatch.setattr(normalization, "takes_statistics", lambda activations: True)
     asked = []
     operation = kernels.affine_sq_norms
-    monkeypatch.setattr(kernels, "affine_sq_norms", lambda *args: asked.append(args) or operation(*args))
+    monkeypatch.setattr(kernels, "affine_sq_norms",
+                        lambda *args: asked.append(args) or operation(*args))
     inputs, backprops = torch.randn(2, 3, 4, 5, 2).bfloat16()
     factors = find_grad_sampler(nn.GroupNorm(2, 4)).rule(nn.GroupNorm(2, 4), inputs, backprops)
     for factor in factors.values():
@@ -65,7 +73,8 @@ def make_factor(kind, mean_shape, rstd_shape):
     """A factor of float64 and its gradients."""
     torch.manual_seed(0)
     a, b = torch.randn(2, SAMPLES, 4, 6, dtype=torch.float64)
-    mean, rstd = (None if shape is None else torch.rand(shape, dtype=torch.float64) for shape in (mean_shape, rstd_shape))
+    mean, rstd = (None if shape is None else torch.rand(shape, dtype=torch.float64)
+                  for shape in (mean_shape, rstd_shape))
     scale = Scale(a, b, mean, rstd, (2, 3))
     normalized = (a - (0 if mean is None else mean)) * (1 if rstd is None else rstd)
     grads = (b if kind is Shift else b * normalized).sum(1).view(SAMPLES, 2, 3)
@@ -75,12 +84,14 @@ def make_factor(kind, mean_shape, rstd_shape):
 @pytest.mark.parametrize("kind", [Scale, Shift])
 @pytest.mark.parametrize(
     ("mean_shape", "rstd_shape"),
-    [(None, None), (None, (SAMPLES, 4, 1)), ((SAMPLES, 1, 6), (SAMPLES, 1, 6)), ((1, 1, 6), (1, 1, 6)), ((1, 4, 1), (SAMPLES, 1, 6)), ((1, 1, 6), None)],
+    [(None, None), (None, (SAMPLES, 4, 1)), ((SAMPLES, 1, 6), (SAMPLES, 1, 6)),
+     ((1, 1, 6), (1, 1, 6)), ((1, 4, 1), (SAMPLES, 1, 6)), ((1, 1, 6), None)],
 )
 def test_scale_and_shift(kind, mean_shape, rstd_shape):
     factor, grads = make_factor(kind, mean_shape, rstd_shape)
     direction, some = torch.randn(2, 3, dtype=torch.float64), torch.tensor([2, 0])
-    for part, expected in ((factor, grads), (factor.select(some), grads[some]), (factor.select(slice(1, 3)), grads[1:3])):
+    for part, expected in ((factor, grads), (factor.select(some), grads[some]),
+                           (factor.select(slice(1, 3)), grads[1:3])):
         assert part.shape == (2, 3)
         assert part.n_samples == len(expected)
         close(part.dense(), expected, 1e-10)
@@ -88,11 +99,14 @@ def test_scale_and_shift(kind, mean_shape, rstd_shape):
         close(part.second_moment(), expected.square().sum(0), 1e-10)
         close(part.dot(direction), (expected * direction).sum((1, 2)), 1e-10)
     assert isinstance(factor.compact(), Dense)
-    close(merge_factors([factor, factor.compact()]).sq_norms(), (2 * grads).flatten(1).square().sum(1), 1e-10)
+    close(merge_factors([factor, factor.compact()]).sq_norms(),
+          (2 * grads).flatten(1).square().sum(1), 1e-10)
 
 
 def test_no_samples(form):
-    for layer, shape in ((nn.LayerNorm(3), (0, 2, 3)), (nn.RMSNorm(3), (0, 2, 3)), (nn.BatchNorm2d(3).eval(), (0, 3, 2, 2))):
-        for name, factor in find_grad_sampler(layer).rule(layer, torch.ones(shape), torch.ones(shape)).items():
+    for layer, shape in ((nn.LayerNorm(3), (0, 2, 3)), (nn.RMSNorm(3), (0, 2, 3)),
+                         (nn.BatchNorm2d(3).eval(), (0, 3, 2, 2))):
+        for name, factor in find_grad_sampler(layer).rule(
+            layer, torch.ones(shape), torch.ones(shape)).items():
             assert factor.sq_norms().shape == (0,)
             assert factor.dense().shape == (0, *getattr(layer, name).shape)

@@ -1,4 +1,5 @@
-"""The choice of measured rows: drawn anew each step, the same after a resume, with a state that does not grow with the batch."""
+"""The choice of measured rows: drawn anew each step, the same after a resume, with a state that
+does not grow with the batch."""
 
 import io
 
@@ -30,7 +31,8 @@ def through_a_file(state):
 @pytest.mark.parametrize("capacity", [4, 1024, 100_000])
 @pytest.mark.parametrize("grow", [False, True])
 def test_a_resumed_sequence_of_draws_is_the_same(capacity, grow):
-    """Also where the keys grew after they were drawn: the present step's rows are the same, and those of the steps to come."""
+    """Also where the keys grew after they were drawn: the present step's rows are the same, and
+    those of the steps to come."""
     whole = RowSampler(3, 0, capacity)
     drawn(whole, [4, 4])
     if grow:
@@ -88,4 +90,5 @@ def test_hooks_resume_the_rows_of_the_steps_to_come():
     hooks, resumed = GradSampleHooks(model, samples=5), GradSampleHooks(other, samples=5, seed=1)
     list(measured(model, hooks, [small, small]))
     resumed.load_state_dict(through_a_file(hooks.state_dict()))
-    assert list(measured(model, hooks, [small, large, small])) == list(measured(other, resumed, [small, large, small]))
+    assert list(measured(model, hooks, [small, large, small])) == list(measured(
+        other, resumed, [small, large, small]))

@@ -1,4 +1,5 @@
-"""Sums, concatenations and products of traced parameters with samples, differentiated without running them again: exact, and else run again as before."""
+"""Sums, concatenations and products of traced parameters with samples, differentiated without
+running them again: exact, and else run again as before."""
 
 import pytest
 import torch
@@ -24,9 +25,12 @@ DIRECT = {
     "sliced": lambda p, x: x + p["long"][:T],
     "sliced and expanded": lambda p, x: x + p["long"][None, 1 : T + 1].expand(1, -1, -1),
     "one row": lambda p, x: x + p["long"][2],
-    "concatenated": lambda p, x: torch.cat([p["token"].expand(len(x), -1, -1), x, p["long"].expand(len(x), -1, -1)], 1),
-    "concatenated on the last dimension": lambda p, x: torch.cat((x, p["table"].expand(len(x), -1, -1)), dim=-1),
-    "a token twice": lambda p, x: torch.cat([p["token"].expand(len(x), -1, -1), x, p["token"].expand(len(x), 2, -1)], 1),
+    "concatenated": lambda p, x: torch.cat([
+        p["token"].expand(len(x), -1, -1), x, p["long"].expand(len(x), -1, -1)], 1),
+    "concatenated on the last dimension": lambda p,
+    x: torch.cat((x, p["table"].expand(len(x), -1, -1)), dim=-1),
+    "a token twice": lambda p, x: torch.cat([
+        p["token"].expand(len(x), -1, -1), x, p["token"].expand(len(x), 2, -1)], 1),
     "expanded, then added": lambda p, x: x + p["scale"].expand(len(x), T, D),
     "multiplied": lambda p, x: x * p["scale"],
     "multiplied on the left": lambda p, x: p["table"] * x,
@@ -57,7 +61,8 @@ class Uses(nn.Module):
             except KeyError:
                 pass
         self.layer, self.operation = nn.Linear(D, D), operation
-        self.own = nn.ParameterDict({name: nn.Parameter(torch.randn(SHAPES[name])) for name in sorted(used)})
+        self.own = nn.ParameterDict({name: nn.Parameter(torch.randn(SHAPES[name]))
+                                     for name in sorted(used)})
 
     def forward(self, inputs):
         return self.operation(dict(self.own.items()), self.layer(inputs)).sin()

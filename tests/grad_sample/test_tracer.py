@@ -1,4 +1,5 @@
-"""Parameters without a layer of their own: traced to where they meet samples. Every case against one backward pass per sample, or a clear error."""
+"""Parameters without a layer of their own: traced to where they meet samples. Every case against
+one backward pass per sample, or a clear error."""
 
 import pytest
 import torch
@@ -75,11 +76,15 @@ CASES = {
     "layer scale": (lambda m, x: m.inner(x) * m.a, {}),
     "reflected": (lambda m, x: 1 - m.a - m.inner(x), {}),
     "on the inputs": (lambda m, x: m.inner(x * m.a), {}),
-    "class token, expand": (lambda m, x: m.inner(torch.cat([m.a.expand(len(x), -1, -1), x], 1)), {"a": (1, 1, D)}),
-    "class token, repeat": (lambda m, x: m.inner(torch.cat([m.a.repeat(len(x), 1, 1), x], 1)), {"a": (1, 1, D)}),
+    "class token, expand": (lambda m, x: m.inner(torch.cat([m.a.expand(len(x), -1, -1), x], 1)),
+                            {"a": (1, 1, D)}),
+    "class token, repeat": (lambda m, x: m.inner(torch.cat([m.a.repeat(len(x), 1, 1), x], 1)),
+                            {"a": (1, 1, D)}),
     "class token, stack": (lambda m, x: m.inner(torch.stack([m.a] * len(x)))[:, None] + x, {}),
-    "class token, cat": (lambda m, x: m.inner(torch.cat([m.a] * len(x)))[:, None] + x, {"a": (1, D)}),
-    "class token, zeros": (lambda m, x: m.inner(torch.zeros(len(x), D, dtype=x.dtype) + m.a)[:, None] + x, {}),
+    "class token, cat": (lambda m, x: m.inner(torch.cat([m.a] * len(x)))[:, None] + x,
+                         {"a": (1, D)}),
+    "class token, zeros": (lambda m, x: m.inner(torch.zeros(len(x), D, dtype=x.dtype) + m.a)[
+        :, None] + x, {}),
     "position table": (lambda m, x: m.inner(x + m.a[: x.shape[1]]), {"a": (9, D)}),
     "in place": (in_place, {"a": (9, D), "b": (D,)}),
     "in place on samples": (in_place_on_samples, {}),
@@ -91,17 +96,28 @@ CASES = {
     "two operations": (lambda m, x: torch.sigmoid(m.inner(x) * m.a) + x @ torch.diag(m.a), {}),
     "derived": (lambda m, x: m.inner(x * torch.exp(-m.a.exp())) * torch.exp(-m.a), {}),
     "functional linear": (lambda m, x: F.linear(m.inner(x), m.a, m.b), {"a": (3, D), "b": (3,)}),
-    "functional use of a layer's weight": (lambda m, x: m.inner(x).tanh() @ m.inner.weight * m.a, {}),
+    "functional use of a layer's weight": (
+        lambda m, x: m.inner(x).tanh() @ m.inner.weight * m.a, {}),
     "einsum": (lambda m, x: torch.einsum("ntd,kd->nkt", m.inner(x), m.a), {"a": (3, D)}),
-    "softmax over layers": (lambda m, x: sum(w * h for w, h in zip(m.a.softmax(0), [x, m.inner(x), x.tanh()], strict=True)), {"a": (3,)}),
+    "softmax over layers": (lambda m, x: sum(
+        w * h for w, h in zip(m.a.softmax(0), [x, m.inner(x), x.tanh()], strict=True)),
+        {"a": (3,)}),
     "scalar": (lambda m, x: m.inner(x) * m.a.exp(), {"a": ()}),
     "chunks": (lambda m, x: m.inner(x) * m.a.chunk(2)[0] + m.a.chunk(2)[1], {"a": (2 * D,)}),
-    "rows in a loop": (lambda m, x: m.inner(torch.stack([x[:, t] + row for t, row in enumerate(m.a)], 1)), {"a": (T, D)}),
-    "functional embedding": (lambda m, x: m.inner(F.embedding(torch.arange(T), m.a) + x), {"a": (9, D)}),
-    "embedding of positions": (lambda m, x: m.inner(m.table(torch.arange(T)) + x * m.a), {"table": nn.Embedding(9, D)}),
-    "embedding of expanded positions": (lambda m, x: m.inner(m.table(torch.arange(T)[None].expand(N, -1)) + x * m.a), {"table": nn.Embedding(9, D)}),
-    "layers on a table": (lambda m, x: m.inner(x) + m.norm(m.linear(m.a)), {"a": (T, D), "linear": nn.Linear(D, D), "norm": nn.LayerNorm(D)}),
-    "weights by a layer": (lambda m, x: m.inner(x * m.a) @ m.linear(torch.ones(D, dtype=x.dtype)).view(D, D), {"linear": nn.Linear(D, D * D)}),
+    "rows in a loop": (lambda m, x: m.inner(torch.stack([
+        x[:, t] + row for t, row in enumerate(m.a)], 1)), {"a": (T, D)}),
+    "functional embedding": (lambda m, x: m.inner(F.embedding(torch.arange(T), m.a) + x),
+                             {"a": (9, D)}),
+    "embedding of positions": (lambda m, x: m.inner(m.table(torch.arange(T)) + x * m.a),
+                               {"table": nn.Embedding(9, D)}),
+    "embedding of expanded positions": (lambda m,
+                                        x: m.inner(
+                                            m.table(torch.arange(T)[None].expand(N, -1)) + x * m.a),
+                                            {"table": nn.Embedding(9, D)}),
+    "layers on a table": (lambda m, x: m.inner(x) + m.norm(m.linear(m.a)),
+                          {"a": (T, D), "linear": nn.Linear(D, D), "norm": nn.LayerNorm(D)}),
+    "weights by a layer": (lambda m, x: m.inner(x * m.a) @ m.linear(torch.ones(
+        D, dtype=x.dtype)).view(D, D), {"linear": nn.Linear(D, D * D)}),
     "without a gradient in one place": (lambda m, x: m.inner(x) * m.a + x * m.a.detach(), {}),
     "branch": (lambda m, x: m.inner(x) * m.a if x.sum() > 1e9 else m.inner(x) + m.a, {}),
 }
@@ -113,7 +129,8 @@ def test_exact(forward, options):
     exact(Around(forward, **options), torch.randn(N, T, D))
 
 
-@pytest.mark.parametrize("name", ["position table", "in place", "class token, repeat", "item by mask", "embedding of positions"])
+@pytest.mark.parametrize("name", ["position table", "in place", "class token, repeat",
+                                  "item by mask", "embedding of positions"])
 def test_exact_on_a_subset(name):
     forward, options = CASES[name]
     torch.manual_seed(1)
@@ -121,7 +138,8 @@ def test_exact_on_a_subset(name):
     assert moments.n_measured == 2
 
 
-COINCIDENCES = ["position table", "class token, expand", "class token, zeros", "layer scale", "embedding of positions", "embedding of expanded positions"]
+COINCIDENCES = ["position table", "class token, expand", "class token, zeros", "layer scale",
+                "embedding of positions", "embedding of expanded positions"]
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["assumed", "checked"])
@@ -133,7 +151,8 @@ def test_exact_where_the_sequence_is_as_long_as_the_batch(name, checked):
     before, T = T, N
     try:
         model, batch = Around(forward, **options), (torch.randn(N, N, D),)
-        layout = adabatch.check(model.double(), double(batch), outputs_loss, verbose=False) if checked else None
+        layout = adabatch.check(model.double(), double(batch), outputs_loss,
+                                verbose=False) if checked else None
         exact(model, *batch, layout=layout)
     finally:
         T = before
@@ -141,16 +160,21 @@ def test_exact_where_the_sequence_is_as_long_as_the_batch(name, checked):
 
 def test_a_constant_table_as_long_as_the_batch_is_told_by_check():
     torch.manual_seed(1)
-    model = Around(lambda m, x: m.inner(x * m.a) + m.linear(torch.ones(N, D, dtype=x.dtype)), linear=nn.Linear(D, D)).double()
+    model = Around(lambda m, x: m.inner(x * m.a) + m.linear(torch.ones(N, D, dtype=x.dtype)),
+                   linear=nn.Linear(D, D)).double()
     batch = (torch.randn(N, N, D).double(),)
     exact(model, *batch, layout=adabatch.check(model, batch, outputs_loss, verbose=False))
 
 
 REFUSED = {
-    "samples last": (lambda m, x: torch.einsum("ntd,kd->ktn", m.inner(x), m.a).permute(2, 0, 1), {"a": (3, D)}, "do not lie along the first dimension"),
-    "time first": (lambda m, x: (m.inner(x).transpose(0, 1) * m.a).transpose(0, 1), {}, "do not lie along the first dimension"),
-    "flattened": (lambda m, x: (m.inner(x).flatten(0, 1) * m.a).view(x.shape), {}, "do not lie along the first dimension"),
-    "dropout of a parameter": (lambda m, x: m.inner(x * F.dropout(m.a, 0.5)), {}, "draws random numbers"),
+    "samples last": (lambda m, x: torch.einsum("ntd,kd->ktn", m.inner(x), m.a).permute(2, 0, 1),
+                     {"a": (3, D)}, "do not lie along the first dimension"),
+    "time first": (lambda m, x: (m.inner(x).transpose(0, 1) * m.a).transpose(0, 1), {},
+                   "do not lie along the first dimension"),
+    "flattened": (lambda m, x: (m.inner(x).flatten(0, 1) * m.a).view(x.shape), {},
+                  "do not lie along the first dimension"),
+    "dropout of a parameter": (lambda m, x: m.inner(x * F.dropout(m.a, 0.5)), {},
+                               "draws random numbers"),
 }
 
 
@@ -176,7 +200,8 @@ def test_a_buffer_that_changed_after_it_met_a_parameter_is_refused():
     model.register_buffer("steps", torch.ones(D))
 
     def scaled():
-        scale = torch.exp(model.a.detach() * 0) * model.a + model.steps  # a recipe of the parameter and the buffer
+        # a recipe of the parameter and the buffer
+        scale = torch.exp(model.a.detach() * 0) * model.a + model.steps
         model.steps.add_(1)
         return scale
 
@@ -186,9 +211,12 @@ def test_a_buffer_that_changed_after_it_met_a_parameter_is_refused():
 
 
 LEARNED_STATES = {
-    "GRUCell": (nn.GRUCell(D, D), (D,), lambda m, x: m.cell(x[:, 1], m.cell(x[:, 0], m.a.expand(len(x), -1)))),
-    "LSTM": (nn.LSTM(D, D, batch_first=True), (1, 1, D), lambda m, x: m.cell(x, (m.a.expand(1, len(x), D).contiguous(), m.a.repeat(1, len(x), 1)))[0]),
-    "pooling query": (nn.MultiheadAttention(D, 2, dropout=0.2, batch_first=True), (1, 1, D), lambda m, x: m.cell(m.a.repeat(len(x), 1, 1), x, x)[0]),
+    "GRUCell": (nn.GRUCell(D, D), (D,), lambda m,
+                x: m.cell(x[:, 1], m.cell(x[:, 0], m.a.expand(len(x), -1)))),
+    "LSTM": (nn.LSTM(D, D, batch_first=True), (1, 1, D), lambda m,
+             x: m.cell(x, (m.a.expand(1, len(x), D).contiguous(), m.a.repeat(1, len(x), 1)))[0]),
+    "pooling query": (nn.MultiheadAttention(D, 2, dropout=0.2, batch_first=True), (1, 1, D),
+                      lambda m, x: m.cell(m.a.repeat(len(x), 1, 1), x, x)[0]),
     "Linear": (nn.Linear(D, D), (1, 1, D), lambda m, x: x + m.cell(m.a.expand(len(x), -1, -1))),
 }
 
@@ -197,17 +225,20 @@ LEARNED_STATES = {
 @pytest.mark.parametrize(("cell", "shape", "forward"), LEARNED_STATES.values(), ids=LEARNED_STATES)
 def test_learned_rows_given_to_layers(cell, shape, forward, samples):
     torch.manual_seed(1)
-    exact(Around(lambda m, x: m.inner(forward(m, x)), a=shape, cell=cell), torch.randn(N, T, D), samples=samples)
+    exact(Around(lambda m, x: m.inner(forward(m, x)), a=shape, cell=cell), torch.randn(N, T, D),
+          samples=samples)
 
 
 @pytest.mark.parametrize("samples", [None, 2])
 @pytest.mark.parametrize("shape", [(1, 2, T, T), (T, T)], ids=["4 dimensions", "2 dimensions"])
 def test_a_learned_attention_bias_with_dropout(shape, samples):
-    """As T5 has it: the attention draws its dropout and cannot be run again, so that the bias gets a row for each sample before."""
+    """As T5 has it: the attention draws its dropout and cannot be run again, so that the bias gets
+    a row for each sample before."""
 
     def forward(m, x):
         heads = m.inner(x).unflatten(-1, (2, 2)).transpose(1, 2)
-        return F.scaled_dot_product_attention(heads, heads, heads, attn_mask=m.a * 2, dropout_p=0.3).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            heads, heads, heads, attn_mask=m.a * 2, dropout_p=0.3).transpose(1, 2)
 
     torch.manual_seed(1)
     model = Around(forward, a=shape)
@@ -233,9 +264,11 @@ REPARAMETRIZED = {
 @pytest.mark.parametrize("wrap", REPARAMETRIZED.values(), ids=REPARAMETRIZED)
 def test_reparametrized_layers(wrap, training):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), wrap(nn.Linear(D, N)), nn.Tanh(), wrap(nn.Linear(N, 2))).train(training)
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), wrap(nn.Linear(D, N)), nn.Tanh(),
+                          wrap(nn.Linear(N, 2))).train(training)
     exact(model, torch.randn(N, D))
-    images = nn.Sequential(wrap(nn.Conv2d(3, 4, 3)), nn.ReLU(inplace=True), wrap(nn.Conv2d(4, 2, 3)), nn.Flatten()).train(training)
+    images = nn.Sequential(wrap(nn.Conv2d(3, 4, 3)), nn.ReLU(inplace=True),
+                           wrap(nn.Conv2d(4, 2, 3)), nn.Flatten()).train(training)
     exact(images, torch.randn(N, 3, 6, 6))
 
 
@@ -273,7 +306,8 @@ def test_traced_operations_in_a_checkpointed_function_raise():
 def test_parts_called_directly_raise_with_the_cause():
     model = Around(lambda m, x: None, blocks=nn.ModuleList([Block()]))
     with pytest.raises(RuntimeError, match=r"blocks\.0\.scale.*parts of the model are called"):
-        exact(model, torch.randn(N, T, D), loss_fn=lambda m, batch: outputs_loss(m.blocks[0], batch))
+        exact(model, torch.randn(N, T, D), loss_fn=lambda m,
+              batch: outputs_loss(m.blocks[0], batch))
 
 
 def test_inputs_without_a_tensor_raise_with_the_cure():

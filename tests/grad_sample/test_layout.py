@@ -10,7 +10,8 @@ N, T, D = 3, 4, 2
 
 def numbered():
     """[N, T, D] with 10·sample + position in every row."""
-    return (10 * torch.arange(N)[:, None] + torch.arange(T)).unsqueeze(-1).expand(N, T, D).contiguous()
+    return (10 * torch.arange(N)[:, None] + torch.arange(T)).unsqueeze(-1).expand(
+        N, T, D).contiguous()
 
 
 ARRANGED = {
@@ -32,7 +33,8 @@ def test_split_is_a_view_through_which_gradients_pass(name):
     parts = Layout(name).split(tensor, N)
     assert parts.data_ptr() == tensor.data_ptr()
     parts[1].sum().backward()
-    assert torch.equal(tensor.grad, ARRANGED[name](torch.arange(N).eq(1).double()[:, None, None].expand(N, T, D)))
+    assert torch.equal(tensor.grad, ARRANGED[name](torch.arange(N).eq(1).double()[
+        :, None, None].expand(N, T, D)))
 
 
 @pytest.mark.parametrize("shape", [(T,), (T, D), (1, T, D), (1, D)], ids=str)
@@ -48,7 +50,9 @@ def test_shared_gives_every_sample_the_same(shape):
 @pytest.mark.parametrize("name", [*ARRANGED, "shared"])
 def test_split_compiles_without_a_break(name):
     layout, tensor = Layout(name), ARRANGED.get(name, lambda x: x[0])(numbered())
-    compiled = torch.compile(lambda x: layout.split(x, x.numel() // (T * D) if layout is not Layout.SHARED else N) * 2, fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: layout.split(
+        x, x.numel() // (T * D) if layout is not Layout.SHARED else N) * 2, fullgraph=True,
+        backend="eager")
     assert torch.equal(compiled(tensor), 2 * layout.split(tensor, N))
 
 
@@ -65,7 +69,9 @@ def test_split_compiles_without_a_break(name):
     ],
 )
 def test_a_shape_that_does_not_fit_is_a_value_error_that_names_the_cure(name, shape):
-    with pytest.raises(ValueError, match=rf"(?s)shape \[.*\] does not hold 3 samples in the layout '{name}'.*adabatch\.check"):
+    with pytest.raises(ValueError,
+                       match=rf"(?s)shape \[.*\] does not hold 3 samples in the layout "
+                             rf"'{name}'.*adabatch\.check"):
         Layout(name).split(torch.zeros(shape), N)
 
 
@@ -76,7 +82,8 @@ def test_an_unknown_layout_is_a_value_error():
 
 def test_layouts_print_as_their_names_and_know_where_n_is_missing():
     assert [str(layout) for layout in Layout] == [*ARRANGED, "shared"]
-    assert [layout.value for layout in Layout if not layout.stores_batch_size] == ["flat_batch_major", "flat_time_major", "shared"]
+    assert [layout.value for layout in Layout
+            if not layout.stores_batch_size] == ["flat_batch_major", "flat_time_major", "shared"]
 
 
 def test_source_reads_positional_keyword_and_nested_arguments():
@@ -91,8 +98,10 @@ def test_source_reads_positional_keyword_and_nested_arguments():
 
 @pytest.mark.parametrize(
     ("args", "kwargs"),
-    [((), {}), ((), {"other": torch.zeros(2, 2)}), (({},), {}), (({"x": 3},), {}), (({"x": torch.zeros(2)},), {}), ((torch.zeros(2, 2),), {})],
+    [((), {}), ((), {"other": torch.zeros(2, 2)}), (({},), {}), (({"x": 3},), {}),
+     (({"x": torch.zeros(2)},), {}), ((torch.zeros(2, 2),), {})],
 )
 def test_a_call_that_does_not_fit_the_source_is_a_value_error(args, kwargs):
-    with pytest.raises(ValueError, match=r"cannot be read from the model's inputs as inputs\['x'\]\.shape\[1\]"):
+    message = r"cannot be read from the model's inputs as inputs\['x'\]\.shape\[1\]"
+    with pytest.raises(ValueError, match=message):
         BatchSizeSource(position=0, name="inputs", path=("x",), dim=1).read(args, kwargs)

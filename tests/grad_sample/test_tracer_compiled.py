@@ -1,4 +1,5 @@
-"""Tracing beside torch.compile: compiled parts and functions in an eager model stay whole; what a graph cannot hold is refused with the cure."""
+"""Tracing beside torch.compile: compiled parts and functions in an eager model stay whole; what a
+graph cannot hold is refused with the cure."""
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ class Model(nn.Module):
     def __init__(self, table):
         super().__init__()
         torch.manual_seed(0)
-        self.table = nn.Embedding(9, D) if table == "embedding" else nn.Parameter(torch.randn(9, D)) if table == "raw" else None
+        tables = {"embedding": nn.Embedding(9, D), "raw": nn.Parameter(torch.randn(9, D))}
+        self.table = tables.get(table)
         self.body = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.LayerNorm(D), nn.Linear(D, D))
         self.head = nn.Linear(D, 2)
         self.function = torch.tanh
@@ -37,7 +39,8 @@ class Model(nn.Module):
         elif self.table is not None:
             x = x + self.table[: x.shape[1]]
         hidden = self.function(self.body(x))
-        return self.head(hidden if not isinstance(self.table, nn.Parameter) else hidden * self.table[0])
+        return self.head(hidden if not isinstance(self.table, nn.Parameter)
+                         else hidden * self.table[0])
 
 
 def compile_(function):
@@ -45,7 +48,8 @@ def compile_(function):
 
 
 def measure_compiled(model, compile_part):
-    """Norms of steps of an eager model, a part of which is compiled after the hooks are attached, against one backward pass per sample."""
+    """Norms of steps of an eager model, a part of which is compiled after the hooks are attached,
+    against one backward pass per sample."""
     model, batch = model.double(), double((torch.randn(N, T, D),))
     grads = grads_of_one_forward(model, batch)
     hooks = GradSampleHooks(model)
@@ -53,12 +57,14 @@ def measure_compiled(model, compile_part):
     for _ in range(3):
         model.zero_grad()
         outputs_loss(model, batch).mean().backward()
-        close(hooks.collect().sq_norms, sum(grad.flatten(1).square().sum(1) for grad in grads.values()), 1e-9)
+        close(hooks.collect().sq_norms, sum(
+            grad.flatten(1).square().sum(1) for grad in grads.values()), 1e-9)
 
 
 @pytest.mark.parametrize("table", ["none", "embedding", "raw"])
 def test_a_part_compiled_after_attaching(table):
-    measure_compiled(Model(table), lambda model: model.body.compile(backend="aot_eager", fullgraph=True))
+    measure_compiled(Model(table), lambda model: model.body.compile(
+        backend="aot_eager", fullgraph=True))
 
 
 @pytest.mark.parametrize("table", ["none", "embedding", "raw"])
@@ -73,7 +79,8 @@ def test_a_compiled_function_inside_the_forward_pass(table):
 
 def test_a_traced_parameter_used_by_a_compiled_function_raises():
     model = Model("raw")
-    model.forward = lambda x: model.head(compile_(lambda y, scale: y * scale)(model.body(x), model.table[0]))
+    model.forward = lambda x: model.head(compile_(lambda y, scale: y * scale)(
+        model.body(x), model.table[0]))
     with pytest.raises(RuntimeError, match="no tap saw: table"):
         exact(model, torch.randn(N, T, D))
 
@@ -81,7 +88,9 @@ def test_a_traced_parameter_used_by_a_compiled_function_raises():
 def test_a_compiled_model_with_traced_parameters_is_refused():
     model = Model("raw")
     GradSampleHooks(model)
-    with pytest.raises(Exception, match="a compiled graph cannot measure parameters that no layer with a tap uses: table"):
+    with pytest.raises(Exception,
+                       match="a compiled graph cannot measure parameters that no layer with a tap "
+                             "uses: table"):
         compile_(model)(torch.randn(N, T, D))
 
 
@@ -90,7 +99,8 @@ def test_a_compiled_model_with_a_shared_position_table_is_refused(checked):
     model, batch = Model("embedding").double(), double((torch.randn(N, T, D),))
     layout = adabatch.check(model, batch, outputs_loss, verbose=False) if checked else None
     GradSampleHooks(model, layout=layout)
-    with pytest.raises(Exception, match="position tables that are looked up once" if checked else r"table \(6\).*adabatch\.check"):
+    with pytest.raises(Exception, match="position tables that are looked up once" if checked
+                       else r"table \(6\).*adabatch\.check"):
         outputs_loss(compile_(model), batch).mean().backward()
 
 
@@ -118,4 +128,5 @@ def test_distributed_data_parallel_with_traced_parameters(one_process):
     for _ in range(2):
         parallel.zero_grad()
         outputs_loss(parallel, batch).mean().backward()
-        close(hooks.collect().sq_norms, sum(grad.flatten(1).square().sum(1) for grad in grads.values()), 1e-9)
+        close(hooks.collect().sq_norms, sum(
+            grad.flatten(1).square().sum(1) for grad in grads.values()), 1e-9)

@@ -11,7 +11,9 @@ from adabatch.grad_sample.factors.conv import ConvOuter
 from adabatch.grad_sample.factors.outer import OneHotOuter, Outer
 from adabatch.grad_sample.factors.merge import SumOfFactors, merge_factors
 from tests import oracle
-from tests.grad_sample.measuring import TOLERANCE, agrees, backward, close, make_batch, make_mlp, measure, squared_error
+from tests.grad_sample.measuring import (
+    TOLERANCE, agrees, backward, close, make_batch, make_mlp, measure, squared_error,
+)
 
 
 class TiedLinear(nn.Module):
@@ -42,7 +44,8 @@ class TiedHead(nn.Module):
 
     def __init__(self, times=1, padding_idx=None):
         super().__init__()
-        self.table, self.mix, self.head = nn.Embedding(9, 6, padding_idx=padding_idx), nn.Linear(6, 6), nn.Linear(6, 9)
+        self.table = nn.Embedding(9, 6, padding_idx=padding_idx)
+        self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 9)
         self.head.weight, self.times = self.table.weight, times
 
     def forward(self, ids):
@@ -51,11 +54,13 @@ class TiedHead(nn.Module):
 
 
 class TiedKernel(nn.Module):
-    """Two convolutions with one weight, of which factors can only be added up densely, and a PReLU that shares their bias."""
+    """Two convolutions with one weight, of which factors can only be added up densely, and a PReLU
+    that shares their bias."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.act = nn.Conv1d(3, 3, 3, padding=1), nn.Conv1d(3, 3, 3, padding=2, dilation=2), nn.PReLU(3)
+        self.first, self.act = nn.Conv1d(3, 3, 3, padding=1), nn.PReLU(3)
+        self.second = nn.Conv1d(3, 3, 3, padding=2, dilation=2)
         self.second.weight, self.act.weight = self.first.weight, self.first.bias
 
     def forward(self, inputs):
@@ -68,12 +73,16 @@ def ids(*shape):
 
 MODELS = {
     "tied": (TiedLinear, lambda: torch.randn(7, 4), 4),
-    "tied-tokens": (lambda: nn.Sequential(TiedLinear(), nn.Flatten()), lambda: torch.randn(7, 3, 4), 12),
+    "tied-tokens": (lambda: nn.Sequential(TiedLinear(), nn.Flatten()), lambda: torch.randn(7, 3, 4),
+                    12),
     "tied-and-twice": (lambda: TiedLinear(times=2), lambda: torch.randn(7, 4), 4),
     "twice": (lambda: CalledTwice(nn.Linear(4, 4), nn.Linear(4, 2)), lambda: torch.randn(7, 4), 2),
-    "conv-twice": (lambda: CalledTwice(nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Linear(32, 2)), lambda: torch.randn(7, 2, 4, 4), 2),
-    "norm-twice": (lambda: CalledTwice(nn.LayerNorm(4), nn.Linear(12, 2)), lambda: torch.randn(7, 3, 4), 2),
-    "prelu-twice": (lambda: CalledTwice(nn.PReLU(3), nn.Linear(12, 2)), lambda: torch.randn(7, 3, 4) - 1, 2),
+    "conv-twice": (lambda: CalledTwice(nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Linear(32, 2)),
+                   lambda: torch.randn(7, 2, 4, 4), 2),
+    "norm-twice": (lambda: CalledTwice(nn.LayerNorm(4), nn.Linear(12, 2)),
+                   lambda: torch.randn(7, 3, 4), 2),
+    "prelu-twice": (lambda: CalledTwice(nn.PReLU(3), nn.Linear(12, 2)),
+                    lambda: torch.randn(7, 3, 4) - 1, 2),
     "head": (TiedHead, lambda: ids(7, 5), 9),
     "head-padding": (lambda: TiedHead(padding_idx=3), lambda: ids(7, 5), 9),
     "head-looked-up-twice": (lambda: TiedHead(times=2), lambda: ids(7, 5), 9),
@@ -89,9 +98,11 @@ def test_several_uses_are_summed_before_they_are_squared(name, dtype, loss_reduc
     torch.manual_seed(0)
     make, inputs, width = MODELS[name]
     model, inputs = make().to(dtype), inputs()
-    batch = inputs.to(dtype) if inputs.is_floating_point() else inputs, torch.randn(7, width, dtype=dtype)
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    batch = inputs, torch.randn(7, width, dtype=dtype)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, samples=samples, per_parameter=True, second_moment=True)
+    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, samples=samples,
+                            per_parameter=True, second_moment=True)
     for _ in range(2):  # the second step knows what is used twice
         model.zero_grad()
         backward(model, batch, loss_reduction=loss_reduction)
@@ -100,7 +111,8 @@ def test_several_uses_are_summed_before_they_are_squared(name, dtype, loss_reduc
         for name, rows in grads.items():
             rows = rows if moments.indices is None else rows[moments.indices]
             close(moments.by_parameter[name], oracle.sq_norms({name: rows}), TOLERANCE[dtype])
-            close(moments.second_moment[name], oracle.second_moment({name: rows})[name], TOLERANCE[dtype])
+            close(moments.second_moment[name], oracle.second_moment({name: rows})[name],
+                  TOLERANCE[dtype])
 
 
 def test_a_layer_once_called_twice_stays_exact_when_called_once_again():
@@ -165,7 +177,8 @@ def test_layers_whose_output_gets_no_gradient_count_nothing():
 def test_a_weight_used_without_its_layer_raises_and_lists_it():
     model, batch = make_mlp(), make_batch()
     hooks = GradSampleHooks(model)
-    with pytest.raises(RuntimeError, match=r"no tap saw: 0\.weight\. .*F\.linear\(x, layer\.weight\)"):
+    with pytest.raises(RuntimeError,
+                       match=r"no tap saw: 0\.weight\. .*F\.linear\(x, layer\.weight\)"):
         backward(lambda inputs: model[2](F.linear(inputs, model[0].weight)), batch)
     with pytest.raises(RuntimeError, match=r"no tap saw: 0\.weight, 0\.bias\. "):
         backward(lambda inputs: model[2](F.linear(inputs, model[0].weight, model[0].bias)), batch)
@@ -178,7 +191,8 @@ def test_layers_with_another_first_dimension_raise_all_of_them():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.mix, self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.mix, self.first = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
             self.norm = nn.LayerNorm(4)
 
         def forward(self, inputs):
@@ -192,7 +206,9 @@ def test_layers_with_another_first_dimension_raise_all_of_them():
     for options in ({}, {"samples": 2}):
         hooks.remove()
         hooks = GradSampleHooks(model, **options)
-        with pytest.raises(RuntimeError, match=r"not the batch of 5: first \(15\), second \(15\)\. .*adabatch\.check"):
+        with pytest.raises(RuntimeError,
+                           match=r"not the batch of 5: first \(15\), second \(15\)\. "
+                                 r".*adabatch\.check"):
             backward(model, (torch.randn(5, 3, 4), torch.randn(5, 3)))
     with pytest.raises(RuntimeError, match="no measured backward pass"):
         hooks.collect()
@@ -204,7 +220,8 @@ def test_uses_with_different_numbers_of_rows_raise():
     with pytest.raises(RuntimeError, match="not the batch"):
         (model.first(torch.randn(5, 4)).sum() + model.second(torch.randn(2, 4)).sum()).backward()
     assert not hooks._n_passes
-    with pytest.raises(ValueError, match=r"different numbers of samples in one backward pass: \[2, 5\]"):
+    with pytest.raises(ValueError,
+                       match=r"different numbers of samples in one backward pass: \[2, 5\]"):
         merge_factors([Outer(torch.ones(n, 1, 2), torch.ones(n, 1, 2)) for n in (2, 5)])
 
 
@@ -216,10 +233,12 @@ def factor(kind, samples=4):
         return OneHotOuter(torch.randint(6, (samples, 4)), torch.randn(samples, 4, 3), 6)
     if kind == "dense":
         return Dense(torch.randn(samples, 6, 3))
-    return ConvOuter(torch.randn(samples, 3, 5), torch.randn(samples, 6, 4), (6, 3, 2), (1,), (0,), (1,), 1)
+    return ConvOuter(torch.randn(samples, 3, 5), torch.randn(samples, 6, 4), (6, 3, 2), (1,), (0,),
+                     (1,), 1)
 
 
-KINDS = [("outer", "outer"), ("lookup", "lookup"), ("dense", "dense"), ("outer", "lookup"), ("lookup", "outer", "outer"), ("outer", "dense"), ("conv", "conv")]
+KINDS = [("outer", "outer"), ("lookup", "lookup"), ("dense", "dense"), ("outer", "lookup"),
+         ("lookup", "outer", "outer"), ("outer", "dense"), ("conv", "conv")]
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2**22])

@@ -12,7 +12,8 @@ from tests.grad_sample.measuring import agrees, make_batch, make_mlp, measure, s
 
 
 def test_the_plan_names_layers_parameters_and_what_is_shared():
-    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "act": nn.ReLU(), "mix": nn.Linear(4, 4), "head": nn.Linear(4, 5)})
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "act": nn.ReLU(), "mix": nn.Linear(4, 4),
+                           "head": nn.Linear(4, 5)})
     model["head"].weight = model["table"].weight
     model["mix"].bias.requires_grad_(False)
     plan = plan_layers(model)
@@ -30,18 +31,21 @@ def test_the_plan_names_layers_parameters_and_what_is_shared():
 def test_names_are_the_users_own(compiled):
     model = make_mlp()
     wrapped = torch.compile(model) if compiled else nn.Sequential(torch.compile(model[0]), model[2])
-    names = ["0.weight", "0.bias", "2.weight", "2.bias"] if compiled else ["0.weight", "0.bias", "1.weight", "1.bias"]
+    names = ["0.weight", "0.bias", "2.weight", "2.bias"] if compiled else [
+        "0.weight", "0.bias", "1.weight", "1.bias"]
     assert list(plan_layers(wrapped).parameters) == names
     assert unwrap(torch.compile(model)) is model
     assert len(plan_layers(wrapped, ignore=["0"]).parameters) == 2
 
 
 def test_all_problems_are_listed_at_once():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(3, 2, scale_grad_by_freq=True), nn.Embedding(3, 2, sparse=True), nn.LazyLinear(3))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(3, 2, scale_grad_by_freq=True),
+                          nn.Embedding(3, 2, sparse=True), nn.LazyLinear(3))
     with pytest.raises(ValueError, match="cannot be measured exactly") as caught:
         GradSampleHooks(model, ignore=["9"])
     message = str(caught.value)
-    for part in ("Embedding (1): scale_grad_by_freq", "Embedding (2): sparse=True", "set layer.sparse = False", "3.weight is not initialized: run one batch"):
+    for part in ("Embedding (1): scale_grad_by_freq", "Embedding (2): sparse=True",
+                 "set layer.sparse = False", "3.weight is not initialized: run one batch"):
         assert part in message
     assert "ignore contains '9', but the model has no module of that name" in message
     assert "Linear (0)" not in message
@@ -55,7 +59,9 @@ def test_a_lazy_module_is_measured_after_its_first_batch():
     agrees(measure(model, batch), grads)
 
 
-@pytest.mark.parametrize("layer", [nn.Bilinear(4, 4, 3), parametrizations.weight_norm(nn.Linear(4, 3))], ids=["bilinear", "weight-norm"])
+@pytest.mark.parametrize("layer", [nn.Bilinear(4, 4, 3),
+                                   parametrizations.weight_norm(nn.Linear(4, 3))],
+                                   ids=["bilinear", "weight-norm"])
 def test_a_layer_without_a_rule_is_exact_or_refused(layer):
     class Model(nn.Module):
         def __init__(self):
@@ -63,7 +69,8 @@ def test_a_layer_without_a_rule_is_exact_or_refused(layer):
             self.layer = layer
 
         def forward(self, inputs):
-            return self.layer(inputs, inputs) if isinstance(self.layer, nn.Bilinear) else self.layer(inputs)
+            both = isinstance(self.layer, nn.Bilinear)
+            return self.layer(inputs, inputs) if both else self.layer(inputs)
 
     model, batch = Model(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
@@ -88,7 +95,8 @@ def test_a_layer_without_a_rule_may_be_frozen_or_ignored():
 
     model, batch = Model(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    agrees(measure(model, batch, ignore=["pair"]), {name: rows for name, rows in grads.items() if name.startswith("head")})
+    agrees(measure(model, batch, ignore=["pair"]),
+           {name: rows for name, rows in grads.items() if name.startswith("head")})
     model.pair.requires_grad_(False)
     agrees(measure(model, batch), oracle.per_sample_grads(model, squared_error, batch))
 
@@ -101,7 +109,8 @@ def test_a_parameter_shared_with_an_ignored_module_is_left_out_everywhere():
     agrees(measure(model, batch, ignore=["1"]), {"0.bias": grads["0.bias"]})
     shared = nn.Sequential(model[0], nn.Sequential(model[0]), nn.Linear(4, 4))
     grads = oracle.per_sample_grads(shared, squared_error, batch)
-    agrees(measure(shared, batch, ignore=["1"]), {name: rows for name, rows in grads.items() if name.startswith("2.")})
+    agrees(measure(shared, batch, ignore=["1"]),
+           {name: rows for name, rows in grads.items() if name.startswith("2.")})
 
 
 @pytest.mark.parametrize(
@@ -110,9 +119,11 @@ def test_a_parameter_shared_with_an_ignored_module_is_left_out_everywhere():
         (nn.ReLU(), ValueError, "no trainable parameters"),
         (nn.Linear(2, 2).requires_grad_(False), ValueError, "no trainable parameters"),
         (nn.DataParallel(nn.Linear(2, 2)), ValueError, "use DistributedDataParallel"),
-        (nn.Sequential(nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))), ValueError, "use DistributedDataParallel"),
+        (nn.Sequential(nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))), ValueError,
+         "use DistributedDataParallel"),
         ([nn.Linear(2, 2)], TypeError, r"must be a torch\.nn\.Module, got list"),
-        (nn.Embedding(3, 2, scale_grad_by_freq=True), ValueError, r"Embedding \(the model itself\): scale_grad_by_freq"),
+        (nn.Embedding(3, 2, scale_grad_by_freq=True), ValueError,
+         r"Embedding \(the model itself\): scale_grad_by_freq"),
     ],
     ids=["relu", "frozen", "data-parallel", "inner-data-parallel", "list", "embedding"],
 )
@@ -124,7 +135,8 @@ def test_models_that_are_refused(model, error, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"loss_reduction": "none"}, r"loss_reduction must be one of \('mean', 'sum'\), got 'none'"),
+        ({"loss_reduction": "none"},
+         r"loss_reduction must be one of \('mean', 'sum'\), got 'none'"),
         ({"samples": 0}, "samples must be a positive integer or None, got 0"),
         ({"samples": 2.0}, "samples must be a positive integer or None, got 2.0"),
         ({"accumulate": 0}, "accumulate must be a positive integer, got 0"),

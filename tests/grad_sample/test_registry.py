@@ -12,7 +12,10 @@ import adabatch.grad_sample.layers.conv
 import adabatch.grad_sample.layers.embedding
 import adabatch.grad_sample.layers.linear
 import adabatch.grad_sample.layers.normalization  # noqa: F401
-from adabatch.grad_sample.registry import find_grad_sampler, register_grad_sampler, registered_layer_types
+from adabatch.grad_sample.layout import Layout
+from adabatch.grad_sample.registry import (
+    find_grad_sampler, register_grad_sampler, registered_layer_types,
+)
 from tests import oracle
 from tests.cases import CASES, SAMPLES
 
@@ -27,9 +30,11 @@ def weighted_output(model, batch):
 
 
 def close(actual, expected, rtol):
-    """Relative to the largest entry: small ones are sums that cancel, and one-wide norms have a gradient of zero up to rounding."""
+    """Relative to the largest entry: small ones are sums that cancel, and one-wide norms have a
+    gradient of zero up to rounding."""
     assert actual.shape == expected.shape
-    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=rtol * max(float(expected.abs().max()), 0.1))
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol,
+                               atol=rtol * max(float(expected.abs().max()), 0.1))
 
 
 def make(case, dtype):
@@ -41,7 +46,8 @@ def make(case, dtype):
 
 def expected_grads(layer, inputs, weights):
     mixes = find_grad_sampler(layer).full_batch(layer)
-    return (oracle.contributions if mixes else oracle.per_sample_grads)(layer, weighted_output, (inputs, weights))
+    return (oracle.contributions if mixes else oracle.per_sample_grads)(
+        layer, weighted_output, (inputs, weights))
 
 
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
@@ -73,14 +79,43 @@ def test_bfloat16_backprops_with_float32_activations(case):
     weights = weights.bfloat16()
     expected = expected_grads(layer, inputs, weights)
     for name, factor in find_grad_sampler(layer).rule(layer, inputs, weights).items():
-        assert factor.sq_norms().dtype == factor.dense().dtype == factor.second_moment().dtype == torch.float32
+        results = factor.sq_norms(), factor.dense(), factor.second_moment()
+        assert {each.dtype for each in results} == {torch.float32}
         close(factor.sq_norms(), oracle.sq_norms({name: expected[name]}), 1e-5)
         close(factor.second_moment(), oracle.second_moment({name: expected[name]})[name], 1e-5)
         close(factor.dense(), expected[name], 1e-5)
 
 
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("case", **ids)
+def test_fused_backward_agrees_with_autograd_and_the_rule(case, norms):
+    layer, inputs, weights = make(case, torch.float64)
+    sampler, inputs = find_grad_sampler(layer), inputs.detach()
+    if inputs.is_floating_point():
+        inputs.requires_grad_()
+    outputs = layer(inputs)
+    fused, layout = sampler.fused, Layout.BATCH_FIRST
+    frozen = not all(parameter.requires_grad for parameter in layer.parameters())
+    if fused is None or frozen or not fused.supports(layer, inputs, outputs, layout, True):
+        return
+    own = dict(layer.named_parameters())
+    expected = torch.autograd.grad(outputs, [inputs, *own.values()], weights, retain_graph=True)
+    saved = fused.saved_tensors(layer, inputs, outputs)
+    result = fused.backward(layer, saved, layer.weight.detach(), weights, SAMPLES, layout,
+                            needs_inputs=True, norms=norms, second_moment=norms)
+    close(result.grad_inputs, expected[0], 1e-10)
+    for name, grad in zip(own, expected[1:], strict=True):
+        close(result.grads[name], grad, 1e-10)
+    factors = sampler.rule(layer, inputs.detach(), weights)
+    assert result.sq_norms.keys() == result.second_moments.keys() == (own.keys() if norms else set())
+    for name in result.sq_norms:
+        close(result.sq_norms[name], factors[name].sq_norms(), 1e-10)
+        close(result.second_moments[name], factors[name].second_moment(), 1e-10)
+
+
 @pytest.mark.parametrize("backprops_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case.inputs().is_floating_point()], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in CASES if case.inputs().is_floating_point()],
+                         ids=lambda case: case.id)
 def test_bfloat16_activations(case, backprops_dtype):
     layer, inputs, weights = make(case, torch.float32)
     inputs, weights = inputs.bfloat16(), weights.to(backprops_dtype)
@@ -92,7 +127,8 @@ def test_bfloat16_activations(case, backprops_dtype):
 
 
 def test_every_registered_layer_type_has_a_case():
-    built_in = {layer_type for layer_type in registered_layer_types() if layer_type.__module__.startswith("torch.nn.")}
+    built_in = {layer_type for layer_type in registered_layer_types()
+                if layer_type.__module__.startswith("torch.nn.")}
     assert built_in - {type(case.layer()) for case in CASES} == set()
 
 
@@ -116,11 +152,15 @@ def test_case_ids_are_unique():
 )
 def test_inputs_without_a_batch_dimension_are_refused(layer, inputs):
     backprops = layer(inputs).detach()
-    with pytest.raises(ValueError, match=r"(?s)without a batch dimension.*Add one with (inputs|ids)\.unsqueeze\(0\)"):
+    with pytest.raises(ValueError,
+                       match=r"(?s)without a batch dimension.*Add one with "
+                             r"(inputs|ids)\.unsqueeze\(0\)"):
         find_grad_sampler(layer).rule(layer, inputs, backprops)
 
 
-@pytest.mark.parametrize(("option", "cure"), [("sparse", "set layer.sparse = False"), ("scale_grad_by_freq", "set layer.scale_grad_by_freq = False")])
+@pytest.mark.parametrize(("option", "cure"), [
+    ("sparse", "set layer.sparse = False"), (
+        "scale_grad_by_freq", "set layer.scale_grad_by_freq = False")])
 def test_embedding_options_that_are_unsupported_name_their_cure(option, cure):
     layer = nn.Embedding(5, 2, **{option: True})
     assert cure in find_grad_sampler(layer).unsupported(layer)
@@ -172,4 +212,5 @@ def test_rules_have_one_signature():
     for layer_type in registered_layer_types():
         case = next((case for case in CASES if type(case.layer()) is layer_type), None)
         if case:
-            assert list(inspect.signature(find_grad_sampler(case.layer()).rule).parameters) == ["layer", "activations", "backprops"]
+            assert list(inspect.signature(find_grad_sampler(case.layer()).rule).parameters) == [
+                "layer", "activations", "backprops"]

@@ -1,4 +1,5 @@
-"""Layers without a rule, run again sample by sample: exact against one backward pass per sample, or a clear error before anything is wrong."""
+"""Layers without a rule, run again sample by sample: exact against one backward pass per sample, or
+a clear error before anything is wrong."""
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ class Layer(nn.Module):
     def __init__(self, forward, shape=(D,)):
         super().__init__()
         torch.manual_seed(0)
-        self.weight, self.other = nn.Parameter(torch.rand(shape) + 0.5), nn.Parameter(torch.rand(shape) + 0.5)
+        self.weight = nn.Parameter(torch.rand(shape) + 0.5)
+        self.other = nn.Parameter(torch.rand(shape) + 0.5)
         self.register_buffer("average", torch.zeros(D))
         self.case = forward
 
@@ -43,7 +45,8 @@ def in_place_inside(m, x):
 
 
 def not_vectorizable(m, x):
-    return x * m.weight if float(x.detach().square().sum()) >= 0 else x  # .item() cannot be vectorized
+    # .item() cannot be vectorized
+    return x * m.weight if float(x.detach().square().sum()) >= 0 else x
 
 
 EXACT = {
@@ -80,11 +83,13 @@ def test_checkpointed(forward):
 
 def test_followed_by_operations_in_place():
     torch.manual_seed(0)
-    exact(nn.Sequential(nn.Linear(D, D), Layer(lambda m, x: 2 * torch.tanh(x * m.weight)), nn.ReLU(inplace=True), nn.Linear(D, 2)), torch.randn(N, T, D))
+    exact(nn.Sequential(nn.Linear(D, D), Layer(lambda m, x: 2 * torch.tanh(x * m.weight)),
+                        nn.ReLU(inplace=True), nn.Linear(D, 2)), torch.randn(N, T, D))
 
 
 class Named(nn.Module):
-    """Calls a layer with keywords, constants and two inputs; takes what it needs of the dict that comes back."""
+    """Calls a layer with keywords, constants and two inputs; takes what it needs of the dict that
+    comes back."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +97,8 @@ class Named(nn.Module):
 
     @staticmethod
     def case(m, x, *, scale, mask, extra=None):
-        return {"all": x * m.weight * mask, "pooled": (x * m.other.exp() * scale).sum(1), "nothing": extra, "number": 3}
+        return {"all": x * m.weight * mask, "pooled": (x * m.other.exp() * scale).sum(1),
+                "nothing": extra, "number": 3}
 
     def forward(self, x, y):
         found = self.layer(self.first(x), scale=y, mask=torch.ones(D, dtype=x.dtype))
@@ -136,12 +142,15 @@ class Recurrent(nn.Module):
     def forward(self, x):
         output, hidden = self.layer(x)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return hidden.transpose(0, 1) if self.hidden_only else output if self.layer.batch_first else output.transpose(0, 1)
+        if self.hidden_only:
+            return hidden.transpose(0, 1)
+        return output if self.layer.batch_first else output.transpose(0, 1)
 
 
 RECURRENT = {
     "LSTM": lambda: nn.LSTM(D, 3, batch_first=True),
-    "LSTM, two layers, two directions, projected": lambda: nn.LSTM(D, 4, 2, batch_first=True, bidirectional=True, proj_size=2),
+    "LSTM, two layers, two directions, projected": lambda: nn.LSTM(
+        D, 4, 2, batch_first=True, bidirectional=True, proj_size=2),
     "GRU, two layers": lambda: nn.GRU(D, 3, 2, batch_first=True),
     "RNN, no bias": lambda: nn.RNN(D, 3, bias=False, batch_first=True),
 }
@@ -157,7 +166,8 @@ def test_recurrent_layers(layer, hidden_only, samples):
 
 def test_recurrent_layer_in_bfloat16_autocast():
     torch.manual_seed(0)
-    exact(Recurrent(nn.LSTM(D, 3, batch_first=True)), torch.randn(N, T, D), rtol=5e-2, around=lambda: torch.autocast("cpu", torch.bfloat16))
+    exact(Recurrent(nn.LSTM(D, 3, batch_first=True)), torch.randn(N, T, D), rtol=5e-2,
+          around=lambda: torch.autocast("cpu", torch.bfloat16))
 
 
 def changing_average(m, x):
@@ -172,13 +182,18 @@ def in_place_on_the_input(m, x):
 
 
 REFUSED = {
-    "dropout": (lambda m, x: F.dropout(x, 0.3) * m.weight, "1 draws random numbers inside its forward pass.*nn.Dropout"),
+    "dropout": (lambda m, x: F.dropout(x, 0.3) * m.weight,
+                "1 draws random numbers inside its forward pass.*nn.Dropout"),
     "noise": (lambda m, x: (x + torch.randn_like(x)) * m.weight, "draws random numbers"),
     "its input in place": (in_place_on_the_input, "1 changes its input in place.*clone the input"),
-    "mixes samples": (lambda m, x: (x - x.mean(0)) * m.weight, r"do not add up to the gradient of these parameters: 1\.weight"),
-    "a buffer of its own changed": (changing_average, r"do not add up to the gradient of these parameters: 1\.weight"),
-    "a branch taken by the batch": (lambda m, x: x * m.weight if x.sum() > 0 else x * m.other, "do not add up"),
-    "the mean of the samples": (lambda m, x: (x * m.weight).mean(0), r"it mixes samples, or depends on the size of the batch"),
+    "mixes samples": (lambda m, x: (x - x.mean(0)) * m.weight,
+                      r"do not add up to the gradient of these parameters: 1\.weight"),
+    "a buffer of its own changed": (
+        changing_average, r"do not add up to the gradient of these parameters: 1\.weight"),
+    "a branch taken by the batch": (lambda m, x: x * m.weight if x.sum() > 0 else x * m.other,
+                                    "do not add up"),
+    "the mean of the samples": (lambda m, x: (x * m.weight).mean(0),
+                                r"it mixes samples, or depends on the size of the batch"),
 }
 
 
@@ -191,14 +206,16 @@ def test_refused(forward, match):
 
 def test_functional_dropout_is_measured_in_evaluation_mode():
     torch.manual_seed(0)
-    exact(in_a_stack(Layer(lambda m, x: F.dropout(x, 0.3, m.training) * m.weight)).eval(), torch.randn(N, T, D))
+    exact(in_a_stack(Layer(lambda m, x: F.dropout(x, 0.3, m.training) * m.weight)).eval(),
+          torch.randn(N, T, D))
 
 
 def test_packed_sequences_are_refused():
     model = nn.LSTM(D, 3, batch_first=True)
     GradSampleHooks(model)
     with pytest.raises(RuntimeError, match=r"PackedSequence.*pad the sequences"):
-        model(pack_padded_sequence(torch.randn(N, T, D), torch.tensor([6, 5, 4, 3, 2]), batch_first=True))
+        model(pack_padded_sequence(torch.randn(N, T, D), torch.tensor([6, 5, 4, 3, 2]),
+                                   batch_first=True))
 
 
 def test_dropout_between_recurrent_layers_is_refused():
@@ -216,7 +233,8 @@ def test_compiled(fullgraph):
     hooks = GradSampleHooks(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
     if fullgraph:
-        with pytest.raises(Exception, match="without a grad_sample rule is run again sample by sample"):
+        with pytest.raises(Exception,
+                           match="without a grad_sample rule is run again sample by sample"):
             compiled(batch)
     else:
         compiled(batch).square().flatten(1).sum(1).mean().backward()
