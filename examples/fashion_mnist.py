@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     data = load_data(options.data_dir)
     budget = options.budget.samples(len(data[0]))
-    sizes = {"batch_size": options.batch_size, "measure": options.measure}
+    sizes = {"batch_size": options.batch_size, "measure": options.measure or "all"}
     run = train(NETWORKS[options.network], data, lr=options.lr, budget=budget, seed=options.seed, out=options.out, **sizes)
     print(run.summary())
     print(f"History and plot are in {options.out / run.name}")

@@ -64,7 +64,7 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
     """Adds the choice between CABS and a fixed size, and what CABS may spend on measuring."""
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="train at this fixed batch size; without it CABS chooses the size")
     about_measure = "share of the time to spend on measuring, as 0.05 (default: measure every step)"
-    parser.add_argument("--measure", type=float, default="all", help=about_measure)
+    parser.add_argument("--measure", type=float, help=about_measure)
 
 
 def add_fashion_data(parser: argparse.ArgumentParser) -> None:
