@@ -1,7 +1,12 @@
 """adabatch: training that chooses its own batch size."""
 
 from adabatch.check import check
-from adabatch.checkpoint import load_state_dict, state_dict
+from adabatch.checkpoint import (
+    load_checkpoint,
+    load_state_dict,
+    save_checkpoint,
+    state_dict,
+)
 from adabatch.config import (
     BatchSizes,
     Coupling,
@@ -20,7 +25,7 @@ from adabatch.monitor import Monitor, monitor
 from adabatch.scheduler.scheduler import BatchSizeScheduler
 from adabatch.wrap import wrap
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CABS",
@@ -39,9 +44,11 @@ __all__ = [
     "PerSample",
     "ResizableBatchSampler",
     "check",
+    "load_checkpoint",
     "load_state_dict",
     "monitor",
     "register_grad_sampler",
+    "save_checkpoint",
     "state_dict",
     "wrap",
 ]

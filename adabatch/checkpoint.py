@@ -1,43 +1,70 @@
-"""One state for all parts of a training run, and how it is loaded in the right order."""
+"""Checkpoints: one state of all parts of a run, in memory or in files, of any number of processes.
+
+Files are written by torch.distributed.checkpoint: whole or not there, and read by any number of
+processes, whether the model is plain, in DistributedDataParallel or under fully_shard.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from adabatch._checks import check_version
+from adabatch.interfaces import State
 
+LATEST = "latest"
 # The loader before the scheduler, which writes the batch size last.
 _ORDER = ("model", "optimizer", "grad_scaler", "lr_scheduler", "loader", "scheduler")
 
 
-def state_dict(**parts: Any) -> dict[str, Any]:
-    """The states of all parts, and torch's random states, as plain numbers and tensors: torch.save it, and torch.load(..., weights_only=True) reads it.
+class Part(Protocol):
+    """Anything that can be saved."""
 
-    Save after scheduler.step(loss), before the next batch is asked for; with micro-batches where loader.is_last_micro_batch is True.
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+def state_dict(**parts: Part) -> State:
+    """The states of all parts, and torch's random states: plain numbers and tensors.
+
+    torch.save it; torch.load(..., weights_only=True) reads it. Call after scheduler.step(loss) and
+    before the next batch is drawn; with micro-batches where loader.is_last_micro_batch is True.
 
     Args:
-        parts: whatever has a state_dict(): scheduler=, loader=, optimizer=, model=, lr_scheduler=, grad_scaler=, or others under names of your own.
+        parts: whatever has a state_dict(): scheduler=, loader=, optimizer=, model=, lr_scheduler=,
+            grad_scaler=, or others under any name.
 
     Raises:
         TypeError: a part without state_dict and load_state_dict.
         RuntimeError: in the middle of a batch.
 
     Example:
-        >>> model = torch.nn.Linear(2, 1)
+        >>> model = nn.Linear(2, 1)
         >>> sorted(state_dict(model=model))
         ['parts', 'random', 'version']
     """
     for name, part in parts.items():
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
-            raise TypeError(f"{name} must have state_dict and load_state_dict, got {type(part).__name__}")
-    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
-    return {"version": 1, "random": random, "parts": {name: part.state_dict() for name, part in parts.items()}}
+            raise TypeError(f"{name} must have state_dict() and load_state_dict(), got "
+                            f"{type(part).__name__}: pass the object itself")
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"version": 1, "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "parts": {name: part.state_dict() for name, part in parts.items()}}
 
 
-def load_state_dict(state: dict[str, Any], **parts: Any) -> None:
-    """Load what state_dict(...) gave into the same parts; the next iteration over the loader goes on where the state was saved.
+def load_state_dict(state: State, **parts: Part) -> None:
+    """Load what state_dict(...) gave; the next iteration over the loader continues from there.
 
     Args:
         state: from state_dict().
@@ -47,14 +74,189 @@ def load_state_dict(state: dict[str, Any], **parts: Any) -> None:
         ValueError: an unknown version, or other parts than were saved. Nothing is loaded then.
 
     Example:
-        >>> model = torch.nn.Linear(2, 1)
+        >>> model = nn.Linear(2, 1)
         >>> load_state_dict(state_dict(model=model), model=model)
     """
     check_version(state, 1, "a training run")
     if state["parts"].keys() != parts.keys():
-        raise ValueError(f"the state holds {sorted(state['parts'])}, and was to be loaded into {sorted(parts)}: pass the same parts")
+        raise ValueError(f"the state holds {sorted(state['parts'])}, but {sorted(parts)} were "
+                         "passed: pass the same parts")
     for name in sorted(parts, key=lambda name: (_ORDER.index(name) if name in _ORDER else -1, name)):
         parts[name].load_state_dict(state["parts"][name])
     torch.set_rng_state(state["random"]["cpu"])
-    if state["random"]["cuda"] and torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    cuda = state["random"]["cuda"]
+    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def save_checkpoint(
+    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part, scheduler: Any,
+    keep: int = 2, **parts: Part,
+) -> Path:
+    """Write a checkpoint, after scheduler.step(loss) and before the next batch is drawn.
+
+    With several processes all call it together, and each writes its part of model and optimizer.
+    The new folder gets its name when all of it is on the disk, and `folder/latest` names it: a
+    run that is killed meanwhile finds the one before.
+
+    Args:
+        folder: of the checkpoints; the same for all processes.
+        model: also in DistributedDataParallel or under fully_shard.
+        optimizer, loader, scheduler: from adabatch.wrap.
+        keep: how many checkpoints to keep; older ones are deleted.
+        parts: others whose state_dict() is the same on all processes (lr_scheduler=).
+
+    Returns:
+        The checkpoint's path.
+
+    Example:
+        >>> import tempfile, adabatch
+        >>> model, data = nn.Linear(2, 1), torch.utils.data.TensorDataset(torch.randn(32, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> loader = torch.utils.data.DataLoader(data, 16)
+        >>> optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader)
+        >>> parts = dict(model=model, optimizer=optimizer, loader=loader, scheduler=scheduler)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(folder, **parts).name, load_checkpoint(folder, **parts)
+        ('step-000000000', 0)
+    """
+    # Imported here, as it takes longer than the rest of adabatch together.
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    folder, step = Path(folder), scheduler.step_count
+    # The scheduler's state before the optimizer's, which may take an empty step to have one.
+    run = _packed(state_dict(loader=loader, scheduler=scheduler, **parts)["parts"])
+    models, optimizers = get_state_dict(model, _innermost(optimizer))
+    state = {"model": models, "optimizer": optimizers, "run": run,
+             "random": {str(_rank()): _random_states()}}
+    part = folder / f"step-{step:09d}.part"
+    if _rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    _wait_for_all()
+    with _quiet():
+        dcp.save(state, checkpoint_id=part, no_dist=not _many())
+    path = part.with_suffix("")
+    if _rank() == 0:
+        _commit(folder, part, path, keep)
+    _wait_for_all()
+    return path
+
+
+def load_checkpoint(
+    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part, scheduler: Any,
+    **parts: Part,
+) -> int | None:
+    """Load the latest whole checkpoint, before the first batch; all processes together.
+
+    It may come from another number of processes or another wrapper of the model: the loader's
+    position counts samples of the one order that all share. With the same number of processes,
+    each continues with its own random numbers.
+
+    Args:
+        folder, model, optimizer, loader, scheduler, parts: as for save_checkpoint.
+
+    Returns:
+        The number of steps done, or None where there is no checkpoint.
+
+    Raises:
+        ValueError: other parts than were saved.
+    """
+    latest = Path(folder) / LATEST
+    if not latest.exists():
+        return None
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    path = latest.parent / latest.read_text().strip()
+    inner, own = _innermost(optimizer), str(_rank())
+    models, optimizers = get_state_dict(model, inner)
+    state: State = {"model": models, "optimizer": optimizers, "run": b""}
+    keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = {key.split(".")[1] for key in keys if key.startswith("random.")}
+    if len(saved) == _world() and own in saved:
+        present = _random_states()
+        state["random"] = {own: {name: value for name, value in present.items()
+                                 if f"random.{own}.{name}" in keys}}
+    with _quiet():
+        dcp.load(state, checkpoint_id=path, no_dist=not _many())
+    set_state_dict(model, inner, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"])
+    run = torch.load(io.BytesIO(state["run"]), weights_only=True)
+    random = {"cpu": torch.get_rng_state(), "cuda": []}
+    random |= {"cpu": state["random"][own]["cpu"]} if "random" in state else {}
+    everything = {"loader": loader, "scheduler": scheduler, **parts}
+    load_state_dict({"version": 1, "parts": run, "random": random}, **everything)
+    if "random" in state and "cuda" in state["random"][own]:
+        torch.cuda.set_rng_state(state["random"][own]["cuda"])
+    return int(scheduler.step_count)
+
+
+def _random_states() -> dict[str, Tensor]:
+    """This process's random states, of its current CUDA device if it has one."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _commit(folder: Path, part: Path, path: Path, keep: int) -> None:
+    """Rename the folder, then let `latest` name it: each one move, after the data is on disk."""
+    for file in part.iterdir():
+        _sync(file)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+    _sync(folder)
+    named = folder / f"{LATEST}.part"
+    named.write_text(path.name)
+    _sync(named)
+    named.replace(folder / LATEST)
+    _sync(folder)
+    older = sorted(each for each in folder.glob("step-*") if each.is_dir() and each.name < path.name)
+    for each in older[: max(0, len(older) - keep + 1)]:
+        shutil.rmtree(each, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _packed(state: State) -> bytes:
+    """As one object: torch.distributed.checkpoint would split tensors and fix their sizes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    from adabatch.micro_batches.optimizer import AccumulatingOptimizer  # imports the loader
+
+    return optimizer.optimizer if isinstance(optimizer, AccumulatingOptimizer) else optimizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that one process saves alone, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _many() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _many() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if _many() else 1
+
+
+def _wait_for_all() -> None:
+    if _many():
+        dist.barrier()

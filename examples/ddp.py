@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import adabatch
-from adabatch.distributed.checkpoint import load_checkpoint, save_checkpoint
+from adabatch import load_checkpoint, save_checkpoint
 
 HELD_OUT = 300
 

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from adabatch.estimators.totals import Totals
@@ -165,6 +164,8 @@ class GradientMoments:
         """
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, both excluded, got {level!r}; 0.9 is usual")
+        from scipy.special import stdtrit
+
         trace, half = self.variance_trace, float(stdtrit(self.n_measured - 1, (1 + level) / 2)) * self.std_error
         if not trace > 0:
             return 0.0, half

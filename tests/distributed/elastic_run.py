@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import adabatch
-from adabatch.distributed.checkpoint import load_checkpoint, save_checkpoint
+from adabatch.checkpoint import load_checkpoint, save_checkpoint
 
 SAMPLES, EPOCHS, EVERY = 151, 3, 3
 
