@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
 from adabatch._engine import running_backward
-from adabatch._tree import is_packed, map_tensors, tensors
+from adabatch._tree import holds_packed_sequence, map_tensors, tensors
 from adabatch.check.isolate import restored
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.plan import clean_name
@@ -212,9 +211,8 @@ class PassRecord:
         self._undo[owner.name].pop()()
         if not torch.is_grad_enabled():
             return None
-        leaves = tree_leaves((args, kwargs, output), is_leaf=is_packed)
         call = Call([each.detach() for _, each in tensors((args, kwargs))[:1]])
-        call.packed = any(map(is_packed, leaves))
+        call.packed = holds_packed_sequence((args, kwargs, output))
         if not _recomputing():
             self.calls[owner.name].append(call)
 
