@@ -25,7 +25,7 @@ CHANGED = (
     "again in the new group and load the last checkpoint (it fits any number of processes)"
 )
 ALONE = (
-    "estimator='cross_rank' compares the gradients of at least 2 processes, and there is one: "
+    "estimator=CrossRank() compares the gradients of at least 2 processes, and there is one: "
     "launch more processes, or omit estimator="
 )
 DIVERGED = (
@@ -172,7 +172,7 @@ def find_group(group: Any = None, *, required: bool = False) -> HostGroup | None
             why = f"{launched} processes were launched (WORLD_SIZE)"
             raise RuntimeError(NOT_INITIALISED.format(why=why))
         if group is not None:
-            raise RuntimeError(NOT_INITIALISED.format(why="group= is given"))
+            raise RuntimeError(NOT_INITIALISED.format(why="process_group= is given"))
     alone = not is_initialized() or len(ranks_of(group)) == 1
     if alone and required:
         raise ValueError(ALONE)

@@ -36,10 +36,10 @@ WRONG_MESH = (
     "these parameters are sharded over a different number of processes than the {world} that share "
     "each batch, as tensor parallelism does, and their gradients cannot be measured: {names}. Use "
     "a controller that measures nothing (controllers.Scheduled), or shard over the processes of "
-    "group= alone (fully_shard)"
+    "process_group= alone (fully_shard)"
 )
 ONE_PROCESS = (
-    "estimator='micro_batch' is for one process, and {world} share each batch: use 'cross_rank'"
+    "estimator=MicroBatch() is for one process, and {world} share each batch: use CrossRank()"
 )
 
 

@@ -18,8 +18,8 @@ from adabatch.distributed.grad_norms import is_sharded
 
 ALONE = (
     "{name} is sharded over several processes (tensor parallel), each of which sees its own part "
-    'only: let adabatch.wrap measure it, with group=mesh["dp"], the processes that share each '
-    "batch, or pass ignore=[{name!r}]"
+    'only: let adabatch.wrap measure it, with process_group=mesh["dp"], the processes that share '
+    "each batch, or pass ignore=[{name!r}]"
 )
 COMPILED = (
     "{name} is sharded over several processes (tensor parallel), which cannot be measured under "

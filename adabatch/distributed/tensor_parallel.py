@@ -19,7 +19,7 @@ from adabatch.distributed.group import HostGroup, is_initialized, ranks_of
 GROUP = (
     "these parameters are split over processes that do not share each batch but hold one replica "
     "of the model together (tensor parallel): {names}. Pass the processes that do share each batch "
-    'to adabatch.wrap: group=mesh["dp"], the data-parallel part of the device mesh'
+    'to adabatch.wrap: process_group=mesh["dp"], the data-parallel part of the device mesh'
 )
 CANNOT = (
     "these tensor-parallel layers cannot be measured:\n{problems}\nPass ignore=[...], or use a "
@@ -28,10 +28,10 @@ CANNOT = (
 NORMS_ONLY = (
     "tensor-parallel layers are measured without {statistics}, which the controller, coupling or "
     "argument needs: use one that needs norms alone (CABS with SGD, NoiseScale), one that measures "
-    "nothing (controllers.Scheduled), or omit inner_products="
+    "nothing (controllers.Scheduled), or omit PerSample(inner_products=)"
 )
 ESTIMATOR = (
-    "estimator={estimator!r} does not support tensor-parallel layers ({names}): use 'per_sample'"
+    "the {estimator} estimator does not support tensor-parallel layers ({names}): use PerSample()"
 )
 DIFFER = (
     "gradients that should be equal differ between processes when the backward pass ends (squared "
@@ -39,11 +39,11 @@ DIFFER = (
 )
 PARTLY_USED = (
     "a parameter that is not split is used on a part of the samples' activations, or nothing "
-    "averages gradients over the processes of group="
+    "averages gradients over the processes of process_group="
 )
 NOT_AVERAGED = (
-    "nothing averages them over the processes of group= (wrap the model in fully_shard over that "
-    "part of the mesh)"
+    "nothing averages them over the processes of process_group= (wrap the model in fully_shard "
+    "over that part of the mesh)"
 )
 TOLERANCE = 1e-5  # relative spread of squared norms of gradients that should be equal
 SHOWN = 10  # names in an error
@@ -68,7 +68,7 @@ class TensorParallel:
         """None where no parameter is split over processes that hold one replica together.
 
         Raises:
-            ValueError: on every process alike, where group= does not say which processes share
+            ValueError: on every process alike, where the group does not say which processes share
                 each batch.
         """
         sharded = _sharded(model)
@@ -172,7 +172,7 @@ def _sharded(model: nn.Module) -> dict[str, Any]:
 
 
 def _default_data_ranks(model: nn.Module, sharded: Mapping[str, Any]) -> list[int]:
-    """Without group=: this process alone where all hold one replica, not by fully_shard."""
+    """Without a group: this process alone where all hold one replica, not by fully_shard."""
     world = dist.get_world_size()
     meshes = [parameter.device_mesh for parameter in sharded.values()]
     one_replica = all(mesh.size() == world and mesh.ndim == 1 for mesh in meshes)

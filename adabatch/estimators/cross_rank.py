@@ -45,7 +45,7 @@ NOTHING = (
 )
 HAS_HOOK = (
     "the model has a communication hook already ({error}): do not register it, pass it as "
-    "adabatch.wrap(comm_hook=, comm_state=)"
+    "estimator=CrossRank(comm_hook=, comm_state=)"
 )
 TOO_OLD = (
     "torch {version} has no hook for fully_shard's gradients: use torch >= 2.9, or "

@@ -1,15 +1,19 @@
-"""How long a sum over W processes takes, and the share of a training step that is at numbers of processes that were not measured.
+"""How long a sum over W processes takes, and the share of a training step that is at numbers of
+processes that were not measured.
 
-Legend: W processes, L doubles in the vector, α seconds of one hop from process to process, B bytes per second of one link.
+Legend: W processes, L doubles in the vector, α seconds of one hop from process to process, B bytes
+    per second of one link.
 
     t(W, L) = α·hops(W) + 2(W − 1)/W · 8L/B
 
-The second term is that of a ring, in which each process sends every byte about twice. The first depends on the algorithm: a tree (NCCL and MPI have them) has
-⌈log₂ W⌉ hops one after another, a ring 2(W − 1), and a ring is what torch's gloo does. For the vector of a step, of some dozen doubles, the first term is all
-that counts.
+The second term is that of a ring, in which each process sends every byte about twice. The first
+depends on the algorithm: a tree (NCCL and MPI have them) has ⌈log₂ W⌉ hops one after another, a
+ring 2(W − 1), and a ring is what torch's gloo does. For the vector of a step, of some dozen
+doubles, the first term is all that counts.
 
 References:
-    Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", IJHPCA 19(1), 2005 (costs of the algorithms).
+    Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH",
+    IJHPCA 19(1), 2005 (costs of the algorithms).
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ def ring(world: int) -> int:
 
 
 def two_rings(world: int) -> int:
-    """Two all-reduces by rings: within groups of k = ⌈√W⌉ processes, then of those that have the same place in each of the ⌈W/k⌉ groups.
+    """Two all-reduces by rings: within groups of k = ⌈√W⌉ processes, then of those that have the
+    same place in each of the ⌈W/k⌉ groups.
 
     Example:
         >>> [two_rings(world) for world in (4, 16384)]
@@ -77,9 +82,9 @@ class Fit:
     Attributes:
         hops: key of HOPS.
         latency, latency_error: α, seconds.
-        bandwidth, bandwidth_error: B, bytes a second; infinite, and its error NaN, where the times do not grow with L.
-        residuals: measured time / t(W, L) − 1 of each point.
-        spread: √(Σ log²(1 + residual)/(points − 2)).
+        bandwidth, bandwidth_error: B, bytes a second; infinite, and its error NaN, where the times
+        do not grow with L. residuals: measured time / t(W, L) − 1 of each point. spread: √(Σ log²(1
+        + residual)/(points − 2)).
     """
 
     hops: str
@@ -92,16 +97,19 @@ class Fit:
 
 
 def fit(points: Sequence[tuple[int, int, float]], hops: str = "tree") -> Fit:
-    """Least squares of log(measured/t) over α and 1/B, both >= 0, by scipy's curve_fit; the error of B is that of 1/B by the delta method.
+    """Least squares of log(measured/t) over α and 1/B, both >= 0, by scipy's curve_fit; the error
+    of B is that of 1/B by the delta method.
 
-    The errors of times are relative ones, and lopsided: by differences, few slow calls would decide, and by differences over the measured time, the fast ones.
+    The errors of times are relative ones, and lopsided: by differences, few slow calls would
+    decide, and by differences over the measured time, the fast ones.
 
     Args:
         points: (W, L, measured seconds), at least three, W > 1.
         hops: key of HOPS.
 
     Raises:
-        ValueError: fewer than three points, or all of the same L and number of hops: two constants cannot be told apart.
+        ValueError: fewer than three points, or all of the same L and number of hops: two constants
+            cannot be told apart.
 
     Example:
         >>> made = [(world, length, seconds(world, length, latency=5e-5, bandwidth=1e9)) for world in (2, 3) for length in (8, 4096)]
@@ -141,13 +149,13 @@ def shares(worlds: Sequence[int], length: int, *, latency: float, bandwidth: flo
 
     Args:
         worlds: numbers of processes.
-        length: doubles of the vector, the checksum of the decisions among them: it travels at every step.
-        latency, bandwidth: α, B.
-        step: seconds of a training step.
-        check_every: for comparison, the checksum as a vector of its own at every so many steps.
+        length: doubles of the vector, the checksum of the decisions among them: it travels at every
+        step. latency, bandwidth: α, B. step: seconds of a training step. check_every: for
+        comparison, the checksum as a vector of its own at every so many steps.
 
     Returns:
-        for each W {"world", and for each of HOPS {"seconds", "share", "share_apart"}}: of the vector as it is, and with the checksum sent apart.
+        for each W {"world", and for each of HOPS {"seconds", "share", "share_apart"}}: of the
+        vector as it is, and with the checksum sent apart.
 
     Example:
         >>> row = shares([1024], 20, latency=5e-6, bandwidth=25e9, step=0.2, check_every=50)[0]

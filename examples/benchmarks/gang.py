@@ -1,4 +1,5 @@
-"""Data-parallel training steps on gloo processes of this machine: plain, measured by each process for itself, and measured over all processes.
+"""Data-parallel training steps on gloo processes of this machine: plain, measured by each process
+for itself, and measured over all processes.
 
 Legend: W processes, m samples of a step on each of them, so that a global batch has W·m.
 """
@@ -112,7 +113,8 @@ class Plain:
 
 
 class Whole(Plain):
-    """adabatch over all processes. All samples are measured at every step, which is the dearest; the size is held, so that all steps are alike."""
+    """adabatch over all processes. All samples are measured at every step, which is the dearest;
+    the size is held, so that all steps are alike."""
 
     title = "adabatch, all processes"
 
@@ -129,7 +131,8 @@ class Whole(Plain):
 
 
 class Local(Whole):
-    """The same measurement with each process for itself: no sum over processes. What Whole takes above it is the distributed part."""
+    """The same measurement with each process for itself: no sum over processes. What Whole takes
+    above it is the distributed part."""
 
     title = "adabatch, each for itself"
 
@@ -168,7 +171,8 @@ def step_seconds(methods: list[Plain], rounds: int) -> dict[str, list[float]]:
 
 
 def settled_seconds(methods: list[Plain], rounds: int) -> dict[str, list[float]]:
-    """{method: seconds of scheduler.step alone}, begun together by all processes: no wait for one that is still computing its gradients."""
+    """{method: seconds of scheduler.step alone}, begun together by all processes: no wait for one
+    that is still computing its gradients."""
     seconds: dict[str, list[float]] = {type(method).__name__: [] for method in methods}
     for at in range(rounds):
         for method in _rotated(methods, at):
@@ -181,7 +185,8 @@ def settled_seconds(methods: list[Plain], rounds: int) -> dict[str, list[float]]
 
 
 def all_reduce_seconds(lengths: tuple[int, ...], blocks: int, calls: int) -> dict[int, list[float]]:
-    """{length in doubles: seconds of one all-reduce, a mean for each block}, lengths interleaved."""
+    """{length in doubles: seconds of one all-reduce, a mean for each block}, lengths interleaved.
+    """
     seconds: dict[int, list[float]] = {length: [] for length in lengths}
     vectors = {length: torch.zeros(length, dtype=torch.float64) for length in lengths}
     for _ in range(blocks):
@@ -196,7 +201,8 @@ def all_reduce_seconds(lengths: tuple[int, ...], blocks: int, calls: int) -> dic
 
 
 def warm_up(methods: list[Plain]) -> int:
-    """Some steps of each; the doubles that all processes add up in one of Whole's, 0 where there is one process."""
+    """Some steps of each; the doubles that all processes add up in one of Whole's, 0 where there is
+    one process."""
     sent: list[int] = []
     original = HostGroup.start_sum
 
@@ -229,7 +235,8 @@ def _work(rank: int, world: int, folder: str, plan: Plan) -> None:
 
 
 def run(world: int, plan: Plan) -> dict:
-    """All measurements with so many processes: seconds of the steps, of scheduler.step alone, and of the all-reduce alone.
+    """All measurements with so many processes: seconds of the steps, of scheduler.step alone, and
+    of the all-reduce alone.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: one of them failed.

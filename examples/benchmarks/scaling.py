@@ -1,12 +1,16 @@
-"""What many processes cost: the distributed part of a step, a model of it for more processes than there are here, and the global order of a huge epoch.
+"""What many processes cost: the distributed part of a step, a model of it for more processes than
+there are here, and the global order of a huge epoch.
 
     python examples/benchmarks/scaling.py                                  # model d, 1 to 4 gloo processes, 10⁹ samples: some minutes
     python examples/benchmarks/scaling.py --processes 2 --rounds 101       # the distributed part alone, more closely
     python examples/benchmarks/scaling.py --latency 2e-5 --bandwidth 1e10 --step-seconds 0.5
 
-1. A step of plain DDP, of adabatch measuring on each process for itself, and of adabatch over all processes: interleaved in one run, a barrier before each,
-   ratios of steps that follow each other. The distributed part is the last less the one before. The all-reduce of small vectors is timed alone too.
-2. The model of collective_model.py, fitted to these all-reduces; the share of a step it gives for up to 16,384 processes is extrapolation.
+1. A step of plain DDP, of adabatch measuring on each process for itself, and of adabatch over all
+processes: interleaved in one run, a barrier before each,
+   ratios of steps that follow each other. The distributed part is the last less the one before. The
+   all-reduce of small vectors is timed alone too.
+2. The model of collective_model.py, fitted to these all-reduces; the share of a step it gives for
+up to 16,384 processes is extrapolation.
 3. The order of 10⁹ samples as one process of eight draws it: time and memory.
 
 Writes scaling.json and scaling.md into --out.
@@ -34,7 +38,8 @@ NOMINAL_LENGTH = 20  # doubles of a step's vector with one parameter group, wher
 
 
 def step_figures(result: dict) -> dict[str, Any]:
-    """Medians of what `gang.run` timed: steps as ratios to the plain step, differences as shares of it."""
+    """Medians of what `gang.run` timed: steps as ratios to the plain step, differences as shares of
+    it."""
     plain, local, whole = (result["steps"][name] for name in ("Plain", "Local", "Whole"))
     middle = median_interval(plain)["median"]
     tells = zip(result["settled"]["Whole"], result["settled"]["Local"], strict=True)
@@ -57,7 +62,8 @@ def all_reduces(results: list[dict]) -> list[dict]:
 
 
 def fits_of(points: list[dict], most: float = math.inf) -> dict[str, Fit]:
-    """The model fitted to the medians of `all_reduces` with at most so many processes; nothing where there are too few."""
+    """The model fitted to the medians of `all_reduces` with at most so many processes; nothing
+    where there are too few."""
     fits = {}
     for name in FITTED:
         try:
@@ -68,7 +74,8 @@ def fits_of(points: list[dict], most: float = math.inf) -> dict[str, Fit]:
 
 
 def extrapolations(options: argparse.Namespace, length: int, fits: dict[str, Fit]) -> dict[str, list[dict]]:
-    """Shares of a step with the network that is assumed, and as if every link were like those between the processes here."""
+    """Shares of a step with the network that is assumed, and as if every link were like those
+    between the processes here."""
     common = {"step": options.step_seconds, "check_every": options.check_every}
     tables = {"assumed": shares(EXTRAPOLATED, length, latency=options.latency, bandwidth=options.bandwidth, **common)}
     if fits:

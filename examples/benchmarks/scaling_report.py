@@ -1,4 +1,5 @@
-"""The Markdown of scaling.py: what was measured, what was fitted, and what is extrapolated, apart."""
+"""The Markdown of scaling.py: what was measured, what was fitted, and what is extrapolated, apart.
+"""
 
 from __future__ import annotations
 

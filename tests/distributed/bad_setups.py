@@ -57,7 +57,7 @@ def loaders_of_other_processes(folder: Path) -> None:
         wrap(loader=alone)
     right = adabatch.AdaptiveDataLoader(data, batch_size=13, rank=dist.get_rank(), world_size=dist.get_world_size())
     wrap(loader=right)[3].remove()
-    with pytest.raises(ValueError, match="cross_rank"):
+    with pytest.raises(ValueError, match="CrossRank"):
         wrap(estimator="micro_batch")
 
 

@@ -31,7 +31,7 @@ def test_a_launched_process_without_a_group_is_told(monkeypatch):
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = torch.utils.data.DataLoader(torch.zeros(8, 2), batch_size=4)
-    with pytest.raises(ValueError, match="cross_rank"):
+    with pytest.raises(ValueError, match="CrossRank"):
         adabatch.wrap(model, optimizer, loader, estimator=adabatch.CrossRank())
     with pytest.raises(RuntimeError, match="init_process_group"):
         adabatch.wrap(model, optimizer, loader, process_group=object())

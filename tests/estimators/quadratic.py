@@ -1,4 +1,5 @@
-"""A noisy quadratic on which all is known: l_i(w) = F* + ½ Σ h w² + ⟨ξ_i, w⟩ + η_i with ξ_i normal of variances Σ and η_i normal; many runs of SGD at once.
+"""A noisy quadratic on which all is known: l_i(w) = F* + ½ Σ h w² + ⟨ξ_i, w⟩ + η_i with ξ_i normal
+of variances Σ and η_i normal; many runs of SGD at once.
 
 Legend: R runs, m samples, D dimensions.
 """
@@ -54,7 +55,8 @@ class Quadratic:
 
 
 def statistics(problem, grads, losses):
-    """{name: [R]} of one step's batches, from their definitions: T̂, its error for normal gradients, Ĝ², tr(PΣ), the loss."""
+    """{name: [R]} of one step's batches, from their definitions: T̂, its error for normal
+    gradients, Ĝ², tr(PΣ), the loss."""
     m = grads.shape[1]
     mean = grads.mean(1)
     centred = grads - mean[:, None]
@@ -67,7 +69,8 @@ def statistics(problem, grads, losses):
 
 
 def runs(problem, start, sizes, lr=0.0, seed=0):
-    """Yields (statistics, true G² [R], true F [R]) of each step of SGD from start [R, D], one batch size a step; lr = 0 stays where it is."""
+    """Yields (statistics, true G² [R], true F [R]) of each step of SGD from start [R, D], one batch
+    size a step; lr = 0 stays where it is."""
     rng, w = np.random.default_rng(seed), start.copy()
     for m in sizes:
         grads, losses = problem.batch(w, m, rng)

@@ -1,4 +1,5 @@
-"""The moving average against its definition as plain sums, and its standard error against distributions with a known variance."""
+"""The moving average against its definition as plain sums, and its standard error against
+distributions with a known variance."""
 
 import math
 
@@ -55,7 +56,8 @@ def test_effective_number_of_steps_at_equal_weights():
 @pytest.mark.parametrize("power", [0.5, 1.0])
 @pytest.mark.parametrize("sizes", [(16,), (4, 64), tuple(range(16, 256, 2))])
 def test_intervals_cover_the_truth(sizes, power):
-    """Of values whose standard deviation falls as the square root of the size, as T̂'s does, or as the size, as that of ‖g‖² − T̂/m does under noise."""
+    """Of values whose standard deviation falls as the square root of the size, as T̂'s does, or as
+    the size, as that of ‖g‖² − T̂/m does under noise."""
     rng, hits, runs = np.random.default_rng(1), 0, 500
     for _ in range(runs):
         average = MovingAverage(0.95)

@@ -1,4 +1,5 @@
-"""Fieller's intervals against their definition, and the covariance of two averages against plain sums."""
+"""Fieller's intervals against their definition, and the covariance of two averages against plain
+sums."""
 
 import math
 
