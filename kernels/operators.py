@@ -38,7 +38,9 @@ if FORCED not in ("", "reference"):
     )
 
 Ints = Sequence[int]
-F = TypeVar("F", bound=Callable[..., Any])
+Shapes = Callable[..., list[Sequence[int]]]
+Function = Callable[..., Any]
+F = TypeVar("F", bound=Function)
 _LIBRARY = torch.library.Library("adabatch", "FRAGMENT")
 
 
@@ -53,20 +55,18 @@ class Operation(NamedTuple):
         compiled: the same for device types under torch.compile.
     """
 
-    call: Callable[..., Any]
-    definition: Callable[..., Any]
-    operator: Callable[..., Any] | None
-    forms: dict[str, Callable[..., Any]]
-    compiled: dict[str, Callable[..., Any]]
+    call: Function
+    definition: Function
+    operator: Function | None
+    forms: dict[str, Function]
+    compiled: dict[str, Function]
 
 
 OPERATIONS: dict[str, Operation] = {}
 
 
 def operation(
-    schema: str = "",
-    shapes: Callable[..., list[Sequence[int]]] | None = None,
-    opaque: tuple[str, ...] = ("cuda",),
+    schema: str = "", shapes: Shapes | None = None, opaque: tuple[str, ...] = ("cuda",)
 ) -> Callable[[F], F]:
     """Register a definition, which is returned as it is, under its function's name.
 
@@ -79,8 +79,8 @@ def operation(
     """
 
     def register(definition: F) -> F:
-        forms: dict[str, Callable[..., Any]] = {}
-        compiled: dict[str, Callable[..., Any]] = {}
+        forms: dict[str, Function] = {}
+        compiled: dict[str, Function] = {}
         operator = None
         if schema and shapes is not None:
             operator = _define(definition, schema, shapes, forms)
@@ -147,11 +147,8 @@ def load_triton() -> bool:
 
 
 def _define(
-    definition: Callable[..., Any],
-    schema: str,
-    shapes: Callable[..., list[Sequence[int]]],
-    forms: dict[str, Callable[..., Any]],
-) -> Callable[..., Any]:
+    definition: Function, schema: str, shapes: Shapes, forms: dict[str, Function]
+) -> Function:
     """Define the torch operator; returns a caller with the definition's signature."""
     name = definition.__name__
 
@@ -204,7 +201,7 @@ def follows_determinism(deterministic: bool | None) -> bool:
     return deterministic
 
 
-def accumulation_dtype(*tensors: Any) -> torch.dtype:
+def accumulation_dtype(*tensors: object) -> torch.dtype:
     """The type sums are kept in: float32, or float64 if any of the tensors is float64.
 
     Example:
@@ -263,11 +260,7 @@ def row_sq_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def outer_form(
-    positions: float,
-    width_in: int,
-    width_out: int,
-    *,
-    with_gradient: bool = False,
+    positions: float, width_in: int, width_out: int, *, with_gradient: bool = False,
     halved: bool = False,
 ) -> Literal["rows", "gram", "gradients"]:
     """How ‖G_n‖² of G_n = Σ_t b_nt a_ntᵀ is found from T = `positions`: the cheaper of

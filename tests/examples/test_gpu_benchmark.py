@@ -17,8 +17,8 @@ BENCHMARK = gpu.kernel_benchmark
 
 @pytest.fixture
 def options(tmp_path):
-    given = {"device": "cpu", "small": True, "repeats": 5, "seconds": 540.0, "part": None, "first": 0}
-    return argparse.Namespace(**given, out=tmp_path)
+    given = {"device": "cpu", "small": True, "repeats": 5, "seconds": 540.0, "out": tmp_path}
+    return argparse.Namespace(**given, part=None, first=0)
 
 
 def test_a_case_that_fails_is_a_row(monkeypatch, capsys):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from adabatch import kernels
+from adabatch.distributed.grad_norms import grad_sq_norms
 from adabatch.kernels import OPERATIONS, operators, reference_conv
 from tests.kernels import cases
 from tests.kernels.cases import CONV, OUTER, RTOL, SHAPES, check, close, make
@@ -68,7 +69,11 @@ def test_norms_of_millions_of_elements_are_exact():
     for form in forms("weight_grad_moments"):
         close(form(a, b, second_moment=True)[1], grads.flatten(1).square().sum(1), 1e-6)
     dense = torch.randn(2, 1536, 1536)
-    close(kernels.dense_sq_norms(dense), dense.double().flatten(1).square().sum(1), 1e-6)
+    expected = dense.double().flatten(1).square().sum(1)
+    close(kernels.dense_sq_norms(dense), expected, 1e-6)
+    parameter = torch.nn.Parameter(dense[0])
+    parameter.grad = dense[1]
+    close(grad_sq_norms([[parameter]]), expected[1:], 1e-6)
 
 
 @pytest.mark.parametrize("shape", CONV.values(), ids=CONV)
