@@ -124,7 +124,8 @@ class Monitor:
         self._pipeline = Pipeline([HostTransferStage()])
         self._norms = GradientNormCheck()
         self._untracked = UntrackedParameters(optimizer, hooks.parameters.values())
-        self._batch_size, self._loss = 0, math.nan
+        self._batch_size = 0
+        self._loss: Tensor | float = math.nan
         hooks.loss_scale.watch(optimizer)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 

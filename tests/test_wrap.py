@@ -65,7 +65,7 @@ ERRORS = {
     "own-batches": (
         {"loader": lambda: DataLoader(ones(8), batch_sampler=BatchSampler(SequentialSampler(range(8)), 4, False))},
         ValueError,
-        r"batch sampler of its own \(BatchSampler\).*ResizableBatchSampler",
+        r"batch sampler \(BatchSampler\) cannot be set.*ResizableBatchSampler",
     ),
     "unordered": ({"loader": lambda: DataLoader(ones(8), num_workers=1, in_order=False)}, ValueError, "in_order=False"),
     "not-a-loader": ({"loader": lambda: [torch.ones(3, 3)]}, TypeError, "loader must be a torch.utils.data.DataLoader .* got list"),
@@ -91,7 +91,7 @@ ERRORS = {
     "nothing": ({"measure": None}, ValueError, "needs gradient moments, got measure=None"),
     "ignored": (
         {"estimator": adabatch.PerSample(ignore=["head"])}, ValueError,
-        "names no module of the model: 'head'",
+        "ignore contains 'head', but the model has no module of that name",
     ),
     "accumulate": ({"accumulate": 0}, ValueError, "accumulate must be a positive integer"),
     "controller-name": (
