@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -242,7 +242,7 @@ def step_cost(
     seen: Iterable[tuple[nn.Module, Sequence[int], Sequence[int], bool]],
     numel: int,
     operations: Iterable[Sequence[int]] = (),
-    statistics: Iterable[Statistic] = (),
+    statistics: Iterable[Any] = (),
 ) -> StepCost:
     """The cost of a model from what its taps saw.
 

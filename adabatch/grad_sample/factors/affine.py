@@ -73,9 +73,10 @@ class Scale(Factor):
 
     def select(self, indices: Tensor | slice) -> Scale:
         n_samples = self.n_samples
-        chosen = [value if value is None or value.shape[0] != n_samples else value[indices]
-                  for value in (self.mean, self.rstd)]
-        return Scale(self.activations[indices], self.backprops[indices], *chosen, self.weight_shape)
+        mean, rstd = (each if each is None or each.shape[0] != n_samples else each[indices]
+                      for each in (self.mean, self.rstd))
+        activations, backprops = self.activations[indices], self.backprops[indices]
+        return Scale(activations, backprops, mean, rstd, self.weight_shape)
 
     def compact(self) -> Dense:
         return Dense(self.dense())

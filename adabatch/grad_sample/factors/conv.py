@@ -69,5 +69,5 @@ class ConvOuter(Factor):
         return kernels.conv_grad_sample(*self._arguments)
 
     def select(self, indices: Tensor | slice) -> ConvOuter:
-        activations, backprops, *rest = self._arguments
-        return ConvOuter(activations[indices], backprops[indices], *rest)
+        activations, backprops = self.activations[indices], self.backprops[indices]
+        return ConvOuter(activations, backprops, self.weight_shape, *self._geometry)

@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 class Spec:
     """The structure of an operation's arguments; its identity names the operation."""
 
-    tree: TreeSpec | None
+    tree: TreeSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class ParameterExpression:
     def of_parameter(cls, name: str, parameter: Tensor) -> ParameterExpression:
         """A parameter itself."""
         shape = tuple(parameter.shape)
-        return cls(None, (), Spec(None), None, frozenset((name,)), shape, name=name)
+        return cls(None, (), Spec(tree_flatten(())[1]), None, frozenset((name,)), shape, name=name)
 
     def run(self, parameters: dict[str, Tensor], done: dict[int, Any]) -> Tensor:
         """The tensor, from these parameters; `done` keeps what was computed already."""

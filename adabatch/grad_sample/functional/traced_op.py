@@ -217,7 +217,8 @@ def _pull_to_parameter(place: _Place, grad: Tensor) -> tuple[str, Tensor] | None
                        for each in index):
                 return None
             whole = grad.new_zeros(len(grad), *parents[0].shape)
-            whole[(slice(None), *index)] = grad
+            own_rows = (slice(None), *index)
+            whole[own_rows] = grad
             grad = whole
         else:
             return None

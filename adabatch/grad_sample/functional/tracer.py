@@ -226,7 +226,7 @@ class ParameterTracer(TorchFunctionMode):
 
     def _traced(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         function, in_place = _out_of_place(function, args)
-        original = args[0] if in_place else None
+        original: Any = args[0] if in_place else None
         from_samples = self._comes_from_samples(original)
         # What is overwritten is read again: by autograd, or by an expression.
         if in_place and not (_adds(function) and from_samples):

@@ -45,7 +45,7 @@ class AttentionCall(RecomputedCall):
         return type(layer).forward is nn.MultiheadAttention.forward
 
     @classmethod
-    def problem(cls, layer: nn.Module) -> str | None:
+    def problem(cls, layer: Any) -> str | None:
         if layer.bias_k is not None and layer.bias_k.requires_grad:
             return (
                 "trainable bias_k and bias_v are appended to every sample's sequence: build it "
@@ -54,7 +54,7 @@ class AttentionCall(RecomputedCall):
         return None
 
     @classmethod
-    def samples_dim(cls, layer: nn.Module, index: int) -> int:
+    def samples_dim(cls, layer: Any, index: int) -> int:
         return 0 if layer.batch_first else 1
 
     def __init__(
@@ -130,14 +130,14 @@ class AttentionCall(RecomputedCall):
         layer, width, weight = self.layer, self.layer.embed_dim, self._weight.detach()
         eye = torch.eye(width, dtype=weight.dtype, device=weight.device)
         devices = [eye.device] if eye.device.type == "cuda" else []
-        redraws = self._state is not None
+        (query, key, value), redraws = projected, self._state is not None
         with torch.random.fork_rng(devices, enabled=redraws), torch.enable_grad():
             if self._state is not None:
                 torch.set_rng_state(self._state[0])
                 if self._state[1] is not None:
                     torch.cuda.set_rng_state(self._state[1], eye.device)
             context, weights = multi_head_attention_forward(
-                *projected, width, layer.num_heads, None, None, layer.bias_k, layer.bias_v,
+                query, key, value, width, layer.num_heads, None, None, layer.bias_k, layer.bias_v,
                 layer.add_zero_attn, layer.dropout, eye, None, training=layer.training,
                 key_padding_mask=given.get("key_padding_mask"), attn_mask=given.get("attn_mask"),
                 use_separate_proj_weight=True, q_proj_weight=eye, k_proj_weight=eye,

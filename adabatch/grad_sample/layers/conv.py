@@ -80,7 +80,7 @@ def conv_cost(
         size = input_shape[2:]
         padded = math.prod(length + 2 * amount
                            for length, amount in zip(size, padding, strict=True))
-        gram = layer.in_channels * math.prod(size) ** 2 + width_out * positions**2
+        gram: float = layer.in_channels * math.prod(size) ** 2 + width_out * positions**2
         gram += PASS * (2 + sum(kernel)) * padded**2
         return LayerCost(training, bias + gram, bias + gram, FACTOR * product, numel)
     formed = bias + 2 * PASS * numel

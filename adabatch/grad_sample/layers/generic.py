@@ -62,7 +62,7 @@ class RecomputedCall:
     """
 
     def __init__(
-        self, name: str, layer: nn.Module, parameters: Collection[str], args: tuple[Any, ...],
+        self, name: str, layer: Any, parameters: Collection[str], args: tuple[Any, ...],
         kwargs: dict[str, Any], output: Any, n_samples: int, layout: Layout = Layout.BATCH_FIRST,
         random: RandomState | None = None,
     ):
@@ -93,12 +93,12 @@ class RecomputedCall:
         return True
 
     @classmethod
-    def problem(cls, layer: nn.Module) -> str | None:
+    def problem(cls, layer: Any) -> str | None:
         """What of the layer cannot be measured, with the fix."""
         return None
 
     @classmethod
-    def samples_dim(cls, layer: nn.Module, index: int) -> int:
+    def samples_dim(cls, layer: Any, index: int) -> int:
         """Where the samples lie in the layer's input or output number `index`; for kinds of layers
         that say so themselves."""
         return 0
@@ -246,7 +246,7 @@ def per_sample_grads(
 
     def one(rows: tuple[Tensor, ...], outer: tuple[Tensor, ...]) -> dict[str, Tensor]:
         args = [row.unsqueeze(0) if each else row for row, each in zip(rows, batched, strict=True)]
-        outputs, pull = vjp(lambda own: tuple(function(own, *args)), parameters)
+        outputs, pull, *_ = vjp(lambda own: tuple(function(own, *args)), parameters)
         pairs = list(zip(outer, outputs, strict=True))
         for grad, output in pairs:
             if output.shape[1:] != grad.shape or output.shape[0] != 1:

@@ -1,9 +1,13 @@
-"""Rules for normalization layers, y = x̂ ∘ weight + bias: G_n = Σ b_n ∘ x̂_n for the weight and Σ b_n for the bias, summed over the positions that share them.
+"""Normalization layers, y = x̂ ∘ weight + bias: rules, and a fused backward pass of GroupNorm.
 
-Legend: N samples, T positions before the normalized dimensions, P the normalized dimensions, C channels, S positions after the channels, G groups.
+G_n = Σ b_n ∘ x̂_n for the weight and Σ b_n for the bias, summed over the positions that share them.
 
-x̂ comes to the kernels in one of two forms, whichever is cheaper: as the layer's input with its mean and 1/σ, so that x̂ is never stored (on a GPU, whose
-kernel reads the input once), or itself (on a CPU, where torch's normalizations are faster than its reductions, and x̂ fits a cache).
+Legend: N samples, T positions before the normalized dimensions, P the normalized dimensions,
+C channels, S positions after the channels, G groups.
+
+x̂ goes to the kernels in the cheaper of two forms: on a GPU, whose kernel reads the input once, as
+the layer's input with its mean and 1/σ, so that x̂ is never stored; on a CPU, where torch's
+normalizations are faster than its reductions and x̂ fits a cache, x̂ itself.
 """
 
 from __future__ import annotations
@@ -17,62 +21,69 @@ from torch.nn import functional as F
 from adabatch import kernels
 from adabatch.grad_sample.factors.affine import Scale, Shift
 from adabatch.grad_sample.factors.base import Dense, Factor
+from adabatch.grad_sample.layers.linear import no_batch_dimension
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
 from adabatch.kernels import accumulation_dtype
 
-_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-_InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+Factors = dict[str, Factor]
 
 
 @register_grad_sampler(nn.LayerNorm, parameters=("weight", "bias"))
-def layer_norm_grad_sample(layer: nn.LayerNorm, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
+def layer_norm_grad_sample(layer: nn.LayerNorm, activations: Tensor, backprops: Tensor) -> Factors:
     """LayerNorm over any number of last dimensions.
 
     Args:
         layer: the layer.
-        activations: [N, *T, *P].
-        backprops: [N, *T, *P].
+        activations, backprops: [N, *T, *P].
 
     Raises:
         ValueError: the input has no batch dimension before the normalized ones.
 
     Example:
         >>> import torch
-        >>> factors = layer_norm_grad_sample(nn.LayerNorm(2), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
+        >>> activations, backprops = torch.tensor([[1.0, -1.0]]), torch.ones(1, 2)
+        >>> factors = layer_norm_grad_sample(nn.LayerNorm(2), activations, backprops)
         >>> factors["weight"].dense().round(decimals=3), factors["bias"].dense()
         (tensor([[ 1., -1.]]), tensor([[1., 1.]]))
     """
     _check_trailing(layer, activations)
+    shape = list(layer.normalized_shape)
     if takes_statistics(activations):
-        _, mean, rstd = torch.native_layer_norm(activations, layer.normalized_shape, None, None, layer.eps)
+        _, mean, rstd = torch.native_layer_norm(activations, shape, None, None, layer.eps)
         return _trailing(layer, activations, backprops, mean, rstd)
-    return _trailing(layer, F.layer_norm(_wide(activations), layer.normalized_shape, eps=layer.eps), backprops)
+    return _trailing(layer, F.layer_norm(_wide(activations), shape, eps=layer.eps), backprops)
 
 
 @register_grad_sampler(nn.RMSNorm, parameters=("weight",))
-def rms_norm_grad_sample(layer: nn.RMSNorm, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
-    """RMSNorm over any number of last dimensions; it has no bias. eps=None is the machine epsilon of the type the forward pass computed in.
+def rms_norm_grad_sample(layer: nn.RMSNorm, activations: Tensor, backprops: Tensor) -> Factors:
+    """RMSNorm over any number of last dimensions; it has no bias. eps=None is the machine epsilon
+    of the type the forward pass computed in.
 
     Args:
         layer: the layer.
-        activations: [N, *T, *P].
-        backprops: [N, *T, *P].
+        activations, backprops: [N, *T, *P].
 
     Raises:
         ValueError: the input has no batch dimension before the normalized ones.
 
     Example:
         >>> import torch
-        >>> rms_norm_grad_sample(nn.RMSNorm(2), torch.tensor([[3.0, 3.0]]), torch.ones(1, 2))["weight"].dense()
+        >>> ones = torch.ones(1, 2)
+        >>> rms_norm_grad_sample(nn.RMSNorm(2), 3 * ones, ones)["weight"].dense()
         tensor([[1., 1.]])
     """
     _check_trailing(layer, activations)
+    shape = list(layer.normalized_shape)
     if takes_statistics(activations):
-        dtype, dims = accumulation_dtype(activations), tuple(range(-len(layer.normalized_shape), 0))
-        square = torch.linalg.vector_norm(activations, dim=dims, dtype=dtype).square() / math.prod(layer.normalized_shape)
-        return _trailing(layer, activations, backprops, None, (square + (torch.finfo(dtype).eps if layer.eps is None else layer.eps)).rsqrt())
-    return _trailing(layer, F.rms_norm(_wide(activations), layer.normalized_shape, eps=layer.eps), backprops)
+        dtype, dims = accumulation_dtype(activations), tuple(range(-len(shape), 0))
+        norm = torch.linalg.vector_norm(activations, dim=dims, dtype=dtype)
+        eps = torch.finfo(dtype).eps if layer.eps is None else layer.eps
+        rstd = (norm.square() / math.prod(shape) + eps).rsqrt()
+        return _trailing(layer, activations, backprops, None, rstd)
+    return _trailing(layer, F.rms_norm(_wide(activations), shape, eps=layer.eps), backprops)
 
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -135,85 +146,104 @@ class GroupNormBackward(FusedBackward):
 
 
 @register_grad_sampler(nn.GroupNorm, parameters=("weight", "bias"), fused=GroupNormBackward())
-def group_norm_grad_sample(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
+def group_norm_grad_sample(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> Factors:
     """GroupNorm.
 
     Args:
         layer: the layer.
-        activations: [N, C, *S].
-        backprops: [N, C, *S].
+        activations, backprops: [N, C, *S].
 
     Example:
         >>> import torch
-        >>> factors = group_norm_grad_sample(nn.GroupNorm(1, 2), torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, 2, 1))
+        >>> activations, backprops = torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, 2, 1)
+        >>> factors = group_norm_grad_sample(nn.GroupNorm(1, 2), activations, backprops)
         >>> factors["weight"].dense().round(decimals=3)
         tensor([[ 1., -1.]])
     """
     if takes_statistics(activations):
-        return _channels(layer, activations, backprops, *_group_statistics(activations, layer.num_groups, layer.eps))
-    return _channels(layer, F.group_norm(_wide(activations), layer.num_groups, eps=layer.eps), backprops)
+        statistics = _group_statistics(activations, layer.num_groups, layer.eps)
+        return _channels(layer, activations, backprops, *statistics)
+    normalized = F.group_norm(_wide(activations), layer.num_groups, eps=layer.eps)
+    return _channels(layer, normalized, backprops)
 
 
-@register_grad_sampler(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, parameters=("weight", "bias"))
-def instance_norm_grad_sample(layer: _InstanceNorm, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
-    """InstanceNorm, by each sample's own statistics, or in eval mode by the running ones if the layer tracks them.
+@register_grad_sampler(
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, parameters=("weight", "bias")
+)
+def instance_norm_grad_sample(
+    layer: InstanceNorm, activations: Tensor, backprops: Tensor
+) -> Factors:
+    """InstanceNorm, by each sample's own statistics, or in eval mode by the running ones if the
+    layer tracks them.
 
     Args:
         layer: the layer, affine.
-        activations: [N, C, *S].
-        backprops: [N, C, *S].
+        activations, backprops: [N, C, *S].
 
     Raises:
         ValueError: the input has no batch dimension.
 
     Example:
         >>> import torch
-        >>> factors = instance_norm_grad_sample(nn.InstanceNorm1d(1, affine=True), torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, 0.0]]]))
+        >>> layer = nn.InstanceNorm1d(1, affine=True)
+        >>> activations, backprops = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, 0.0]]])
+        >>> factors = instance_norm_grad_sample(layer, activations, backprops)
         >>> factors["weight"].dense().round(decimals=3)
         tensor([[1.]])
     """
-    if activations.dim() != layer._get_no_batch_dim() + 1:
-        raise ValueError(_no_batch_dimension(layer, activations, f"{layer._get_no_batch_dim() + 1}"))
+    dims = layer._get_no_batch_dim() + 1
+    if activations.dim() != dims:
+        raise no_batch_dimension(layer, activations, str(dims))
     if not layer.training and layer.track_running_stats:
         return _by_running_statistics(layer, activations, backprops)
     if takes_statistics(activations):
-        return _channels(layer, activations, backprops, *_group_statistics(activations, layer.num_features, layer.eps))
+        statistics = _group_statistics(activations, layer.num_features, layer.eps)
+        return _channels(layer, activations, backprops, *statistics)
     return _channels(layer, F.instance_norm(_wide(activations), eps=layer.eps), backprops)
 
 
-def batch_norm_mixes_samples(layer: _BatchNorm) -> bool:
+def batch_norm_mixes_samples(layer: BatchNorm) -> bool:
     """Whether the layer, as it is now, normalizes by the statistics of the batch.
 
     Example:
-        >>> batch_norm_mixes_samples(nn.BatchNorm1d(2)), batch_norm_mixes_samples(nn.BatchNorm1d(2).eval())
+        >>> layer = nn.BatchNorm1d(2)
+        >>> batch_norm_mixes_samples(layer), batch_norm_mixes_samples(layer.eval())
         (True, False)
     """
     return layer.training or (layer.running_mean is None and layer.running_var is None)
 
 
-@register_grad_sampler(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, full_batch=batch_norm_mixes_samples, parameters=("weight", "bias"))
-def batch_norm_grad_sample(layer: _BatchNorm, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
-    """BatchNorm. By running statistics: per-sample gradients. By the batch's: each sample's contribution b_n ∘ x̂_n to the gradient.
+@register_grad_sampler(
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, full_batch=batch_norm_mixes_samples,
+    parameters=("weight", "bias"),
+)
+def batch_norm_grad_sample(layer: BatchNorm, activations: Tensor, backprops: Tensor) -> Factors:
+    """BatchNorm. By running statistics: per-sample gradients. By the batch's: each sample's
+    contribution b_n ∘ x̂_n to the gradient.
 
-    Contributions add up exactly to the gradient, but x̂_n and b_n depend on the rest of the batch: their variance is a proxy of the variance over fresh batches.
+    Contributions add up exactly to the gradient, but x̂_n and b_n depend on the rest of the batch:
+    their variance is a proxy of the variance over fresh batches.
 
     Args:
         layer: the layer.
-        activations: [N, C, *S]; all rows of the batch if batch_norm_mixes_samples(layer).
-        backprops: [N, C, *S].
+        activations, backprops: [N, C, *S]; all rows of the batch if batch_norm_mixes_samples.
 
     Example:
         >>> import torch
-        >>> factors = batch_norm_grad_sample(nn.BatchNorm1d(1), torch.tensor([[1.0], [-1.0]]), torch.tensor([[1.0], [2.0]]))
+        >>> activations, backprops = torch.tensor([[1.0], [-1.0]]), torch.tensor([[1.0], [2.0]])
+        >>> factors = batch_norm_grad_sample(nn.BatchNorm1d(1), activations, backprops)
         >>> factors["weight"].dense().round(decimals=3).T
         tensor([[ 1., -2.]])
     """
     if not batch_norm_mixes_samples(layer):
         return _by_running_statistics(layer, activations, backprops)
     if takes_statistics(activations):
-        _, mean, rstd = torch.native_batch_norm(activations, None, None, None, None, True, 0.0, layer.eps)
+        _, mean, rstd = torch.native_batch_norm(
+            activations, None, None, None, None, True, 0.0, layer.eps
+        )
         return _channels(layer, activations, backprops, mean.unsqueeze(0), rstd.unsqueeze(0))
-    return _channels(layer, F.batch_norm(_wide(activations), None, None, training=True, eps=layer.eps), backprops)
+    normalized = F.batch_norm(_wide(activations), None, None, training=True, eps=layer.eps)
+    return _channels(layer, normalized, backprops)
 
 
 def takes_statistics(activations: Tensor) -> bool:
@@ -221,49 +251,70 @@ def takes_statistics(activations: Tensor) -> bool:
     return activations.device.type == "cuda"
 
 
-def _trailing(layer: nn.LayerNorm | nn.RMSNorm, inputs: Tensor, backprops: Tensor, mean: Tensor | None = None, rstd: Tensor | None = None) -> dict[str, Factor]:
+def _trailing(
+    layer: nn.LayerNorm | nn.RMSNorm, inputs: Tensor, backprops: Tensor,
+    mean: Tensor | None = None, rstd: Tensor | None = None,
+) -> Factors:
     """Factors of parameters of the last dimensions, statistics [N, *T, *1]."""
     samples, width = inputs.shape[0], math.prod(layer.normalized_shape)
     positions = math.prod(inputs.shape[1 : inputs.dim() - len(layer.normalized_shape)])
-    mean, rstd = (None if value is None else value.reshape(samples, positions, 1) for value in (mean, rstd))
-    return _affine(layer, inputs.reshape(samples, positions, width), backprops.reshape(samples, positions, width), mean, rstd)
-
-
-def _channels(layer: nn.Module, inputs: Tensor, backprops: Tensor, mean: Tensor | None = None, rstd: Tensor | None = None) -> dict[str, Factor]:
-    """Factors of parameters of the channels, dimension 1, statistics [N or 1, C]."""
-    inputs, backprops = (tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(2).mT for tensor in (inputs, backprops))
-    mean, rstd = (None if value is None else value.unsqueeze(1) for value in (mean, rstd))
+    inputs, backprops = (each.reshape(samples, positions, width) for each in (inputs, backprops))
+    mean, rstd = (None if each is None else each.reshape(samples, positions, 1)
+                  for each in (mean, rstd))
     return _affine(layer, inputs, backprops, mean, rstd)
 
 
-def _affine(layer: nn.Module, inputs: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None) -> dict[str, Factor]:
+def _channels(
+    layer: nn.Module, inputs: Tensor, backprops: Tensor, mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> Factors:
+    """Factors of parameters of the channels, dimension 1, statistics [N or 1, C]."""
+    inputs, backprops = (each.unsqueeze(1) if each.dim() == 2 else each.flatten(2).mT
+                         for each in (inputs, backprops))
+    mean, rstd = (None if each is None else each.unsqueeze(1) for each in (mean, rstd))
+    return _affine(layer, inputs, backprops, mean, rstd)
+
+
+def _affine(
+    layer: nn.Module, inputs: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None
+) -> Factors:
     """Factors of weight and bias from [N, T, P], and statistics as Scale takes them."""
-    factors: dict[str, Factor] = {}
-    bias = getattr(layer, "bias", None)
-    if layer.weight is not None and layer.weight.requires_grad:
-        factors["weight"] = Scale(inputs, backprops, mean, rstd, tuple(layer.weight.shape))
+    weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
+    scale = None
+    if weight is not None and weight.requires_grad:
+        scale = Scale(inputs, backprops, mean, rstd, tuple(weight.shape))
+    factors: Factors = {} if scale is None else {"weight": scale}
     if bias is not None and bias.requires_grad:
-        shift = None if "weight" in factors else backprops.sum(1, dtype=accumulation_dtype(backprops)).view(len(backprops), *bias.shape)
-        factors["bias"] = Shift(factors["weight"]) if shift is None else Dense(shift)
+        if scale is None:
+            shift = backprops.sum(1, dtype=accumulation_dtype(backprops))
+            factors["bias"] = Dense(shift.view(len(backprops), *bias.shape))
+        else:
+            factors["bias"] = Shift(scale)
     return factors
 
 
-def _by_running_statistics(layer: _BatchNorm | _InstanceNorm, activations: Tensor, backprops: Tensor) -> dict[str, Factor]:
+def _by_running_statistics(
+    layer: BatchNorm | InstanceNorm, activations: Tensor, backprops: Tensor
+) -> Factors:
+    dtype, (mean, var) = accumulation_dtype(activations), (layer.running_mean, layer.running_var)
+    assert mean is not None and var is not None  # as torch itself demands
+    mean, var = mean.to(dtype), var.to(dtype)
     if takes_statistics(activations):
-        dtype = accumulation_dtype(activations)
-        mean, rstd = layer.running_mean.to(dtype), (layer.running_var.to(dtype) + layer.eps).rsqrt()
+        rstd = (var + layer.eps).rsqrt()
         return _channels(layer, activations, backprops, mean.unsqueeze(0), rstd.unsqueeze(0))
-    inputs = _wide(activations)
-    normalized = F.batch_norm(inputs, layer.running_mean.to(inputs.dtype), layer.running_var.to(inputs.dtype), training=False, eps=layer.eps)
+    normalized = F.batch_norm(activations.to(dtype), mean, var, training=False, eps=layer.eps)
     return _channels(layer, normalized, backprops)
 
 
 def _group_statistics(activations: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1/σ [N, C] of each sample's groups; by layer normalization, which keeps them in float32 where group normalization rounds them."""
+    """Mean and 1/σ [N, C] of each sample's groups; by layer normalization, which keeps them in
+    float32 where group normalization rounds them."""
     samples, channels = activations.shape[:2]
     rows = activations.reshape(samples, groups, math.prod(activations.shape[1:]) // groups)
-    _, mean, rstd = torch.native_layer_norm(rows, rows.shape[2:], None, None, eps)
-    return mean.reshape(samples, groups).repeat_interleave(channels // groups, 1), rstd.reshape(samples, groups).repeat_interleave(channels // groups, 1)
+    _, mean, rstd = torch.native_layer_norm(rows, list(rows.shape[2:]), None, None, eps)
+    mean, rstd = (each.reshape(samples, groups).repeat_interleave(channels // groups, 1)
+                  for each in (mean, rstd))
+    return mean, rstd
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -272,11 +323,5 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _check_trailing(layer: nn.LayerNorm | nn.RMSNorm, activations: Tensor) -> None:
     if activations.dim() <= len(layer.normalized_shape):
-        raise ValueError(_no_batch_dimension(layer, activations, f"{len(layer.normalized_shape) + 1} or more"))
-
-
-def _no_batch_dimension(layer: nn.Module, activations: Tensor, allowed: str) -> str:
-    return (
-        f"{type(layer).__name__} got an input of shape {tuple(activations.shape)}: without a batch dimension there are no samples to tell apart. "
-        f"Allowed are {allowed} dimensions, samples first. Add one with inputs.unsqueeze(0), or stack several samples."
-    )
+        allowed = f"{len(layer.normalized_shape) + 1} or more"
+        raise no_batch_dimension(layer, activations, allowed)

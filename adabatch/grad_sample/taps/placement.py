@@ -41,7 +41,8 @@ NO_LAYER = (
     "model uncompiled, or pass ignore=[...]"
 )
 SHARED_TABLES = "position tables that are looked up once for all samples"
-Args, Kwargs = tuple[Any, ...], dict[str, Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 # Names of this module: each look-up along torch's large modules reads memory that the step has
 # just evicted from the caches.
