@@ -95,3 +95,8 @@ def inputs_for(layout, samples, positions=T):
         if layout == "batch_second"
         else torch.randn(samples, positions, D)
     )
+
+
+def network():
+    """Two Linear layers."""
+    return nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, 2))
