@@ -22,7 +22,7 @@ LEVEL = 0.9
 class Record:
     """What is known about one optimizer step: plain numbers, sizes in samples.
 
-    Statistics are of per-sample gradients of the per-sample loss, whatever the reduction of the
+    Statistics are of per-sample gradients of the per-sample loss, for any reduction of the
     loss: T̂ has the divisor m − 1, ‖g‖² is of the batch mean. `_ema`: moving averages weighted by
     samples, for display; no controller reads them. `_std_error`: standard errors of the averages,
     for T from the errors within the steps where inner products are measured, else from the spread
