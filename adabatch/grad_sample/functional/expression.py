@@ -9,6 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+Operation = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Leaves = list[Any]
+
 
 @dataclass(frozen=True, eq=False)
 class Spec:
@@ -31,8 +36,8 @@ class ParameterExpression:
         versions: of the tensors among the leaves.
     """
 
-    function: Callable[..., Any] | None
-    leaves: tuple[Any, ...]
+    function: Operation | None
+    leaves: Args
     spec: Spec
     index: int | None
     parameters: frozenset[str]

@@ -10,7 +10,7 @@ Legend: N samples, S measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.factors.base import Dense, Factor
-from adabatch.grad_sample.functional.expression import ParameterExpression
+from adabatch.grad_sample.functional.expression import (
+    Args, Kwargs, Leaves, Operation, ParameterExpression,
+)
 from adabatch.grad_sample.layers.generic import per_sample_grads
 from adabatch.kernels import accumulation_dtype
 
@@ -39,8 +41,8 @@ class TracedOp:
     """
 
     name: str
-    function: Callable[..., Any]
-    leaves: list[Any]
+    function: Operation
+    leaves: Leaves
     tree: TreeSpec
     tensors: list[Tensor]
     batched: list[bool]
@@ -114,7 +116,7 @@ class TracedOp:
         return grads if grads.keys() == self.parameters.keys() else None
 
 
-def function_name(function: Callable[..., Any]) -> str:
+def function_name(function: Operation) -> str:
     """The name of an operation, "" where it has none.
 
     Example:
@@ -158,7 +160,7 @@ Parts = list[tuple[_Place, Tensor]]
 
 
 def _parts(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor, rows: Tensor | None
+    name: str, args: Args, kwargs: Kwargs, grad: Tensor, rows: Tensor | None
 ) -> Parts | None:
     """The gradient [S, ...] of each place, of the samples' part of the output's shape."""
     if name in ("cat", "concat"):
@@ -177,7 +179,7 @@ def _parts(
     return None
 
 
-def _slices(args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> Parts | None:
+def _slices(args: Args, kwargs: Kwargs, grad: Tensor) -> Parts | None:
     """Of a concatenation."""
     tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     if len(args) > 2 or not set(kwargs) <= {"dim"} or not isinstance(dim, int):

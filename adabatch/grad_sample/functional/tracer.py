@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from adabatch.grad_sample.functional.expression import (
-    ParameterExpression, Spec, names_of, versions_of,
+    Args, Kwargs, Leaves, Operation, ParameterExpression, Spec, names_of, versions_of,
 )
 from adabatch.grad_sample.functional.traced_op import TracedOp, function_name, identity
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
@@ -73,9 +73,9 @@ class ParameterTracer(TorchFunctionMode):
         }
 
     def enter_layer(
-        self, name: str, layer: nn.Module, layout: Layout, has_rule: bool, args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self, name: str, layer: nn.Module, layout: Layout, has_rule: bool, args: Args,
+        kwargs: Kwargs,
+    ) -> tuple[Args, Kwargs] | None:
         """Before a measured layer: stop watching if it is called with samples, which its tap
         measures; else what is the same for all of them is traced on through the layer.
 
@@ -146,8 +146,8 @@ class ParameterTracer(TorchFunctionMode):
         return None
 
     def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, function: Operation, types: Any, args: Args = (),
+        kwargs: Kwargs | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         # In this order, so that a compiled part of the model depends on nothing of ours.
@@ -205,7 +205,7 @@ class ParameterTracer(TorchFunctionMode):
         copied = [reads_output or output._is_view() for output in outputs]
         return self._tap(operation, outputs, copied)
 
-    def _spread(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _spread(self, args: Any, kwargs: Any) -> tuple[Args, Kwargs]:
         """The arguments of attention with dropout, which cannot be run again: what is the same for
         all samples gets a tapped row for each before."""
         leaves, tree = tree_flatten((args, kwargs))
@@ -224,7 +224,7 @@ class ParameterTracer(TorchFunctionMode):
                 self._add_samples(leaves[index : index + 1])
         return tree_unflatten(leaves, tree)
 
-    def _traced(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _traced(self, function: Operation, args: Any, kwargs: Any) -> Any:
         function, in_place = _out_of_place(function, args)
         original: Any = args[0] if in_place else None
         from_samples = self._comes_from_samples(original)
@@ -271,7 +271,7 @@ class ParameterTracer(TorchFunctionMode):
             self._add_samples([target])
         return target
 
-    def _batched(self, function: Callable[..., Any], leaves: list[Any]) -> list[bool]:
+    def _batched(self, function: Operation, leaves: Leaves) -> list[bool]:
         """Which of an operation's inputs carry samples along their first dimension.
 
         Raises:
@@ -303,7 +303,7 @@ class ParameterTracer(TorchFunctionMode):
         return self._comes_from_samples(leaf) and rows > 0 and rows % self._n_samples == 0
 
     def _remember(
-        self, function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, outputs: list[Any]
+        self, function: Operation, leaves: Leaves, tree: TreeSpec, outputs: Leaves
     ) -> None:
         parents = [leaf for leaf in leaves if isinstance(leaf, ParameterExpression)]
         stretched = any(self._has_rows(leaf) and leaf.stride(0) == 0 for leaf in leaves)
@@ -322,7 +322,7 @@ class ParameterTracer(TorchFunctionMode):
                 self._expressions[id(tensor)] = (own, tensor)
 
     def _operation(
-        self, function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, samples: list[bool]
+        self, function: Operation, leaves: Leaves, tree: TreeSpec, samples: list[bool]
     ) -> TracedOp:
         positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         names = sorted(names_of(leaves))
@@ -346,18 +346,18 @@ class ParameterTracer(TorchFunctionMode):
         )
 
 
-def _draws(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def _draws(function: Operation, args: Sequence[Any], kwargs: Kwargs) -> bool:
     if function_name(function) != "scaled_dot_product_attention":
         return False
     return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
 
 
-def _adds(function: Callable[..., Any]) -> bool:
+def _adds(function: Operation) -> bool:
     name = function_name(function).strip("_")
     return name in ADDING or name.removeprefix("r") in ADDING
 
 
-def _kept(tensor: Tensor, function: Callable[..., Any]) -> Tensor:
+def _kept(tensor: Tensor, function: Operation) -> Tensor:
     """What is kept of an operation's input: a stand-in where its values do not matter."""
     stand_in = tensor.is_floating_point() and _adds(function)
     return tensor.new_zeros(()).expand(tensor.shape) if stand_in else tensor
@@ -387,8 +387,8 @@ def _writes_to_all_samples(tensor: Tensor, index: Any) -> bool:
 
 
 def _out_of_place(
-    function: Callable[..., Any], args: Sequence[Any]
-) -> tuple[Callable[..., Any], bool]:
+    function: Operation, args: Sequence[Any]
+) -> tuple[Operation, bool]:
     """The function that gives an in-place operation's result as a new tensor, and whether it was
     one."""
     name = function_name(function)
