@@ -2,7 +2,7 @@
 processes that were not measured.
 
 Legend: W processes, L doubles in the vector, α seconds of one hop from process to process, B bytes
-    per second of one link.
+per second of one link.
 
     t(W, L) = α·hops(W) + 2(W − 1)/W · 8L/B
 
@@ -63,9 +63,12 @@ def two_rings(world: int) -> int:
 
 HOPS: dict[str, Hops] = {"tree": tree, "ring": ring, "two rings": two_rings}
 FITTED = ("tree", "ring")
+TOLERANCES = ("ftol", "xtol", "gtol")
 
 
-def seconds(world: int, length: int, *, latency: float, bandwidth: float, hops: Hops = tree) -> float:
+def seconds(
+    world: int, length: int, *, latency: float, bandwidth: float, hops: Hops = tree
+) -> float:
     """t(W, L).
 
     Example:
@@ -83,8 +86,9 @@ class Fit:
         hops: key of HOPS.
         latency, latency_error: α, seconds.
         bandwidth, bandwidth_error: B, bytes a second; infinite, and its error NaN, where the times
-        do not grow with L. residuals: measured time / t(W, L) − 1 of each point. spread: √(Σ log²(1
-        + residual)/(points − 2)).
+            do not grow with L.
+        residuals: measured time / t(W, L) − 1 of each point.
+        spread: √(Σ log²(1 + residual)/(points − 2)).
     """
 
     hops: str
@@ -109,17 +113,21 @@ def fit(points: Sequence[tuple[int, int, float]], hops: str = "tree") -> Fit:
 
     Raises:
         ValueError: fewer than three points, or all of the same L and number of hops: two constants
-            cannot be told apart.
+        cannot be told apart.
 
     Example:
-        >>> made = [(world, length, seconds(world, length, latency=5e-5, bandwidth=1e9)) for world in (2, 3) for length in (8, 4096)]
+        >>> points = [(world, length) for world in (2, 3) for length in (8, 4096)]
+        >>> made = [(*point, seconds(*point, latency=5e-5, bandwidth=1e9)) for point in points]
         >>> found = fit(made)
         >>> round(found.latency * 1e6, 3), round(found.bandwidth / 1e9, 3)
         (50.0, 1.0)
     """
-    worlds, lengths, times = (np.array(column, dtype=float) for column in zip(*points, strict=True)) if points else (np.empty(0),) * 3
-    if len(times) < 3 or len({(HOPS[hops](int(world)), length) for world, length in zip(worlds, lengths, strict=True)}) < 2:
-        raise ValueError(f"the fit of two constants needs three points that differ in length or number of hops, got {len(times)}: {list(points)}")
+    if len(points) < 3 or len({(HOPS[hops](world), length) for world, length, _ in points}) < 2:
+        raise ValueError(
+            "the fit of two constants needs three points that differ in length or number of hops, "
+            f"got {len(points)}: {list(points)}"
+        )
+    worlds, lengths, times = np.array(points, dtype=float).T
     steps = np.array([HOPS[hops](int(world)) for world in worlds], dtype=float)
     traffic = 2 * (worlds - 1) / worlds * 8 * lengths
     # Both constants of order one: the errors come from a numerical Jacobian.
@@ -128,7 +136,8 @@ def fit(points: Sequence[tuple[int, int, float]], hops: str = "tree") -> Fit:
     def model(_: np.ndarray, hop: float, byte: float) -> np.ndarray:
         return np.log(hop * scales[0] * steps + byte * scales[1] * traffic)
 
-    found, covariance = curve_fit(model, times, np.log(times), p0=(0.5, 0.5), bounds=(0, np.inf), ftol=1e-14, xtol=1e-14, gtol=1e-14)
+    options = {"p0": (0.5, 0.5), "bounds": (0, np.inf)} | dict.fromkeys(TOLERANCES, 1e-14)
+    found, covariance = curve_fit(model, times, np.log(times), **options)
     errors = np.sqrt(np.diag(covariance))
     latency, per_byte = float(found[0] * scales[0]), float(found[1] * scales[1])
     flat = found[1] < 1e-9
@@ -144,14 +153,24 @@ def fit(points: Sequence[tuple[int, int, float]], hops: str = "tree") -> Fit:
     )
 
 
-def shares(worlds: Sequence[int], length: int, *, latency: float, bandwidth: float, step: float, check_every: int) -> list[dict]:
+def shares(
+    worlds: Sequence[int],
+    length: int,
+    *,
+    latency: float,
+    bandwidth: float,
+    step: float,
+    check_every: int,
+) -> list[dict]:
     """What the sum takes of a step, at each number of processes, by tree and by ring.
 
     Args:
         worlds: numbers of processes.
         length: doubles of the vector, the checksum of the decisions among them: it travels at every
-        step. latency, bandwidth: α, B. step: seconds of a training step. check_every: for
-        comparison, the checksum as a vector of its own at every so many steps.
+            step.
+        latency, bandwidth: α, B.
+        step: seconds of a training step.
+        check_every: for comparison, the checksum as a vector of its own at every so many steps.
 
     Returns:
         for each W {"world", and for each of HOPS {"seconds", "share", "share_apart"}}: of the
@@ -168,7 +187,8 @@ def shares(worlds: Sequence[int], length: int, *, latency: float, bandwidth: flo
         for name, hops in HOPS.items():
             link = {"latency": latency, "bandwidth": bandwidth, "hops": hops}
             whole = seconds(world, length, **link)
-            apart = seconds(world, length - CHECKSUM, **link) + seconds(world, CHECKSUM, **link) / check_every
+            check = seconds(world, CHECKSUM, **link)
+            apart = seconds(world, length - CHECKSUM, **link) + check / check_every
             row[name] = {"seconds": whole, "share": whole / step, "share_apart": apart / step}
         rows.append(row)
     return rows

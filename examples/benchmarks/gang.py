@@ -35,7 +35,10 @@ def _small_batch() -> Batch:
     return torch.randint(64, (8, 16)), torch.randint(64, (8, 16))
 
 
-SMALL = Workload("small", "GPT 1 layer, d=32, T=16, m=8", lambda: Gpt(1, 32, 2, 16, 64), _small_batch, token_losses)
+SMALL = Workload(
+    *("small", "GPT 1 layer, d=32, T=16, m=8"),
+    *(lambda: Gpt(1, 32, 2, 16, 64), _small_batch, token_losses),
+)
 MODELS = {**WORKLOADS, SMALL.name: SMALL}
 
 
@@ -92,7 +95,9 @@ class Plain:
 
     def make_loader(self, world: int) -> adabatch.AdaptiveDataLoader:
         """Batches of m samples on this process."""
-        return adabatch.AdaptiveDataLoader(self.data, self.samples * world, shuffle=True, rank=dist.get_rank(), world_size=world)
+        own = {"rank": dist.get_rank(), "world_size": world}
+        size = self.samples * world
+        return adabatch.AdaptiveDataLoader(self.data, size, shuffle=True, **own)
 
     def wrap(self) -> None:
         """Set up the measurement."""
@@ -120,9 +125,9 @@ class Whole(Plain):
 
     def wrap(self) -> None:
         size = self.loader.batch_size
-        bounds = {"min_batch_size": size, "max_batch_size": size}
         self.optimizer, self.loader, self.scheduler = adabatch.wrap(
-            self.model, self.optimizer, self.loader, controller=adabatch.CABS(), overhead=None, group=self.group(), **bounds
+            self.model, self.optimizer, self.loader, controller=adabatch.CABS(),
+            batch_sizes=(size, size), measure="all", process_group=self.group(),
         )
 
     def group(self) -> Any:
@@ -219,17 +224,20 @@ def warm_up(methods: list[Plain]) -> int:
 
 def _work(rank: int, world: int, folder: str, plan: Plan) -> None:
     torch.set_num_threads(plan.threads)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=TIMEOUT)
+    own = {"rank": rank, "world_size": world, "timeout": TIMEOUT}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", **own)
     work = MODELS[plan.model]
     methods = [method(work, WARM_UP + plan.rounds + plan.settled + 1) for method in METHODS]
     length = warm_up(methods)
     steps = step_seconds(methods, plan.rounds)
-    settled = settled_seconds([method for method in methods if method.scheduler is not None], plan.settled)
+    scheduled = [method for method in methods if method.scheduler is not None]
+    settled = settled_seconds(scheduled, plan.settled)
     reduced = all_reduce_seconds(plan.lengths, plan.blocks, plan.calls) if world > 1 else {}
     if rank == 0:
         parameters = sum(parameter.numel() for parameter in methods[0].model.parameters())
-        result = {"world": world, "parameters": parameters, "length": length, "steps": steps, "settled": settled, "all_reduce": reduced}
-        Path(folder, "result.json").write_text(json.dumps({**result, "plan": asdict(plan)}))
+        result = {"world": world, "parameters": parameters, "length": length, "steps": steps}
+        result |= {"settled": settled, "all_reduce": reduced, "plan": asdict(plan)}
+        Path(folder, "result.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,16 +1,16 @@
 """What many processes cost: the distributed part of a step, a model of it for more processes than
 there are here, and the global order of a huge epoch.
 
-    python examples/benchmarks/scaling.py                                  # model d, 1 to 4 gloo processes, 10⁹ samples: some minutes
-    python examples/benchmarks/scaling.py --processes 2 --rounds 101       # the distributed part alone, more closely
+    python examples/benchmarks/scaling.py      # model d, 1 to 4 gloo processes, 10⁹ samples
+    python examples/benchmarks/scaling.py --processes 2 --rounds 101    # the distributed part
     python examples/benchmarks/scaling.py --latency 2e-5 --bandwidth 1e10 --step-seconds 0.5
 
 1. A step of plain DDP, of adabatch measuring on each process for itself, and of adabatch over all
-processes: interleaved in one run, a barrier before each,
-   ratios of steps that follow each other. The distributed part is the last less the one before. The
-   all-reduce of small vectors is timed alone too.
+   processes: interleaved in one run, a barrier before each, ratios of steps that follow each other.
+   The distributed part is the last less the one before. The all-reduce of small vectors is timed
+   alone too.
 2. The model of collective_model.py, fitted to these all-reduces; the share of a step it gives for
-up to 16,384 processes is extrapolation.
+   up to 16,384 processes is extrapolation.
 3. The order of 10⁹ samples as one process of eight draws it: time and memory.
 
 Writes scaling.json and scaling.md into --out.
@@ -42,6 +42,7 @@ def step_figures(result: dict) -> dict[str, Any]:
     it."""
     plain, local, whole = (result["steps"][name] for name in ("Plain", "Local", "Whole"))
     middle = median_interval(plain)["median"]
+    steps = list(zip(whole, local, plain, strict=True))
     tells = zip(result["settled"]["Whole"], result["settled"]["Local"], strict=True)
     return {
         "world": result["world"],
@@ -49,7 +50,7 @@ def step_figures(result: dict) -> dict[str, Any]:
         "plain_ms": 1e3 * middle,
         "local": median_interval([own / base for own, base in zip(local, plain, strict=True)]),
         "whole": median_interval([own / base for own, base in zip(whole, plain, strict=True)]),
-        "distributed": median_interval([(own - without) / base for own, without, base in zip(whole, local, plain, strict=True)]),
+        "distributed": median_interval([(own - without) / base for own, without, base in steps]),
         "settled": median_interval([(own - without) / middle for own, without in tells]),
     }
 
@@ -57,7 +58,8 @@ def step_figures(result: dict) -> dict[str, Any]:
 def all_reduces(results: list[dict]) -> list[dict]:
     """Times of the all-reduces alone, by number of processes and length."""
     return [
-        {"world": result["world"], "length": int(length), **median_interval(seconds)} for result in results for length, seconds in result["all_reduce"].items()
+        {"world": result["world"], "length": int(length), **median_interval(seconds)}
+        for result in results for length, seconds in result["all_reduce"].items()
     ]
 
 
@@ -65,22 +67,34 @@ def fits_of(points: list[dict], most: float = math.inf) -> dict[str, Fit]:
     """The model fitted to the medians of `all_reduces` with at most so many processes; nothing
     where there are too few."""
     fits = {}
+    used = [(each["world"], each["length"], each["median"]) for each in points]
+    used = [each for each in used if each[0] <= most]
     for name in FITTED:
         try:
-            fits[name] = fit([(point["world"], point["length"], point["median"]) for point in points if point["world"] <= most], name)
+            fits[name] = fit(used, name)
         except ValueError:
             continue
     return fits
 
 
-def extrapolations(options: argparse.Namespace, length: int, fits: dict[str, Fit]) -> dict[str, list[dict]]:
+def extrapolations(
+    options: argparse.Namespace, length: int, fits: dict[str, Fit]
+) -> dict[str, list[dict]]:
     """Shares of a step with the network that is assumed, and as if every link were like those
     between the processes here."""
     common = {"step": options.step_seconds, "check_every": options.check_every}
-    tables = {"assumed": shares(EXTRAPOLATED, length, latency=options.latency, bandwidth=options.bandwidth, **common)}
+
+    def rows(link: argparse.Namespace | Fit) -> list[dict]:
+        constants = {"latency": link.latency, "bandwidth": link.bandwidth}
+        return shares(EXTRAPOLATED, length, **constants, **common)
+
+    tables = {"assumed": rows(options)}
     if fits:
-        each = {name: shares(EXTRAPOLATED, length, latency=found.latency, bandwidth=found.bandwidth, **common) for name, found in fits.items()}
-        tables["as_here"] = [{"world": world, **{name: rows[at][name] for name, rows in each.items()}} for at, world in enumerate(EXTRAPOLATED)]
+        by_name = {name: rows(found) for name, found in fits.items()}
+        tables["as_here"] = [
+            {"world": world, **{name: found[at][name] for name, found in by_name.items()}}
+            for at, world in enumerate(EXTRAPOLATED)
+        ]
     return tables
 
 
@@ -94,22 +108,26 @@ def finite(value: Any) -> Any:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, help="of the speed table, or 'small' (default d; with --quick small)")
-    parser.add_argument("--processes", help="numbers of processes with commas between (default 1,2,3,4; with --quick 2)")
-    parser.add_argument("--rounds", type=int, help="steps of each method, at least 7 (default 11; with --quick 7)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads of each process (default 1)")
-    parser.add_argument("--latency", type=float, default=5e-6, help="seconds a hop of the network to extrapolate to (default 5e-6, an assumption)")
-    parser.add_argument("--bandwidth", type=float, default=25e9, help="bytes a second of one of its links (default 25e9, an assumption)")
-    parser.add_argument("--step-seconds", type=float, default=0.2, help="of a training step there (default 0.2, an assumption)")
-    parser.add_argument("--check-every", type=int, default=50, help="steps between checks of the decisions, if these had a vector of their own (default 50)")
-    parser.add_argument("--samples", type=int, default=10**9, help="of the epoch whose order is drawn (default 10⁹)")
-    parser.add_argument("--quick", action="store_true", help="a small model, two processes, few rounds: half a minute, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path("out/scaling"))
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--model", choices=MODELS, help="of the speed table, or 'small' (default d; quick: small)")
+    add("--processes", help="numbers of processes, comma-separated (default 1,2,3,4; quick: 2)")
+    add("--rounds", type=int, help="steps of each method, at least 7 (default 11; quick: 7)")
+    add("--threads", type=int, default=1, help="torch's threads of each process (default 1)")
+    add("--latency", type=float, default=5e-6, help="seconds per hop to assume (default 5e-6)")
+    add("--bandwidth", type=float, default=25e9, help="bytes/s of a link to assume (default 25e9)")
+    add("--step-seconds", type=float, default=0.2, help="of a step to assume (default 0.2)")
+    add("--check-every", type=int, default=50,
+        help="steps between checks of the decisions, if these had their own vector (default 50)")
+    add("--samples", type=int, default=10**9, help="of the epoch whose order is drawn (10⁹)")
+    add("--quick", action="store_true", help="a small model, two processes, few rounds")
+    add("--out", type=Path, default=Path("out/scaling"))
     options = parser.parse_args(arguments)
     options.model = options.model or ("small" if options.quick else "d")
     options.rounds = options.rounds or (7 if options.quick else 11)
-    options.processes = [int(world) for world in (options.processes or ("2" if options.quick else "1,2,3,4")).split(",")]
+    processes = options.processes or ("2" if options.quick else "1,2,3,4")
+    options.processes = [int(world) for world in processes.split(",")]
     if options.rounds < 7 or min(options.processes) < 1:
         parser.error("--rounds must be at least 7, and --processes at least 1")
     return options
@@ -128,8 +146,10 @@ def main(arguments: list[str] | None = None) -> None:
         calls=20 if options.quick else 50,
         threads=options.threads,
     )
-    found: dict[str, Any] = {"setting": {"torch": torch.__version__, "cores": os.cpu_count(), **vars(options), "out": str(options.out)}}
-    found["setting"] |= {"title": MODELS[options.model].title, "settled": plan.settled, "blocks": plan.blocks, "calls": plan.calls}
+    setting = {"torch": torch.__version__, "cores": os.cpu_count(), **vars(options)}
+    setting |= {"out": str(options.out), "title": MODELS[options.model].title}
+    setting |= {"settled": plan.settled, "blocks": plan.blocks, "calls": plan.calls}
+    found: dict[str, Any] = {"setting": setting}
     results = []
     for world in options.processes:
         results.append(run(world, plan))
@@ -139,10 +159,12 @@ def main(arguments: list[str] | None = None) -> None:
     fits, undisturbed = fits_of(points), fits_of(points, os.cpu_count() or 1)
     length = max([result["length"] for result in results]) or NOMINAL_LENGTH
     found |= {"parameters": results[0]["parameters"], "length": length, "all_reduce": points}
-    found |= {key: {name: asdict(each) for name, each in these.items()} for key, these in (("fits", fits), ("fits_with_a_core_each", undisturbed))}
+    for key, these in (("fits", fits), ("fits_with_a_core_each", undisturbed)):
+        found[key] = {name: asdict(each) for name, each in these.items()}
     found["extrapolation"] = extrapolations(options, length, undisturbed or fits)
     # A batch of 4,096 of all eight processes, and one of 4,096 on each.
-    found["order"] = [row for size in ((4096,) if options.quick else (4096, 8 * 4096)) for row in measure(options.samples, size, 8)]
+    sizes = (4096,) if options.quick else (4096, 8 * 4096)
+    found["order"] = [row for size in sizes for row in measure(options.samples, size, 8)]
     (options.out / "scaling.json").write_text(json.dumps(finite(found), indent=1))
     report = markdown(found)
     (options.out / "scaling.md").write_text(report)

@@ -42,7 +42,8 @@ class Quadratic:
     def batch(self, w, m, rng):
         """Per-sample gradients [R, m, D] and losses [R, m] at w [R, D]."""
         noise = np.sqrt(self.variances) * rng.standard_normal((len(w), m, len(self.variances)))
-        losses = self.loss(w)[:, None] + np.einsum("rmd,rd->rm", noise, w) + self.loss_noise * rng.standard_normal((len(w), m))
+        losses = self.loss(w)[:, None] + np.einsum("rmd,rd->rm", noise, w)
+        losses = losses + self.loss_noise * rng.standard_normal((len(w), m))
         return (self.curvature * w)[:, None] + noise, losses
 
     def loss(self, w):
@@ -65,7 +66,8 @@ def statistics(problem, grads, losses):
     error = m / (m - 1) * np.sqrt(distances.var(1, ddof=1) / m * (m - 1) / (m - 2))
     signal = (mean**2).sum(1) - trace / m
     weighted = (problem.preconditioner * centred**2).sum((1, 2)) / (m - 1)
-    return {"trace": trace, "error": error, "signal": signal, "weighted": weighted, "loss": losses.mean(1), "m": m, "distances": distances, "mean": mean}
+    found = {"trace": trace, "error": error, "signal": signal, "weighted": weighted, "m": m}
+    return found | {"loss": losses.mean(1), "distances": distances, "mean": mean}
 
 
 def runs(problem, start, sizes, lr=0.0, seed=0):

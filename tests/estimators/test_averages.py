@@ -16,7 +16,8 @@ def by_definition(values, weights, smoothing):
     x = np.asarray(values, float)
     p = k * np.asarray(weights, float) / (k * weights).sum()
     average = (p * x).sum()
-    variance = (p**2 * (x - average) ** 2).sum() / (1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum())
+    lost = 1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum()
+    variance = (p**2 * (x - average) ** 2).sum() / lost
     return average, math.sqrt(variance)
 
 
@@ -80,9 +81,11 @@ def test_errors_of_the_values_take_the_place_of_residuals(sizes):
     p /= p.sum()
     parts = p**2 * errors**2
     assert average.std_error() == pytest.approx(math.sqrt(parts.sum()), rel=1e-12)
-    assert average.freedom == pytest.approx(parts.sum() ** 2 / (parts**2 / freedom).sum(), rel=1e-12)
+    expected = parts.sum() ** 2 / (parts**2 / freedom).sum()
+    assert average.freedom == pytest.approx(expected, rel=1e-12)
     low, high = average.interval(0.8)
-    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.9, average.freedom) * average.std_error(), rel=1e-9)
+    half = stats.t.ppf(0.9, average.freedom) * average.std_error()
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-9)
     average.update(0.0, 16)  # one value without an error: from the residuals from now on
     assert average.std_error() == average.residual_error()
     assert average.freedom < 50

@@ -20,7 +20,9 @@ def excess(ratio, numerator, denominator, variances, covariance, quantile):
 
 
 @pytest.mark.parametrize("covariance", [-0.05, 0.0, 0.06])
-@pytest.mark.parametrize(("numerator", "denominator"), [(8.0, 2.0), (3.0, 1.0), (0.3, 2.0), (8.0, 0.2), (8.0, -0.1)])
+@pytest.mark.parametrize(
+    ("numerator", "denominator"), [(8.0, 2.0), (3.0, 1.0), (0.3, 2.0), (8.0, 0.2), (8.0, -0.1)]
+)
 def test_the_ends_are_where_the_test_just_rejects(numerator, denominator, covariance):
     given = (numerator, denominator, (0.16, 0.04), covariance, 1.7)
     low, high = fieller(*given)
@@ -28,10 +30,14 @@ def test_the_ends_are_where_the_test_just_rejects(numerator, denominator, covari
     assert (low == 0) == (excess(0.0, *given) <= 0)
     if low:
         inside = min(high, beyond)
-        start = 0.0 if math.isfinite(high) else optimize.minimize_scalar(lambda ratio: -excess(ratio, *given), bounds=(0, low), method="bounded").x
-        assert optimize.brentq(excess, start, (low + inside) / 2, args=given) == pytest.approx(low, rel=1e-6)
+        lowest = lambda ratio: -excess(ratio, *given)  # noqa: E731
+        peak = optimize.minimize_scalar(lowest, bounds=(0, low), method="bounded").x
+        start = 0.0 if math.isfinite(high) else peak
+        root = optimize.brentq(excess, start, (low + inside) / 2, args=given)
+        assert root == pytest.approx(low, rel=1e-6)
     if math.isfinite(high):
-        assert optimize.brentq(excess, max(numerator / denominator, low), beyond, args=given) == pytest.approx(high, rel=1e-6)
+        root = optimize.brentq(excess, max(numerator / denominator, low), beyond, args=given)
+        assert root == pytest.approx(high, rel=1e-6)
     else:
         assert excess(beyond * max(1, low), *given) <= 0
 
@@ -71,7 +77,8 @@ def test_the_covariance_is_the_sum_of_its_definition(steps, smoothings):
     joint = JointAverages(*averages)
     for step in range(steps):
         joint.update((x[step], w[step]), (y[step], v[step]))
-    shares = [smoothing ** np.arange(steps - 1, -1, -1.0) * weights for smoothing, weights in zip(smoothings, (w, v), strict=True)]
+    age = np.arange(steps - 1, -1, -1.0)
+    shares = [decay**age * weights for decay, weights in zip(smoothings, (w, v), strict=True)]
     p, q = (share / share.sum() for share in shares)
     expected = residual_covariance(x, p, y, q)
     bound = math.sqrt(residual_covariance(x, p, x, p) * residual_covariance(y, q, y, q))
@@ -94,7 +101,8 @@ def test_a_value_left_out_of_one_average_leaves_the_other_its_own():
     p[both] = 0.9 ** np.arange(both.sum() - 1, -1, -1.0)
     p, q, at = p / p.sum(), q / q.sum(), np.where(both, x, 0)
     raw = (p * q * (at - (p * at).sum()) * (y - (q * y).sum())).sum()
-    assert joint.covariance() == pytest.approx(raw, rel=0.1)  # the correction for the lost degrees of freedom aside
+    # But for the correction for the lost degrees of freedom.
+    assert joint.covariance() == pytest.approx(raw, rel=0.1)
 
 
 def test_known_errors_keep_the_correlation_of_the_residuals():
@@ -144,6 +152,8 @@ def test_quantiles_and_the_error_of_a_trace():
     assert student_quantile(0.9, 0.0) == student_quantile(0.9, -1.0) == math.inf
     grads = torch.randn(8, 3, dtype=torch.float64)
     mean = grads.mean(0)
-    moments = GradientMoments(8, grads.square().sum(1), float(mean @ mean), inner_products=grads @ mean)
+    sq_norms, inner_products = grads.square().sum(1), grads @ mean
+    moments = GradientMoments(8, sq_norms, float(mean @ mean), inner_products=inner_products)
     assert trace_error(moments) == (moments.std_error, 7)
-    assert math.isnan(trace_error(GradientMoments(2, torch.ones(2), 1.0, inner_products=torch.ones(2)))[0])
+    few = GradientMoments(2, torch.ones(2), 1.0, inner_products=torch.ones(2))
+    assert math.isnan(trace_error(few)[0])

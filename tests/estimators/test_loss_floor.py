@@ -75,7 +75,8 @@ def test_cabs_takes_the_floor_and_never_divides_by_less_than_its_error():
     rule, rng = CABS(f_star="auto"), np.random.default_rng(0)
     moments = GradientMoments(16, torch.full((16,), 4.0), 1.0)
     for step in range(1, 1500):
-        proposal = rule.propose(moments, loss=0.5 + 2 * math.exp(-step / 100) + 0.08 * rng.normal(), lr=0.1)
+        loss = 0.5 + 2 * math.exp(-step / 100) + 0.08 * rng.normal()
+        proposal = rule.propose(moments, loss=loss, lr=0.1)
     floor = rule.floor
     gap = max(rule.loss.average - floor.bounded, math.hypot(rule.loss.std_error(), floor.std_error))
     assert math.isfinite(proposal)
