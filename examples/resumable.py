@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import adabatch
 
@@ -67,7 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
-    loader = DataLoader(NoisyPoints(options.samples), batch_size=16, shuffle=True, num_workers=options.workers)
+    # seed_samples: the noise of a sample repeats on resuming, with any number of workers.
+    loader = adabatch.AdaptiveDataLoader(
+        NoisyPoints(options.samples), batch_size=16, shuffle=True, num_workers=options.workers,
+        seed_samples=True,
+    )
     # A controller that asks for large batches, so that some come in micro-batches; in so few steps it needs each of them measured.
     sizes = {"controller": adabatch.CABS(scale=8.0), "batch_sizes": (8, 64), "micro_batches": 20, "measure": "all"}
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, **sizes)

@@ -230,7 +230,7 @@ class ChunkBuffer:
         return pieces[0] if len(pieces) == 1 else self._join(pieces)
 
     def finish(self) -> None:
-        """Run the engine to its end, so that its workers end too; what it still gives is dropped."""
+        """Run the engine to its end, so that its workers end too; further replies are dropped."""
         for _ in self.replies:
             pass
 

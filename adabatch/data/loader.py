@@ -274,7 +274,7 @@ class AdaptiveDataLoader(BatchSource):
         return self.micro_batches.is_last
 
     def learn_layout(self) -> None:
-        """Learn how batches are cut even without workers, to retry them in smaller micro-batches."""
+        """Learn how batches are cut without workers too, to retry them in smaller parts."""
         self._fetcher.learns = self.layout is None
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,4 +1,4 @@
-"""The order of an epoch, computed or a user's sampler, and the part of it that one process draws."""
+"""The order of an epoch, computed or by a user's sampler, and one process's part of it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from adabatch.data.rng import generators_restored, mix, sample_keys, seed_genera
 
 
 def fetches_lists(dataset: Any) -> bool:
-    """Whether a data set fetches many samples at once, by __getitems__ (Subset only forwards it)."""
+    """Whether a data set fetches many samples at once, by __getitems__ (Subset forwards it)."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return hasattr(dataset, "__getitems__")

@@ -351,7 +351,7 @@ class MicroBatching:
         self, optimizer: Optimizer, hooks: Estimator, *, grad_scaler: torch.amp.GradScaler | None,
         lr_scheduler: LRScheduler | None, max_grad_norm: float | None,
     ) -> Optimizer:
-        """The optimizer that waits for the last micro-batch; `optimizer` if it has nothing to do."""
+        """The optimizer that waits for the last micro-batch; `optimizer` where that is the same."""
         if not self._wanted and lr_scheduler is None and max_grad_norm is None:
             return optimizer
         split = self._loader.micro_batches

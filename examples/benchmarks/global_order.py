@@ -1,6 +1,7 @@
-"""What the global order of a very large epoch costs one process: time to the first batch, of a new epoch and of another batch size, and memory.
+"""What the global order of a very large epoch costs one process: times and memory.
 
-Each is measured in a process of its own. The order is a keyed permutation, worked out position by position: nothing has a size of the epoch's.
+Times to the first batch, of a new epoch and of another batch size, each in a process of its own.
+The order is a keyed permutation, computed position by position: nothing has the epoch's size.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ def _sampler(samples: int, batch_size: int, rank: int, world: int) -> ResizableB
 
 
 def _loader(samples: int, batch_size: int, rank: int, world: int) -> AdaptiveDataLoader:
-    return AdaptiveDataLoader(Numbers(samples), batch_size, shuffle=True, rank=rank, world_size=world)
+    data = Numbers(samples)
+    return AdaptiveDataLoader(data, batch_size, shuffle=True, rank=rank, world_size=world)
 
 
 MAKERS: dict[str, Callable[..., Any]] = {"sampler": _sampler, "loader": _loader}
 
 
 def walk(kind: str, arguments: tuple[int, int, int, int]) -> dict[str, list[float]]:
-    """{what was done: seconds it took, each time}: the first batch, batches in a row, new epochs, new sizes.
+    """{action: seconds of each time}: the first batch, batches in a row, new epochs, new sizes.
 
     Args:
         kind: key of MAKERS.
@@ -69,7 +71,7 @@ def walk(kind: str, arguments: tuple[int, int, int, int]) -> dict[str, list[floa
         nonlocal source, batches
         if source is None:
             source = MAKERS[kind](*arguments)
-        getattr(source, "batch_sampler", source).set_epoch(epoch)
+        source.set_epoch(epoch)
         batches = iter(source)
         next(batches)
 
@@ -86,11 +88,12 @@ def walk(kind: str, arguments: tuple[int, int, int, int]) -> dict[str, list[floa
 
 
 def costs(kind: str, arguments: tuple[int, int, int, int]) -> dict[str, Any]:
-    """One walk for the times and the resident set, a second for what Python and NumPy allocate, whose bookkeeping costs time and memory.
+    """One walk for times and the resident set, a second one, slowed, for what Python allocates.
 
     Returns:
-        "seconds" as in walk; "resident": bytes by which the peak of the resident set rose above what it was with all libraries loaded; "allocated": peak bytes
-        of Python's and NumPy's allocations.
+        "seconds" as in walk; "resident": bytes by which the peak of the resident set rose above
+        what it was with all libraries loaded; "allocated": peak bytes of Python's and NumPy's
+        allocations.
     """
     gc.collect()
     if STATUS.exists():
@@ -107,10 +110,12 @@ def costs(kind: str, arguments: tuple[int, int, int, int]) -> dict[str, Any]:
 
 
 def _peak() -> float:
-    """Bytes of the resident set at its largest; of the whole life of the process where there is no /proc."""
+    """Peak bytes of the resident set; of the process's whole life where there is no /proc."""
     if STATUS.exists():
-        return 1024.0 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return float((1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        lines = STATUS.read_text().splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def measure(samples: int, batch_size: int, world: int) -> list[dict]:
@@ -121,9 +126,11 @@ def measure(samples: int, batch_size: int, world: int) -> list[dict]:
         batch_size: of all processes together.
         world: number of processes; the one before the last is measured.
     """
-    arguments, context = (samples, batch_size, max(0, world - 2), world), multiprocessing.get_context("spawn")
+    arguments = samples, batch_size, max(0, world - 2), world
+    context = multiprocessing.get_context("spawn")
+    setting = {"samples": samples, "batch_size": batch_size, "world": world}
     rows = []
     for kind in MAKERS:
         with context.Pool(1) as pool:
-            rows.append({"kind": kind, "samples": samples, "batch_size": batch_size, "world": world, **pool.apply(costs, (kind, arguments))})
+            rows.append({"kind": kind, **setting, **pool.apply(costs, (kind, arguments))})
     return rows

@@ -30,7 +30,7 @@ class Augmented(Numbers):
 
 
 class Counting(IterableDataset):
-    """0 … n − 1, shared out among the workers: worker w of k gives w, w + k, …; can be resumed."""
+    """0 … n − 1, divided among the workers: worker w of k gives w, w + k, …; can be resumed."""
 
     def __init__(self, n, restarts=False):
         self.n, self.restarts, self.at = n, restarts, 0
@@ -58,7 +58,8 @@ class Plain(IterableDataset):
 
     def __iter__(self):
         info = get_worker_info()
-        return iter(range(self.n)) if info is None else iter(range(info.id, self.n, info.num_workers))
+        start, step = (0, 1) if info is None else (info.id, info.num_workers)
+        return iter(range(start, self.n, step))
 
 
 class Restartable:
@@ -95,7 +96,7 @@ def through_a_file(state):
 
 
 def drawn(loader, sizes=(), stop=None):
-    """Batches of one epoch as lists, the sizes set in turn after each batch; broken off after `stop` batches."""
+    """Batches of one epoch as lists, the next size set after each; left after `stop` batches."""
     sizes, batches = iter(sizes), []
     if stop == 0:
         return batches

@@ -1,4 +1,4 @@
-"""Cutting and joining: whatever collate_fn makes, what comes out of chunks is what one whole batch would have been."""
+"""Cutting and joining: what comes out of chunks is what one whole batch would have been."""
 
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
@@ -30,8 +30,9 @@ class Frozen:
 
 
 def images(samples):
-    """As detection models take them: a tuple of images, three channels each, and a tuple of dicts."""
-    return tuple(torch.full((3, 2, 2), float(s)) for s in samples), tuple({"box": torch.tensor([s, s])} for s in samples)
+    """As detection models take them: a tuple of images, three channels each, a tuple of dicts."""
+    pictures = tuple(torch.full((3, 2, 2), float(s)) for s in samples)
+    return pictures, tuple({"box": torch.tensor([s, s])} for s in samples)
 
 
 COLLATES = {
@@ -40,15 +41,21 @@ COLLATES = {
     "tuple": lambda samples: (torch.tensor(samples), torch.tensor(samples).float()),
     "fields": lambda samples: [torch.tensor(samples), [torch.tensor(samples) + 1]],
     "namedtuple": lambda samples: Pair(torch.tensor(samples), [str(s) for s in samples]),
-    "dict": lambda samples: {"x": torch.tensor(samples), "deep": {"y": torch.tensor(samples)[:, None] * torch.ones(3)}},
-    "ordered": lambda samples: OrderedDict(b=torch.tensor(samples), a=tuple(str(s) for s in samples)),
+    "dict": lambda samples: {
+        "x": torch.tensor(samples), "deep": {"y": torch.tensor(samples)[:, None] * torch.ones(3)},
+    },
+    "ordered": lambda samples: OrderedDict(
+        b=torch.tensor(samples), a=tuple(str(s) for s in samples)
+    ),
     "user-dict": lambda samples: UserDict(x=torch.tensor(samples), n=3),
     "strings": lambda samples: [str(s) for s in samples],
     "dataclass": lambda samples: Record(torch.tensor(samples), [str(s) for s in samples]),
     "frozen": lambda samples: Frozen(torch.tensor(samples), 10),
     "detection": images,
     "time-first": lambda samples: torch.tensor(samples).expand(5, -1),
-    "samples-and-channels": lambda samples: {"image": torch.tensor(samples)[:, None, None] * torch.ones(3, 3), "none": None},
+    "samples-and-channels": lambda samples: {
+        "image": torch.tensor(samples)[:, None, None] * torch.ones(3, 3), "none": None,
+    },
 }
 
 
@@ -78,7 +85,8 @@ def test_joined_and_cut_batches_are_whole_ones(collate, sizes):
     samples = list(range(10, 10 + sum(sizes)))
     layout = learn_layout(collate, samples[0])
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    joined = join([collate(samples[start : start + size]) for start, size in zip(starts, sizes, strict=True)], layout)
+    chunks = [samples[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    joined = join([collate(chunk) for chunk in chunks], layout)
     same(joined, collate(samples))
     for start in range(len(samples)):
         for stop in range(start + 1, len(samples) + 1):
@@ -93,7 +101,7 @@ class Given(Dataset):
         return index
 
 
-@pytest.mark.parametrize("collate", [COLLATES["dict"], images, COLLATES["dataclass"], COLLATES["namedtuple"]])
+@pytest.mark.parametrize("collate", [COLLATES[name] for name in ("dict", "detection", "dataclass")])
 def test_through_workers(collate):
     loader = AdaptiveDataLoader(Given(), 4, num_workers=1, collate_fn=collate)
     sizes, at = [4, 9, 2, 2, 17, 3, 3], 0
@@ -117,9 +125,10 @@ def test_slices_of_a_chunk_may_be_changed_in_place():
 
 
 def ragged(samples):
+    rows = [torch.arange(1, s % 5 + 2) for s in samples]
     return {
-        "tokens": pad_sequence([torch.arange(1, s % 5 + 2) for s in samples], batch_first=True),
-        "labels": pad_sequence([torch.arange(1, s % 5 + 2) for s in samples], batch_first=True, padding_value=-100),
+        "tokens": pad_sequence(rows, batch_first=True),
+        "labels": pad_sequence(rows, batch_first=True, padding_value=-100),
         "length": torch.tensor([s % 5 + 1 for s in samples]),
     }
 
@@ -127,7 +136,8 @@ def ragged(samples):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_padded_sequences_are_padded_to_one_length(workers):
     join_fn = partial(pad_right, padding_value={"labels": -100})
-    loader = AdaptiveDataLoader(Given(), 3, num_workers=workers, collate_fn=ragged, join_fn=join_fn)
+    options = {"collate_fn": ragged, "join_fn": join_fn}
+    loader = AdaptiveDataLoader(Given(), 3, num_workers=workers, **options)
     at = 0
     for batch in loader:
         n = len(batch["length"])
@@ -148,7 +158,8 @@ def test_padded_sequences_without_a_join_fn_are_refused_with_the_cure():
         for _ in loader:
             loader.batch_size = 8
 
-    with pytest.raises(ValueError, match=r"at \['tokens'\]: shapes .* differ beyond axis 0.*join_fn=.*pad_right.*collate_in='consumer'"):
+    message = r"at \['tokens'\]: shapes .* differ beyond axis 0.*join_fn=.*pad_right.*collate_in="
+    with pytest.raises(ValueError, match=message):
         loop()
 
 
@@ -160,7 +171,8 @@ def mixup(samples):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_collate_fn_that_sees_the_whole_batch(workers):
-    loader = AdaptiveDataLoader(Given(), 4, num_workers=workers, collate_fn=mixup, collate_in="consumer")
+    options = {"collate_fn": mixup, "collate_in": "consumer"}
+    loader = AdaptiveDataLoader(Given(), 4, num_workers=workers, **options)
     at = 0
     for size in (4, 11, 3, 22):
         loader.batch_size = size
@@ -171,9 +183,18 @@ def test_a_collate_fn_that_sees_the_whole_batch(workers):
 
 
 REFUSED = {
-    "square": (lambda samples: torch.ones(len(samples), len(samples)), r"a batch of one has shape \(1, 1\), a batch of two \(2, 2\)"),
-    "raises": (lambda samples: 1 / 0 if len(samples) < 3 else torch.tensor(samples), "raised ZeroDivisionError"),
-    "shared": (lambda samples: {"x": torch.tensor(samples), "first": samples[0]}, r"at \['first'\]: what does not grow with the batch differs"),
+    "square": (
+        lambda samples: torch.ones(len(samples), len(samples)),
+        r"a batch of one has shape \(1, 1\), a batch of two \(2, 2\)",
+    ),
+    "raises": (
+        lambda samples: 1 / 0 if len(samples) < 3 else torch.tensor(samples),
+        "raised ZeroDivisionError",
+    ),
+    "shared": (
+        lambda samples: {"x": torch.tensor(samples), "first": samples[0]},
+        r"at \['first'\]: what does not grow with the batch differs",
+    ),
 }
 
 
@@ -203,7 +224,7 @@ def test_a_collate_fn_that_takes_samples_apart_is_not_disturbed():
 
 @pytest.mark.parametrize(("shape", "axis"), [((9, 5), 0), ((4, 9), 1), ((9, 16), 0)])
 def test_what_is_cut_lies_in_memory_as_if_made_on_its_own(shape, axis):
-    # A matrix product gives other last bits for other alignments, and a resumed run is cut otherwise.
+    # A matrix product gives other last bits for other alignments; a resumed run is cut otherwise.
     batch = torch.arange(float(shape[0] * shape[1])).view(shape)
     for start in range(8):
         piece = cut(batch, axis, start, 9)

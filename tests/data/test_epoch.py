@@ -1,4 +1,4 @@
-"""Exactly once, exactly the sizes asked for, exactly resumed: random lengths, workers, sizes and kill points."""
+"""Exactly once, in exactly the sizes requested, exactly resumed: random lengths, workers, sizes."""
 
 from itertools import accumulate, chain
 
@@ -27,7 +27,7 @@ RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 def expected_sizes(n, sizes, drop_last):
-    """By the definition: each batch of the size current when it is asked for, the last one what is left."""
+    """Each batch of the size current when it is drawn, the last one what is left."""
     result, at, last = [], 0, sizes[-1]
     for size in chain(sizes, iter(lambda: last, None)):
         if n - at < size:
@@ -37,7 +37,9 @@ def expected_sizes(n, sizes, drop_last):
 
 
 def build(dataset, case, workers):
-    options = {"num_workers": workers, "timeout": 60, "prefetch_factor": case["prefetch"]} if workers else {}
+    options = {}
+    if workers:
+        options = {"num_workers": workers, "timeout": 60, "prefetch_factor": case["prefetch"]}
     options |= {"drop_last": case["drop_last"], "collate_in": case["collate_in"]}
     if isinstance(dataset, Numbers):
         options |= {"shuffle": case["shuffle"], "seed": 5}
@@ -52,7 +54,8 @@ def check_map_style(case):
     order = KeyedPermutation(n, 5, 0)(slice(None)).tolist() if case["shuffle"] else list(range(n))
     assert [len(batch) for batch in batches] == wanted
     assert list(chain.from_iterable(batches)) == order[: sum(wanted)]
-    assert list(loader.recent) == list(zip([*sizes, *[sizes[-1]] * n][: len(wanted)], wanted, strict=True))
+    requested = [*sizes, *[sizes[-1]] * n][: len(wanted)]
+    assert list(loader.recent) == list(zip(requested, wanted, strict=True))
 
     killed = build(Numbers(n), case, case["workers"])
     head = drawn(killed, sizes[1:], stop=min(case["kill"], len(wanted)))
@@ -90,7 +93,8 @@ def check_iterable(case):
         state = through_a_file(killed.state_dict())
         resumed = build(Counting(n), case, case["workers"])
         resumed.load_state_dict(state)
-        assert head + first + (drawn(resumed, rest[2:]) if len(head + first) < len(batches) else []) == batches
+        more = drawn(resumed, rest[2:]) if len(head + first) < len(batches) else []
+        assert head + first + more == batches
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=RELAXED)
@@ -125,7 +129,8 @@ def test_iterable_at_length(case):
 @pytest.mark.parametrize("prefetch", [1, 4])
 def test_a_new_size_holds_on_the_very_next_batch(workers, prefetch):
     sizes = [4, 4, 40, 3, 3, 1, 17, 50, 2, 2, 9]
-    loader = AdaptiveDataLoader(Numbers(sum(sizes)), sizes[0], num_workers=workers, prefetch_factor=prefetch)
+    options = {"num_workers": workers, "prefetch_factor": prefetch}
+    loader = AdaptiveDataLoader(Numbers(sum(sizes)), sizes[0], **options)
     batches = drawn(loader, sizes[1:])
     assert [len(batch) for batch in batches] == sizes
     assert [batch[0] for batch in batches] == [0, *accumulate(sizes[:-1])]
@@ -133,7 +138,8 @@ def test_a_new_size_holds_on_the_very_next_batch(workers, prefetch):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_epochs_broken_off_and_resumed_with_workers(persistent):
-    loader = AdaptiveDataLoader(Numbers(50), 6, True, seed=2, num_workers=2, persistent_workers=persistent)
+    options = {"num_workers": 2, "persistent_workers": persistent}
+    loader = AdaptiveDataLoader(Numbers(50), 6, True, seed=2, **options)
     for epoch in range(3):
         order = KeyedPermutation(50, 2, epoch)(slice(None)).tolist()
         loader.batch_size = 6

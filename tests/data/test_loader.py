@@ -1,10 +1,10 @@
-"""AdaptiveDataLoader: sizes hold from the next batch, and it knows what it delivered, whatever workers drew ahead."""
+"""AdaptiveDataLoader: sizes hold from the next batch, and it counts what it delivered."""
 
 import pytest
-import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import IterableDataset
 
 from adabatch import AdaptiveDataLoader, ResizableBatchSampler
+from adabatch.interfaces import BatchSource
 from tests.data.streams import Numbers, drawn, flat
 
 
@@ -36,7 +36,8 @@ def test_a_seed_repeats_its_orders_and_epochs_differ():
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_recent_is_what_was_delivered_not_what_workers_drew_ahead(persistent):
-    loader = AdaptiveDataLoader(Numbers(41), 4, num_workers=2, prefetch_factor=2, persistent_workers=persistent)
+    options = {"num_workers": 2, "prefetch_factor": 2, "persistent_workers": persistent}
+    loader = AdaptiveDataLoader(Numbers(41), 4, **options)
     for _ in loader:  # an epoch broken off leaves batches that were drawn and never delivered
         loader.batch_size = 9
         break
@@ -88,60 +89,23 @@ def test_a_list_is_a_sampler_too():
     assert drawn(AdaptiveDataLoader(Numbers(10), 2, sampler=[7, 3, 5])) == [[7, 3], [5]]
 
 
-def test_a_shuffling_loader_is_seeded_by_its_generator():
-    def epoch(seed):
-        return drawn(AdaptiveDataLoader.from_loader(DataLoader(Numbers(40), 8, shuffle=True, generator=torch.Generator().manual_seed(seed))))
-
-    assert epoch(5) == epoch(5) != epoch(6)
-    torch.manual_seed(0)
-    one = drawn(AdaptiveDataLoader.from_loader(DataLoader(Numbers(40), 8, shuffle=True)))
-    torch.manual_seed(0)
-    assert drawn(AdaptiveDataLoader.from_loader(DataLoader(Numbers(40), 8, shuffle=True))) == one
-
-
-def test_a_random_sampler_with_its_own_generator_seeds_the_order():
-    def epoch():
-        sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(5))
-        return drawn(AdaptiveDataLoader.from_loader(DataLoader(dataset, 8, sampler=sampler)))
-
-    dataset = Numbers(40)
-    torch.manual_seed(0)
-    one = epoch()
-    torch.manual_seed(1)
-    assert epoch() == one
-
-
-@pytest.mark.parametrize("kind", [RandomSampler, SequentialSampler])
-def test_a_sampler_over_a_part_keeps_to_it(kind):
-    loader = AdaptiveDataLoader.from_loader(DataLoader(Numbers(40), 8, sampler=kind(range(12))))
-    assert sorted(flat(drawn(loader))) == list(range(12))
-
-
-@pytest.mark.parametrize("options", [{"replacement": True}, {"num_samples": 100}, {"num_samples": 5}])
-def test_other_random_samplers_are_taken_as_they_are(options):
-    dataset = Numbers(40)
-
-    def sampler():
-        return RandomSampler(dataset, generator=torch.Generator().manual_seed(2), **options)
-
-    loader = AdaptiveDataLoader.from_loader(DataLoader(dataset, 8, sampler=sampler()))
-    assert flat(drawn(loader)) == list(sampler())
-
-
-def test_a_resizable_batch_sampler_in_a_plain_loader_is_adopted():
-    sampler = ResizableBatchSampler(20, 4, shuffle=True, seed=9, drop_last=True)
-    loader = AdaptiveDataLoader.from_loader(DataLoader(Numbers(20), batch_sampler=sampler))
-    assert loader.batch_sampler is sampler
-    assert (loader.batch_size, loader.drop_last) == (4, True)
-    loader.batch_size = 6
-    assert drawn(loader) == list(ResizableBatchSampler(20, 6, shuffle=True, seed=9, drop_last=True))
-
-
-def test_batches_are_collated_as_before():
-    data = TensorDataset(torch.arange(6.0).reshape(6, 1), torch.arange(6))
-    plain = DataLoader(Subset(data, [4, 2, 0]), batch_size=2)
-    for ours, theirs in zip(AdaptiveDataLoader.from_loader(plain), plain, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+def test_loader_and_sampler_are_batch_sources_and_say_what_they_are():
+    loader = AdaptiveDataLoader(Numbers(60), 8, True, rank=1, world_size=2, num_workers=1)
+    next(iter(loader))
+    assert BatchSource in type(loader).__mro__
+    assert BatchSource in type(loader.batch_sampler).__mro__
+    shown = "60 samples, batch 8, position 8 of 60, epoch 0, rank 1 of 2"
+    assert repr(loader) == f"AdaptiveDataLoader({shown}, workers 1)"
+    assert repr(loader.batch_sampler) == f"ResizableBatchSampler({shown})"
+    assert loader._repr_html_().endswith('<progress value="8" max="60"></progress>')
+    stream = AdaptiveDataLoader(Stream(), 2)
+    assert repr(stream).startswith("AdaptiveDataLoader(unknown length, batch 2, position 0, epoch")
+    assert "progress" not in stream._repr_html_()
+    for source in (loader, loader.batch_sampler, stream):
+        for name in ("batch_size", "drop_last", "position", "n_batches", "recent", "runs_ahead"):
+            assert getattr(source, name) is not None
+    assert (loader.n_iterations, loader.batch_sampler.n_iterations) == (1, None)
+    assert stream.num_samples is stream.samples_left is loader.batch_sampler.micro_batches is None
 
 
 class Stream(IterableDataset):
@@ -152,11 +116,14 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: AdaptiveDataLoader(Stream(), shuffle=True), ValueError, r"iterable-style \(Stream\).*omit shuffle and sampler"),
-        (lambda: AdaptiveDataLoader(Numbers(3), shuffle=True, sampler=[1]), ValueError, "sampler= or shuffle=True, not both"),
-        (lambda: AdaptiveDataLoader(Numbers(3), num_workers=1, in_order=False), ValueError, "in_order=False lets batches overtake"),
-        (lambda: AdaptiveDataLoader(Numbers(3), batch_size=0), ValueError, "batch_size must be an integer >= 1, got 0"),
-        (lambda: AdaptiveDataLoader.from_loader([1, 2]), TypeError, "got list"),
+        (lambda: AdaptiveDataLoader(Stream(), shuffle=True), ValueError,
+         r"iterable-style \(Stream\).*omit shuffle and sampler"),
+        (lambda: AdaptiveDataLoader(Numbers(3), shuffle=True, sampler=[1]), ValueError,
+         "sampler= or shuffle=True, not both"),
+        (lambda: AdaptiveDataLoader(Numbers(3), num_workers=1, in_order=False), ValueError,
+         "in_order=False lets batches overtake"),
+        (lambda: AdaptiveDataLoader(Numbers(3), batch_size=0), ValueError,
+         "batch_size must be an integer >= 1, got 0"),
     ],
 )
 def test_errors(make, error, message):

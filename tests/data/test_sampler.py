@@ -1,4 +1,4 @@
-"""ResizableBatchSampler: every index once, exactly the sizes asked for, len right at each moment, resumable from any batch."""
+"""ResizableBatchSampler: every index once, in the sizes requested, resumable anywhere."""
 
 import copy
 import math
@@ -21,7 +21,10 @@ PROPERTY = settings(max_examples=100, deadline=None)
 
 
 def draw(sampler, sizes):
-    """One epoch in which batch k is asked for with sizes[k mod len(sizes)]; a list of (size asked for, batch, len before the draw)."""
+    """One epoch with batch k of size sizes[k mod len(sizes)].
+
+    Returns a list of (size requested, batch, len before the draw).
+    """
     asked = 0
     sampler.batch_size = sizes[0]
     drawn, iterator = [], iter(sampler)
@@ -82,8 +85,13 @@ def test_len_counts_down_to_nothing(drop_last):
 
 
 @PROPERTY
-@given(data=st.data(), n=LENGTHS, sizes=SIZES, shuffle=st.booleans(), seed=SEEDS, drop_last=st.booleans(), epoch=st.integers(0, 3))
-def test_resuming_at_any_batch_gives_the_same_remainder(data, n, sizes, shuffle, seed, drop_last, epoch):
+@given(
+    data=st.data(), n=LENGTHS, sizes=SIZES, shuffle=st.booleans(), seed=SEEDS,
+    drop_last=st.booleans(), epoch=st.integers(0, 3),
+)
+def test_resuming_at_any_batch_gives_the_same_remainder(
+    data, n, sizes, shuffle, seed, drop_last, epoch
+):
     whole = ResizableBatchSampler(n, 1, shuffle=shuffle, seed=seed, drop_last=drop_last)
     whole.set_epoch(epoch)
     batches = [batch for _, batch, _ in draw(whole, sizes)]
@@ -99,10 +107,13 @@ def test_resuming_at_any_batch_gives_the_same_remainder(data, n, sizes, shuffle,
 
     resumed = ResizableBatchSampler(n, 3, shuffle=shuffle, seed=0, drop_last=drop_last)
     resumed.load_state_dict(state)
-    assert (resumed.epoch, resumed.position, resumed.batch_size) == (epoch, len(flat(batches[:killed])), first.batch_size)
-    rest = [batch for _, batch, _ in draw(resumed, [sizes[(killed + k) % len(sizes)] for k in range(len(sizes))])]
+    place = (epoch, len(flat(batches[:killed])), first.batch_size)
+    assert (resumed.epoch, resumed.position, resumed.batch_size) == place
+    rotated = [sizes[(killed + k) % len(sizes)] for k in range(len(sizes))]
+    rest = [batch for _, batch, _ in draw(resumed, rotated)]
     assert rest == batches[killed:]
-    assert [batch for _, batch, _ in draw(resumed, sizes)] == [batch for _, batch, _ in draw(whole, sizes)]
+    later = [[batch for _, batch, _ in draw(sampler, sizes)] for sampler in (resumed, whole)]
+    assert later[0] == later[1]
 
 
 def test_k_batches_resume_k_batches_are_2k_batches_across_epochs():
@@ -173,7 +184,13 @@ def test_set_epoch_keeps_the_position_of_a_loaded_state_in_that_epoch_only():
     assert next(iter(resumed)) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("interrupt", [lambda s: next(iter(s)), iter, lambda s: s.set_epoch(5), lambda s: s.load_state_dict(s.state_dict())])
+INTERRUPTS = [
+    lambda s: next(iter(s)), iter, lambda s: s.set_epoch(5),
+    lambda s: s.load_state_dict(s.state_dict()),
+]
+
+
+@pytest.mark.parametrize("interrupt", INTERRUPTS)
 def test_an_iterator_that_is_not_the_newest_raises_instead_of_mixing_positions(interrupt):
     sampler = ResizableBatchSampler(10, 4, shuffle=True)
     older = iter(sampler)
@@ -216,7 +233,10 @@ def test_a_new_size_holds_on_the_very_next_batch_of_a_plain_loader(drop_last):
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_see_a_new_size_after_what_they_prefetched_and_lose_nothing(persistent):
     sampler = ResizableBatchSampler(60, 4, shuffle=True)
-    loader = DataLoader(torch.arange(60), batch_sampler=sampler, num_workers=2, prefetch_factor=2, persistent_workers=persistent)
+    loader = DataLoader(
+        torch.arange(60), batch_sampler=sampler, num_workers=2, prefetch_factor=2,
+        persistent_workers=persistent,
+    )
     for epoch in range(2):
         sampler.batch_size = 4
         order, sizes = [], []

@@ -1,11 +1,14 @@
-"""ResizableBatchSampler over a sampler of the caller's own: taken as it is, resumed as far as it can be."""
+"""ResizableBatchSampler over a user's sampler: its order is kept, resumed as far as possible."""
 
 import math
 from itertools import chain, islice
 
 import pytest
 import torch
-from torch.utils.data import DistributedSampler, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DistributedSampler, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from adabatch import ResizableBatchSampler
 from tests.data.streams import Restartable, flat, through_a_file
@@ -14,6 +17,10 @@ from tests.data.streams import Restartable, flat, through_a_file
 class Unsized(Sampler):
     def __iter__(self):
         return iter([4, 2, 0, 1])
+
+
+def weighted(source, generator):
+    return WeightedRandomSampler([1.0] * len(source), 20, generator=generator)
 
 
 def test_an_own_sampler_is_taken_as_it_is():
@@ -28,8 +35,9 @@ def test_an_own_sampler_is_taken_as_it_is():
         lambda _: [3, 1, 2],
     ]
     for make in makers:
-        expected = list(make(torch.Generator().manual_seed(5)))
-        sampler = ResizableBatchSampler(range(40), 4, sampler=make(torch.Generator().manual_seed(5)))
+        expected, own = (make(torch.Generator().manual_seed(5)) for _ in range(2))
+        expected = list(expected)
+        sampler = ResizableBatchSampler(range(40), 4, sampler=own)
         assert len(sampler) == math.ceil(len(expected) / 4)
         order = []
         for batch in sampler:
@@ -56,12 +64,11 @@ def test_len_of_a_sampler_without_length_is_explained():
 
 
 @pytest.mark.parametrize("drawn", range(9))
-@pytest.mark.parametrize(
-    "make", [RandomSampler, SubsetRandomSampler, lambda source, generator: WeightedRandomSampler([1.0] * len(source), 20, generator=generator)]
-)
+@pytest.mark.parametrize("make", [RandomSampler, SubsetRandomSampler, weighted])
 def test_an_own_sampler_with_a_generator_resumes_exactly(make, drawn):
     def build(seed):
-        return ResizableBatchSampler(None, 6, sampler=make(range(20), generator=torch.Generator().manual_seed(seed)))
+        generator = torch.Generator().manual_seed(seed)
+        return ResizableBatchSampler(None, 6, sampler=make(range(20), generator=generator))
 
     through = build(1)
     batches = flat([list(through) for _ in range(3)])

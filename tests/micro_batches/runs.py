@@ -10,10 +10,16 @@ from tests.options import grouped
 from tests.scripted import Indexed, Wishes
 
 SIZES = (20, 7, 33, 12, 1, 40, 5, 23)
-LOSSES = {"mean": lambda outputs, targets: (outputs - targets).square().mean(), "sum": lambda outputs, targets: (outputs - targets).square().sum() / 100}
+LOSSES = {
+    "mean": lambda outputs, targets: (outputs - targets).square().mean(),
+    "sum": lambda outputs, targets: (outputs - targets).square().sum() / 100,
+}
 
 
-def make(limit=None, *, proposals=SIZES, optimizer=SGD, lr=0.05, model=None, loss_reduction="mean", loader_options=None, n=240, **options):
+def make(
+    limit=None, *, proposals=SIZES, optimizer=SGD, lr=0.05, model=None, loss_reduction="mean",
+    loader_options=None, n=240, **options,
+):
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     inner = optimizer(model.parameters(), lr=lr)
@@ -22,12 +28,19 @@ def make(limit=None, *, proposals=SIZES, optimizer=SGD, lr=0.05, model=None, los
     loader = AdaptiveDataLoader(data, 16, **(loader_options or {}))
     if callable(options.get("lr_scheduler")):
         options["lr_scheduler"] = options["lr_scheduler"](inner)
-    options = {"min_batch_size": 1, "max_batch_size": 64, "max_micro_batch_size": limit, **options}
-    controller = Wishes(*proposals)
-    return model, *adabatch.wrap(model, inner, loader, controller=controller, loss_reduction=loss_reduction, **grouped(**options))
+    options = {
+        "min_batch_size": 1, "max_batch_size": 64, "max_micro_batch_size": limit, **options,
+    }
+    parts = adabatch.wrap(
+        model, inner, loader, controller=Wishes(*proposals), loss_reduction=loss_reduction,
+        **grouped(**options),
+    )
+    return model, *parts
 
 
-def train(model, optimizer, loader, scheduler, reduction="mean", zero="first", epochs=1, scaler=None):
+def train(
+    model, optimizer, loader, scheduler, reduction="mean", zero="first", epochs=1, scaler=None
+):
     """The loop as it is without micro-batches; (indices of each piece, the weights after each)."""
     pieces, weights = [], []
     for _ in range(epochs):

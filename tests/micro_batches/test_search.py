@@ -15,7 +15,8 @@ from tests.micro_batches.runs import LOSSES, make
 
 
 def test_auto_finds_the_largest_that_fits_and_puts_everything_back():
-    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 1)).double()
+    layers = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 1)
+    model = nn.Sequential(*layers).double()
     tried = []
 
     def loss_fn(model, batch):
@@ -29,7 +30,8 @@ def test_auto_finds_the_largest_that_fits_and_puts_everything_back():
     random_state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, optimizer, loader, _ = make("auto", model=model, optimizer=Adam, loss_fn=loss_fn, estimator="micro_batch", max_batch_size=200)
+        options = {"estimator": "micro_batch", "max_batch_size": 200, "loss_fn": loss_fn}
+        _, optimizer, loader, _ = make("auto", model=model, optimizer=Adam, **options)
     assert loader.micro_batches.limit == int(21 * 0.9)
     assert tried[:5] == [2, 4, 8, 16, 32]
     assert max(tried) == 32
@@ -40,7 +42,10 @@ def test_auto_finds_the_largest_that_fits_and_puts_everything_back():
 
 
 def test_auto_with_room_for_the_largest_batch():
-    _, _, loader, _ = make("auto", loss_fn=lambda model, batch: model(batch[1]).mean(), max_batch_size=50)
+    def loss_fn(model, batch):
+        return model(batch[1]).mean()
+
+    loader = make("auto", loss_fn=loss_fn, max_batch_size=50)[2]
     assert loader.micro_batches.limit == 50
 
 
