@@ -105,12 +105,22 @@ def operation(
     return register
 
 
-def implements(backend: Literal["cpu", "triton"]) -> Callable[[F], F]:
-    """Register a faster form of the operation with the function's name and signature."""
+def implements(
+    backend: Literal["cpu", "triton"], takes: Callable[..., bool] | None = None
+) -> Callable[[F], F]:
+    """Register a faster form, returned as it is, of the operation with the function's name and
+    signature; positional arguments that it does not take are left to the definition."""
 
     def register(form: F) -> F:
+        operation = OPERATIONS[form.__name__]
+
+        @functools.wraps(form)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            taken = takes is None or takes(*args)
+            return (form if taken else operation.definition)(*args, **kwargs)
+
         if backend == "triton" or not FORCED:
-            OPERATIONS[form.__name__].forms[backend] = form
+            operation.forms[backend] = form if takes is None else checked
         return form
 
     return register

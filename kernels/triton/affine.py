@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import Config
 
-from adabatch.kernels import reference_affine
 from adabatch.kernels.operators import implements
+from adabatch.kernels.reference_affine import check_statistics
 from adabatch.kernels.triton import tuning
 from adabatch.kernels.triton.tuning import bucket, config
 
@@ -81,15 +81,12 @@ def affine_kernel(
         tl.store(shift_ptr + offsets, shift_P, mask=p_in)
 
 
-@implements("triton")
+@implements("triton", tuning.supports)
 def affine_sq_norms(
     activations: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One pass over both inputs; positions are split over programs where samples are few."""
-    given = [value for value in (mean, rstd) if value is not None]
-    if not tuning.supports(activations, backprops, *given):
-        return reference_affine.affine_sq_norms(activations, backprops, mean, rstd)
-    reference_affine.check_statistics(activations, mean, rstd)
+    check_statistics(activations, mean, rstd)
     (samples, positions, width), device = activations.shape, activations.device
 
     def run(config: Config) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 from triton import Config
 
-from adabatch.kernels import reference_conv
 from adabatch.kernels.operators import Ints, follows_determinism, implements
 from adabatch.kernels.triton import outer, tuning
 from adabatch.kernels.triton.outer import add_partial_sums, partial_sums, store_tile
@@ -95,15 +94,17 @@ def conv_kernel(
     store_tile(second_ptr, second, offsets, inside, place, SECOND, ATOMIC)
 
 
-@implements("triton")
+def _takes(activations: Tensor, *rest: object) -> bool:
+    return tuning.supports(activations, *rest) and activations.dim() in (3, 4)
+
+
+@implements("triton", _takes)
 def conv_weight_grad_moments(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int, *, second_moment: bool = False, deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One and two dimensions; three are left to the definition."""
     inputs = (activations, backprops, weight_shape, stride, padding, dilation, groups)
-    if not _takes(activations, backprops):
-        return reference_conv.conv_weight_grad_moments(*inputs, second_moment=second_moment)
     second: Tensor | None
     if (views := _as_matrix(*inputs)) is not None:
         grad, norms, second = outer.weight_grad_moments(
@@ -119,36 +120,28 @@ def conv_weight_grad_moments(
     return grad.view(tuple(weight_shape)), norms, second
 
 
-@implements("triton")
+@implements("triton", _takes)
 def conv_sq_norms(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Tensor:
     """One and two dimensions; three are left to the definition."""
     inputs = (activations, backprops, weight_shape, stride, padding, dilation, groups)
-    if not _takes(activations, backprops):
-        return reference_conv.conv_sq_norms(*inputs)
     if (views := _as_matrix(*inputs)) is not None:
         return outer.outer_sq_norms(*views)
     return _implicit(*inputs, norms=True)[1].sum(0)
 
 
-@implements("triton")
+@implements("triton", _takes)
 def conv_second_moment(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Tensor:
     """One and two dimensions; three are left to the definition."""
     inputs = (activations, backprops, weight_shape, stride, padding, dilation, groups)
-    if not _takes(activations, backprops):
-        return reference_conv.conv_second_moment(*inputs)
     if (views := _as_matrix(*inputs)) is not None:
         return outer.outer_second_moment(*views).view(tuple(weight_shape))
     return _implicit(*inputs, second=True)[2].view(tuple(weight_shape))
-
-
-def _takes(activations: Tensor, backprops: Tensor) -> bool:
-    return tuning.supports(activations, backprops) and activations.dim() in (3, 4)
 
 
 def _as_matrix(

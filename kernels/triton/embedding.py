@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 from triton import Config
 
-from adabatch.kernels import reference
 from adabatch.kernels.operators import implements
 from adabatch.kernels.triton import tuning
 from adabatch.kernels.triton.gram import gram_norms
@@ -76,13 +75,11 @@ def runs_kernel(
     tl.store(norms_ptr + (split * blocks + block).to(tl.int64) * n_samples + n, norm)
 
 
-@implements("triton")
+@implements("triton", lambda ids, b: tuning.supports(b) and b.shape[1] > 1)
 def embedding_sq_norms(ids: Tensor, backprops: Tensor) -> Tensor:
     """Short samples by Gram products of b where ids are equal, long ones by sorting; [N, T, T]
     never exists."""
     (samples, positions, width), device = backprops.shape, backprops.device
-    if not tuning.supports(backprops) or positions < 2:
-        return reference.embedding_sq_norms(ids, backprops)
     dtype = tuning.compute_type(backprops)
     rounding = tuning.precision(dtype)
     if positions <= (LONGEST_GRAM_IEEE if rounding == "ieee" else LONGEST_GRAM):

@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import Config
 
-from adabatch.kernels import reference
 from adabatch.kernels.operators import follows_determinism, implements, outer_form
 from adabatch.kernels.triton import tuning
 from adabatch.kernels.triton.gram import gram_norms, row_norms_product
-from adabatch.kernels.triton.tuning import bucket, config, supports
+from adabatch.kernels.triton.tuning import bucket, config
 
 # Each running tile takes registers besides the sample's: 128 × 128 with 8 warps holds two without
 # spilling, not three. Configurations that spilled on sm_80 or sm_90 are not in these lists.
@@ -111,7 +110,7 @@ def weight_grad_kernel(
     store_tile(second_ptr, second, offsets, inside, place, SECOND, ATOMIC)
 
 
-@implements("triton")
+@implements("triton", tuning.supports)
 def weight_grad_moments(
     activations: Tensor, backprops: Tensor, *, second_moment: bool = False,
     deterministic: bool | None = None,
@@ -119,8 +118,6 @@ def weight_grad_moments(
     """One pass; [N, O, I] never exists. T = 1: the samples are the positions of one product, and
     the norms come from one pass over both inputs."""
     a, b = activations, backprops
-    if not supports(a, b):
-        return reference.weight_grad_moments(a, b, second_moment=second_moment)
     if a.shape[1] == 1:
         columns = a.transpose(0, 1), b.transpose(0, 1)
         grad = materialised(*columns, grad=True, deterministic=deterministic)[0]
@@ -131,12 +128,10 @@ def weight_grad_moments(
     return grad, partial_norms.sum(0), second if second_moment else None
 
 
-@implements("triton")
+@implements("triton", tuning.supports)
 def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
     """T = 1 in one memory-bound pass; else the Gram form, of which symmetry halves the work, or a
     tile of G_n at a time."""
-    if not supports(activations, backprops):
-        return reference.outer_sq_norms(activations, backprops)
     positions, width_in, width_out = activations.shape[1], activations.shape[2], backprops.shape[2]
     form = outer_form(positions, width_in, width_out, halved=True)
     if form == "rows":
@@ -146,21 +141,17 @@ def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
     return materialised(activations, backprops, norms=True)[1].sum(0)
 
 
-@implements("triton")
+@implements("triton", tuning.supports)
 def outer_second_moment(activations: Tensor, backprops: Tensor) -> Tensor:
     """T = 1 by torch's product of squares."""
-    if not supports(activations, backprops):
-        return reference.outer_second_moment(activations, backprops)
     if activations.shape[1] == 1:
         return backprops[:, 0].float().square().T @ activations[:, 0].float().square()
     return materialised(activations, backprops, second=True)[2]
 
 
-@implements("triton")
+@implements("triton", tuning.supports)
 def preconditioned_trace(activations: Tensor, backprops: Tensor, preconditioner: Tensor) -> Tensor:
     """The second moment is never stored."""
-    if not supports(activations, backprops, preconditioner):
-        return reference.preconditioned_trace(activations, backprops, preconditioner)
     if activations.shape[1] == 1:
         weighted = backprops[:, 0].float().square() @ preconditioner.float()
         return (weighted * activations[:, 0].float().square()).sum()

@@ -90,9 +90,10 @@ def bucket(size: int) -> int:
     return triton.next_power_of_2(size) if size > 0 else 0
 
 
-def supports(*tensors: Tensor) -> bool:
+def supports(*args: object) -> bool:
     """Whether the kernels take these types: float64 is left to the definition."""
-    return all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    return all(each.dtype in types for each in args if isinstance(each, Tensor))
 
 
 def compute_type(*tensors: Tensor) -> tl.dtype:
