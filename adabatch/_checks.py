@@ -1,52 +1,182 @@
-"""Checks that several folders share: versions of state dicts, names of keywords."""
+"""Checks of arguments and states, which several folders share.
+
+Each returns the checked value, or raises TypeError for a wrong type and ValueError for a wrong value:
+what is wrong, the value got and the values allowed.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
+import math
+import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+def integer(name: str, value: object, at_least: int | None = None) -> int:
+    """An int, or anything with `__index__` (a NumPy integer), as a plain int; bool is refused.
+
+    Example:
+        >>> integer("step_size", 30, at_least=1)
+        30
+        >>> integer("step_size", 0, at_least=1)
+        Traceback (most recent call last):
+        ValueError: step_size must be an integer of at least 1, got 0
+    """
+    allowed = "an integer" if at_least is None else f"an integer of at least {at_least}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
+    number = operator.index(value)
+    if at_least is not None and number < at_least:
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
+
+
+def integers(name: str, values: object, at_least: int) -> list[int]:
+    """A list or tuple of at least one integer.
+
+    Example:
+        >>> integers("milestones", (25, 80), at_least=1)
+        [25, 80]
+    """
+    if not isinstance(values, (list, tuple)):
+        kind = type(values).__name__
+        raise TypeError(f"{name} must be a list or tuple of integers, got {values!r} ({kind})")
+    if not values:
+        raise ValueError(f"{name} must hold at least one integer, got {values!r}")
+    return [integer(f"{name}[{i}]", value, at_least) for i, value in enumerate(values)]
+
+
+def real(
+    name: str, value: object, *, above: float | None = None, at_least: float | None = None,
+    at_most: float | None = None, or_else: str = "",
+) -> float:  # fmt: skip
+    """A finite real number as a plain int or float; bool is refused.
+
+    Args:
+        above, at_least, at_most: the range allowed.
+        or_else: another value that the caller takes, for the message.
+
+    Example:
+        >>> real("gamma", 1.5, above=0)
+        1.5
+        >>> real("gamma", -1.0, above=0)
+        Traceback (most recent call last):
+        ValueError: gamma must be a positive number, got -1.0
+    """
+    allowed = "a finite number"
+    if above is not None:
+        allowed = f"a number above {above}" if above else "a positive number"
+    elif at_least is not None:
+        allowed = f"a number >= {at_least}"
+        allowed = allowed if at_most is None else f"a number from {at_least} to {at_most}"
+    allowed += f" or {or_else}" if or_else else ""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
+    low = -math.inf if at_least is None else at_least
+    high = math.inf if at_most is None else at_most
+    in_range = low <= number <= high and (above is None or number > above)
+    if not (math.isfinite(number) and in_range):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """A positive finite number: `real(name, value, above=0)`."""
+    return real(name, value, above=0)
+
+
+def fraction(name: str, value: object, usual: float) -> float:
+    """A number from 0 to below 1; the message names a usual one.
+
+    Example:
+        >>> fraction("smoothing", 0.95, usual=0.95)
+        0.95
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        allowed = f"a number from 0 to below 1 ({usual} is usual)"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return value
+
+
+def smoothing(value: object) -> float:
+    """The decay of a moving average, from 0 (no smoothing) to below 1."""
+    return fraction("smoothing", value, usual=0.95)
+
+
+def level(name: str, value: object) -> float:
+    """A probability, both ends excluded.
+
+    Example:
+        >>> level("level", 0.9)
+        0.9
+    """
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
+        allowed = "a number between 0 and 1, both excluded (0.9 is usual)"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return value
+
+
+def choice(name: str, value: T, allowed: Iterable[object]) -> T:
+    """One of the allowed values.
+
+    Example:
+        >>> choice("mode", "min", ("min", "max"))
+        'min'
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def switch(name: str, value: object) -> bool:
+    """True or False; a string, which would count as true, is refused.
+
+    Example:
+        >>> switch("verbose", False)
+        False
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def function(name: str, value: F) -> F:
+    """A callable.
+
+    Example:
+        >>> function("bs_lambda", abs)
+        <built-in function abs>
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {value!r} ({type(value).__name__})")
+    return value
 
 
 def check_version(state: dict[str, Any], version: int, what: str) -> None:
-    """Refuse a state of another version.
-
-    Raises:
-        TypeError: no dict.
-        ValueError: the state's version is not `version`, or it has none.
+    """Raise for a state that is no dict (TypeError) or is of another version (ValueError).
 
     Example:
         >>> check_version({"version": 1}, 1, "CABS")
     """
     if not isinstance(state, dict):
-        raise TypeError(f"the state of {what} must be the dict that its state_dict() returned, got {type(state).__name__}")
+        kind = type(state).__name__
+        raise TypeError(f"the state of {what} must be the dict that its state_dict() returned, "
+                        f"got {kind}")  # fmt: skip
     found = state.get("version")
     if found != version:
-        raise ValueError(f"the state of {what} has version {found!r}; this release of adabatch reads version {version}. Use the release that wrote it.")
-
-
-def check_controller(state: dict[str, Any], version: int, name: str) -> None:
-    """Refuse a state of another version, or of a controller of another class. States written before they named their controller carry no name and pass.
-
-    Raises:
-        TypeError: no dict.
-        ValueError: another version, or another controller.
-
-    Example:
-        >>> check_controller({"version": 1, "controller": "CABS"}, 1, "CABS")
-        >>> check_controller({"version": 1}, 1, "CABS")
-    """
-    check_version(state, version, name)
-    found = state.get("controller", name)
-    if found != name:
-        raise ValueError(
-            f"the state is that of a controller {found}, and was to be loaded into {name}: go on with {found}, or begin without the controller's state"
-        )
+        raise ValueError(f"the state of {what} has version {found!r}; this release of adabatch "
+                         f"reads version {version}. Use the release that wrote it.")  # fmt: skip
 
 
 def checked_int(name: str, value: object, low: int, high: int | None = None) -> int:

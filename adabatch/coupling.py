@@ -52,11 +52,28 @@ def square_root(batch_size: int, base_batch_size: int, noise_scale: float = 0.0)
     return math.sqrt(batch_size / base_batch_size)
 
 
-class AdaScale:
-    """AdaScale's gain r = (T/B₀ + G²)/(T/B + G²) = S(φ + B₀)/(φ + B): between 1, where the gradient has no noise, and S, where it is nothing else.
+def gain(batch_size: float, base_batch_size: float, noise_scale: float) -> float:
+    """AdaScale's r = (T/B₀ + G²)/(T/B + G²) = S(φ + B₀)/(φ + B): how many steps at the base batch size
+    one step at B is worth, between 1, where the gradient has no noise, and S, where it is all noise.
 
-    A batch S times the base is worth r steps of the base. An lr schedule that counts steps of the base is advanced by r a step
-    (`scheduler.get_last_coupling()`). Before the first measurement the gain is 1.
+    Example:
+        >>> [gain(256, 64, noise_scale) for noise_scale in (0.0, 128.0, math.inf)]
+        [1.0, 2.0, 4.0]
+
+    References:
+        Johnson, Agrawal, Gu, Guestrin (2020), "AdaScale SGD", arXiv 2007.05105.
+    """
+    ratio = batch_size / base_batch_size
+    if noise_scale > 1:  # divided through, for a noise scale that is infinite or near it
+        return ratio * (1 + base_batch_size / noise_scale) / (1 + batch_size / noise_scale)
+    return ratio * (noise_scale + base_batch_size) / (noise_scale + batch_size)
+
+
+class AdaScaleGain:
+    """AdaScale's gain (`gain`) under a batch that a controller moves; 1 before the first measurement.
+
+    An lr schedule that counts steps of the base is advanced by the gain of each step
+    (`scheduler.get_last_coupling()`).
 
     Args:
         smoothing: of the averages of T and G² that φ is the ratio of, 0 <= smoothing < 1.
@@ -65,11 +82,8 @@ class AdaScale:
         ValueError: smoothing out of range.
 
     Example:
-        >>> [AdaScale()(256, 64, noise_scale) for noise_scale in (0.0, 128.0, math.inf)]
-        [1.0, 2.0, 4.0]
-
-    References:
-        Johnson, Agrawal, Gu, Guestrin (2020), "AdaScale SGD", arXiv 2007.05105.
+        >>> AdaScaleGain()(256, 64, 128.0)
+        2.0
     """
 
     needs_moments = True
@@ -79,10 +93,7 @@ class AdaScale:
         self.smoothing = smoothing
 
     def __call__(self, batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
-        ratio = batch_size / base_batch_size
-        if noise_scale > 1:  # divided through, for a noise scale that is infinite or near it
-            return ratio * (1 + base_batch_size / noise_scale) / (1 + batch_size / noise_scale)
-        return ratio * (noise_scale + base_batch_size) / (noise_scale + batch_size)
+        return gain(batch_size, base_batch_size, noise_scale)
 
 
 def rule_of_optimizer(optimizer: Optimizer) -> str:
@@ -103,7 +114,7 @@ def rule_of_optimizer(optimizer: Optimizer) -> str:
     raise ValueError(f"whether lr ∝ batch or lr ∝ √batch suits {type(optimizer).__name__} is not known: pass coupling='linear' or 'sqrt'")
 
 
-RULES: dict[str, Callable[[], Coupling]] = {"none": lambda: none, "linear": lambda: linear, "sqrt": lambda: square_root, "adascale": AdaScale}
+RULES: dict[str, Callable[[], Coupling]] = {"none": lambda: none, "linear": lambda: linear, "sqrt": lambda: square_root, "adascale": AdaScaleGain}
 
 
 def coupling_for(given: str | Coupling, optimizer: Optimizer) -> Coupling:

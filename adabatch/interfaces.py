@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adabatch.grad_sample.factors.base import Factor
 
 State = dict[str, Any]
+EffectiveLr = Callable[[dict[str, Any]], float]
 NO_INTERVAL = (math.nan, math.nan)
 
 
@@ -126,36 +127,49 @@ class Estimator(ABC):
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a controller may know of the run it controls; passed to `Controller.bind` once.
+    """What a controller may know of the run it controls; passed to `Controller.bind`.
 
     Attributes:
         optimizer: never written to.
-        parameters: {name: parameter} of what is measured; empty where nothing is.
-        effective_lr: the controller's own `effective_lr`, or None.
+        parameters: {name: parameter} of what is measured; empty where nothing is, or not yet known.
         max_grad_norm: optimizer.step() clips the gradient to this norm; None where it does not.
-        clock: seconds, for rules that look at the speed of training.
+        clock: seconds since some moment, for rules that look at the speed of training.
+        batch_size: called for the size in force, in samples of a step.
     """
 
     optimizer: Optimizer
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    effective_lr: Callable[[dict[str, Any]], float] | None = None
     max_grad_norm: float | None = None
     clock: Callable[[], float] | None = None
+    batch_size: Callable[[], int] | None = None
 
 
 class Controller(ABC):
     """Proposes the batch size of the next step: a float, unrounded and unbounded.
 
-    Class attributes a subclass may set:
-        requires: statistics the estimator must measure for it: "inner_products",
-            "second_moment", "preconditioned_trace".
-        needs_moments: False for a rule that is asked at every step, measured or not.
-        needs_effective_lr: whether `lr` in propose means the step per unit of gradient.
+    `adabatch.controllers.Controller` adds the state, the repr and what composing needs.
     """
 
-    requires: frozenset[str] = frozenset()
-    needs_moments: bool = True
-    needs_effective_lr: bool = False
+    @property
+    def requires(self) -> frozenset[str]:
+        """Statistics the estimator must measure for it: "inner_products", "second_moment",
+        "preconditioned_trace"."""
+        return frozenset()
+
+    @property
+    def needs_moments(self) -> bool:
+        """False for a rule that is asked at every step, measured or not."""
+        return True
+
+    @property
+    def needs_effective_lr(self) -> bool:
+        """Whether `lr` in propose must be the step per unit of gradient."""
+        return False
+
+    @property
+    def effective_lr(self) -> EffectiveLr | None:
+        """The user's function of a param group that gives its effective lr; None for SGD's."""
+        return None
 
     @property
     def first_batch_size(self) -> float | None:
@@ -163,13 +177,13 @@ class Controller(ABC):
         return None
 
     def bind(self, context: RunContext) -> None:
-        """Called once before anything is measured, and once more when `parameters` are known."""
+        """Called before anything is measured, and once more when `parameters` are known."""
 
     def on_step(self, *, samples: int, epoch: int) -> None:
         """Called at every step, before propose: samples of the step, and epochs that ended."""
 
     def on_optimizer_step(self, lr: float) -> None:
-        """Called with the base learning rate of the last optimizer step."""
+        """Called before propose with the base learning rate of the last optimizer step."""
 
     @abstractmethod
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
@@ -182,7 +196,8 @@ class Controller(ABC):
         """
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """(low, high) of the latest proposal; (NaN, NaN) where it has no error."""
+        """(low, high) of the latest proposal; (NaN, NaN) where it has no error, (0, inf) where its
+        error is not known yet."""
         return NO_INTERVAL
 
     def metrics(self) -> dict[str, float]:
@@ -190,7 +205,8 @@ class Controller(ABC):
         return {}
 
     def lr_factor(self) -> Callable[[int], float] | None:
-        """A function of the batch size that gives the rule's own factor on the learning rate."""
+        """A function of the batch size that gives the rule's own factor on the learning rate of
+        the steps to come; it must not change when the controller moves on."""
         return None
 
     def state_dict(self) -> State:

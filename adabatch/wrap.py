@@ -31,6 +31,7 @@ from adabatch.estimators.cross_rank import CrossRankEstimator
 from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
+from adabatch.interfaces import Controller, RunContext
 from adabatch.micro_batches.optimizer import MicroBatching
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.arguments import bind_controller, needs_moments
@@ -45,7 +46,7 @@ def wrap(
     optimizer: Optimizer,
     loader: DataLoader[Any] | AdaptiveDataLoader,
     *,
-    controller: Any = None,
+    controller: Controller | None = None,
     batch_sizes: BatchSizes | tuple[int, int] = BatchSizes(),  # noqa: B008
     coupling: Coupling | str | CouplingRule = "none",
     measure: Measure = "auto",
@@ -138,10 +139,8 @@ def wrap(
     parallel = DistributedSetup.find(process_group, KINDS[type(how)], model)
     adaptive = _adaptive(loader, parallel, model, optimizer, settings)
     controller = CABS() if controller is None and lr_rule.rule != "seesaw" else controller
-    if micro_options.max_grad_norm is not None and hasattr(controller, "clips"):
-        controller.clips(micro_options.max_grad_norm)
-    effective_lr = getattr(controller, "effective_lr", None)
-    needs = bind_controller(controller, optimizer, effective_lr)
+    bind_controller(controller, RunContext(optimizer, max_grad_norm=micro_options.max_grad_norm))
+    needs: frozenset[str] = frozenset() if controller is None else controller.requires
     micro = MicroBatching(
         adaptive, micro_options.size, accumulate, KINDS[type(how)], micro_options.loss_fn
     )
@@ -179,7 +178,7 @@ def wrap(
         if parallel is not None:
             parallel.agree_on_limit(adaptive)
         scheduler = BatchSizeScheduler(
-            optimizer, adaptive, hooks, controller, effective_lr=effective_lr,
+            optimizer, adaptive, hooks, controller,
             every=1 if interval is None else interval.k, overhead=share, diagnostics=diagnostics,
             **_flat(sizes, lr_rule),
         )

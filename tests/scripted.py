@@ -14,13 +14,13 @@ from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
 from tests.options import grouped
 
 
-class Wishes:
+class Wishes(adabatch.controllers.Controller):
     """Hands out the proposals in turn, the last one for ever, and keeps what it was told."""
 
-    version = 1
+    needs_effective_lr, needs_moments, effective_lr = False, True, None
 
-    def __init__(self, *proposals, needs_effective_lr=False):
-        self.proposals, self.needs_effective_lr = list(proposals), needs_effective_lr
+    def __init__(self, *proposals, needs_effective_lr=False, effective_lr=None):
+        self.proposals, self.needs_effective_lr, self.effective_lr = list(proposals), needs_effective_lr, effective_lr
         self.told: list[dict] = []
 
     def propose(self, moments, *, loss, lr):

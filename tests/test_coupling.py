@@ -10,7 +10,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAda
 
 from adabatch import GradientMoments
 from adabatch.controllers import CABS
-from adabatch.coupling import AdaScale, coupling_for, linear, none, rule_of_optimizer, square_root
+from adabatch.coupling import AdaScaleGain, coupling_for, linear, none, rule_of_optimizer, square_root
 from tests.scripted import Wishes, slope_run, steps
 
 sizes = st.integers(1, 10_000)
@@ -23,13 +23,13 @@ def test_rules_against_their_formulas(size, base, trace, signal):
     assert linear(size, base) * base == pytest.approx(size)
     assert square_root(size, base) ** 2 * base == pytest.approx(size)
     gain = (trace / base + signal) / (trace / size + signal)
-    assert AdaScale()(size, base, trace / signal) == pytest.approx(gain, rel=1e-9)
+    assert AdaScaleGain()(size, base, trace / signal) == pytest.approx(gain, rel=1e-9)
 
 
 @given(sizes, sizes, st.floats(0, math.inf))
 def test_the_gain_lies_between_one_and_the_ratio_of_sizes(size, base, noise_scale):
     low, high = sorted((1.0, size / base))
-    assert low - 1e-9 <= AdaScale()(size, base, noise_scale) <= high * (1 + 1e-9)
+    assert low - 1e-9 <= AdaScaleGain()(size, base, noise_scale) <= high * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("kind", [Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta])
@@ -45,7 +45,7 @@ def test_unknown_rules_and_optimizers():
     with pytest.raises(ValueError, match="Rprop is not known: pass coupling='linear' or 'sqrt'"):
         coupling_for("seesaw", optimizer)
     with pytest.raises(ValueError, match=r"smoothing is 1\.0"):
-        AdaScale(1.0)
+        AdaScaleGain(1.0)
     assert coupling_for(max, optimizer) is max
 
 
@@ -105,7 +105,7 @@ class Moments:
 
 @both_orders
 def test_adascale_from_the_moments_of_the_steps_before(scheduler_first):
-    run = slope_run(Wishes(64), coupling=AdaScale(smoothing=0.0))
+    run = slope_run(Wishes(64), coupling=AdaScaleGain(smoothing=0.0))
     pairs = [(320.0, 10.0), (64.0, 1.0), (100.0, -1.0), (0.0, 1.0)]
     run[3].hooks.remove()
     run[3].hooks = Moments(run[2], pairs)

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR, 
 
 from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks, schedules
 from adabatch.controllers import Scheduled
-from adabatch.coupling import AdaScale
+from adabatch.coupling import AdaScaleGain
 from tests.scripted import regression, squared_error
 
 DATA = regression(500, width=4)
@@ -32,7 +32,7 @@ OPTIONS = {
     "linear": {"coupling": "linear"},
     "sqrt": {"coupling": "sqrt", "adam": True},
     "adascale": {"coupling": "adascale"},
-    "adascale of one's own": {"coupling": AdaScale(0.5), "base_batch_size": 5},
+    "adascale of one's own": {"coupling": AdaScaleGain(0.5), "base_batch_size": 5},
     "seesaw by SGD": {"coupling": "seesaw", "controller": None},
     "seesaw by AdamW": {"coupling": "seesaw", "controller": None, "adam": True},
     "spill": {"spill": "lr", "dwell": 3, "controller": lambda: CABS(scale=1000.0)},
@@ -53,7 +53,7 @@ class Run:
         self.optimizer = AdamW(groups) if adam else SGD(groups, lr=0.1, momentum=0.5)
         self.schedule = LR_SCHEDULES[lr_schedule](self.optimizer)
         self.loader = AdaptiveDataLoader(DATA, 8, shuffle=True, seed=seed)
-        options = {"min_batch_size": 4, "max_batch_size": 96, "effective_lr": lambda group: float(group["lr"]), **options}
+        options = {"min_batch_size": 4, "max_batch_size": 96, **options}
         hooks = GradSampleHooks(self.model, param_groups=[group["params"] for group in groups])
         self.scheduler = BatchSizeScheduler(self.optimizer, self.loader, hooks, controller and controller(), **options)
         self.used: list[float] = []

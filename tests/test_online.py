@@ -160,18 +160,18 @@ def test_as_a_controller_it_chooses_anew_after_as_many_samples_as_the_largest_ha
 
 def test_the_controller_resumed_and_with_missing_losses():
     first, second = controller(16, 32), controller(32)
-    first.advance(samples=64, epoch=0)
+    first.on_step(samples=64, epoch=0)
     assert first.propose(None, loss=1.0, lr=0.1) == 16.0
-    first.advance(samples=48, epoch=0)
+    first.on_step(samples=48, epoch=0)
     second.load_state_dict(first.state_dict())
-    second.advance(samples=8, epoch=0)
+    second.on_step(samples=8, epoch=0)
     assert second.propose(None, loss=1.0, lr=0.1) == 16.0
-    second.advance(samples=8, epoch=0)
+    second.on_step(samples=8, epoch=0)
     assert second.propose(None, loss=1.0, lr=0.1) == 32.0
     short = OnlineSelection(lambda: {64: 1.0}, candidates=(64, 32))
-    short.advance(samples=64, epoch=0)
+    short.on_step(samples=64, epoch=0)
     with pytest.raises(ValueError, match=r"a loss for each of \[64, 32\], got none for \[32\]"):
         short.propose(None, loss=1.0, lr=0.1)
     diverged = OnlineSelection(lambda: {64: math.nan, 32: math.nan}, candidates=(64, 32))
-    diverged.advance(samples=64, epoch=0)
+    diverged.on_step(samples=64, epoch=0)
     assert diverged.propose(None, loss=math.nan, lr=0.1) == 64.0

@@ -7,6 +7,7 @@ from torch import nn
 
 import adabatch
 from adabatch import CABS, GradSampleHooks
+from adabatch.interfaces import RunContext
 from adabatch.preconditioners import preconditioned_trace, preconditioner_of, preconditioner_reader
 from tests import oracle
 
@@ -118,8 +119,8 @@ def test_cabs_wishes_lr_times_the_trace_over_the_loss(make):
     batch = batch_of(11)
     expected = expected_trace(model, optimizer, batch, lr=0.02)
     rule = CABS(scale=2.0, f_star=0.1)
-    rule.bind(optimizer, None, dict(model.named_parameters()))
-    assert rule.needs == {"preconditioned_trace"}
+    rule.bind(RunContext(optimizer, dict(model.named_parameters())))
+    assert rule.requires == {"preconditioned_trace"}
     assert not rule.needs_effective_lr
     assert rule.propose(measured(model, batch), loss=0.6, lr=0.02) == pytest.approx(2 * 0.02 * expected / 0.5, rel=1e-4)
 
@@ -254,17 +255,17 @@ def test_accumulated_passes_are_weighed_alike():
 def test_before_the_first_step_the_wish_is_nan_and_the_size_holds(weighed):
     model, optimizer = trained(OPTIMIZERS["adam"], steps=0)
     rule = CABS()
-    rule.bind(optimizer, None, dict(model.named_parameters()))
+    rule.bind(RunContext(optimizer, dict(model.named_parameters())))
     assert np.isnan(rule.propose(measured(model, batch_of(5), optimizer if weighed else None), loss=1.0, lr=0.1))
     assert rule.trace.count == 0
 
 
 def test_an_effective_lr_of_the_users_own_wins():
     model, optimizer = trained(OPTIMIZERS["adam"])
-    rule = CABS()
-    rule.bind(optimizer, lambda group: group["lr"], dict(model.named_parameters()))
+    rule = CABS(effective_lr=lambda group: group["lr"])
+    rule.bind(RunContext(optimizer, dict(model.named_parameters())))
     assert rule.needs_effective_lr
-    assert not rule.needs
+    assert not rule.requires
 
 
 def test_gradients_that_are_gone_and_missing_moments_are_explained():

@@ -28,10 +28,8 @@ class Noisy(Dataset):
         return index, self.points[index] + 0.1 * torch.randn(5), self.labels[index]
 
 
-class Growing:
+class Growing(adabatch.controllers.Controller):
     """Sizes that go up and down, from the number of steps alone."""
-
-    needs_effective_lr = False
 
     def __init__(self):
         self.steps = 0

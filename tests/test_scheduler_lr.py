@@ -218,13 +218,14 @@ def test_adam():
     assert [rows for rows, _ in steps(*run, 2)] == [16, 20]
     assert [told["lr"] for told in plain.told] == [0.01] * 2
     coupled = Wishes(20, needs_effective_lr=True)
-    with pytest.raises(ValueError, match=r"Adam.*or pass effective_lr=, a callable of a param group"):
+    with pytest.raises(ValueError, match=r"Adam.*or give the controller a callable of a param group"):
         slope_run(coupled, optimizer=Adam)
-    run = slope_run(coupled, optimizer=Adam, lr=0.01, effective_lr=lambda group: group["lr"] / group["eps"])
+    coupled.effective_lr = lambda group: group["lr"] / group["eps"]
+    run = slope_run(coupled, optimizer=Adam, lr=0.01)
     list(steps(*run, 1))
     assert coupled.told[0]["lr"] == pytest.approx(0.01 / 1e-8)
     with pytest.raises(TypeError, match="callable of a param group"):
-        slope_run(coupled, effective_lr=0.1)
+        slope_run(Wishes(20, effective_lr=0.1))
 
 
 def test_a_step_that_raised_does_not_leak_its_factor_to_the_controller():

@@ -3,14 +3,12 @@
 import math
 from fractions import Fraction
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from adabatch.scheduler.size_in_force import CurrentBatchSize
 from adabatch.scheduler.sizing import SizeRule
 
 proposals = st.floats(allow_nan=False)
@@ -194,24 +192,3 @@ def test_hysteresis_keeps_a_ladder_from_fluttering():
 def test_a_wrong_ladder(ladder):
     with pytest.raises(ValueError, match="ladder must be a number > 1"):
         SizeRule(16, 2048, ladder=ladder)
-
-
-@pytest.mark.parametrize(
-    ("interval", "moves"),
-    [((40.0, 60.0), True), ((30.0, 60.0), False), ((0.0, math.inf), False), ((math.nan, math.nan), True), ((math.inf, math.inf), True)],
-)
-@pytest.mark.parametrize("ladder", [None, 1.25])
-def test_the_size_moves_only_when_the_interval_of_the_wish_leaves_it(interval, moves, ladder):
-    rule = SizeRule(16, 64, ladder=ladder)
-    present = rule.size_for(32)
-    loader = SimpleNamespace(batch_size=0)
-    force = CurrentBatchSize(loader, accumulate=1, size=present, dwell=0)
-    assert force.move(50.0, rule, interval)
-    assert loader.batch_size == force.size == rule.next_size(50.0, present, 0, interval) == (rule.size_for(50) if moves else present)
-
-
-def test_a_wish_beyond_the_bounds_is_met_as_far_as_its_interval_tells():
-    rule = SizeRule(16, 64)
-    force = CurrentBatchSize(SimpleNamespace(batch_size=0), accumulate=1, size=64, dwell=0)
-    assert [force.move(1000.0, rule, interval) for interval in ((50.0, 2000.0), (500.0, 2000.0), (math.nan, math.nan))] == [True, False, False]
-    assert force.size == 64

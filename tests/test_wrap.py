@@ -154,8 +154,7 @@ def test_adam_with_an_effective_lr():
     model = nn.Linear(3, 1)
     optimizer = Adam(model.parameters(), lr=0.01)
     loader = DataLoader(Indexed(), batch_size=16)
-    controller = CABS()
-    controller.effective_lr = lambda group: 10 * group["lr"]
+    controller = CABS(effective_lr=lambda group: 10 * group["lr"])
     options = {"controller": controller, "batch_sizes": (16, 64), "measure": "all"}
     parts = adabatch.wrap(model, optimizer, loader, **options)
     train_epoch(model, *parts)

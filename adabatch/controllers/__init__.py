@@ -1,11 +1,11 @@
-"""Controllers: from a step's moments and loss to the batch size they proposal for. One class a file, all behind propose(moments, *, loss, lr)."""
+"""Controllers: from a step's moments and loss to the batch size they propose."""
 
 from adabatch.controllers.adadamp import AdaDamp, GeoDamp, PadaDamp
 from adabatch.controllers.adascale import AdaScale
 from adabatch.controllers.annealed import Annealed
 from adabatch.controllers.base import Controller
 from adabatch.controllers.cabs import CABS
-from adabatch.controllers.combinators import AtLeast, AtMost, Average, Monotone, Warmup
+from adabatch.controllers.combinators import AtLeast, AtMost, Average, Confident, Monotone, Warmup
 from adabatch.controllers.goodput import Goodput
 from adabatch.controllers.gradient_diversity import GradientDiversity
 from adabatch.controllers.inner_product_test import InnerProductTest
@@ -23,6 +23,7 @@ __all__ = [
     "AtLeast",
     "AtMost",
     "Average",
+    "Confident",
     "Controller",
     "GeoDamp",
     "Goodput",

@@ -1,24 +1,24 @@
-"""Annealed: a decay of the step per sample, spent on growing the batch first and on lowering the lr after."""
+"""Annealed: a decay of the step per sample, spent on growing the batch, then on lowering the lr."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
-from torch.optim import Optimizer
-
-from adabatch.controllers.base import Controller, check_choice, check_positive, interval_of
+from adabatch import interfaces
+from adabatch._checks import choice, positive, real
+from adabatch.controllers.base import Controller, Input, Operand
 from adabatch.coupling import rule_of_optimizer
 from adabatch.estimators.moments import GradientMoments
+from adabatch.interfaces import RunContext
 
 SHAPES = ("linear", "power", "cosine")
 EXPONENTS = {"linear": 1.0, "sqrt": 0.5}
 
 
 def decay(progress: float, shape: str = "linear", power: float = 2.0) -> float:
-    """f(p), p = samples seen / budget cut to [0, 1]: 1 − p, (1 − p)^power or (1 + cos πp)/2.
+    """f(p), p = samples seen / budget, cut to [0, 1]: 1 − p, (1 − p)^power or (1 + cos πp)/2.
 
     Example:
         >>> [round(decay(0.5, shape), 3) for shape in SHAPES]
@@ -31,120 +31,116 @@ def decay(progress: float, shape: str = "linear", power: float = 2.0) -> float:
 
 
 class Annealed(Controller):
-    """Decays the step per sample η over a budget of samples: holds the lr and grows the batch until it meets its cap, then lowers the lr.
+    """Decays the step per sample η over a budget of samples: holds the lr and grows the batch until
+    it meets its cap, then lowers the lr.
 
-        η(p) = η₀·f(p),  p = samples seen / budget,  η = α/m for SGD, α/√m for Adam and its family
+        η(p) = η₀·f(p), p = samples seen / budget, η = α/m for SGD, α/√m for Adam and its family
 
-    Growing: m = B₀/f for SGD, B₀/f² for Adam, at the lr the optimizer has. At the cap, and for whatever size the scheduler's bounds and rounding leave, the lr
-    is multiplied by f·B/B₀ or f·√(B/B₀), so that η is exactly the decay's at every step, whatever the batch. An lr schedule of the user's own multiplies.
-
-    By theory and our simulations on quadratics and logistic regression this keeps the loss of the same decay at a fixed batch in about a third of the steps,
-    while no rule that only picks the batch size beats a well-shaped decay at equal samples: it saves steps, not samples. Measured on Fashion-MNIST (a small
-    convolutional network, SGD, lr .1, (1 − p)², sizes 16 to 1024, seeds 0 to 2, mean ± standard error): 90.98 ± .10 % in 3,770 steps beside 91.00 ± .19 % in
-    11,250 steps of 16 over three epochs, 88.43 ± .19 % in 1,258 beside 88.45 ± .11 % in 3,750 over one. Theory is thin for Adam (the √ is a
-    rule of thumb for noise-dominated steps), and for batches near the noise scale, where a larger batch no longer stands for a smaller step: hence the cap.
+    Growing: m = B₀/f for SGD, B₀/f² for Adam, at the optimizer's lr. At the cap, and for whatever
+    size bounds and rounding leave, the lr is multiplied by f·B/B₀ or f·√(B/B₀), so that η is the
+    decay's at every step. An lr schedule of the user's multiplies. It saves steps, not samples; what
+    was measured: adabatch/controllers/README.md.
 
     Args:
         budget: samples of the whole run; afterwards η stays at final·η₀.
         batch_size: B₀, for which the lr was chosen, in samples.
         shape: 'linear', 'power' or 'cosine'.
         power: q of (1 − p)^q, > 0, for 'power'.
-        cap: where the batch stops growing: a number of samples; a controller, asked at every measured step (NoiseScale(scale=c), or CABS(f_star=...)); None
-            leaves it to max_batch_size. It is never below B₀.
+        cap: where the batch stops growing: a number of samples; a controller, asked at every
+            measured step (NoiseScale(scale=c), or CABS(f_star=...)); None leaves it to the upper
+            bound. It is never below B₀.
         final: f at the end, 0 <= final <= 1: f becomes final + (1 − final)·f.
-        rule: 'linear' (SGD) or 'sqrt' (Adam); None lets the scheduler settle it by the optimizer.
+        rule: 'linear' (SGD) or 'sqrt' (Adam); None lets bind() choose by the optimizer.
 
     Raises:
-        ValueError: an argument out of range; an optimizer whose rule is not known.
+        TypeError, ValueError: an argument of the wrong type or out of range; an optimizer whose
+            rule is not known.
 
     Example:
         >>> rule = Annealed(budget=1000, batch_size=16, cap=64, rule="linear")
         >>> for samples in (500, 200, 200):
-        ...     rule.advance(samples=samples, epoch=0)
+        ...     rule.on_step(samples=samples, epoch=0)
         ...     size = rule.propose(None, loss=1.0, lr=0.1)
-        ...     print(round(size, 6), round(rule.lr_rule()(size), 6))  # α/m falls to 0.5, 0.3, 0.1 of α/16
+        ...     print(round(size, 6), round(rule.lr_factor()(size), 6))  # α/m: 0.5, 0.3, 0.1 of α/16
         32.0 1.0
         53.333333 1.0
         64.0 0.4
 
     References:
-        Smith, Kindermans, Ying, Le (2018), "Don't decay the learning rate, increase the batch size", arXiv 1711.00489; for budgets Li, Yumer, Ramanan (2020),
-        "Budgeted training", arXiv 1905.04753. The cap and the composition are ours.
+        Smith, Kindermans, Ying, Le (2018), "Don't decay the learning rate, increase the batch size",
+        arXiv 1711.00489; for budgets Li, Yumer, Ramanan (2020), "Budgeted training",
+        arXiv 1905.04753. The cap and the composition are ours.
     """
 
-    arguments = ("budget", "batch_size", "shape", "power", "cap", "final", "rule")
-    saved = ("samples_seen",)
+    init_args = ("budget", "batch_size", "shape", "power", "cap", "final", "rule")
+    state_attrs = ("samples_seen",)
 
     def __init__(
-        self,
-        budget: int,
-        batch_size: int = 16,
-        shape: str = "linear",
-        power: float = 2.0,
-        cap: Any = None,
-        final: float = 0.0,
-        rule: str | None = None,
-    ):
-        check_positive(budget=budget, batch_size=batch_size, power=power, **({} if cap is None or hasattr(cap, "propose") else {"cap": cap}))
-        check_choice("shape", shape, SHAPES)
-        check_choice("rule", rule, (None, *EXPONENTS))
-        if not 0 <= final <= 1:
-            raise ValueError(f"final must lie between 0 and 1, got {final!r}")
-        self.budget, self.batch_size, self.shape, self.power, self.cap, self.final, self.rule = budget, batch_size, shape, power, cap, final, rule
-        self.parts = (cap,) if hasattr(cap, "propose") else ()
-        self.samples_seen = 0
+        self, budget: int, batch_size: int = 16, shape: str = "linear", power: float = 2.0,
+        cap: Operand | None = None, final: float = 0.0, rule: str | None = None,
+    ):  # fmt: skip
+        self.budget, self.batch_size = positive("budget", budget), positive("batch_size", batch_size)
+        self.shape, self.power = choice("shape", shape, SHAPES), positive("power", power)
+        self.rule = choice("rule", rule, (None, *EXPONENTS))
+        self.final = real("final", final, at_least=0, at_most=1)
+        self.cap = cap
+        if isinstance(cap, interfaces.Controller):
+            self.children = (cap,)
+        elif cap is not None:
+            positive("cap", cap)
+        self.samples_seen, self._latest_cap = 0, math.inf
 
     @property
     def needs_moments(self) -> bool:
-        """Whether the cap is measured."""
-        return any(getattr(part, "needs_moments", True) for part in self.parts)
+        return any(child.needs_moments for child in self.children)
 
     @property
-    def first_batch_size(self) -> int:
-        """B₀."""
+    def first_batch_size(self) -> float:
         return self.batch_size
 
     @property
     def step_per_sample(self) -> float:
-        """η/η₀ of the step to come."""
-        return self.final + (1 - self.final) * decay(self.samples_seen / self.budget, self.shape, self.power)
+        """η/η₀ of the next step."""
+        progress = self.samples_seen / self.budget
+        return self.final + (1 - self.final) * decay(progress, self.shape, self.power)
 
-    def bind(self, optimizer: Optimizer, effective_lr: Any = None, parameters: dict[str, Any] | None = None) -> None:
-        """Settle the rule by the optimizer, if it was left open: see `Controller.bind`."""
-        super().bind(optimizer, effective_lr, parameters)
-        self.rule = rule_of_optimizer(optimizer) if self.rule is None else self.rule
+    def bind(self, context: RunContext) -> None:
+        super().bind(context)
+        self.rule = rule_of_optimizer(context.optimizer) if self.rule is None else self.rule
 
-    def advance(self, *, samples: int, epoch: int) -> None:
-        """Count the samples: see `Controller.advance`."""
-        super().advance(samples=samples, epoch=epoch)
+    def on_step(self, *, samples: int, epoch: int) -> None:
+        super().on_step(samples=samples, epoch=epoch)
         self.samples_seen += samples
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The size that holds the lr, or the cap, in samples; at the end of a decay to 0 the cap, without one infinity."""
-        cap = math.inf if self.cap is None else float(self.cap.propose(moments, loss=loss, lr=lr) if self.parts else self.cap)
-        return self._capped(cap)
+        """The size that holds the lr, or the cap, in samples; infinity at the end of a decay to 0
+        without a cap."""
+        if isinstance(self.cap, interfaces.Controller):
+            self._latest_cap = float(self.cap.propose(moments, loss=loss, lr=lr))
+        else:
+            self._latest_cap = math.inf if self.cap is None else float(self.cap)
+        return self._rule(self._latest_cap)
 
-    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """That of a measured cap, as far as the growing size reaches into it; none where the cap is not measured: see `Controller.proposal_interval`."""
-        low, high = interval_of(self.cap, level)
-        return (low, high) if math.isnan(low) else (self._capped(low), self._capped(high))
+    def _inputs(self, level: float) -> list[Input]:
+        return [(self._latest_cap, *child.interval(level)) for child in self.children]
 
-    def _capped(self, cap: float) -> float:
+    def _rule(self, *inputs: float) -> float:
         """The growing size, or the cap, which is not below B₀."""
         decayed = self.step_per_sample ** (1 / self._exponent)
         grown = self.batch_size / decayed if decayed > 0 else math.inf
-        return min(grown, max(cap, float(self.batch_size)))
+        return min(grown, max(inputs[0], float(self.batch_size)))
 
-    def lr_rule(self) -> Callable[[int], float]:
-        """f·(B/B₀)^(1 or ½): see `Controller.lr_rule`."""
+    def lr_factor(self) -> Callable[[int], float]:
+        """f·(B/B₀)^(1 or ½) as a function of the batch size."""
         return functools.partial(_factor, self.step_per_sample, self.batch_size, self._exponent)
 
     @property
     def _exponent(self) -> float:
         if self.rule is None:
-            raise ValueError("the rule of Annealed is open: pass rule='linear' (SGD) or 'sqrt' (Adam), or let adabatch.wrap or a BatchSizeScheduler bind it")
+            raise ValueError("Annealed does not know its rule yet: pass rule='linear' (SGD) or 'sqrt' "
+                             "(Adam), or let adabatch.wrap bind it to the optimizer")  # fmt: skip
         return EXPONENTS[self.rule]
 
 
-def _factor(step_per_sample: float, base_batch_size: int, exponent: float, batch_size: int) -> float:
-    return step_per_sample * (batch_size / base_batch_size) ** exponent
+def _factor(step_per_sample: float, base: float, exponent: float, batch_size: int) -> float:
+    return step_per_sample * (batch_size / base) ** exponent

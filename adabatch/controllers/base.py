@@ -1,34 +1,38 @@
-"""What controllers share: the state, the repr, and the ratio that is never taken of single estimates."""
+"""What controllers share: state, repr, composition, the generic interval."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
-from torch.optim import Optimizer
+from adabatch import interfaces
+from adabatch._checks import check_version, positive
+from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.moments import GradientMoments
+from adabatch.interfaces import NO_INTERVAL, EffectiveLr, RunContext, State
 
-from adabatch._checks import check_controller
-from adabatch.estimators.intervals import NO_INTERVAL
+Operand: TypeAlias = interfaces.Controller | float
+Input: TypeAlias = tuple[float, float, float]
 
 
-class Controller:
-    """Base of the controllers. A subclass computes the proposed batch size in propose(moments, *, loss, lr), unrounded and unbounded.
+class Controller(interfaces.Controller):
+    """Base of the controllers; a subclass defines propose(moments, *, loss, lr).
 
     Class attributes a subclass sets:
-        arguments: names of the constructor's arguments, kept under the same names.
-        saved: names of the attributes that make up the state: plain numbers, lists of them, or objects with state_dict and load_state_dict.
-        needs: what the hooks must measure beside norms: 'inner_products', 'second_moment', 'preconditioned_trace'. wrap() hands it to GradSampleHooks.
-        needs_effective_lr: whether the lr means a step per unit of gradient.
-        needs_moments: False for a rule that is asked at every step, measured or not.
+        init_args: names of the constructor's arguments, kept under the same names.
+        state_attrs: names of the attributes that make up the state: plain numbers, lists of them,
+            or objects with state_dict and load_state_dict.
 
     Attributes:
-        parts: controllers inside this one; their states and needs count as its own.
-        members: leading arguments of the constructor, for the repr.
+        children: controllers inside this one; their states and requirements count as its own.
+        operands: leading arguments of the constructor, controllers or numbers of samples.
+        proposals: the latest proposal of each operand.
 
     Example:
         >>> class Doubled(Controller):
-        ...     arguments = ("size",)
+        ...     init_args = ("size",)
         ...     def __init__(self, size):
         ...         self.size = size
         ...     def propose(self, moments, *, loss, lr):
@@ -38,131 +42,168 @@ class Controller:
     """
 
     version = 1
-    arguments: tuple[str, ...] = ()
-    saved: tuple[str, ...] = ()
-    parts: tuple[Any, ...] = ()
-    members: tuple[Any, ...] = ()
+    init_args: tuple[str, ...] = ()
+    state_attrs: tuple[str, ...] = ()
+    children: tuple[interfaces.Controller, ...] = ()
+    operands: tuple[Operand, ...] = ()
+    proposals: Sequence[float] = ()
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What the hooks must measure beside norms."""
-        return frozenset().union(*(getattr(part, "needs", ()) for part in self.parts))
+    def requires(self) -> frozenset[str]:
+        return frozenset().union(*(child.requires for child in self.children))
 
     @property
     def needs_effective_lr(self) -> bool:
-        """Whether propose takes the lr as a step per unit of gradient."""
-        return any(getattr(part, "needs_effective_lr", False) for part in self.parts)
+        return any(child.needs_effective_lr for child in self.children)
 
     @property
     def needs_moments(self) -> bool:
-        """Whether propose needs moments; without parts it does."""
-        return not self.parts or any(getattr(part, "needs_moments", True) for part in self.parts)
+        return not self.children or any(child.needs_moments for child in self.children)
 
     @property
-    def first_batch_size(self) -> Any:
-        """The size to start with, that of the first part; None leaves it to the loader."""
-        return getattr(self.parts[0], "first_batch_size", None) if self.parts else None
+    def effective_lr(self) -> EffectiveLr | None:
+        given = (child.effective_lr for child in self.children)
+        return next((function for function in given if function is not None), None)
 
-    def bind(self, optimizer: Optimizer, effective_lr: Any = None, parameters: dict[str, Any] | None = None) -> None:
-        """Called by wrap() and the scheduler before anything is measured.
+    @property
+    def first_batch_size(self) -> float | None:
+        return self.children[0].first_batch_size if self.children else None
 
-        Args:
-            optimizer: what steps; its class may decide the rule, its state a preconditioner. It is never written to.
-            effective_lr: what the user gave, or None.
-            parameters: {name: parameter} of what is measured, once that is known.
+    def bind(self, context: RunContext) -> None:
+        for child in self.children:
+            child.bind(context)
+
+    def on_step(self, *, samples: int, epoch: int) -> None:
+        for child in self.children:
+            child.on_step(samples=samples, epoch=epoch)
+
+    def on_optimizer_step(self, lr: float) -> None:
+        for child in self.children:
+            child.on_optimizer_step(lr)
+
+    def lr_factor(self) -> Callable[[int], float] | None:
+        factors = (child.lr_factor() for child in self.children)
+        return next((factor for factor in factors if factor is not None), None)
+
+    def metrics(self) -> dict[str, float]:
+        return {name: x for child in self.children for name, x in child.metrics().items()}
+
+    def interval(self, level: float = 0.9) -> tuple[float, float]:
+        """(low, high): the least and the largest that `_rule` gives with each of `_inputs` at
+        either end of its interval. It is right for rules monotone in each input, and never too
+        short; inputs that err together make it too long. (NaN, NaN) where no input has an error.
         """
-        for part in self.parts:
-            if hasattr(part, "bind"):
-                part.bind(optimizer, effective_lr, parameters)
+        inputs = self._inputs(level)
+        if all(math.isnan(low) for _, low, _ in inputs):
+            return NO_INTERVAL
+        ends = [(x,) if math.isnan(low) else (low, high) for x, low, high in inputs]
+        corners = [self._rule(*corner) for corner in itertools.product(*ends)]
+        known = [corner for corner in corners if not math.isnan(corner)]  # not ∞/∞
+        return min(known), max(known)
 
-    def clips(self, max_grad_norm: float) -> None:
-        """Called by wrap(max_grad_norm=): optimizer.step() clips the gradient to this norm."""
-        for part in self.parts:
-            if hasattr(part, "clips"):
-                part.clips(max_grad_norm)
+    def _inputs(self, level: float) -> list[Input]:
+        """(value, low, high) of what the latest proposal was worked out from; by default the
+        operands' proposals."""
+        return [
+            (x, *(part.interval(level) if isinstance(part, interfaces.Controller) else NO_INTERVAL))
+            for part, x in zip(self.operands, self.proposals, strict=False)
+        ]
 
-    def lr_rule(self) -> Callable[[int], float] | None:
-        """A function of the batch size, giving the factor on the lr of the steps to come, which stays as it is when the controller goes on; or None."""
-        rules = [part.lr_rule() for part in self.parts if hasattr(part, "lr_rule")]
-        return next((rule for rule in rules if rule is not None), None)
+    def _rule(self, *inputs: float) -> float:
+        """The proposal as a function of its inputs."""
+        raise NotImplementedError
 
-    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """(low, high) of the latest proposal: which sizes the rule may ask for, as far as is known what it measures. (NaN, NaN): the proposal has no error, or none
-        that is known. (0, ∞): it has one, which is not known yet.
+    def _compose(self, operands: Sequence[Operand]) -> None:
+        """Take the operands; raise for none, or a number that is not positive."""
+        if not operands:
+            raise ValueError(f"{type(self).__name__} needs at least one controller or number of "
+                             "samples, got none")  # fmt: skip
+        self.children = tuple(x for x in operands if isinstance(x, interfaces.Controller))
+        for operand in operands:
+            if not isinstance(operand, interfaces.Controller):
+                positive("size", operand)
+        self.operands = tuple(operands)
 
-        Ratios of averages have Fieller's interval (`adabatch.estimators.intervals.fieller`), with t quantiles and the covariance of the averages; powers are
-        taken to first order. Where theory is thin: a drift of what is averaged, a falling loss above all, counts as noise where errors come from residuals,
-        which makes the interval too long; that a rule's own past sizes depend on the same measurements is left out.
+    def _ask(self, moments: GradientMoments | None, loss: float, lr: float) -> list[float]:
+        """The operands' proposals. All are asked, so that the averages of each move on."""
+        self.proposals = [
+            x.propose(moments, loss=loss, lr=lr) if isinstance(x, interfaces.Controller) else float(x)
+            for x in self.operands
+        ]
+        return self.proposals
 
-        Args:
-            level: probability with which intervals of this kind hold what the rule would ask for if it knew its averages without error.
-        """
-        return NO_INTERVAL
+    def state_dict(self) -> State:
+        """The class's name, and averages and counts as plain numbers."""
+        state: State = {"version": self.version, "controller": type(self).__name__}
+        state |= {name: _snapshot(getattr(self, name)) for name in self.state_attrs}
+        if self.children:
+            state["children"] = [child.state_dict() for child in self.children]
+        return state
 
-    def readings(self) -> dict[str, float]:
-        """What the rule estimates beside its proposal, for the history: f_star, preconditioned_trace_ema and their _std_error, where it has them."""
-        return {name: value for part in self.parts if hasattr(part, "readings") for name, value in part.readings().items()}
-
-    def advance(self, *, samples: int, epoch: int) -> None:
-        """Called by the scheduler at every step, before propose.
-
-        Args:
-            samples: of the batch just stepped.
-            epoch: how many epochs have ended.
-        """
-        for part in self.parts:
-            if hasattr(part, "advance"):
-                part.advance(samples=samples, epoch=epoch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The class's name, and the averages and counts as plain numbers."""
-        state = {"version": self.version, "controller": type(self).__name__, **{name: _plain(getattr(self, name)) for name in self.saved}}
-        return state | {"parts": [part.state_dict() for part in self.parts]} if self.parts else state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from a state_dict().
 
         Raises:
-            ValueError: unknown version, or the state of another controller, here or in a part. Nothing is loaded then.
+            ValueError: unknown version, or the state of another controller, here or in a child;
+                nothing is loaded then.
         """
-        self._check_state(state)
-        for name in self.saved:
+        self.check_state(state)
+        for name in self.state_attrs:
             present = getattr(self, name)
             if hasattr(present, "load_state_dict"):
                 present.load_state_dict(state[name])
             else:
-                setattr(self, name, _plain(state[name]))
-        for part, saved in zip(self.parts, state.get("parts", ()), strict=True):
-            part.load_state_dict(saved)
+                setattr(self, name, _snapshot(state[name]))
+        for child, saved in zip(self.children, state.get("children", ()), strict=True):
+            child.load_state_dict(saved)
 
-    def _check_state(self, state: dict[str, Any]) -> None:
-        """Refuse a state that is not of such a controller with such parts."""
-        check_controller(state, self.version, type(self).__name__)
-        missing = [name for name in self.saved if name not in state]
-        if missing or len(state.get("parts", ())) != len(self.parts):
-            lacking = f"lacks {missing}" if missing else f"has {len(state.get('parts', ()))} parts, not {len(self.parts)}"
-            raise ValueError(f"the state of {type(self).__name__} {lacking}: pass what state_dict() of such a controller returned")
-        for part, saved in zip(self.parts, state.get("parts", ()), strict=True):
-            if hasattr(part, "_check_state"):
-                part._check_state(saved)
+    def check_state(self, state: State) -> None:
+        """Raise ValueError where load_state_dict() would."""
+        name = type(self).__name__
+        check_version(state, self.version, name)
+        if state.get("controller") != name:
+            raise ValueError(f"the state is that of a controller {state.get('controller')}, and was "
+                             f"to be loaded into {name}: build the controller that was saved, or "
+                             "start without its state")  # fmt: skip
+        saved, fields = state.get("children", ()), {"version", "controller", *self.state_attrs}
+        missing, others = sorted(fields - state.keys()), sorted(state.keys() - fields - {"children"})
+        problems = [f"lacks {missing}"] if missing else []
+        problems += [f"has {others} as well"] if others else []
+        if len(saved) != len(self.children):
+            problems.append(f"has {len(saved)} children, not {len(self.children)}")
+        if problems:
+            raise ValueError(f"the state of {name} {' and '.join(problems)}: pass what state_dict() of "
+                             "such a controller returned")  # fmt: skip
+        for child, part in zip(self.children, saved, strict=True):
+            if isinstance(child, Controller):
+                child.check_state(part)
 
     def __repr__(self) -> str:
-        given = [*map(repr, self.members), *(f"{name}={getattr(self, name)!r}" for name in self.arguments)]
-        return f"{type(self).__name__}({', '.join(given)})"
+        named = [f"{name}={getattr(self, name)!r}" for name in self.init_args]
+        return f"{type(self).__name__}({', '.join([*map(repr, self.operands), *named])})"
 
 
-def interval_of(controller: Any, level: float = 0.9) -> tuple[float, float]:
-    """The interval of a controller's latest proposal; (NaN, NaN) for any object that has none.
+def measured(moments: GradientMoments | None) -> GradientMoments:
+    """The moments; ValueError where there are none.
 
     Example:
-        >>> interval_of(object())
-        (nan, nan)
+        >>> measured(None)
+        Traceback (most recent call last):
+        ValueError: this controller needs the moments of a measured step, got None
     """
-    return controller.proposal_interval(level) if hasattr(controller, "proposal_interval") else NO_INTERVAL
+    if moments is None:
+        raise ValueError("this controller needs the moments of a measured step, got None")
+    return moments
+
+
+def ends_of(average: MovingAverage, level: float) -> Input:
+    """(value, low, high) of an average, as an input of an interval."""
+    return (average.average, *average.interval(level))
 
 
 def ratio(numerator: float, denominator: float) -> float:
-    """numerator/denominator of smoothed estimates, clamped after smoothing: a numerator not above 0 gives 0, a denominator not above 0 infinity.
+    """numerator/denominator of smoothed estimates, clamped after smoothing: 0 for a numerator that
+    is not positive, infinity for a denominator that is not.
 
     Example:
         >>> ratio(6.0, 2.0), ratio(6.0, -1.0), ratio(-1.0, 2.0)
@@ -173,35 +214,10 @@ def ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0 else math.inf
 
 
-def check_positive(**values: float) -> None:
-    """Refuse what is no positive finite number.
-
-    Raises:
-        ValueError: naming the argument and the value.
-
-    Example:
-        >>> check_positive(scale=1.0)
-    """
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a positive number, got {value!r}")
-
-
-def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Refuse what is not among the allowed.
-
-    Raises:
-        ValueError: naming the argument, the value and the allowed ones.
-
-    Example:
-        >>> check_choice("signal", "raw", ("raw", "smoothed"))
-    """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-
-
-def _plain(value: Any) -> Any:
-    """A snapshot: nothing in a state changes as the run goes on."""
+def _snapshot(value: Any) -> Any:
+    """A copy that does not change as the run continues."""
     if hasattr(value, "state_dict"):
         return value.state_dict()
-    return list(value) if isinstance(value, (list, tuple)) else dict(value) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if isinstance(value, (list, tuple)) else value

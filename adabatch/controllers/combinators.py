@@ -1,21 +1,21 @@
-"""Controllers made of controllers: bounds, a pace of growth, one way only, a mean of several."""
+"""Controllers made of controllers: bounds, a mean, one way only, a pace of growth, confidence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from adabatch.controllers.base import Controller, check_positive, interval_of
-from adabatch.estimators.intervals import NO_INTERVAL
+from adabatch._checks import level as checked_level, positive, real
+from adabatch.controllers.base import Controller, Operand
 from adabatch.estimators.moments import GradientMoments
+from adabatch.interfaces import RunContext
 
 
 class AtLeast(Controller):
     """The largest of several proposals, each a controller's or a number of samples.
 
     Raises:
-        ValueError: no member, or a number that is not positive.
+        ValueError: no operand, or a number that is not positive.
 
     Example:
         >>> from adabatch.controllers import PadaDamp
@@ -23,24 +23,22 @@ class AtLeast(Controller):
         64.0
     """
 
-    def __init__(self, *members: Any):
-        self.members, self.parts = _checked(members)
+    def __init__(self, *operands: Operand):
+        self._compose(operands)
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask all members; give the largest proposal, in samples."""
-        self.proposals = _wishes(self.members, moments, loss, lr)
-        return max(self.proposals)
+        """The largest of the operands' proposals, in samples."""
+        return self._rule(*self._ask(moments, loss, lr))
 
-    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """From the largest low end of the members to their largest high one: see `Controller.proposal_interval`."""
-        return _combined(self, level, max)
+    def _rule(self, *inputs: float) -> float:
+        return max(inputs)
 
 
 class AtMost(Controller):
     """The smallest of several proposals, each a controller's or a number of samples.
 
     Raises:
-        ValueError: no member, or a number that is not positive.
+        ValueError: no operand, or a number that is not positive.
 
     Example:
         >>> from adabatch.controllers import PadaDamp
@@ -48,68 +46,60 @@ class AtMost(Controller):
         16.0
     """
 
-    def __init__(self, *members: Any):
-        self.members, self.parts = _checked(members)
+    def __init__(self, *operands: Operand):
+        self._compose(operands)
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask all members; give the smallest proposal, in samples."""
-        self.proposals = _wishes(self.members, moments, loss, lr)
-        return min(self.proposals)
+        """The smallest of the operands' proposals, in samples."""
+        return self._rule(*self._ask(moments, loss, lr))
 
-    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """From the smallest low end of the members to their smallest high one: see `Controller.proposal_interval`."""
-        return _combined(self, level, min)
+    def _rule(self, *inputs: float) -> float:
+        return min(inputs)
 
 
 class Average(Controller):
     """The weighted arithmetic mean of several proposals, Σ w_i m_i / Σ w_i.
 
-    It is a mean over controllers, not over time: each smooths its own numerator and denominator, and an average of ratios would mislead. One infinite
-    proposal makes the mean infinite.
+    It is a mean over controllers, not over time: each smooths its own numerator and denominator, and
+    an average of ratios would mislead. One infinite proposal makes the mean infinite.
 
     Args:
-        members: controllers or numbers of samples.
+        operands: controllers or numbers of samples.
         weights: one positive number for each; None: all alike.
 
     Raises:
-        ValueError: no member, weights that do not fit, or a number that is not positive.
+        ValueError: no operand, weights that do not fit, or a number that is not positive.
 
     Example:
         >>> Average(64, 16, weights=(1, 3)).propose(None, loss=1.0, lr=0.1)
         28.0
     """
 
-    arguments = ("weights",)
+    init_args = ("weights",)
 
-    def __init__(self, *members: Any, weights: Any = None):
-        self.members, self.parts = _checked(members)
+    def __init__(self, *operands: Operand, weights: Sequence[float] | None = None):
+        self._compose(operands)
+        self.weights = None
         if weights is not None:
-            weights = tuple(weights)
-            if len(weights) != len(members):
-                raise ValueError(f"weights must have one number for each of the {len(members)} members, got {len(weights)}")
-            for weight in weights:
-                check_positive(weight=weight)
-        self.weights = weights
+            self.weights = tuple(positive("weight", weight) for weight in weights)
+            if len(weights) != len(operands):
+                raise ValueError(f"weights must have one number for each of the {len(operands)} "
+                                 f"operands, got {len(weights)}")  # fmt: skip
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask all members; give the mean of their proposals, in samples."""
-        self.proposals = _wishes(self.members, moments, loss, lr)
-        return self._mean(self.proposals)
+        """The mean of the operands' proposals, in samples."""
+        return self._rule(*self._ask(moments, loss, lr))
 
-    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """The mean of the members' ends, as if all erred to one side at once: members measure the same gradients. See `Controller.proposal_interval`."""
-        return _combined(self, level, self._mean)
-
-    def _mean(self, values: Sequence[float]) -> float:
-        weights = self.weights or (1,) * len(values)
-        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+    def _rule(self, *inputs: float) -> float:
+        weights = self.weights or (1,) * len(inputs)
+        return sum(w * x for w, x in zip(weights, inputs, strict=True)) / sum(weights)
 
 
 class Monotone(Controller):
-    """The largest proposal so far, and not less than the largest batch used: the size never shrinks.
+    """The largest proposal so far, and not less than the largest batch used: it never shrinks.
 
     Raises:
-        ValueError: the member is a number that is not positive.
+        ValueError: the operand is a number that is not positive.
 
     Example:
         >>> from adabatch.controllers import AdaDamp
@@ -118,37 +108,36 @@ class Monotone(Controller):
         [16.0, 32.0, 32.0]
     """
 
-    saved = ("largest",)
+    state_attrs = ("largest",)
 
-    def __init__(self, member: Any):
-        self.members, self.parts = _checked((member,))
+    def __init__(self, operand: Operand):
+        self._compose((operand,))
         self.largest = self._before = 0.0
 
-    def advance(self, *, samples: int, epoch: int) -> None:
-        """Take the size in use: see `Controller.advance`."""
-        super().advance(samples=samples, epoch=epoch)
+    def on_step(self, *, samples: int, epoch: int) -> None:
+        super().on_step(samples=samples, epoch=epoch)
         self.largest = max(self.largest, float(samples))
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask the member; give the largest proposal so far, in samples. A proposal that is NaN is handed on."""
-        self.proposals = [proposal] = _wishes(self.members, moments, loss, lr)
+        """The largest proposal so far, in samples; NaN where the operand proposes NaN."""
+        [proposal] = self._ask(moments, loss, lr)
         if math.isnan(proposal):
             return proposal
         self._before, self.largest = self.largest, max(self.largest, proposal)
         return self.largest
 
-    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """The member's, cut off at what the largest proposal was before: see `Controller.proposal_interval`."""
-        return _combined(self, level, lambda ends: max(self._before, *ends))
+    def _rule(self, *inputs: float) -> float:
+        return max(self._before, *inputs)
 
 
 class Warmup(Controller):
-    """Grows no faster than by `growth` every `samples` samples: proposal = min(proposed, limit · growth^(n/samples)).
+    """Grows no faster than by `growth` every `samples` samples: min(proposal, limit·growth^(n/samples)).
 
-    n is the size of the step, limit the last proposal of this controller, or the size in use where that is larger. It may fall as fast as it likes.
+    n is the size of the step, limit the last proposal of this controller, or the size in use where
+    that is larger. It may fall as fast as it likes.
 
     Args:
-        member: a controller, or a number of samples.
+        operand: a controller, or a number of samples.
         growth: > 1.
         samples: over which the batch may grow by that factor, > 0.
 
@@ -158,62 +147,79 @@ class Warmup(Controller):
     Example:
         >>> rule = Warmup(1024, growth=2.0, samples=64)
         >>> for samples in (64, 128):
-        ...     rule.advance(samples=samples, epoch=0)
+        ...     rule.on_step(samples=samples, epoch=0)
         ...     print(rule.propose(None, loss=1.0, lr=0.1))
         128.0
         512.0
     """
 
-    arguments = ("growth", "samples")
-    saved = ("limit",)
+    init_args = ("growth", "samples")
+    state_attrs = ("limit",)
 
-    def __init__(self, member: Any, growth: float = 2.0, samples: int = 10_000):
-        check_positive(growth=growth, samples=samples)
-        if growth <= 1:
-            raise ValueError(f"growth must be above 1, got {growth!r}")
-        self.members, self.parts = _checked((member,))
-        self.growth, self.samples = growth, samples
+    def __init__(self, operand: Operand, growth: float = 2.0, samples: int = 10_000):
+        self.growth, self.samples = real("growth", growth, above=1), positive("samples", samples)
+        self._compose((operand,))
         self.limit, self._before = 0.0, math.inf
 
-    def advance(self, *, samples: int, epoch: int) -> None:
-        """Raise the limit by the samples of the step: see `Controller.advance`."""
-        super().advance(samples=samples, epoch=epoch)
+    def on_step(self, *, samples: int, epoch: int) -> None:
+        super().on_step(samples=samples, epoch=epoch)
         # The exponent is bounded: a step of many times `samples` must not overflow.
-        self.limit = min(1e300, max(self.limit, float(samples)) * self.growth ** min(samples / self.samples, 990 / math.log2(self.growth)))
+        exponent = min(samples / self.samples, 990 / math.log2(self.growth))
+        self.limit = min(1e300, max(self.limit, float(samples)) * self.growth**exponent)
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """Ask the member; give its proposal or the limit, in samples."""
-        self.proposals = [proposal] = _wishes(self.members, moments, loss, lr)
+        """The operand's proposal or the limit, in samples; NaN where the operand proposes NaN."""
+        [proposal] = self._ask(moments, loss, lr)
         if math.isnan(proposal):
             return proposal
         self._before = self.limit if self.limit else math.inf
         self.limit = min(proposal, self._before)
         return self.limit
 
-    def proposal_interval(self, level: float = 0.9) -> tuple[float, float]:
-        """The member's, cut off at the limit: see `Controller.proposal_interval`."""
-        return _combined(self, level, lambda ends: min(self._before, *ends))
+    def _rule(self, *inputs: float) -> float:
+        return min(self._before, *inputs)
 
 
-def _combined(rule: Any, level: float, combine: Callable[[Sequence[float]], float]) -> tuple[float, float]:
-    """Both ends by the rule that combines the proposals; a member's proposal that has no error stands for both. Without any error there is no interval."""
-    intervals = [interval_of(member, level) for member in rule.members]
-    if not hasattr(rule, "proposals") or all(math.isnan(low) for low, _ in intervals):
-        return NO_INTERVAL
-    ends = [(proposal, proposal) if math.isnan(interval[0]) else interval for proposal, interval in zip(rule.proposals, intervals, strict=True)]
-    return combine([low for low, _ in ends]), combine([high for _, high in ends])
+class Confident(Controller):
+    """Keeps the size in force while the interval of the proposal holds it.
 
+    A proposal whose error is not known yet moves nothing; one that has none is followed. The size in
+    force is read through `RunContext.batch_size`; without it every proposal is followed.
 
-def _wishes(members: tuple[Any, ...], moments: GradientMoments | None, loss: float, lr: float) -> list[float]:
-    """Every member is asked at every step, so that its averages go on whichever proposal counts."""
-    return [float(member.propose(moments, loss=loss, lr=lr)) if hasattr(member, "propose") else float(member) for member in members]
+    Args:
+        operand: a controller.
+        level: of `Controller.interval`, between 0 and 1.
 
+    Raises:
+        ValueError: a level outside (0, 1).
 
-def _checked(members: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The members, and those of them that are controllers."""
-    if not members:
-        raise ValueError("a combination needs at least one controller or number of samples, got none")
-    for member in members:
-        if not hasattr(member, "propose"):
-            check_positive(size=member)
-    return members, tuple(member for member in members if hasattr(member, "propose"))
+    Example:
+        >>> import torch
+        >>> from adabatch.controllers import NoiseScale
+        >>> moments = GradientMoments(4, torch.tensor([1.0, 2.0, 3.0, 4.0]), grad_sq_norm=2.0)
+        >>> rule, optimizer = Confident(NoiseScale()), torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        >>> rule.bind(RunContext(optimizer, batch_size=lambda: 16))
+        >>> rule.propose(moments, loss=1.0, lr=0.1)  # after one step the noise scale has no error yet
+        16.0
+    """
+
+    init_args = ("level",)
+
+    def __init__(self, operand: Operand, level: float = 0.9):
+        self.level = checked_level("level", level)
+        self._compose((operand,))
+        self._batch_size: Callable[[], float] = lambda: math.nan
+
+    def bind(self, context: RunContext) -> None:
+        super().bind(context)
+        self._batch_size = context.batch_size or self._batch_size
+
+    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
+        """The operand's proposal, or the size in force, in samples."""
+        [proposal] = self._ask(moments, loss, lr)
+        low, high = self.interval(self.level)
+        size = self._batch_size()
+        return float(size) if low <= size <= high and not math.isnan(proposal) else proposal
+
+    def _rule(self, *inputs: float) -> float:
+        return inputs[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -175,7 +175,8 @@ class DistributedSetup:
             weights=OutputWeights(model, self.shard), tensor_parallel=tensor_parallel,
             waits=any(parameter.device.type != "cpu" for parameter in model.parameters()),
         )
-        _share_clock(scheduler.controller, reduction)
+        clock = replace(scheduler.context, clock=lambda: reduction.seconds)
+        scheduler.controller.bind(clock)
         scheduler.add_stage(reduction)
 
 
@@ -188,12 +189,3 @@ def _optimizer_fingerprint(optimizer: Optimizer) -> str:
         ]
         lines.append(f"{len(group['params'])} parameters, {', '.join(plain)}")
     return "\n".join(lines)
-
-
-def _share_clock(controller: Any, reduction: MomentReduction) -> None:
-    """Controllers that time steps read the processes' mean clock, as their own ones differ."""
-    for part in (controller, *getattr(controller, "parts", ())):
-        if getattr(part, "_clock", None) is time.perf_counter:
-            part._clock = lambda: reduction.seconds
-        if part is not controller:
-            _share_clock(part, reduction)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from adabatch.coupling import RULES
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.null import NullEstimator
+from adabatch.interfaces import Controller, RunContext
 
 SHORT_BATCH = ("scale", "keep", "drop")
 SPILL = (None, "lr")
@@ -93,7 +94,7 @@ def check_options(optimizer: Any, loader: Any, controller: Any, *, summed: bool,
     if not all(hasattr(loader, name) for name in ("batch_size", "drop_last", "recent", "n_batches")):
         kind = type(loader).__name__
         problems.append(f"loader must be an AdaptiveDataLoader or a ResizableBatchSampler, got {kind}: pass a plain DataLoader to adabatch.wrap")
-    if summed and getattr(controller, "needs_effective_lr", False):
+    if summed and controller is not None and controller.needs_effective_lr:
         problems.append(
             f"{type(controller).__name__} needs the step per unit of the mean gradient. With loss_reduction='sum' that is lr times the batch size, so that a "
             "larger batch would ask for a still larger one: divide the loss by the batch size (loss_reduction='mean') and multiply the lr by a usual batch size"
@@ -127,25 +128,22 @@ def check_loss(hooks: Any, loss: Tensor | float, step: int) -> None:
         hooks.check_loss(loss)
 
 
-def bind_controller(controller: Any, optimizer: Any, effective_lr: Any, hooks: Any = None) -> frozenset[str]:
-    """Let the controller see the optimizer; what it then needs of the hooks beside norms ('inner_products', 'second_moment', 'preconditioned_trace').
+def bind_controller(controller: Any, context: RunContext) -> None:
+    """Let the controller see the run.
 
     Raises:
-        TypeError: a controller that proposes nothing, or a class instead of an object.
-
-    Example:
-        >>> bind_controller(None, None, None)
-        frozenset()
+        TypeError: no controller, or a class instead of an object.
     """
-    if controller is not None and (isinstance(controller, type) or not callable(getattr(controller, "propose", None))):
-        cure = f"make one, {controller.__name__}()" if isinstance(controller, type) else "such as adabatch.CABS(), or controllers.Scheduled(...)"
-        raise TypeError(f"controller must be an object with propose(moments, *, loss, lr), got {controller!r}: {cure}")
-    if hasattr(controller, "bind") and isinstance(optimizer, Optimizer):
-        controller.bind(optimizer, effective_lr, getattr(hooks, "parameters", None))
-    return frozenset(getattr(controller, "needs", ()))
+    if isinstance(controller, Controller):
+        if isinstance(context.optimizer, Optimizer):
+            controller.bind(context)
+    elif controller is not None:
+        fix = "such as adabatch.CABS(), or a subclass of adabatch.controllers.Controller"
+        fix = f"make one, {controller.__name__}()" if isinstance(controller, type) else fix
+        raise TypeError(f"controller must be an object with propose(moments, *, loss, lr), got {controller!r}: {fix}")
 
 
-def needs_moments(controller: Any, coupling: Any) -> bool:
+def needs_moments(controller: Controller | None, coupling: Any) -> bool:
     """Whether the controller (None: not chosen yet) or the coupling reads gradient moments.
 
     Example:
@@ -153,26 +151,26 @@ def needs_moments(controller: Any, coupling: Any) -> bool:
         (False, True)
     """
     rule = RULES.get(coupling, lambda: coupling)() if isinstance(coupling, str) else coupling
-    default = controller is not None or coupling != "seesaw"
-    return getattr(controller, "needs_moments", default) or getattr(rule, "needs_moments", False)
+    reads = coupling != "seesaw" if controller is None else controller.needs_moments
+    return reads or getattr(rule, "needs_moments", False)
 
 
-def check_measured(hooks: Any, controller: Any, coupling: Any) -> None:
+def check_measured(hooks: Any, controller: Controller, coupling: Any) -> None:
     """Refuse to measure nothing where moments are needed.
 
     Raises:
         ValueError: the hooks measure nothing, but controller or coupling needs moments.
     """
     if isinstance(hooks, NullEstimator) and needs_moments(controller, coupling):
-        name = type(controller).__name__ if getattr(controller, "needs_moments", True) else f"coupling={coupling!r}"
+        name = type(controller).__name__ if controller.needs_moments else f"coupling={coupling!r}"
         raise ValueError(
             f"{name} needs gradient moments, but hooks is None: pass adabatch.GradSampleHooks(model), or use what needs none, as controllers.Scheduled(...)"
         )
-    missing = sorted(getattr(controller, "needs", frozenset()) - getattr(hooks, "measures", frozenset(getattr(controller, "needs", ()))))
+    missing = sorted(controller.requires - getattr(hooks, "measures", controller.requires))
     if missing:
         cures = {"preconditioned_trace": "preconditioner=adabatch.preconditioners.preconditioner_reader(optimizer)"}
         options = ", ".join(cures.get(name, f"{name}=True") for name in missing)
         raise ValueError(
             f"{type(controller).__name__} with this optimizer needs {' and '.join(missing)}: measure with GradSampleHooks(model, {options}), as adabatch.wrap "
-            "does; or, for CABS, pass effective_lr=, a callable of a param group"
+            "does; or pass CABS(effective_lr=...), a callable of a param group"
         )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from adabatch.controllers.base import interval_of
-from adabatch.estimators.intervals import NO_INTERVAL
+from adabatch.interfaces import NO_INTERVAL, Controller
 from adabatch.estimators.moments import GradientMoments
 from adabatch.scheduler.pipeline import StepRecord
 
@@ -26,7 +25,7 @@ def check_rows(seen: StepRecord, loader: Any) -> None:
         )
 
 
-def ask(controller: Any, seen: StepRecord, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
+def ask(controller: Controller, seen: StepRecord, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
     """The controller's proposal; NaN where it is not asked.
 
     Args:
@@ -36,36 +35,16 @@ def ask(controller: Any, seen: StepRecord, moments: GradientMoments | None, *, l
         loss: a mean over the samples.
         lr: the base effective lr.
     """
-    if hasattr(controller, "advance"):
-        controller.advance(samples=seen.samples or seen.batch_size, epoch=seen.epoch)
-    if hasattr(controller, "stepped_with") and seen.base_lr is not None:
-        controller.stepped_with(seen.base_lr)
-    if moments is None and getattr(controller, "needs_moments", True):
+    controller.on_step(samples=seen.samples or seen.batch_size, epoch=seen.epoch)
+    if seen.base_lr is not None:
+        controller.on_optimizer_step(seen.base_lr)
+    if moments is None and controller.needs_moments:
         return math.nan
     return float(controller.propose(moments, loss=loss, lr=lr))
 
 
-def checked_confidence(confidence: float | None) -> float | None:
-    """Refuse a level that is none.
-
-    Raises:
-        ValueError: not between 0 and 1.
-
-    Example:
-        >>> checked_confidence(0.9)
-        0.9
-    """
-    if confidence is not None and not (isinstance(confidence, (int, float)) and 0 < confidence < 1):
-        raise ValueError(f"confidence must be None, or a level between 0 and 1 such as 0.9, both ends excluded; got {confidence!r}")
-    return confidence
-
-
-def proposal_bounds(controller: Any, proposal: float, confidence: float | None) -> dict[str, float]:
-    """The ends of the proposal's interval, proposed_low and proposed_high, and what else the controller estimates: fields of a record.
-
-    Args:
-        confidence: level of the interval; None: 0.9.
-    """
-    low, high = NO_INTERVAL if math.isnan(proposal) else interval_of(controller, confidence or 0.9)
-    readings = controller.readings() if hasattr(controller, "readings") else {}
-    return {"proposed_low": low, "proposed_high": high, **readings}
+def proposal_bounds(controller: Controller, proposal: float) -> dict[str, float]:
+    """The ends of the proposal's 90 % interval, proposed_low and proposed_high, and what else the
+    controller estimates: fields of a record."""
+    low, high = NO_INTERVAL if math.isnan(proposal) else controller.interval()
+    return {"proposed_low": low, "proposed_high": high, **controller.metrics()}

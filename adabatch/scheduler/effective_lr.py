@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-EffectiveLr = Callable[[dict[str, Any]], float]
+from adabatch.interfaces import Controller, EffectiveLr
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,21 +44,23 @@ def effective_lr_for(optimizer: Optimizer, given: EffectiveLr | None = None) -> 
     raise ValueError(
         f"no effective learning rate is known for {type(optimizer).__name__}: the rule holds for SGD steps w - lr*g. Use torch.optim.SGD (for "
         "CABS also Adam, AdamW, RMSprop, Adagrad, or an optimizer given to adabatch.preconditioners.register_preconditioner), "
-        "or pass effective_lr=, a callable of a param group that returns its step per unit of gradient, e.g. effective_lr=lambda group: group['lr']"
+        "or give the controller a callable of a param group that returns its step per unit of gradient, e.g. CABS(effective_lr=lambda group: group['lr'])"
     )
 
 
-def effective_lr_of_controller(controller: Any, optimizer: Optimizer, given: EffectiveLr | None) -> EffectiveLr:
+def effective_lr_of_controller(controller: Controller, optimizer: Optimizer) -> EffectiveLr:
     """What a controller is told: the lr as it stands, unless the controller needs a step per unit of gradient.
 
     Raises:
         ValueError, TypeError: as effective_lr_for.
 
     Example:
-        >>> effective_lr_of_controller(None, None, None)({"lr": 0.1, "momentum": 0.9})
+        >>> from adabatch.controllers import PadaDamp
+        >>> effective_lr_of_controller(PadaDamp(16, 1.0), None)({"lr": 0.1, "momentum": 0.9})
         0.1
     """
-    if given is None and not getattr(controller, "needs_effective_lr", False):
+    given = controller.effective_lr
+    if given is None and not controller.needs_effective_lr:
         return lambda group: float(group["lr"])
     chosen = effective_lr_for(optimizer, given)
     if given is None and any(group.get("momentum") for group in optimizer.param_groups):

@@ -6,6 +6,7 @@ Legend: B the size asked for of the batch being stepped (all accumulated passes 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from adabatch.coupling import Coupling, coupling_for
 from adabatch.diagnostics.record import noise_scale
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
+from adabatch.interfaces import Controller
 from adabatch.scheduler.arguments import epoch_samples
 from adabatch.scheduler.betas import BetaRescaler
 from adabatch.scheduler.effective_lr import MeanEffectiveLr
@@ -37,7 +39,7 @@ class LrAdjuster:
         short_batch: 'scale' multiplies by b/B; anything else does not.
         summed: the loss is a sum, so that a short batch is smaller by itself.
         scale_betas: see `BetaRescaler`; its exponent is b/B₀.
-        controller: its lr_rule(), if it has one, gives one more factor, of B.
+        controller: its lr_factor(), if it has one, gives one more factor, of B.
 
     Attributes:
         last_coupling: the coupling's factor of the last step.
@@ -60,10 +62,10 @@ class LrAdjuster:
         short_batch: str,
         summed: bool,
         scale_betas: bool,
-        controller: Any = None,
+        controller: Controller | None = None,
     ):
         self._controller = controller
-        if self._lr_rule() is not None and (summed or coupling != "none" or spill is not None):
+        if self._controller_factor() is not None and (summed or coupling != "none" or spill is not None):
             raise ValueError(
                 f"{type(controller).__name__} sets the lr by itself, for a loss that is a mean over the batch: leave coupling at 'none' and spill at None, got "
                 f"coupling={coupling!r}, spill={spill!r}{' and a summed loss' if summed else ''}"
@@ -78,7 +80,7 @@ class LrAdjuster:
         self._couples_noise = getattr(self._coupling, "needs_moments", False)
         smoothing = getattr(self._coupling, "smoothing", 0.95)
         self._trace, self._signal = MovingAverage(smoothing), MovingAverage(smoothing)
-        self._noise_scale, self._unmet_proposal, self._own_rule = Pending(0.0), Pending(0.0), Pending(self._lr_rule())
+        self._noise_scale, self._unmet_proposal, self._own_rule = Pending(0.0), Pending(0.0), Pending(self._controller_factor())
         self._mean_lr, self.base_lr = mean_lr, None
         self.last_coupling = 1.0
         self.lr = StepFactor(optimizer, self._lr_factor)
@@ -108,7 +110,7 @@ class LrAdjuster:
 
     def asked(self) -> None:
         """The controller has gone on to the next step: take its own factor on the lr, for the batches to come."""
-        self._own_rule.set(self._lr_rule(), after_batch=self.loader.n_batches)
+        self._own_rule.set(self._controller_factor(), after_batch=self.loader.n_batches)
 
     def restore(self) -> None:
         """Undo what a step that raised left behind."""
@@ -145,7 +147,7 @@ class LrAdjuster:
         self.base_batch_size = state["base_batch_size"]
         self._unmet_proposal, self._noise_scale = Pending(state["unmet_proposal"]), Pending(state["noise_scale"])
         self.base_lr = state["base_lr"]
-        self._own_rule = Pending(self._lr_rule())
+        self._own_rule = Pending(self._controller_factor())
         self._trace.load_state_dict(state["trace"])
         self._signal.load_state_dict(state["signal"])
         if self._betas is not None and state["betas"] is not None:
@@ -177,8 +179,8 @@ class LrAdjuster:
             factor *= asked / proposal
         return factor * delivered / asked if self._scales_short else factor
 
-    def _lr_rule(self) -> Any:
-        return self._controller.lr_rule() if hasattr(self._controller, "lr_rule") else None
+    def _controller_factor(self) -> Callable[[int], float] | None:
+        return None if self._controller is None else self._controller.lr_factor()
 
     def _beta_exponent(self) -> float:
         return self._asked_and_delivered()[1] / self.base_batch_size

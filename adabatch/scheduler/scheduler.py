@@ -13,12 +13,12 @@ from adabatch._checks import check_version
 from adabatch.controllers import CABS, Seesaw
 from adabatch.coupling import Coupling, rule_of_optimizer
 from adabatch.diagnostics import Diagnostics
-from adabatch.estimators.intervals import NO_INTERVAL
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import Measurement
+from adabatch.interfaces import Controller, RunContext
 from adabatch.scheduler.arguments import bind_controller, check_loss, check_measured, check_options, epoch_samples, rejection_reason
-from adabatch.scheduler.decision import ask, check_rows, checked_confidence, proposal_bounds
-from adabatch.scheduler.effective_lr import EffectiveLr, MeanEffectiveLr, effective_lr_of_controller
+from adabatch.scheduler.decision import ask, check_rows, proposal_bounds
+from adabatch.scheduler.effective_lr import MeanEffectiveLr, effective_lr_of_controller
 from adabatch.scheduler.health import GradientNormCheck
 from adabatch.scheduler.late_parameters import UntrackedParameters
 from adabatch.scheduler.losses import LossPool
@@ -44,12 +44,10 @@ class BatchSizeScheduler:
 
     NaN or infinite loss or moments, and a batch of one (it has no variance): the measurement is dropped and counted in the diagnostics, the size holds.
 
-    A controller with `needs_moments = False` is asked at every step, measured or not, with whatever moments there are or None. One with an `advance` is told
-    at every step, before it is asked, the samples of the step and how many epochs have ended; one with a `stepped_with` the base lr of the last optimizer
-    step; one with a `first_batch_size` chooses the first size.
+    A controller with `needs_moments = False` is asked at every step, measured or not; one with a `first_batch_size` chooses the first size.
 
     Args:
-        optimizer: its step hooks carry the lr factors. A controller that needs an effective lr accepts SGD, or any optimizer with effective_lr=.
+        optimizer: its step hooks carry the lr factors. A controller that needs an effective lr accepts SGD, or any optimizer where it has its own effective_lr.
         loader: what takes the batch size: an AdaptiveDataLoader or a ResizableBatchSampler. A sampler under a DataLoader with workers runs ahead of the
             training loop; use AdaptiveDataLoader (adabatch.wrap does) for the short-batch rule to meet the right batch.
         hooks: a GradSampleHooks, or anything with collect() -> GradientMoments, a settable `enabled`, remove(), state_dict() and load_state_dict(); None
@@ -62,8 +60,6 @@ class BatchSizeScheduler:
             hooks say.
         dwell, hysteresis: steps between changes, and relative change up to which the size is kept; off by default.
         ladder: e.g. 1.25, for few sizes, each so many times the one below; see SizeRule.
-        confidence: e.g. 0.9: the size moves only when the proposal's interval of that level (`Controller.proposal_interval`) leaves it; a proposal whose error is not
-            known yet moves nothing, one that has none moves as ever. None, the default, follows every proposal.
         spill: 'lr' lowers the lr by size/proposal while the sizes fall short of the proposal, by max_batch_size, dwell or hysteresis, which keeps the noise level
             asked for; None does nothing.
         short_batch: a batch shorter than asked for (the last of an epoch) steps with lr × its size / the size asked for ('scale'; a summed loss does so by
@@ -72,7 +68,6 @@ class BatchSizeScheduler:
             adabatch.coupling). The controller is told the lr without it.
         base_batch_size: the size for which the lr was chosen; default the first size.
         scale_betas: step with Adam's betas to the power batch/base, which keeps their horizon in samples (see adabatch.scheduler.betas).
-        effective_lr: a callable of a param group for optimizers other than SGD.
         diagnostics: a history to append to; default a new one.
 
     Raises:
@@ -100,7 +95,7 @@ class BatchSizeScheduler:
         optimizer: Optimizer,
         loader: Any,
         hooks: Any,
-        controller: Any = None,
+        controller: Controller | None = None,
         *,
         min_batch_size: int = 16,
         max_batch_size: int = 2048,
@@ -109,32 +104,31 @@ class BatchSizeScheduler:
         overhead: float | None = None,
         dwell: int = 0,
         hysteresis: float = 0.0,
-        confidence: float | None = None,
         ladder: float | None = None,
         spill: str | None = None,
         short_batch: str = "scale",
         coupling: str | Coupling = "none",
         base_batch_size: int | None = None,
         scale_betas: bool = False,
-        effective_lr: EffectiveLr | None = None,
         diagnostics: Diagnostics | None = None,
     ):
         hooks = NullEstimator() if hooks is None else hooks
         controller = CABS() if controller is None and coupling != "seesaw" else controller
-        self.accumulate = getattr(hooks, "accumulate", 1)
+        self.accumulate = accumulate = getattr(hooks, "accumulate", 1)
         size_rule = SizeRule(min_batch_size, max_batch_size, multiple_of, dwell, hysteresis, ladder)
         self._summed = getattr(hooks, "loss_reduction", "mean") == "sum"
-        bind_controller(controller, optimizer, effective_lr, hooks)
+        self.context = RunContext(optimizer, getattr(hooks, "parameters", {}), batch_size=lambda: loader.batch_size * accumulate)
+        bind_controller(controller, self.context)
         check_options(optimizer, loader, controller, summed=self._summed, every=every, spill=spill, short_batch=short_batch)
         self.size_rule = size_rule.for_steps(self.accumulate, epoch_samples(loader), short_batch == "drop" or loader.drop_last)
-        first = self.size_rule.size_for(getattr(controller, "first_batch_size", None) or loader.batch_size * self.accumulate)
+        first = self.size_rule.size_for((None if controller is None else controller.first_batch_size) or loader.batch_size * self.accumulate)
         base_batch_size = first if base_batch_size is None else base_batch_size
         self.controller = Seesaw(base_batch_size, rule_of_optimizer(optimizer)) if controller is None else controller
         check_measured(hooks, self.controller, coupling)
         check_unscaled(optimizer)
         self.optimizer, self.loader, self.hooks = optimizer, loader, hooks
-        self._plan, self.short_batch, self.confidence = plan_for(hooks, every, overhead), short_batch, checked_confidence(confidence)
-        self._base_lr = MeanEffectiveLr(optimizer, effective_lr_of_controller(self.controller, optimizer, effective_lr), getattr(hooks, "parameters", {}).values())
+        self._plan, self.short_batch = plan_for(hooks, every, overhead), short_batch
+        self._base_lr = MeanEffectiveLr(optimizer, effective_lr_of_controller(self.controller, optimizer), getattr(hooks, "parameters", {}).values())
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
         self._epochs, self._losses, self._clock = EpochCount(loader), LossPool(loader, self._summed), StepClock()
@@ -287,8 +281,8 @@ class BatchSizeScheduler:
         self._stepping.asked()
         if usable is not None and math.isnan(proposal):
             dropped = "the controller's proposal is NaN"
-        sure = proposal_bounds(self.controller, proposal, self.confidence)
-        is_met = self._force.move(proposal, self.size_rule, NO_INTERVAL if self.confidence is None else (sure["proposed_low"], sure["proposed_high"]))
+        sure = proposal_bounds(self.controller, proposal)
+        is_met = self._force.move(proposal, self.size_rule)
         if not math.isnan(proposal):
             self._stepping.proposed(proposal, is_met)
         self.samples_seen += samples

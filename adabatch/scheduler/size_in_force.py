@@ -34,13 +34,12 @@ class CurrentBatchSize:
         self.steps_since_change = dwell
         self.write(size)
 
-    def move(self, proposal: float, rule: SizeRule, interval: tuple[float, float] = (math.nan, math.nan)) -> bool:
-        """Set the size that a proposal leads to, and keep it without one (NaN) or while the proposal's interval holds it; whether sizes to come meet the proposal, as far
-        as the interval tells."""
-        size = self.size if math.isnan(proposal) else rule.next_size(proposal, self.size, self.steps_since_change, interval)
+    def move(self, proposal: float, rule: SizeRule) -> bool:
+        """Set the size that a proposal leads to, and keep it without one (NaN); whether sizes to come meet the proposal."""
+        size = self.size if math.isnan(proposal) else rule.next_size(proposal, self.size, self.steps_since_change)
         self.steps_since_change = 0 if size != self.size else self.steps_since_change + 1
         self.write(size)
-        return math.isnan(proposal) or rule.is_met(proposal, size) or interval[0] <= size <= interval[1]
+        return math.isnan(proposal) or rule.is_met(proposal, size)
 
     def write(self, size: int) -> None:
         """Set the size."""

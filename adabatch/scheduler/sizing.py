@@ -115,19 +115,15 @@ class SizeRule:
             return around[0] if len(around) == 1 or proposal * proposal < around[0] * around[1] else around[1]
         return min(max(round(proposal / self.multiple_of) * self.multiple_of, self.lowest), self.highest)
 
-    def next_size(self, proposal: float, present: int, steps_since_change: int, interval: tuple[float, float] = (math.nan, math.nan)) -> int:
-        """The size to use after this step: size_for(proposal), unless dwell, hysteresis or doubt keeps the present one, which must itself be allowed.
-
-        Args:
-            interval: of the proposal, in samples; while it holds the present size, that stays. (NaN, NaN) holds none.
-        """
+    def next_size(self, proposal: float, present: int, steps_since_change: int) -> int:
+        """The size to use after this step: size_for(proposal), unless dwell or hysteresis keeps the present one, which must itself be allowed."""
         size = self.size_for(proposal)
         if self.ladder is None:
             kept = abs(size - present) <= self.hysteresis * present
         else:
             reach = math.sqrt(self.ladder) * (1 + self.hysteresis)
             kept = present <= proposal * reach and proposal <= present * reach
-        kept |= steps_since_change < self.dwell or interval[0] <= present <= interval[1]
+        kept |= steps_since_change < self.dwell
         return present if kept and self.size_for(present) == present else size
 
     def is_met(self, proposal: float, size: int) -> bool:

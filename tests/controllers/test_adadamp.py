@@ -17,7 +17,7 @@ def test_adadamp_is_the_ratio_of_the_excess_losses(seed, f_star, initial_loss, s
     for step in range(30):
         losses.append(float(2 * math.exp(-step / 10) + rng.uniform(0.3, 0.5)))
         sizes.append(int(rng.integers(2, 100)))
-        rule.advance(samples=sizes[-1], epoch=0)
+        rule.on_step(samples=sizes[-1], epoch=0)
         average = np.average(losses, weights=np.array(sizes) * smoothing ** np.arange(step, -1, -1.0))
         start = losses[0] if initial_loss is None else initial_loss
         assert rule.propose(None, loss=losses[-1], lr=0.1) == pytest.approx(16 * (start - f_star) / (average - f_star))
@@ -33,7 +33,7 @@ def test_padadamp_counts_steps_and_geodamp_epochs():
     linear, doubling = PadaDamp(16, rate=0.3), GeoDamp(16, factor=3.0, every=2)
     for step in range(1, 8):
         for rule in (linear, doubling):
-            rule.advance(samples=5, epoch=step)
+            rule.on_step(samples=5, epoch=step)
         assert linear.propose(None, loss=1.0, lr=0.1) == pytest.approx(16 + 0.3 * step)
         assert doubling.propose(None, loss=1.0, lr=0.1) == 16 * 3.0 ** (step // 2)
 

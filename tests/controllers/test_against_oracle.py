@@ -9,7 +9,7 @@ from torch import nn
 
 from adabatch import GradSampleHooks
 from adabatch.controllers import AdaScale, GradientDiversity, InnerProductTest, NoiseScale, NormTest
-from adabatch.controllers.goodput import efficiency
+from adabatch.coupling import gain
 from tests import oracle
 
 MODELS = {
@@ -47,7 +47,7 @@ class Run:
     def proposals(self, controller):
         given = []
         for moments in self.moments:
-            controller.advance(samples=moments.batch_size, epoch=0)
+            controller.on_step(samples=moments.batch_size, epoch=0)
             given.append(controller.propose(moments, loss=1.0, lr=0.1))
         return given
 
@@ -112,7 +112,7 @@ def test_noise_scale(make, seed):
 @every_model
 @seeds
 def test_inner_product_and_orthogonality_tests(make, seed):
-    run = Run(make, seed, InnerProductTest.needs)
+    run = Run(make, seed, {"inner_products"})
     squares = [(grads.mean(0) ** 2).sum() for grads in run.grads]
     inner = [along(grads) / (0.6**2 * square**2) for grads, square in zip(run.grads, squares, strict=True)]
     orthogonal = [across(grads) / (0.8**2 * square) for grads, square in zip(run.grads, squares, strict=True)]
@@ -145,25 +145,28 @@ def test_adascale(make, seed):
     run = Run(make, seed, ())
     rule, clock = AdaScale(64, base_batch_size=16, smoothing=0.9), 0.0
     for moments, trace, signal in zip(run.moments, smoothed(trace_of, run, 0.9), smoothed(signal_of, run, 0.9), strict=True):
-        clock += rule.lr_rule()(64)
-        rule.advance(samples=64, epoch=0)
+        clock += rule.lr_factor()(64)
+        rule.on_step(samples=64, epoch=0)
         assert rule.base_steps == pytest.approx(clock)
         assert rule.propose(moments, loss=1.0, lr=0.1) == 64.0
         expected = (trace / 16 + max(0, signal)) / (trace / 64 + max(0, signal))
-        assert rule.lr_rule()(64) == pytest.approx(expected, rel=1e-3)
+        assert rule.lr_factor()(64) == pytest.approx(expected, rel=1e-3)
         assert 1 <= expected <= 4
 
 
 def test_adascale_counts_plain_steps_before_it_has_measured():
     rule = AdaScale(64, base_batch_size=16)
-    assert rule.lr_rule()(64) == 1.0
+    assert rule.lr_factor()(64) == 1.0
 
 
-@pytest.mark.parametrize(("size", "base", "noise_scale"), [(64, 16, 100.0), (16, 16, 3.0), (1000, 10, 0.0)])
-def test_efficiency_is_adascales_gain_over_the_ratio_of_sizes(size, base, noise_scale):
+@pytest.mark.parametrize(
+    ("size", "base", "noise_scale"), [(64, 16, 100.0), (16, 16, 3.0), (1000, 10, 0.0), (64, 16, 0.5)]
+)
+def test_the_gain_is_the_ratio_of_expected_squared_norms(size, base, noise_scale):
     trace, square = noise_scale, 1.0
-    gain = (trace / base + square) / (trace / size + square)
-    assert efficiency(size, base, noise_scale) == pytest.approx(gain / (size / base))
+    expected = (trace / base + square) / (trace / size + square)
+    assert gain(size, base, noise_scale) == pytest.approx(expected)
+    assert gain(size, base, math.inf) == pytest.approx(size / base)
 
 
 def test_what_needs_dots_says_so():

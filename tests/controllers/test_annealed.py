@@ -68,7 +68,7 @@ def test_the_rule_is_settled_by_the_optimizer(optimizer, rule):
     loader = torch.utils.data.DataLoader(ones(64), batch_size=8)
     controller = AtMost(Annealed(1000, 8), 32)
     *_, scheduler = adabatch.wrap(model, optimizer(model.parameters(), lr=0.1), loader, controller=controller, batch_sizes=(4, 2048))
-    assert controller.members[0].rule == rule
+    assert controller.operands[0].rule == rule
     scheduler.remove()
 
 
@@ -100,16 +100,16 @@ def test_saved_in_the_middle_it_goes_on_with_the_same_rates():
 def test_the_cap_is_never_below_the_base_and_is_asked_at_every_step():
     rule = Annealed(100, 16, cap=NoiseScale(), rule="linear")
     moments = adabatch.GradientMoments(2, torch.tensor([1.0, 1.0]), 0.9)  # a noise scale of 0.25
-    rule.advance(samples=90, epoch=0)
+    rule.on_step(samples=90, epoch=0)
     assert rule.propose(moments, loss=1.0, lr=0.1) == 16.0
-    assert rule.parts[0].trace.count == 1
+    assert rule.children[0].trace.count == 1
 
 
 def test_at_the_end_of_the_budget_the_rate_is_the_final_one():
     rule = Annealed(100, 16, cap=64, rule="linear", final=0.1)
-    rule.advance(samples=1000, epoch=3)
+    rule.on_step(samples=1000, epoch=3)
     assert rule.propose(None, loss=1.0, lr=0.1) == 64.0
-    assert rule.lr_rule()(64) == pytest.approx(0.1 * 64 / 16)
+    assert rule.lr_factor()(64) == pytest.approx(0.1 * 64 / 16)
 
 
 @pytest.mark.parametrize("options", [{"spill": "lr"}, {"coupling": "linear"}])
@@ -129,9 +129,9 @@ def test_a_summed_loss_is_refused():
         (lambda: Annealed(0), "budget must be a positive number, got 0"),
         (lambda: Annealed(10, shape="step"), "shape must be one of"),
         (lambda: Annealed(10, cap=-1), "cap must be a positive number, got -1"),
-        (lambda: Annealed(10, final=2.0), "final must lie between 0 and 1, got 2.0"),
+        (lambda: Annealed(10, final=2.0), "final must be a number from 0 to 1, got 2.0"),
         (lambda: Annealed(10, rule="cube"), "rule must be one of"),
-        (lambda: Annealed(10).propose(None, loss=1.0, lr=0.1), "the rule of Annealed is open"),
+        (lambda: Annealed(10).propose(None, loss=1.0, lr=0.1), "Annealed does not know its rule yet"),
     ],
 )
 def test_arguments_out_of_range(make, message):
@@ -143,7 +143,7 @@ def test_cabs_can_be_the_cap():
     rule = Annealed(100, 4, cap=CABS(f_star=0.5), rule="linear")
     assert rule.needs_effective_lr
     assert rule.needs_moments
-    rule.advance(samples=99, epoch=0)
+    rule.on_step(samples=99, epoch=0)
     moments = adabatch.GradientMoments(2, torch.tensor([8.0, 8.0]), 4.0)  # T = 8
     assert rule.propose(moments, loss=1.0, lr=2.0) == pytest.approx(2.0 * 8 / 0.5)
 

@@ -143,9 +143,9 @@ def test_eps_keeps_a_vanishing_loss_finite():
         (CABS, {"scale": math.nan}, "scale must be"),
         (CABS, {"f_star": math.inf}, "f_star must be a finite number or 'auto', got inf"),
         (CABS, {"eps": -1e-3}, "eps must be a number >= 0, got -0.001"),
-        (CABS, {"smoothing": 1.0}, "smoothing is 1.0"),
+        (CABS, {"smoothing": 1.0}, "smoothing must be a number from 0 to below 1.*got 1.0"),
         (CABS.reference, {"scale": -1.0}, "scale must be a positive number, got -1.0"),
-        (CABS.reference, {"smoothing": 1.5}, "smoothing is 1.5"),
+        (CABS.reference, {"smoothing": 1.5}, "smoothing must be .* got 1.5"),
         (CABS.reference, {"eps": math.nan}, "eps must be a number >= 0, got nan"),
     ],
 )

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import adabatch
 from adabatch import CABS
 from adabatch.controllers import Annealed, AtMost, NormTest
+from adabatch.interfaces import RunContext
 from tests import oracle
 from tests.grad_sample.measuring import make_batch, make_mlp, mean_grad_sq_norm, squared_error
 
@@ -44,7 +46,7 @@ def test_the_wish_is_of_the_clipped_step(norm, wrapped):
 def test_it_goes_to_the_cap_of_annealed_and_passes_by_what_has_no_use_for_it():
     cap = CABS(f_star=0.1)
     rule = Annealed(1000, 4, cap=cap, rule="linear")
-    rule.clips(0.5)
+    rule.bind(RunContext(SGD([torch.zeros(1)], lr=0.1), max_grad_norm=0.5))
     assert cap.max_grad_norm == 0.5
     first_wish(0.5, NormTest(), make_batch(8))
     first_wish(0.5, CABS.reference(), make_batch(8))
@@ -52,16 +54,16 @@ def test_it_goes_to_the_cap_of_annealed_and_passes_by_what_has_no_use_for_it():
 
 def test_two_norms_are_refused_and_one_given_twice_is_not():
     assert first_wish(0.5, CABS(max_grad_norm=0.5), make_batch(8)) > 0
-    with pytest.raises(ValueError, match=r"CABS\(max_grad_norm=1.0\) but wrap\(max_grad_norm=0.5\): give it to wrap alone"):
+    with pytest.raises(ValueError, match=r"CABS\(max_grad_norm=1.0\), but optimizer.step\(\) clips to 0.5"):
         first_wish(0.5, CABS(max_grad_norm=1.0), make_batch(8))
 
 
 def test_the_share_that_clipping_left_is_in_the_state():
     rule, fresh = CABS(), CABS()
-    rule.clips(0.5)
+    rule.bind(RunContext(SGD([torch.zeros(1)], lr=0.1), max_grad_norm=0.5))
     moments = adabatch.GradientMoments(2, torch.tensor([4.0, 8.0]), 4.0)
     first = rule.propose(moments, loss=1.0, lr=0.1)
-    fresh.clips(0.5)
+    fresh.bind(RunContext(SGD([torch.zeros(1)], lr=0.1), max_grad_norm=0.5))
     fresh.load_state_dict(rule.state_dict())
     assert fresh.propose(moments, loss=1.0, lr=0.1) == rule.propose(moments, loss=1.0, lr=0.1) == pytest.approx(first)
     assert first == pytest.approx(0.1 * 0.25 * 4.0, rel=1e-5)

@@ -17,7 +17,7 @@ positive = st.floats(0.5, 1e9)
 def asked(controller, steps, samples=16):
     given_ = []
     for _ in range(steps):
-        controller.advance(samples=samples, epoch=0)
+        controller.on_step(samples=samples, epoch=0)
         given_.append(controller.propose(None, loss=1.0, lr=0.1))
     return given_
 
@@ -65,7 +65,7 @@ def test_warmup_over_many_steps_grows_by_its_factor_per_samples():
 @settings(max_examples=20)
 @given(st.sampled_from([AtLeast, AtMost, Monotone, Warmup]))
 def test_needs_and_first_sizes_are_those_of_the_parts(make):
-    assert make(InnerProductTest()).needs == {"inner_products"}
+    assert make(InnerProductTest()).requires == {"inner_products"}
     assert make(CABS()).needs_effective_lr
     assert not make(NoiseScale()).needs_effective_lr
     assert make(NoiseScale()).needs_moments
@@ -73,9 +73,9 @@ def test_needs_and_first_sizes_are_those_of_the_parts(make):
     assert make(AdaDamp(24)).first_batch_size == 24
     assert make(NoiseScale()).first_batch_size is None
     annealed = make(Annealed(100, 16, rule="linear"))
-    annealed.advance(samples=50, epoch=0)
-    assert annealed.lr_rule()(16) == 0.5
-    assert make(CABS()).lr_rule() is None
+    annealed.on_step(samples=50, epoch=0)
+    assert annealed.lr_factor()(16) == 0.5
+    assert make(CABS()).lr_factor() is None
 
 
 def test_nan_is_handed_on():
@@ -89,9 +89,9 @@ def test_nan_is_handed_on():
     [
         (AtLeast, "at least one controller or number"),
         (lambda: AtMost(-3), "size must be a positive number, got -3"),
-        (lambda: Average(1, 2, weights=(1,)), "weights must have one number for each of the 2 members, got 1"),
+        (lambda: Average(1, 2, weights=(1,)), "weights must have one number for each of the 2 operands, got 1"),
         (lambda: Average(1, 2, weights=(1, 0)), "weight must be a positive number, got 0"),
-        (lambda: Warmup(CABS(), growth=1.0), "growth must be above 1, got 1.0"),
+        (lambda: Warmup(CABS(), growth=1.0), "growth must be a number above 1, got 1.0"),
     ],
 )
 def test_arguments_out_of_range(make, message):
@@ -100,5 +100,5 @@ def test_arguments_out_of_range(make, message):
 
 
 def test_a_state_of_other_parts_is_refused():
-    with pytest.raises(ValueError, match="has 1 parts, not 2"):
+    with pytest.raises(ValueError, match="has 1 children, not 2"):
         AtLeast(CABS(), NoiseScale()).load_state_dict(AtLeast(CABS()).state_dict())

@@ -187,20 +187,20 @@ def test_arguments():
         Scheduled("0:8", unit="batch")
     with pytest.raises(ValueError, match="unit='samples' needs every=, the samples to one step of StepBS"):
         Scheduled(schedules.StepBS(**held(), step_size=2), unit="samples")
-    with pytest.raises(ValueError, match="told the samples themselves: leave out every, got 8"):
+    with pytest.raises(ValueError, match="counts the samples itself: omit every, got 8"):
         Scheduled(ramp(held()), unit="samples", every=8)
     with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
         Scheduled("0:8", every=0)
     with pytest.raises(TypeError, match="a function of the count, got 8"):
         Scheduled(8)
-    with pytest.raises(ValueError, match="the state is of a function where this is a schedule"):
+    with pytest.raises(ValueError, match="the state of Scheduled lacks"):
         Scheduled(ramp(held())).load_state_dict(Scheduled("0:8").state_dict())
 
 
 def test_finished():
     controller = Scheduled(schedules.ConstantBS(**held(), factor=2.0, milestone=1))
     assert not controller.finished
-    controller.advance(samples=10, epoch=0)
+    controller.on_step(samples=10, epoch=0)
     assert controller.propose(None, loss=1.0, lr=0.1) == 10.0
     assert controller.finished
     assert not Scheduled("0:8").finished
@@ -262,5 +262,5 @@ def test_a_model_that_cannot_be_measured_can_be_scheduled():
 def test_the_state_of_another_controller_is_refused():
     with pytest.raises(ValueError, match="the state is that of a controller CABS, and was to be loaded into Scheduled"):
         Scheduled("0:16").load_state_dict(CABS().state_dict())
-    with pytest.raises(ValueError, match=r"the state of Scheduled lacks \['schedule'\]"):
-        Scheduled("0:16").load_state_dict({"version": 1})
+    with pytest.raises(ValueError, match=r"the state of Scheduled lacks \['counts'"):
+        Scheduled("0:16").load_state_dict({"version": 1, "controller": "Scheduled"})

@@ -1,4 +1,5 @@
-"""The intervals of proposals, against Fieller's inequality on averages worked out here with NumPy, and on runs where what the rules should ask for is known."""
+"""Intervals of proposals: Fieller's inequality on averages worked out here with NumPy for the noise
+scale and CABS, the rule at the ends of its inputs for all others."""
 
 import math
 
@@ -24,7 +25,6 @@ from adabatch.controllers import (
     Scheduled,
     Warmup,
 )
-from adabatch.controllers.base import interval_of
 
 SMOOTHING, STEPS = 0.9, 60
 
@@ -47,8 +47,7 @@ class Run:
 
     def feed(self, rule, lr=0.3):
         for moments, loss in zip(self.moments, self.losses, strict=True):
-            if hasattr(rule, "advance"):
-                rule.advance(samples=moments.batch_size, epoch=0)
+            rule.on_step(samples=moments.batch_size, epoch=0)
             proposal = rule.propose(moments, loss=loss, lr=lr)
         return proposal
 
@@ -74,33 +73,28 @@ def is_interval(inside, low, high, scale=1.0):
 
 
 @pytest.mark.parametrize("inner_products", [False, True])
-@pytest.mark.parametrize(
-    ("make", "scale"),
-    [(lambda: NoiseScale(scale=0.7, smoothing=SMOOTHING), 0.7), (lambda: NormTest(theta=0.5, smoothing=SMOOTHING), 4.0)],
-    ids=["NoiseScale", "NormTest"],
-)
-def test_noise_scale_and_norm_test(make, scale, inner_products):
-    run, rule = Run(inner_products=inner_products), make()
+def test_noise_scale(inner_products):
+    run, rule = Run(inner_products=inner_products), NoiseScale(scale=0.7, smoothing=SMOOTHING)
     proposal = run.feed(rule)
-    low, high = rule.proposal_interval(0.9)
+    low, high = rule.interval(0.9)
     errors = np.array([moments.std_error for moments in run.moments]) if inner_products else None
     assert low < proposal < high
-    assert is_interval(covered_ratios(run, run.traces, run.signals, errors), low, high, scale)
+    assert is_interval(covered_ratios(run, run.traces, run.signals, errors), low, high, 0.7)
 
 
 def test_cabs():
     run, rule = Run(), CABS(scale=2.0, f_star=0.4, eps=0.1, smoothing=SMOOTHING)
     proposal = run.feed(rule, lr=0.3)
-    low, high = rule.proposal_interval(0.9)
+    low, high = rule.interval(0.9)
     assert low < proposal < high
     assert is_interval(covered_ratios(run, run.traces, np.array(run.losses) - 0.3), low, high, 0.6)
-    assert rule.readings() == {"f_star": 0.4, "f_star_std_error": 0.0}
+    assert rule.metrics() == {"f_star": 0.4, "f_star_std_error": 0.0}
 
 
 def test_cabs_near_its_floor_has_no_upper_end():
     rule = CABS(f_star=1.5, smoothing=SMOOTHING)
     Run().feed(rule)
-    low, high = rule.proposal_interval()
+    low, high = rule.interval()
     assert low > 0
     assert high == math.inf
 
@@ -109,79 +103,101 @@ def test_cabs_counts_the_errors_of_clipping_and_of_an_estimated_floor():
     run = Run()
     plain, clipped = CABS(smoothing=SMOOTHING), CABS(smoothing=SMOOTHING, max_grad_norm=1.0)
     proposals = [run.feed(rule) for rule in (plain, clipped)]
-    lengths = [(high - low) / proposal for (low, high), proposal in zip([rule.proposal_interval() for rule in (plain, clipped)], proposals, strict=True)]
+    lengths = [(high - low) / proposal for (low, high), proposal in zip([rule.interval() for rule in (plain, clipped)], proposals, strict=True)]
     assert lengths[1] > 1.02 * lengths[0]
     auto = CABS(f_star="auto", smoothing=SMOOTHING)
     run.feed(auto)
-    assert all(math.isnan(value) for value in CABS(f_star="auto").readings().values())
+    assert all(math.isnan(value) for value in CABS(f_star="auto").metrics().values())
     known = CABS(f_star=auto.floor.bounded, smoothing=SMOOTHING)
     run.feed(known)
     assert auto.floor.std_error > 0
-    assert auto.proposal_interval()[0] < known.proposal_interval()[0]
-    assert auto.readings() == {"f_star": auto.floor.bounded, "f_star_std_error": auto.floor.std_error}
+    assert auto.interval()[0] < known.interval()[0]
+    assert auto.metrics() == {"f_star": auto.floor.bounded, "f_star_std_error": auto.floor.std_error}
+
+
+def ends(values, weights, level=0.9, smoothing=SMOOTHING):
+    """average ∓ t·SE of a decayed average, from the residuals."""
+    p = smoothing ** np.arange(len(values) - 1, -1, -1.0) * weights
+    p /= p.sum()
+    lost = 1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum()
+    error = math.sqrt((p**2 * (values - p @ values) ** 2).sum() / lost)
+    shares = p**2 / weights
+    quantile = stats.t.ppf((1 + level) / 2, shares.sum() ** 2 / (shares**2).sum() - 1)
+    return p @ values - quantile * error, p @ values + quantile * error
+
+
+def test_norm_test_at_the_ends_of_its_averages():
+    run, rule = Run(), NormTest(theta=0.5, smoothing=SMOOTHING)
+    proposal = run.feed(rule)
+    traces, signals = ends(run.traces, run.sizes), ends(run.signals, run.sizes)
+    assert rule.interval(0.9) == pytest.approx((4 * traces[0] / signals[1], 4 * traces[1] / signals[0]))
+    assert rule.interval(0.9)[0] < proposal < rule.interval(0.9)[1]
 
 
 def test_inner_product_test_is_the_larger_of_its_two_tests():
     run = Run(inner_products=True)
-    along, both, across = (InnerProductTest(theta=theta, nu=nu, smoothing=SMOOTHING) for theta, nu in ((0.5, None), (0.5, 0.3), (1e3, 0.3)))
-    proposals = [run.feed(rule) for rule in (along, both, across)]
-    intervals = [rule.proposal_interval() for rule in (along, both, across)]
-    assert all(low < proposal < high for (low, high), proposal in zip(intervals, proposals, strict=True))
-    assert intervals[1] == tuple(np.maximum(intervals[0], intervals[2]))
-    squares, variances = np.array([moments.grad_sq_norm for moments in run.moments]), np.array([moments.inner_product_variance for moments in run.moments])
-    assert is_interval(covered_ratios(run, run.traces - variances / squares, run.signals), *intervals[2], 1 / 0.09)
+    rule = InnerProductTest(theta=0.5, nu=0.3, smoothing=SMOOTHING)
+    proposal = run.feed(rule)
+    squares = np.array([moments.grad_sq_norm for moments in run.moments])
+    variances = np.array([moments.inner_product_variance for moments in run.moments])
+    along, signals = ends(variances, run.sizes), ends(run.signals, run.sizes)
+    across = ends(run.traces - variances / squares, run.sizes)
+    pairs = ((0, 1), (1, 0))
+    expected = [
+        max(4 * along[i] / signals[j] ** 2, across[i] / signals[j] / 0.09) for i, j in pairs
+    ]
+    assert rule.interval(0.9) == pytest.approx(expected)
+    assert expected[0] < proposal < expected[1]
 
 
 @pytest.mark.parametrize("rule", [NormTest(signal="raw"), PadaDamp(16, 1.0), AdaScale(64, 16), Scheduled("0:16 1K:32"), AtMost(PadaDamp(16, 1.0), 64)])
 def test_rules_without_an_error_have_no_interval(rule):
     Run().feed(rule)
-    assert all(math.isnan(end) for end in interval_of(rule))
+    assert all(math.isnan(end) for end in rule.interval())
 
 
 @pytest.mark.parametrize("make", [CABS, NoiseScale, NormTest])
 def test_after_one_step_nothing_is_known(make):
     rule = make()
     Run(steps=1).feed(rule)
-    assert rule.proposal_interval() == (0.0, math.inf)
+    assert rule.interval() == (0.0, math.inf)
 
 
 def test_diversity_has_the_interval_of_its_last_epoch():
     rule, run = GradientDiversity(delta=0.5, epoch_samples=20 * 56), Run(steps=75)
     proposal = run.feed(rule)
     used = run.moments[:60]  # 20 times 8 + 32 + 16 samples
-    x, y, sizes = (np.array([getattr(moments, name) for moments in used], float) for name in ("mean_sq_norm", "true_grad_sq_norm", "batch_size"))
-    p = sizes / sizes.sum()
-    assert proposal == pytest.approx(0.5 * (p @ x) / (p @ y))
-    lost = 1 - 2 * (p**3).sum() / (p**2).sum() + (p**2).sum()
-    quantile = stats.t.ppf(0.95, sizes.sum() ** 2 / (sizes**2).sum() - 1)
-    for end in rule.proposal_interval(0.9):
-        spread = (p**2 * (x - p @ x - 2 * end * (y - p @ y)) ** 2).sum() / lost
-        assert (p @ x - 2 * end * (p @ y)) ** 2 == pytest.approx(quantile**2 * spread, rel=1e-5)
+    names = ("mean_sq_norm", "true_grad_sq_norm", "batch_size")
+    x, y, sizes = (np.array([getattr(moments, name) for moments in used], float) for name in names)
+    assert proposal == pytest.approx(0.5 * (sizes @ x) / (sizes @ y))
+    norms, signals = ends(x, sizes, smoothing=1.0), ends(y, sizes, smoothing=1.0)
+    expected = (0.5 * norms[0] / signals[1], 0.5 * norms[1] / signals[0])
+    assert rule.interval(0.9) == pytest.approx(expected, rel=1e-5)
 
 
 def test_adadamp_by_the_error_of_its_loss():
     rule, run = AdaDamp(16, f_star=0.5, initial_loss=3.0, smoothing=SMOOTHING), Run()
     run.feed(rule)
     low, high = rule.average.interval(0.9)
-    assert rule.proposal_interval(0.9) == pytest.approx((16 * 2.5 / (high - 0.5), 16 * 2.5 / (low - 0.5)))
+    assert rule.interval(0.9) == pytest.approx((16 * 2.5 / (high - 0.5), 16 * 2.5 / (low - 0.5)))
 
 
 def test_annealed_takes_its_caps_interval_as_far_as_it_reaches():
     cap, rule, run = NoiseScale(smoothing=SMOOTHING), Annealed(1200, 4, cap=NoiseScale(smoothing=SMOOTHING), rule="linear"), Run()
     run.feed(cap)
     proposal = run.feed(rule)
-    low, high = cap.proposal_interval()
+    low, high = cap.interval()
     grown = 4 / rule.step_per_sample
-    assert rule.proposal_interval() == (min(grown, max(low, 4.0)), min(grown, high))
-    assert rule.proposal_interval()[0] <= proposal <= rule.proposal_interval()[1]
-    assert all(math.isnan(end) for end in interval_of(Annealed(100, 4, cap=8, rule="linear")))
+    assert rule.interval() == (min(grown, max(low, 4.0)), min(grown, high))
+    assert rule.interval()[0] <= proposal <= rule.interval()[1]
+    assert all(math.isnan(end) for end in Annealed(100, 4, cap=8, rule="linear").interval())
 
 
 def test_combinations_combine_the_ends():
     def made(build):
         rule = build(NoiseScale(smoothing=SMOOTHING))
         Run().feed(rule)
-        return rule.proposal_interval()
+        return rule.interval()
 
     low, high = made(lambda rule: AtLeast(rule))
     middle = (low + high) / 2
@@ -205,4 +221,4 @@ def test_a_saved_rule_has_the_interval_it_had():
         for rule in (whole, resumed):
             for moments, loss in zip(dotted.moments[30:], run.losses[30:], strict=True):
                 rule.propose(moments, loss=loss, lr=0.3)
-        assert resumed.proposal_interval() == whole.proposal_interval()
+        assert resumed.interval() == whole.interval()

@@ -1,4 +1,4 @@
-"""confidence= in a whole run: the size moves only where the interval says so, and the history shows why."""
+"""Confident in a whole run: the size moves only out of the interval, and the history shows why."""
 
 import math
 
@@ -8,10 +8,11 @@ from torch.utils.data import DataLoader
 
 import adabatch
 from adabatch import CABS
-from adabatch.controllers import Goodput, InnerProductTest, NoiseScale, NormTest, PadaDamp
+from adabatch.controllers import Confident, Goodput, NoiseScale, PadaDamp
 from adabatch.diagnostics import Diagnostics
+from adabatch.interfaces import RunContext
 from tests.diagnostics.synthetic import same_records
-from tests.scripted import regression, squared_error
+from tests.scripted import Wishes, regression, squared_error
 
 
 def trained(steps=150, controller=None, lr=0.02, **options):
@@ -43,21 +44,52 @@ def moves(history):
     ]
 
 
+def noise_scale(level=None, **options):
+    rule = NoiseScale(smoothing=0.9, **options)
+    return rule if level is None else Confident(rule, level)
+
+
 @pytest.mark.parametrize("inner_products", [False, True])
 def test_the_size_moves_only_out_of_the_interval(inner_products):
-    free, held = (moves(trained(confidence=confidence, inner_products=inner_products).diagnostics) for confidence in (None, 0.9))
+    runs = [trained(controller=noise_scale(level), estimator=adabatch.PerSample(inner_products=inner_products)) for level in (None, 0.9)]
+    free, held = (moves(scheduler.diagnostics) for scheduler in runs)
     assert all(before == after for before, after, low, high in held if low <= before <= high)
     assert any(before != after for before, after, *_ in held)
     assert sum(before != after for before, after, *_ in held) < 0.5 * sum(before != after for before, after, *_ in free)
     assert held[0] == (16, 16, 0.0, math.inf)  # after one step nothing is known
 
 
-@pytest.mark.parametrize("make", [lambda: NormTest(theta=0.5, signal="raw"), lambda: InnerProductTest(theta=0.1, nu=0.1, signal="raw")], ids=["norm", "inner"])
-def test_raw_signals_are_as_sure_as_their_one_step(make):
-    held = moves(trained(40, controller=make(), confidence=0.9, inner_products=True).diagnostics)
-    assert all(before == after for before, after, low, high in held if low <= before <= high)
-    assert any(before != after for before, after, *_ in held)
-    assert all(0 <= low <= high for *_, low, high in held)
+@pytest.mark.parametrize(
+    ("interval", "proposal", "given"),
+    [
+        ((40.0, 60.0), 50.0, 50.0),
+        ((30.0, 60.0), 50.0, 32.0),
+        ((0.0, math.inf), 50.0, 32.0),
+        ((math.nan, math.nan), 50.0, 50.0),
+        ((math.inf, math.inf), math.inf, math.inf),
+        ((32.0, 32.0), math.nan, math.nan),
+    ],
+)
+def test_it_gives_the_size_in_force_while_the_interval_holds_it(interval, proposal, given):
+    class Known(Wishes):
+        def interval(self, level=0.9):
+            return interval
+
+    rule = Confident(Known(proposal))
+    assert rule.propose(None, loss=1.0, lr=0.1) == pytest.approx(proposal, nan_ok=True)  # no size known
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    rule.bind(RunContext(optimizer, batch_size=lambda: 32))
+    assert rule.propose(None, loss=1.0, lr=0.1) == pytest.approx(given, nan_ok=True)
+    rule.bind(RunContext(optimizer))
+    assert rule.propose(None, loss=1.0, lr=0.1) == pytest.approx(given, nan_ok=True)
+
+
+def test_a_size_at_the_bound_is_held_like_any_other():
+    """The size in force is compared, not what was last proposed."""
+    history = trained(controller=noise_scale(0.9, scale=1e3), batch_sizes=(4, 64)).diagnostics
+    late = [record for record in history][60:]
+    assert {record.next_batch_size for record in late} == {64}
+    assert any(record.proposed_batch_size > 64 for record in late)
 
 
 def test_goodput_has_an_interval_once_it_knows_two_sizes():
@@ -68,33 +100,31 @@ def test_goodput_has_an_interval_once_it_knows_two_sizes():
     assert all(record.proposed_low <= record.proposed_batch_size <= record.proposed_high for record in known)
 
 
-def test_a_higher_level_moves_less_often_and_has_longer_intervals():
-    counts, lengths = [], []
-    for confidence in (0.5, 0.99):
-        history = trained(confidence=confidence).diagnostics
-        counts.append(sum(before != after for before, after, *_ in moves(history)))
-        lengths.append([record.proposed_high - record.proposed_low for record in history][5])
+def test_a_higher_level_moves_less_often():
+    counts = [
+        sum(before != after for before, after, *_ in moves(trained(controller=noise_scale(level)).diagnostics))
+        for level in (0.5, 0.99)
+    ]
     assert counts[0] > counts[1]
-    assert lengths[0] < lengths[1]
 
 
 def test_a_rule_without_errors_moves_as_ever():
-    history = trained(20, controller=PadaDamp(16, rate=2.0), confidence=0.9).diagnostics
+    history = trained(20, controller=Confident(PadaDamp(16, rate=2.0))).diagnostics
     assert history.column("next_batch_size").tolist() == [18 + 2 * step for step in range(20)]
     assert all(math.isnan(value) for value in history.column("proposed_low"))
 
 
-@pytest.mark.parametrize("confidence", [0, 1, 90, math.nan, -0.1])
-def test_levels_are_checked(confidence):
-    with pytest.raises(ValueError, match="confidence must be None, or a level between 0 and 1"):
-        trained(1, confidence=confidence)
+@pytest.mark.parametrize("level", [0, 1, 90, math.nan, -0.1, "0.9"])
+def test_levels_are_checked(level):
+    with pytest.raises(ValueError, match="level must be a number between 0 and 1, both excluded"):
+        Confident(NoiseScale(), level)
 
 
 def test_the_history_shows_what_the_controller_knows(tmp_path):
     scheduler = trained(controller=CABS(f_star="auto", smoothing=0.9), lr=0.05)
     history, rule = scheduler.diagnostics, scheduler.controller
     latest = history.latest
-    assert (latest.proposed_low, latest.proposed_high) == rule.proposal_interval(0.9)
+    assert (latest.proposed_low, latest.proposed_high) == rule.interval(0.9)
     assert (latest.f_star, latest.f_star_std_error) == (rule.floor.bounded, rule.floor.std_error)
     assert latest.f_star > 0
     assert math.isnan(history[0].f_star)
@@ -106,6 +136,6 @@ def test_the_history_shows_what_the_controller_knows(tmp_path):
 
 def test_spill_does_not_follow_a_wish_that_is_in_doubt():
     """Held by doubt, a size meets the proposal as far as is known: the lr stays."""
-    scheduler = trained(3, confidence=0.9999, spill="lr", controller=NoiseScale(scale=100.0))
+    scheduler = trained(3, coupling=adabatch.Coupling(on_limit="lower_lr"), controller=Confident(NoiseScale(scale=100.0), 0.9999))
     assert scheduler.get_last_lr() == [0.02]
-    assert trained(40, spill="lr", max_batch_size=32, controller=NoiseScale(scale=100.0)).get_last_lr()[0] < 0.02
+    assert trained(40, coupling=adabatch.Coupling(on_limit="lower_lr"), batch_sizes=(4, 32), controller=NoiseScale(scale=100.0)).get_last_lr()[0] < 0.02
