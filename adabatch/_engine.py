@@ -11,7 +11,7 @@ from torch.autograd import Variable
 running_backward = torch._C._current_graph_task_id
 
 
-def at_backward_end(callback: Callable[[], object]) -> None:
+def at_backward_end(callback: Callable[[], None]) -> None:
     """Call `callback` when the backward pass that is running has ended and the gradients are final.
 
     Queued twice: DistributedDataParallel writes the averaged gradients in a callback that it queues

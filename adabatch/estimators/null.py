@@ -27,7 +27,7 @@ class NullEstimator(Estimator):
         self.accumulate, self.loss_reduction = accumulate, loss_reduction
         self.on_backward_end = []
 
-    @property  # type: ignore[override]
+    @property
     def enabled(self) -> bool:
         """False, whatever it is set to."""
         return False
