@@ -21,6 +21,7 @@ _ALIGNMENT = 64
 PER_SAMPLE, CONSTANT = "per sample", "constant"
 Layout = Any
 JoinFn = Callable[..., Any]
+Path = tuple[Any, ...]
 _FIX = (
     "Let collate_fn give every chunk the same shapes, pass join_fn= (adabatch.data.pad_right "
     "pads), or collate whole batches: collate_in='consumer'."
@@ -84,7 +85,7 @@ def join(
 
 
 def pad_right(
-    parts: Sequence[Tensor], axis: int = 0, path: tuple[Any, ...] = (), *,
+    parts: Sequence[Tensor], axis: int = 0, path: Path = (), *,
     padding_value: float | Mapping[Any, float] = 0,
 ) -> Tensor:
     """A join_fn: pads every other axis on the right to the longest part, then joins along `axis`.
@@ -178,11 +179,11 @@ def _compare(one: Any, two: Any) -> Layout:
     return [_compare(mine, theirs) for mine, theirs in zip(inner[0], others[0], strict=True)]
 
 
-def _at(path: tuple[Any, ...]) -> str:
+def _at(path: Path) -> str:
     return " at " + "".join(f"[{part!r}]" for part in path) if path else ""
 
 
-def _node(batch: Any, layout: Layout, path: tuple[Any, ...]) -> Children:
+def _node(batch: Any, layout: Layout, path: Path) -> Children:
     """_children of a container that layout describes."""
     if isinstance(layout, UnknownAxis):
         raise ValueError(f"Batches cannot be cut or joined{_at(path)}: {layout}. {_FIX}")
@@ -193,7 +194,7 @@ def _node(batch: Any, layout: Layout, path: tuple[Any, ...]) -> Children:
     return found
 
 
-def _cut(batch: Any, layout: Layout, start: int, stop: int, path: tuple[Any, ...]) -> Any:
+def _cut(batch: Any, layout: Layout, start: int, stop: int, path: Path) -> Any:
     if layout == CONSTANT:
         return batch
     if layout == PER_SAMPLE:
@@ -222,7 +223,7 @@ def _laid_out(view: Tensor, axis: int) -> Tensor:
 
 
 def _join(
-    parts: Sequence[Any], layout: Layout, join_fn: JoinFn | None, pin: bool, path: tuple[Any, ...]
+    parts: Sequence[Any], layout: Layout, join_fn: JoinFn | None, pin: bool, path: Path
 ) -> Any:
     first = parts[0]
     if layout == CONSTANT:
@@ -245,7 +246,7 @@ def _join(
 
 
 def _join_arrays(
-    parts: Sequence[Any], axis: int, join_fn: JoinFn | None, pin: bool, path: tuple[Any, ...]
+    parts: Sequence[Any], axis: int, join_fn: JoinFn | None, pin: bool, path: Path
 ) -> Any:
     first = parts[0]
     if len({(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) > 1:

@@ -20,6 +20,7 @@ from adabatch.data.chunks import ChunkBuffer, ChunkPlan, Reply, Request
 from adabatch.data.order import Stateful
 from adabatch.data.rng import mix
 from adabatch.data.sampler import ResizableBatchSampler
+from adabatch.interfaces import State
 
 if TYPE_CHECKING:
     from adabatch.data.loader import AdaptiveDataLoader
@@ -33,7 +34,6 @@ _CHANGED_IN_PLACE = (
     "begin with."
 )
 
-State = dict[str, Any]
 Cut = Callable[[Any, int, int], Any]
 
 

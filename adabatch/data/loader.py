@@ -20,7 +20,7 @@ from adabatch.data.order import StreamOrder
 from adabatch.data.rng import mix
 from adabatch.data.sampler import ResizableBatchSampler
 from adabatch.data.worker import Fetcher, StreamFetcher, WorkerStart, fetches_lists
-from adabatch.interfaces import BatchSource
+from adabatch.interfaces import BatchSource, State
 from adabatch.micro_batches.batches import BatchSplit, retrying
 
 COLLATE_IN = ("worker", "consumer")
@@ -123,7 +123,7 @@ class AdaptiveDataLoader(BatchSource):
         self.seed_samples = seed_samples
         self._micro_batches = BatchSplit()
         self._epoch: Epoch | None = None
-        self._progress: dict[str, Any] | None = None
+        self._progress: State | None = None
         self.layout: Layout = None
         self._requests = _Requests()
         self._engine = self._new_engine(**kwargs)
@@ -142,7 +142,7 @@ class AdaptiveDataLoader(BatchSource):
         if consumer:
             kwargs["pin_memory"] = False  # samples are not what is delivered
         collate_fn, learns = None if consumer else self.collate_fn, self.num_workers > 0
-        options: dict[str, Any] = {"learns": learns, "seeded": self.seed_samples}
+        options: State = {"learns": learns, "seeded": self.seed_samples}
         if self.is_stream:
             self._fetcher: Fetcher = StreamFetcher(
                 self.dataset, collate_fn, shard=self.batch_sampler.shard, **options
@@ -153,7 +153,7 @@ class AdaptiveDataLoader(BatchSource):
         # draw once more, and continue with other dropout masks: the engine has a generator.
         self._engine_generator = torch.Generator() if generator is None else generator
         engine = DataLoader(
-            self._fetcher, batch_size=None, sampler=self._requests,  # type: ignore[arg-type]
+            self._fetcher, batch_size=None, sampler=self._requests,
             collate_fn=_identity, worker_init_fn=WorkerStart(worker_init_fn),
             generator=self._engine_generator, **kwargs,
         )
@@ -207,7 +207,7 @@ class AdaptiveDataLoader(BatchSource):
     # -- sizes and positions, in samples of all processes together
 
     @property
-    def batch_size(self) -> int:  # type: ignore[override]
+    def batch_size(self) -> int:
         """Size of the batches drawn from now on."""
         return self.batch_sampler.batch_size
 
@@ -216,7 +216,7 @@ class AdaptiveDataLoader(BatchSource):
         self.batch_sampler.batch_size = size
 
     @property
-    def drop_last(self) -> bool:  # type: ignore[override]
+    def drop_last(self) -> bool:
         """Whether a last batch shorter than requested is dropped."""
         return self.batch_sampler.drop_last
 
@@ -283,7 +283,7 @@ class AdaptiveDataLoader(BatchSource):
 
     # -- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Where the next batch begins, in samples delivered, as plain numbers and tensors.
 
         Raises:
@@ -300,7 +300,7 @@ class AdaptiveDataLoader(BatchSource):
             sampler_state, progress = self._epoch.state(sampler_state)
         return {"version": 1, "sampler": sampler_state, "progress": progress}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Let the next iteration continue where `state` was saved: same samples, same order.
 
         With a map-style data set the number of workers may differ; an iterable one continues from

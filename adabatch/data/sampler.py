@@ -15,7 +15,7 @@ from adabatch.data.order import (
     MAX_SAMPLES, MAX_WORD, SHUFFLING, EpochAware, KeyedPermutation, Shard, Stateful, StreamOrder,
     check_shared, generator_of, indices, length_of,
 )
-from adabatch.interfaces import BatchSource
+from adabatch.interfaces import BatchSource, State
 
 VERSION = 1
 _KEYS = {
@@ -136,7 +136,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         self._begun_from: Any = None
 
     @property
-    def batch_size(self) -> int:  # type: ignore[override]
+    def batch_size(self) -> int:
         """Samples of the batches drawn from now on, of all processes together."""
         return self._batch_size
 
@@ -205,7 +205,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         if isinstance(self.sampler, EpochAware):
             self.sampler.set_epoch(epoch)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Where the next batch begins: plain numbers, readable with ``weights_only=True``.
 
         Of a user's sampler it holds the ``state_dict()`` if it has one, otherwise the state that
@@ -223,7 +223,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             "generator": generator,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Let the next ``iter()`` continue where ``state`` was saved, with any number of processes.
 
         Batch size (at least one sample for each process) and seed become the saved ones;
@@ -261,7 +261,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
                     stacklevel=2,
                 )
 
-    def _checked(self, state: dict[str, Any]) -> tuple[int, int, int, int]:
+    def _checked(self, state: State) -> tuple[int, int, int, int]:
         """(epoch, position, batch_size, seed) of a state that belongs to an order of this kind."""
         if state.get("version") != VERSION:
             raise ValueError(

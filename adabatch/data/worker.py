@@ -15,6 +15,7 @@ from adabatch.data.batches import PER_SAMPLE, Layout, learn_layout
 from adabatch.data.chunks import Reply, Request
 from adabatch.data.order import EpochAware, Shard, Stateful
 from adabatch.data.rng import generators_restored, mix, sample_keys, seed_generators
+from adabatch.interfaces import State
 
 
 def fetches_lists(dataset: Any) -> bool:
@@ -116,7 +117,7 @@ class StreamFetcher(Fetcher):
         self._ended |= len(samples) < wanted
         return self._reply(samples, began, self._ended, self._state())
 
-    def _begin(self, epoch: int, restore: dict[str, Any] | None) -> None:
+    def _begin(self, epoch: int, restore: State | None) -> None:
         if isinstance(self.dataset, EpochAware):
             self.dataset.set_epoch(epoch)
         restore = restore or {"count": 0, "ended": False, "of_iterator": False, "data": None}
@@ -144,7 +145,7 @@ class StreamFetcher(Fetcher):
         key = mix(request.stream, 0 if info is None else info.id, self._count)
         return self._seeded_draw([key], lambda at: take())[0]
 
-    def _state(self) -> dict[str, Any] | None:
+    def _state(self) -> State | None:
         if self._ended:
             return {"data": None, "count": self._count, "of_iterator": False, "ended": True}
         of_iterator = isinstance(self._iterator, Stateful)

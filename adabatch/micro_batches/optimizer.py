@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adabatch._engine import at_backward_end
 from adabatch.distributed.grad_norms import is_sharded
-from adabatch.interfaces import Estimator
+from adabatch.interfaces import Estimator, State
 from adabatch.micro_batches.batches import BatchSplit
 from adabatch.micro_batches.search import LossFn, find_micro_batch_size
 
@@ -176,16 +176,16 @@ class AccumulatingOptimizer(Optimizer):
         self._step()
         self._pending = False
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: State) -> None:
         """Add a group to the inner optimizer."""
         self.optimizer.add_param_group(param_group)
         self._watch(self.optimizer.param_groups[-1]["params"])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The inner optimizer's state."""
         return self.optimizer.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Load the inner optimizer's state."""
         self.optimizer.load_state_dict(state_dict)
 
