@@ -16,7 +16,7 @@ TEST = [
 setup(
     name="adabatch",
     version="0.2.0",
-    description="Training that chooses its own batch size, from the measured variance of the gradient.",
+    description="Training that chooses its own batch size, from the variance of the gradient.",
     author="the adabatch developers",
     keywords="pytorch, batch size, gradient noise scale, gradient variance, per-sample gradients",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),

@@ -81,7 +81,8 @@ def load_state_dict(state: State, **parts: Part) -> None:
     if state["parts"].keys() != parts.keys():
         raise ValueError(f"the state holds {sorted(state['parts'])}, but {sorted(parts)} were "
                          "passed: pass the same parts")
-    for name in sorted(parts, key=lambda name: (_ORDER.index(name) if name in _ORDER else -1, name)):
+    places = {name: place for place, name in enumerate(_ORDER)}
+    for name in sorted(parts, key=lambda name: (places.get(name, -1), name)):
         parts[name].load_state_dict(state["parts"][name])
     torch.set_rng_state(state["random"]["cpu"])
     cuda = state["random"]["cuda"]
@@ -211,7 +212,8 @@ def _commit(folder: Path, part: Path, path: Path, keep: int) -> None:
     _sync(named)
     named.replace(folder / LATEST)
     _sync(folder)
-    older = sorted(each for each in folder.glob("step-*") if each.is_dir() and each.name < path.name)
+    steps = sorted(each for each in folder.glob("step-*") if each.is_dir())
+    older = [each for each in steps if each.name < path.name]
     for each in older[: max(0, len(older) - keep + 1)]:
         shutil.rmtree(each, ignore_errors=True)
 

@@ -1,11 +1,12 @@
-"""Many processes, one batch: data parallel training on digits that goes on where it was when a process is lost.
+"""Data parallel training on digits that continues from a checkpoint when a process is lost.
 
     torchrun --nproc-per-node 2 examples/ddp.py
     torchrun --nproc-per-node 2 --max-restarts 3 examples/ddp.py --fsdp --every 10
     torchrun --nproc-per-node 2 examples/ddp.py --quick --out out/ddp_quick       # one epoch
 
-On gloo without GPUs, one process per GPU on nccl with them. Every so many steps all processes write a checkpoint together; started again, with any number of
-processes, the run goes on from the last one that is whole.
+On gloo without GPUs, one process per GPU on nccl with them. Every few steps all processes write a
+checkpoint together; started again, with any number of processes, the run continues from the last
+whole one.
 """
 
 from __future__ import annotations
@@ -31,14 +32,21 @@ HELD_OUT = 300
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fsdp", action="store_true", help="shard parameters by fully_shard instead of copying them")
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the training set (default 5)")
-    parser.add_argument("--quick", action="store_const", dest="epochs", const=1, help="one epoch, to see that it runs: as --epochs 1")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fsdp", action="store_true",
+                        help="shard parameters by fully_shard instead of copying them")
+    parser.add_argument("--epochs", type=int, default=5,
+                        help="passes over the training set (default 5)")
+    parser.add_argument("--quick", action="store_const", dest="epochs", const=1,
+                        help="one epoch, to see that it runs: as --epochs 1")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate of SGD (default 0.1)")
-    parser.add_argument("--max-batch-size", type=int, default=256, help="of all processes together (default 256)")
-    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints (default 20)")
-    parser.add_argument("--out", type=Path, default=Path("out/ddp"), help="folder of the checkpoints, from which a run goes on (default out/ddp)")
+    parser.add_argument("--max-batch-size", type=int, default=256,
+                        help="of all processes together (default 256)")
+    parser.add_argument("--every", type=int, default=20,
+                        help="steps between checkpoints (default 20)")
+    parser.add_argument("--out", type=Path, default=Path("out/ddp"),
+                        help="folder of the checkpoints to resume from (default out/ddp)")
     return parser.parse_args()
 
 
@@ -61,13 +69,17 @@ def main() -> None:
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels))
-    images, labels = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
+    images = torch.tensor(images, dtype=torch.float32)[order] / 16
+    labels = torch.tensor(labels)[order]
 
-    model = parallel(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device), options.fsdp)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
+    model = parallel(model, options.fsdp)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
-    loader = DataLoader(TensorDataset(images[HELD_OUT:], labels[HELD_OUT:]), batch_size=16, shuffle=True)
+    train_set = TensorDataset(images[HELD_OUT:], labels[HELD_OUT:])
+    loader = DataLoader(train_set, batch_size=16, shuffle=True)
     # All sizes are those of the whole batch: 16 samples are 8 on each of two processes.
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, batch_sizes=(16, options.max_batch_size))
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, optimizer, loader, batch_sizes=(16, options.max_batch_size))
 
     parts = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler}
     resumed = load_checkpoint(options.out, **parts)
@@ -87,7 +99,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         accuracy = (found == labels[:HELD_OUT]).float().mean().item()
         sizes = [record.batch_size for record in scheduler.diagnostics]
-        result = {"processes": dist.get_world_size(), "steps": scheduler.step_count, "resumed_at": resumed, "accuracy": round(accuracy, 4)}
+        result = {"processes": dist.get_world_size(), "steps": scheduler.step_count,
+                  "resumed_at": resumed, "accuracy": round(accuracy, 4)}
         print(json.dumps(result | {"batch_sizes": [min(sizes), max(sizes)]}), flush=True)
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Trains a small network on scikit-learn's handwritten digits with a batch size that CABS chooses. Takes a few seconds.
+"""Trains a small network on scikit-learn's digits at batch sizes that CABS chooses, in seconds.
 
     python examples/digits.py
     python examples/digits.py --batch-size 64           # fixed, to compare
@@ -21,9 +21,12 @@ BUDGET = "20epochs"
 
 
 def load_data() -> tuple[TensorDataset, TensorDataset]:
-    """1347 images of 8 × 8 pixels to train on and 450 held out: the same split whatever the seed of the run."""
-    images, labels = (torch.from_numpy(array) for array in (load_digits().images, load_digits().target))
-    chosen, held_out = train_test_split(torch.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
+    """1347 images of 8 × 8 pixels to train on and 450 held out; one split for every seed."""
+    digits = load_digits()
+    images, labels = torch.from_numpy(digits.images), torch.from_numpy(digits.target)
+    chosen, held_out = train_test_split(
+        torch.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0
+    )
     return image_sets(images[chosen], labels[chosen], images[held_out], labels[held_out])
 
 
@@ -34,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     data = load_data()
     budget = options.budget.samples(len(data[0]))
     sizes = {"batch_size": options.batch_size, "measure": options.measure or "all"}
-    run = train(digits_network, data, lr=options.lr, budget=budget, seed=options.seed, out=options.out, **sizes)
+    run = train(digits_network, data, lr=options.lr, budget=budget,
+                seed=options.seed, out=options.out, **sizes)
     print(run.summary())
     print(f"History and plot are in {options.out / run.name}")
 

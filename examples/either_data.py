@@ -15,14 +15,17 @@ from training import ImageSets
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Adds --data, and what chosen_data() reads besides."""
-    parser.add_argument("--data", choices=("digits", "fashion"), default="digits", help="which data to train on (default digits)")
+    parser.add_argument("--data", choices=("digits", "fashion"), default="digits",
+                        help="which data to train on (default digits)")
     add_fashion_data(parser)
 
 
 def chosen_data(options: argparse.Namespace) -> tuple[ImageSets, Callable[[], nn.Module], int]:
-    """(training and held-out set, what makes a network, budget in samples); the budget is the data's own where none was given."""
+    """((training set, held-out set), what makes a network, budget in samples)."""
     if options.data == "digits":
         data, network, default_budget = digits.load_data(), digits_network, digits.BUDGET
     else:
-        data, network, default_budget = fashion_mnist.load_data(options.data_dir), fashion_mnist.NETWORKS[options.network], fashion_mnist.BUDGET
+        data, network = (fashion_mnist.load_data(options.data_dir),
+                         fashion_mnist.NETWORKS[options.network])
+        default_budget = fashion_mnist.BUDGET
     return data, network, (options.budget or Budget.parse(default_budget)).samples(len(data[0]))

@@ -1,8 +1,9 @@
-"""Trains the CABS authors' MNIST network on Fashion-MNIST, or any data in MNIST's format, with a batch size that CABS chooses.
+"""Trains the CABS authors' MNIST network on data in MNIST's format at sizes that CABS chooses.
 
 Three epochs take some minutes on a CPU; --network small takes less than half of that.
 
-    python examples/fashion_mnist.py                                  # data of Debian's package dataset-fashion-mnist
+    # the data of Debian's package dataset-fashion-mnist:
+    python examples/fashion_mnist.py
     python examples/fashion_mnist.py --data-dir ~/mnist --network small --budget 60000
     python examples/fashion_mnist.py --batch-size 64                  # fixed, to compare
 
@@ -25,7 +26,10 @@ NETWORKS = {"mnist": mnist_network, "small": small_network}
 
 
 def load_data(folder: Path) -> tuple[TensorDataset, TensorDataset]:
-    """60,000 images of 28 × 28 pixels to train on and 10,000 held out; ends the script with advice where the files are missing or broken."""
+    """60,000 images of 28 × 28 pixels to train on and 10,000 held out.
+
+    Ends the script with advice where the files are missing or broken.
+    """
     try:
         return image_sets(*load_folder(folder))
     except (OSError, ValueError) as error:
@@ -40,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     data = load_data(options.data_dir)
     budget = options.budget.samples(len(data[0]))
     sizes = {"batch_size": options.batch_size, "measure": options.measure or "all"}
-    run = train(NETWORKS[options.network], data, lr=options.lr, budget=budget, seed=options.seed, out=options.out, **sizes)
+    run = train(NETWORKS[options.network], data, lr=options.lr, budget=budget,
+                seed=options.seed, out=options.out, **sizes)
     print(run.summary())
     print(f"History and plot are in {options.out / run.name}")
 

@@ -1,4 +1,4 @@
-"""The networks of the examples. Images come as [N, 1, height, width], class scores go as [N, 10]."""
+"""The networks of the examples, from images [N, 1, height, width] to class scores [N, 10]."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ def digits_network() -> nn.Module:
 
 
 def mnist_network() -> nn.Module:
-    """The network of the CABS authors' MNIST example, for 28 × 28 images: conv 5×5×32, pool, conv 5×5×64, pool, 1024, 10.
+    """The CABS authors' network for MNIST: conv 5×5×32, pool, conv 5×5×64, pool, 1024, 10.
 
     References:
-        Balles, Romero, Hennig, "Coupling Adaptive Batch Sizes with Learning Rates", UAI 2017, arXiv 1612.05086.
+        Balles, Romero, Hennig (2017), "Coupling Adaptive Batch Sizes with Learning Rates",
+        arXiv 1612.05086.
     """
     return _two_convolutions(32, 64, 1024)
 

@@ -1,9 +1,12 @@
-"""A training run that may be killed at any moment: started again with the same arguments, it ends with the same weights, bit for bit.
+"""A training run that may be killed at any moment.
+
+Started again with the same arguments, it ends with the same weights, bit for bit.
 
     python examples/resumable.py --out out/resumable
     python examples/resumable.py --out out/resumable --workers 2 --every 10
 
-Every so many steps a checkpoint is written beside the last one and put in its place in one move, so that there is always a whole one.
+Every few steps a checkpoint is written alongside the last one and replaces it in one move, so that
+there is always a whole one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import adabatch
 
 
 class NoisyPoints(Dataset):
-    """Two classes of random points; each is shifted anew whenever it is read, which repeats on resuming."""
+    """Two classes of random points, shifted at random whenever they are read, repeatably."""
 
     def __init__(self, n: int):
         generator = torch.Generator().manual_seed(1)
@@ -48,14 +51,20 @@ def save(state: dict, path: Path) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/resumable"), help="folder of the checkpoint, from which a run goes on (default out/resumable)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/resumable"),
+                        help="folder of the checkpoint to resume from (default out/resumable)")
     parser.add_argument("--samples", type=int, default=1000, help="in an epoch (default 1000)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the samples (default 3)")
-    parser.add_argument("--quick", action="store_const", dest="epochs", const=1, help="one epoch, to see that it runs: as --epochs 1")
-    parser.add_argument("--every", type=int, default=5, help="steps between checkpoints (default 5)")
-    parser.add_argument("--workers", type=int, default=0, help="of the data loader (default 0: none)")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep in each step, to be killed in (default 0)")
+    parser.add_argument("--quick", action="store_const", dest="epochs", const=1,
+                        help="one epoch, to see that it runs: as --epochs 1")
+    parser.add_argument("--every", type=int, default=5,
+                        help="steps between checkpoints (default 5)")
+    parser.add_argument("--workers", type=int, default=0,
+                        help="of the data loader (default 0: none)")
+    parser.add_argument("--pause", type=float, default=0.0,
+                        help="seconds to sleep in each step, to be killed in (default 0)")
     return parser.parse_args(arguments)
 
 
@@ -72,9 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
         NoisyPoints(options.samples), batch_size=16, shuffle=True, num_workers=options.workers,
         seed_samples=True,
     )
-    # A controller that asks for large batches, so that some come in micro-batches; in so few steps it needs each of them measured.
-    sizes = {"controller": adabatch.CABS(scale=8.0), "batch_sizes": (8, 64), "micro_batches": 20, "measure": "all"}
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, **sizes)
+    # Large batches, so that some arrive in micro-batches; so short a run measures every step.
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, optimizer, loader, controller=adabatch.CABS(scale=8.0), batch_sizes=(8, 64),
+        micro_batches=20, measure="all")
     parts = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler}
     seen: list[list[int]] = []
     if checkpoint.exists():
@@ -98,7 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
             time.sleep(options.pause)
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     save({"seen": seen, "weights": weights}, options.out / "result.pt")
-    print(json.dumps({"steps": len(seen), "samples": sum(map(len, seen)), "batch_sizes": [min(map(len, seen)), max(map(len, seen))]}))
+    sizes = [len(indices) for indices in seen]
+    print(json.dumps({"steps": len(seen), "samples": sum(sizes),
+                      "batch_sizes": [min(sizes), max(sizes)]}))
 
 
 if __name__ == "__main__":
