@@ -33,6 +33,18 @@ def test_the_fit_of_several_replicas_predicts_times_within_the_range():
     assert [fitted.seconds(size) for size in sizes] == pytest.approx([truth.seconds(size) for size in sizes], rel=0.02)
 
 
+def test_the_fit_weights_each_size_by_its_count():
+    """The line passes through the two sizes of many steps, and by the third where that has more."""
+    truth, sizes = StepTime(1.0, 0.01), [16, 64, 256]
+    seconds = [truth.seconds(16), 2 * truth.seconds(64), truth.seconds(256)]
+    fitted = fit_step_time(sizes, seconds, [1e6, 1, 1e6])
+    for size in (16, 256):
+        assert fitted.seconds(size) == pytest.approx(truth.seconds(size), rel=1e-3)
+    evenly, by_third = (fit_step_time(sizes, seconds, [1, n, 1]).seconds(64) for n in (1, 1e6))
+    assert truth.seconds(64) < evenly < 0.95 * by_third
+    assert by_third == pytest.approx(2 * truth.seconds(64), rel=1e-2)
+
+
 def test_network_and_compute_overlap_by_gamma():
     assert StepTime(3.0, 0.0, network=4.0, gamma=1.0, replicas=2).seconds(8) == pytest.approx(7.0)
     assert StepTime(3.0, 0.0, network=4.0, gamma=2.0, replicas=2).seconds(8) == pytest.approx(5.0)
