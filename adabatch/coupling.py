@@ -73,7 +73,7 @@ class AdaScaleGain:
     """AdaScale's gain (`gain`) under a batch that a controller moves; 1 before the first measurement.
 
     An lr schedule that counts steps of the base is advanced by the gain of each step
-    (`scheduler.get_last_coupling()`).
+    (`scheduler.last_lr_factor`).
 
     Args:
         smoothing: of the averages of T and G² that φ is the ratio of, 0 <= smoothing < 1.
@@ -134,3 +134,14 @@ def coupling_for(given: str | Coupling, optimizer: Optimizer) -> Coupling:
     if given not in RULES:
         raise ValueError(f"coupling must be one of {[*RULES, 'seesaw']} or a callable (batch_size, base_batch_size, noise_scale) -> factor, got {given!r}")
     return RULES[given]()
+
+
+def smoothing_of(rule: Coupling) -> float | None:
+    """The smoothing of the moments whose noise scale the rule is called with; None where it reads
+    none.
+
+    Example:
+        >>> smoothing_of(linear) is None
+        True
+    """
+    return getattr(rule, "smoothing", 0.95) if getattr(rule, "needs_moments", False) else None

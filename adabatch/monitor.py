@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adabatch._checks import check_version, suggest_keywords
-from adabatch.config import Measure, PerSample, measure_of
+from adabatch.config import Every, Measure, PerSample, measure_of
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.record import Record
+from adabatch.estimators.loss_scale import LossScale
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.grad_sample.cost import Measurement
 from adabatch.interfaces import State
-from adabatch.scheduler.arguments import rejection_reason
-from adabatch.scheduler.health import GradientNormCheck
-from adabatch.scheduler.late_parameters import UntrackedParameters
+from adabatch.scheduler.decision import rejection_reason
+from adabatch.scheduler.health import GradientNormCheck, GradScalerDetector, UntrackedParameters
 from adabatch.scheduler.pipeline import HostTransferStage, Pipeline, StepRecord
 from adabatch.scheduler.plan import plan_for
 from adabatch.scheduler.record import Recorder, StepClock
@@ -91,11 +91,11 @@ def monitor(
     interval, share = plan_of(measure_of(measure), how, needed=True)
     hooks = per_sample_hooks(
         model, optimizer, how, frozenset(), samples=None if interval is None else interval.samples,
-        loss_reduction=loss_reduction, accumulate=accumulate, grad_scaler=grad_scaler,
+        loss_reduction=loss_reduction, accumulate=accumulate,
     )
     try:
-        every = 1 if interval is None else interval.k
-        return Monitor(optimizer, hooks, every=every, share=share, diagnostics=diagnostics)
+        plan = Every(interval.k) if interval is not None else share or Every(1)
+        return Monitor(optimizer, hooks, plan, grad_scaler=grad_scaler, diagnostics=diagnostics)
     except Exception:
         hooks.remove()
         raise
@@ -113,20 +113,23 @@ class Monitor:
     """
 
     def __init__(
-        self, optimizer: Optimizer, hooks: GradSampleHooks, *, every: int = 1,
-        share: float | None = None, diagnostics: Diagnostics | None = None,
+        self, optimizer: Optimizer, hooks: GradSampleHooks, measure: Every | float, *,
+        grad_scaler: Any = None, diagnostics: Diagnostics | None = None,
     ):
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
         self._optimizer, self._hooks = optimizer, hooks
-        self._plan = plan_for(hooks, every, share)
+        self._plan = plan_for(hooks, measure)
         self._recorder, self._clock = Recorder(self.diagnostics), StepClock()
         self._pipeline = Pipeline([HostTransferStage()])
         self._norms = GradientNormCheck()
         self._untracked = UntrackedParameters(optimizer, hooks.parameters.values())
         self._batch_size = 0
         self._loss: Tensor | float = math.nan
-        hooks.loss_scale.watch(optimizer)
+        self._scale = None if grad_scaler is None else LossScale(grad_scaler)
+        self._detector = GradScalerDetector(optimizer, hooks) if grad_scaler is None else None
+        if self._scale is not None:
+            hooks.on_backward_end.append(self._scale.record)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     @property
@@ -163,6 +166,8 @@ class Monitor:
         """Take all hooks off model and optimizer; the diagnostics stay."""
         self.flush()
         self._handle.remove()
+        if self._detector is not None:
+            self._detector.remove()
         self._hooks.remove()
 
     def state_dict(self) -> State:
@@ -209,26 +214,31 @@ class Monitor:
         """The optimizer's post-hook. Nothing here may wait for an accelerator."""
         hooks = self._hooks
         skipped, present = divmod(max(0, hooks.n_passes - 1), hooks.accumulate)
-        moments = None
+        pending = None
         if hooks.enabled and skipped and present == hooks.accumulate - 1:
             hooks.reset()  # a GradScaler skipped steps, whose passes have not been collected
+            if self._scale is not None:
+                self._scale.clear()
         elif hooks.enabled and hooks.n_passes:
-            moments = hooks.observe()
+            scale = None if self._scale is None else self._scale.take()
+            pending = hooks.observe(loss_scale=scale)
             self._untracked.warn(stacklevel=4)
         seen = StepRecord(
-            step=self.step_count, loss=self._loss, moments=moments, delivered=0,
+            step=self.step_count, loss=self._loss, moments=None, delivered=0,
             batch_size=self._batch_size,
             lrs=[float(group["lr"]) for group in self._optimizer.param_groups], base_lr=None,
-            epoch=0, seconds=self._clock.lap(),
+            epoch=0, seconds=self._clock.lap(), pending=pending,
         )
         self._loss = math.nan
         self.step_count += 1
         for settled in self._pipeline.push(seen):
             self._record(settled)
-        self._plan.next_step(self.step_count, moments is not None, max(1, self._batch_size))
+        self._plan.next_step(self.step_count, pending is not None, max(1, self._batch_size))
 
     def _record(self, seen: StepRecord) -> None:
         seen.settle()
+        if self._detector is not None and seen.measured:
+            self._detector.check()
         moments, loss = seen.moments, float(seen.loss)
         if moments is not None:
             self._batch_size = moments.batch_size
@@ -240,11 +250,12 @@ class Monitor:
             dropped = rejection_reason(moments, 0.0 if math.isnan(loss) else loss)
         usable = None if dropped else moments
         if usable is not None:
-            self._norms.look(usable)
+            self._norms.update(usable)
         self.samples_seen += samples
         lr = sum(seen.lrs) / len(seen.lrs)
-        self._recorder.record(seen, usable, lr=lr, loss=loss, samples_seen=self.samples_seen,
-                              dropped=dropped)
+        self._recorder.record(usable, step=seen.step, batch_size=samples, seconds=seen.seconds,
+                              measured=seen.measured, samples_seen=self.samples_seen, lr=lr,
+                              loss=loss, dropped=dropped)
         self._plan.judge(self._recorder.trace)
 
 

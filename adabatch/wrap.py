@@ -34,7 +34,7 @@ from adabatch.grad_sample import GradSampleHooks
 from adabatch.interfaces import Controller, RunContext
 from adabatch.micro_batches.optimizer import MicroBatching
 from adabatch.preconditioners import preconditioner_reader
-from adabatch.scheduler.arguments import bind_controller, needs_moments
+from adabatch.scheduler.arguments import as_controller, needs_moments
 from adabatch.scheduler.scheduler import BatchSizeScheduler
 
 KINDS = {PerSample: "per_sample", MicroBatch: "micro_batch", CrossRank: "cross_rank"}
@@ -78,7 +78,7 @@ def wrap(
             "seesaw", a callable, or `Coupling`.
         measure: "auto": a share of 0.05 of the training time where controller, coupling or
             estimator= need moments, nothing where they do not; a share, which a cost model of the
-            layers turns into samples and interval (`scheduler.measurement`); `Every(k)`; "all" for
+            layers turns into samples and interval (`scheduler.measurement_plan`); `Every(k)`; "all" for
             every sample of every step; None for nothing. MicroBatch and CrossRank, whose cost is
             small, measure at every step or as Every(k) says.
         estimator: `PerSample` (the default), `MicroBatch` or `CrossRank`.
@@ -139,7 +139,9 @@ def wrap(
     parallel = DistributedSetup.find(process_group, KINDS[type(how)], model)
     adaptive = _adaptive(loader, parallel, model, optimizer, settings)
     controller = CABS() if controller is None and lr_rule.rule != "seesaw" else controller
-    bind_controller(controller, RunContext(optimizer, max_grad_norm=micro_options.max_grad_norm))
+    if controller is not None:
+        controller = as_controller(controller)
+        controller.bind(RunContext(optimizer, max_grad_norm=micro_options.max_grad_norm))
     needs: frozenset[str] = frozenset() if controller is None else controller.requires
     micro = MicroBatching(
         adaptive, micro_options.size, accumulate, KINDS[type(how)], micro_options.loss_fn
@@ -148,7 +150,7 @@ def wrap(
     interval, share = plan_of(measured, how, asks)
     samples = interval.samples if interval is not None else None
     samples = samples if parallel is None else parallel.samples_here(samples)
-    common: dict[str, Any] = {"loss_reduction": loss_reduction, "grad_scaler": grad_scaler}
+    common: dict[str, Any] = {"loss_reduction": loss_reduction}
     hooks: Any
     if interval is None and share is None:
         if asks and measure is None:
@@ -178,9 +180,9 @@ def wrap(
         if parallel is not None:
             parallel.agree_on_limit(adaptive)
         scheduler = BatchSizeScheduler(
-            optimizer, adaptive, hooks, controller,
-            every=1 if interval is None else interval.k, overhead=share, diagnostics=diagnostics,
-            **_flat(sizes, lr_rule),
+            optimizer, adaptive, hooks, controller, batch_sizes=sizes, coupling=lr_rule,
+            measure=share if interval is None else Every(interval.k), grad_scaler=grad_scaler,
+            diagnostics=diagnostics,
         )
         if parallel is not None:
             between = isinstance(how, CrossRank)
@@ -295,15 +297,3 @@ def _groups(optimizer: Optimizer) -> list[list[Tensor]]:
 def _settings(options: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fields of an option object, as all processes must have them."""
     return {name: value for name, value in vars(options).items() if name not in but}
-
-
-def _flat(sizes: BatchSizes, coupling: Coupling) -> dict[str, Any]:
-    """As BatchSizeScheduler takes them."""
-    return {
-        "min_batch_size": sizes.minimum, "max_batch_size": sizes.maximum,
-        "multiple_of": sizes.multiple_of, "dwell": sizes.cooldown,
-        "hysteresis": sizes.hysteresis, "ladder": sizes.size_ratio, "coupling": coupling.rule,
-        "spill": "lr" if coupling.on_limit == "lower_lr" else None,
-        "short_batch": coupling.short_batch, "base_batch_size": coupling.base_batch_size,
-        "scale_betas": coupling.scale_betas,
-    }

@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
+from adabatch import BatchSizeScheduler
+from adabatch.controllers import CABS
 from adabatch.config import (BatchSizes, Coupling, CrossRank, Every, MicroBatch, MicroBatches,
                              PerSample)
 
@@ -30,3 +32,14 @@ def grouped(**flat: Any) -> dict[str, Any]:
         if given or (keyword == "estimator" and kind is not PerSample):
             result[keyword] = options(**given)
     return result | flat
+
+
+def make_scheduler(optimizer, loader, estimator=None, controller=None, **flat: Any):
+    """A BatchSizeScheduler from flat options, as `grouped` takes them; a default bound of 16."""
+    if "effective_lr" in flat:
+        effective_lr = flat.pop("effective_lr")
+        if controller is None and flat.get("coupling") != "seesaw":
+            controller = CABS()
+        if controller is not None:
+            controller.effective_lr = effective_lr
+    return BatchSizeScheduler(optimizer, loader, estimator, controller, **grouped(**flat))

@@ -10,8 +10,8 @@ from torch.optim import SGD
 from torch.utils.data import Dataset, TensorDataset
 
 import adabatch
-from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
-from tests.options import grouped
+from adabatch import AdaptiveDataLoader, GradSampleHooks
+from tests.options import grouped, make_scheduler
 
 
 class Wishes(adabatch.controllers.Controller):
@@ -69,7 +69,7 @@ def slope_run(controller, n=400, batch_size=16, lr=1.0, accumulate=1, optimizer=
     loader = AdaptiveDataLoader(ones(n), batch_size, **(loader_options or {}))
     options = {"min_batch_size": 2, "max_batch_size": 64, **options}
     hooks = GradSampleHooks(model, accumulate=accumulate, loss_reduction=options.pop("loss_reduction", "mean"))
-    return model, stepping, loader, BatchSizeScheduler(stepping, loader, hooks, controller, **options)
+    return model, stepping, loader, make_scheduler(stepping, loader, hooks, controller, **options)
 
 
 def steps(model, optimizer, loader, scheduler, n_steps=None, scheduler_first=False, loss_of=lambda outputs: outputs.mean(), after=lambda: None):

@@ -98,7 +98,7 @@ class TensorParallel:
             ValueError: listing the layers for which neither holds.
         """
         known = {"inner_products", "second_moment", "preconditioned_trace"}
-        statistics = sorted(hooks.measures & known)
+        statistics = sorted(hooks.statistics & known)
         if statistics:
             raise ValueError(NORMS_ONLY.format(statistics=", ".join(statistics)))
         parameters = hooks.parameters

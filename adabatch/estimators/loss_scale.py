@@ -152,13 +152,15 @@ class LossScale:
         """Forget the scales of a step."""
         self._seen.clear()
 
-    def noted(self, given: float | None) -> StepScale:
+    def noted(self, given: float | StepScale | None) -> StepScale:
         """The scale of the step's passes, `given` or noted.
 
         Raises:
             ValueError: given beside a grad_scaler.
             RuntimeError: neither, but a GradScaler steps the optimizer that is watched; or another one than the grad_scaler.
         """
+        if isinstance(given, StepScale):
+            return given
         self.check_told(given)
         if given is not None and self._grad_scaler is not None:
             raise ValueError("the scale is read from the grad_scaler the hooks were made with: leave loss_scale= away")

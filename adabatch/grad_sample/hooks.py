@@ -106,6 +106,7 @@ class GradSampleHooks:
         plan = plan_layers(model, ignore, only=None if param_groups is None else {id(parameter) for group in param_groups for parameter in group})
         self.loss_reduction, self.accumulate, self.by_samples = loss_reduction, accumulate, False
         self.shard = BatchShard()
+        self.on_backward_end: list[Any] = []
         self.parameters = plan.parameters
         if inner_products:
             check_not_compiled(model, plan.parameters)
@@ -134,7 +135,7 @@ class GradSampleHooks:
         self._attached = True
 
     @property
-    def measures(self) -> frozenset[str]:
+    def statistics(self) -> frozenset[str]:
         """What is measured beside norms: 'inner_products', 'second_moment', 'preconditioned_trace' (which a second moment tells as well)."""
         wanted = {"inner_products": self._dots, "second_moment": self._second_moment, "preconditioned_trace": self._stash.second_moments is not None}
         return frozenset(name for name, measured in wanted.items() if measured)
@@ -167,13 +168,15 @@ class GradSampleHooks:
     def cost(self) -> StepCost:
         """What measuring costs by the cost model, from the shapes of the last measured forward pass; the same on every process that saw the same shapes."""
         seen = [(site.layer, *site.shapes, site.sampler is None) for site in self.sites if site.shapes is not None]
-        return step_cost(seen, sum(parameter.numel() for parameter in self.parameters.values()), self._placer.operation_shapes.values(), self.measures)
+        return step_cost(seen, sum(parameter.numel() for parameter in self.parameters.values()), self._placer.operation_shapes.values(), self.statistics)
 
     def _harvest(self) -> None:
         """Runs in the engine's last callback of a backward pass: every layer has reported, and the gradients are complete, also under DDP."""
         try:
             with autocast_disabled(self._probes.home):
                 self._take_pass()
+            for callback in self.on_backward_end:
+                callback()
         except Exception:
             self.reset()  # half of a pass must not be collected by a caller who goes on
             raise

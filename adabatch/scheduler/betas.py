@@ -1,30 +1,35 @@
-"""Adam's betas, rescaled so that its averages reach equally far back in samples, whatever the batch size.
+"""Adam's betas, rescaled so that its averages span the same number of samples at any batch size.
 
-Legend: r the size of a batch over the base batch size, R the sum of r over the steps so far, s an optimizer's own count of steps.
+Legend: r the size of a batch over the base batch size, R the sum of r over the steps so far, s an
+optimizer's own count of steps.
 """
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch._checks import check_version
-from adabatch.scheduler.step_factor import held_weakly
+from adabatch.interfaces import State
 
 
 class BetaRescaler:
-    """Raises each beta to the power r while optimizer.step() runs: β' = β^r, so that n samples decay the averages by β^(n / base batch size).
+    """Raises each beta to the power r while optimizer.step() runs: β' = β^r, so that n samples
+    decay the averages by β^(n / base batch size).
 
-    The bias correction of the optimizer, 1 − β'^s, would take all steps so far for steps of r: right after the batch grew tenfold at s = 200 and β = 0.999 it
-    would divide by 0.86 what sums to 0.18. So the optimizer's step count, too, is replaced for the length of the step, by R/r: then β'^(R/r) = β^R. The steps
-    an optimizer had taken before count r = 1 each; for a parameter that was left out of some steps the mean r of all steps stands in.
+    The optimizer's bias correction, 1 − β'^s, would take all steps so far for steps of r: right
+    after the batch grew tenfold at s = 200 and β = 0.999 it would divide by 0.86 what sums to 0.18.
+    So the optimizer's step count is replaced during the step as well, by R/r: then β'^(R/r) = β^R.
+    Steps taken before count r = 1 each; for a parameter that missed some steps the mean r of all
+    steps is used. For RAdam and NAdam, which use the count in other ways too, R/r is approximate.
 
     Args:
-        optimizer: has `betas` in its param groups. RAdam and NAdam read the step count in other ways too, for which R/r is an approximation.
-        exponent: r of the batch being stepped; a bound method is held weakly, as in `StepFactor`.
+        optimizer: has `betas` in its param groups.
+        exponent: r of the batch being stepped; a bound method is held weakly.
 
     Attributes:
         steps: optimizer steps seen; exponents: the sum of their r.
@@ -33,32 +38,40 @@ class BetaRescaler:
         ValueError: no param group has betas.
 
     Example:
-        >>> optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], betas=(0.9, 0.99))
-        >>> horizon = BetaRescaler(optimizer, lambda: 2.0)
-        >>> handle = optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: print([round(b, 4) for b in optimizer.param_groups[0]["betas"]]))
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.Adam([weight], betas=(0.9, 0.99))
+        >>> rescaler = BetaRescaler(optimizer, lambda: 2.0)
+        >>> handle = optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: print(
+        ...     [round(beta, 4) for beta in optimizer.param_groups[0]["betas"]]))
         >>> optimizer.step()
         [0.81, 0.9801]
-        >>> optimizer.param_groups[0]["betas"], horizon.exponents
+        >>> optimizer.param_groups[0]["betas"], rescaler.exponents
         ((0.9, 0.99), 2.0)
     """
 
     def __init__(self, optimizer: Optimizer, exponent: Callable[[], float]):
         if not any("betas" in group for group in optimizer.param_groups):
-            raise ValueError(f"scale_betas=True needs an optimizer with betas, as torch.optim.AdamW; {type(optimizer).__name__} has none: leave it False")
-        self._exponent = held_weakly(exponent)
+            raise ValueError("scale_betas=True needs an optimizer with betas, such as "
+                             f"torch.optim.AdamW; {type(optimizer).__name__} has none")
+        bound = inspect.ismethod(exponent)
+        self._exponent = weakref.WeakMethod(exponent) if bound else lambda: exponent
         self.steps, self.exponents, self._applied, self._stepping = 0, 0.0, 1.0, False
-        self._betas: list[tuple[dict[str, Any], Any]] = []
+        self._betas: list[tuple[dict[str, Any], Any, Any]] = []
         self._counts: list[tuple[dict[str, Any], Any, Any]] = []
-        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._handles = [optimizer.register_step_pre_hook(self._before),
+                         optimizer.register_step_post_hook(self._after)]
 
     def restore(self) -> None:
-        """Undo what a step that raised left behind; betas that were set since then stay as they are."""
+        """Undo what a step that raised left behind; betas set since then are kept."""
         for group, betas, scaled in self._betas:
             if group["betas"] is scaled:
                 group["betas"] = betas
         for state, count, replaced in self._counts:
-            # What was added by the step is kept: 1, or 0 for a parameter that was left out.
-            _set_count(state, count + round(float(state["step"] - replaced)) if not _is_tensor(count) else count + (state["step"] - replaced).round())
+            # What the step added is kept: 1, or 0 for a parameter that it skipped.
+            added = state["step"] - replaced
+            added = added.round() if isinstance(count, Tensor) else round(float(added))
+            _set_count(state, count + added)
         self._betas, self._counts = [], []
 
     def remove(self) -> None:
@@ -67,58 +80,50 @@ class BetaRescaler:
         for handle in self._handles:
             handle.remove()
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> State:
         """The counts, as plain numbers."""
-        return {"version": 1, "steps": self.steps, "exponents": self.exponents}
+        return {"steps": self.steps, "exponents": self.exponents}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a state_dict().
-
-        Raises:
-            ValueError: unknown version.
-        """
-        check_version(state, 1, "BetaRescaler")
+    def load_state_dict(self, state: State) -> None:
+        """Continue from a state_dict()."""
         self.steps, self.exponents = state["steps"], state["exponents"]
 
-    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.restore()
         exponent = self._exponent()
         self._applied, self._stepping = 1.0 if exponent is None else exponent(), True
+        if self._applied == 1.0 and self.exponents == self.steps:
+            return
         for group in optimizer.param_groups:
-            if "betas" not in group or (self._applied == 1.0 and self.exponents == self.steps):
-                continue
-            betas = group["betas"]
-            group["betas"] = tuple(beta**self._applied for beta in betas)
-            self._betas.append((group, betas, group["betas"]))
-            for parameter in group["params"]:
-                self._replace_count(optimizer.state.get(parameter, {}))
+            if "betas" in group:
+                betas = group["betas"]
+                group["betas"] = tuple(beta**self._applied for beta in betas)
+                self._betas.append((group, betas, group["betas"]))
+                for parameter in group["params"]:
+                    self._replace_count(optimizer.state.get(parameter, {}))
 
     def _replace_count(self, state: dict[str, Any]) -> None:
         if "step" not in state:
             return
-        count = state["step"].clone() if _is_tensor(state["step"]) else state["step"]
-        mean = self.exponents / self.steps if self.steps else 1.0
-        if _is_tensor(count):
+        count, mean = state["step"], self.exponents / self.steps if self.steps else 1.0
+        if isinstance(count, Tensor):
+            count = count.clone()
             past = (count - self.steps).clamp(min=0) + count.clamp(max=self.steps) * mean
         else:
             past = max(count - self.steps, 0) + min(count, self.steps) * mean
         _set_count(state, past / self._applied)
         self._counts.append((state, count, past / self._applied))
 
-    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.restore()
-        # torch runs the hooks around each step() of a class: twice where a subclass calls super().step().
+        # torch runs the hooks around each step() of a class: twice where a subclass calls super().
         self.steps += self._stepping
         self.exponents += self._applied * self._stepping
         self._stepping = False
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
 def _set_count(state: dict[str, Any], count: Any) -> None:
-    if _is_tensor(count):
+    if isinstance(count, Tensor):
         state["step"].copy_(count)
     else:
         state["step"] = count

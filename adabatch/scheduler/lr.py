@@ -1,91 +1,302 @@
-"""What an optimizer step is multiplied by, and how epochs are counted: the parts of the scheduler that look at the batches delivered.
+"""The learning rate: what controllers see of it, and the factor that each optimizer step gets.
 
-Legend: B the size asked for of the batch being stepped (all accumulated passes together), b the size delivered, B₀ the base batch size, W a proposal.
+Legend: B the size requested for the batch being stepped (all accumulated passes together), b the
+size delivered, B₀ the base batch size, W a proposal, T_k the variance trace of param group k.
+
+Every change lives between the optimizer's step pre-hook and post-hook: torch's recursive lr
+schedulers, which compute the next lr from the one in param_groups, never see it.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch._checks import check_version
-from adabatch.coupling import Coupling, coupling_for
+from adabatch.config import Coupling
+from adabatch.coupling import coupling_for, smoothing_of
 from adabatch.diagnostics.record import noise_scale
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
-from adabatch.interfaces import Controller
-from adabatch.scheduler.arguments import epoch_samples
+from adabatch.interfaces import BatchSource, Controller, EffectiveLr, State
 from adabatch.scheduler.betas import BetaRescaler
-from adabatch.scheduler.effective_lr import MeanEffectiveLr
-from adabatch.scheduler.step_factor import Pending, StepFactor
+
+logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
+_live: weakref.WeakSet[StepFactor] = weakref.WeakSet()
+
+
+def sgd_effective_lr(group: dict[str, Any]) -> float:
+    """lr·(1 − dampening)/(1 − momentum): how far a constant gradient moves a parameter per step in
+    the long run; lr without momentum (SGD then ignores the dampening).
+
+    An extension to the published rule: noise floors for momentum 0, 0.9, 0.99 at equal effective lr
+    agreed within 4 % in simulation.
+
+    Example:
+        >>> round(sgd_effective_lr({"lr": 0.1, "momentum": 0.9, "dampening": 0.0}), 12)
+        1.0
+    """
+    lr, momentum = float(group["lr"]), group.get("momentum", 0.0)
+    return lr * (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else lr
+
+
+def effective_lr_for(optimizer: Optimizer, given: EffectiveLr | None = None) -> EffectiveLr:
+    """The function of a param group that gives its effective lr.
+
+    Raises:
+        ValueError: the optimizer is not torch.optim.SGD and no function was given.
+        TypeError: what was given is not callable.
+    """
+    if given is not None:
+        if not callable(given):
+            raise TypeError(f"effective_lr must be a callable of a param group, got {given!r}")
+        return given
+    if isinstance(optimizer, torch.optim.SGD):
+        return sgd_effective_lr
+    raise ValueError(
+        f"no effective learning rate is known for {type(optimizer).__name__}: the rule holds for SGD "
+        "steps w - lr*g. Use torch.optim.SGD (for CABS also Adam, AdamW, RMSprop, Adagrad, or an "
+        "optimizer passed to adabatch.preconditioners.register_preconditioner), or give the "
+        "controller effective_lr=, a callable of a param group that returns its step per unit of "
+        "gradient, e.g. CABS(effective_lr=lambda group: group['lr'])"
+    )
+
+
+def effective_lr_of_controller(controller: Controller, optimizer: Optimizer) -> EffectiveLr:
+    """The lr that a controller is given: as it is, unless it needs a step per unit of gradient.
+
+    Raises:
+        ValueError, TypeError: as effective_lr_for.
+    """
+    given = controller.effective_lr
+    if given is None and not controller.needs_effective_lr:
+        return lambda group: float(group["lr"])
+    chosen = effective_lr_for(optimizer, given)
+    if given is None and any(group.get("momentum") for group in optimizer.param_groups):
+        logger.info("SGD with momentum: the controller gets lr*(1 - dampening)/(1 - momentum)")
+    return chosen
+
+
+class MeanEffectiveLr:
+    """One effective lr for all param groups: Σ lr_k T_k / Σ T_k, negative T_k counting as 0.
+
+    Without traces the last known ones are the weights; before any, all groups with measured
+    parameters have equal weight.
+
+    Args:
+        optimizer: its groups' lrs are read at every call.
+        of_group: the effective lr of a param group.
+        measured: the parameters whose variance is measured.
+
+    Attributes:
+        weights: T_k of the last step that had any; empty before.
+
+    Example:
+        >>> one, two = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+        >>> groups = [{"params": [one], "lr": 1.0}, {"params": [two], "lr": 2.0}]
+        >>> lr = MeanEffectiveLr(torch.optim.SGD(groups), sgd_effective_lr, [one, two])
+        >>> lr({}), lr({0: 3.0, 1: 1.0}), lr({})
+        (1.5, 1.25, 1.25)
+    """
+
+    def __init__(self, optimizer: Optimizer, of_group: EffectiveLr, measured: Iterable[Tensor]):
+        self._optimizer, self._of_group = optimizer, of_group
+        self._measured = {id(parameter) for parameter in measured}
+        self.weights: list[float] = []
+
+    def read(self) -> list[float]:
+        """The effective lr of each group at this moment."""
+        return [self._of_group(group) for group in self._optimizer.param_groups]
+
+    def __call__(
+        self, traces: Mapping[int, float], lrs: Sequence[float] | None = None
+    ) -> float:
+        """The mean of the groups' lrs.
+
+        Args:
+            traces: {index of a group: its variance trace} of the step, or empty.
+            lrs: what read() gave at some moment; None: read now.
+        """
+        lrs = self.read() if lrs is None else lrs
+        if len(lrs) == 1:
+            return lrs[0]
+        latest = [max(0.0, traces.get(index, 0.0)) for index in range(len(lrs))]
+        if any(latest):
+            self.weights = latest
+        weights = self.weights if len(self.weights) == len(lrs) else self._uniform_weights()
+        return sum(lr * weight for lr, weight in zip(lrs, weights, strict=True)) / sum(weights)
+
+    def _uniform_weights(self) -> list[float]:
+        groups, measured = self._optimizer.param_groups, self._measured
+        weights = [float(any(id(each) in measured for each in group["params"])) for group in groups]
+        return weights if any(weights) else [1.0] * len(groups)
+
+
+class StepFactor:
+    """Multiplies each group's lr by a factor while optimizer.step() runs, and only then.
+
+    Args:
+        optimizer: its step pre- and post-hooks are used; a tensor lr is changed in place.
+        factor: called at each step for its value. A bound method is held weakly: an object that
+            holds the optimizer is then in no reference cycle, and is freed, with a loader and its
+            workers, when it is released. Its factor ends with it.
+
+    Attributes:
+        last_lrs: the lr of each group as used in the last step.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> halved = StepFactor(optimizer, lambda: 0.5)
+        >>> optimizer.step()
+        >>> halved.last_lrs, optimizer.param_groups[0]["lr"]
+        ([0.5], 1.0)
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[], float]):
+        self._factor, self._optimizer = held_weakly(factor), weakref.ref(optimizer)
+        self._applied = 1.0
+        self._saved: list[tuple[dict[str, Any], Any]] = []
+        self.last_lrs = read_lrs(optimizer)
+        self._handles = [optimizer.register_step_pre_hook(self._before),
+                         optimizer.register_step_post_hook(self._after)]
+        _live.add(self)
+
+    def scales(self, optimizer: Optimizer) -> bool:
+        """Whether it scales this optimizer's lr, and its owner still exists."""
+        return self._optimizer() is optimizer and self._factor() is not None
+
+    def restore(self) -> None:
+        """Undo the factor that a step which raised left; an lr set since then is kept."""
+        for group, lr in self._saved:
+            if group["lr"] == lr * self._applied:
+                _put(group, lr)
+        self._saved = []
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        self.restore()
+        _live.discard(self)
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.restore()
+        factor = self._factor()
+        self._applied = 1.0 if factor is None else factor()
+        if self._applied != 1.0:
+            self._saved = _scale(optimizer.param_groups, self._applied)
+        self.last_lrs = read_lrs(optimizer)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group, lr in self._saved:
+            _put(group, lr)
+        self._saved = []
+
+
+def check_unscaled(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose lr another scheduler of ours scales already.
+
+    Raises:
+        ValueError: it does.
+    """
+    if any(factor.scales(optimizer) for factor in _live):
+        raise ValueError(
+            "this optimizer has a BatchSizeScheduler already, and two would both scale its lr: call "
+            "remove() of the first, or use that one"
+        )
+
+
+class DelayedValue(Generic[Value]):
+    """A value that holds for batches delivered after the one at which it was decided, whichever of
+    optimizer.step() and scheduler.step() comes first.
+
+    Attributes:
+        latest: the value for the batches to come.
+
+    Example:
+        >>> factor = DelayedValue(1.0)
+        >>> factor.set(0.5, after_batch=3)
+        >>> factor.for_batch(3), factor.for_batch(4)
+        (1.0, 0.5)
+    """
+
+    def __init__(self, latest: Value):
+        self._before, self.latest, self._after_batch = latest, latest, -1
+
+    def set(self, value: Value, after_batch: int) -> None:
+        """Decide the value for all batches delivered after number `after_batch`."""
+        self._before, self.latest = self.for_batch(after_batch), value
+        self._after_batch = after_batch
+
+    def for_batch(self, n_batches: int) -> Value:
+        """The value for batch `n_batches`, counted from 1."""
+        return self.latest if n_batches > self._after_batch else self._before
 
 
 class LrAdjuster:
-    """The factor on the lr of each step: coupling(B, B₀) · spill · short batch, each of the very batch that is stepped.
+    """The factor on the lr of each step: coupling(B, B₀) · limit · short batch, each of the very
+    batch that is stepped.
 
-    The spill is B/W for the latest proposal W that the sizes fall short of, by max_batch_size, dwell or hysteresis, and 1 where they do not: lr/batch, and with
-    it the noise level, is then what lr/W would have been. Batches that were under way when the proposal came keep the spill they were asked for with.
+    The limit's factor is B/W for the latest proposal W that the sizes fall short of, through a
+    bound, cooldown or hysteresis, and 1 otherwise: lr/batch, and with it the noise level, is then
+    what lr/W would have been. Batches that were under way when the proposal came keep the factor
+    they were requested with.
 
     Args:
         optimizer, loader: as in BatchSizeScheduler.
-        mean_lr: gives the lr that controllers are told.
+        mean_lr: the lr that controllers are given.
+        options: with the base batch size set, in samples.
         accumulate: batches per step.
-        coupling: a name or a callable, see `coupling_for`.
-        base_batch_size: B₀, in samples.
-        spill: None or 'lr'.
-        short_batch: 'scale' multiplies by b/B; anything else does not.
-        summed: the loss is a sum, so that a short batch is smaller by itself.
-        scale_betas: see `BetaRescaler`; its exponent is b/B₀.
-        controller: its lr_factor(), if it has one, gives one more factor, of B.
+        summed: the loss is a sum, which a short batch makes smaller already.
+        controller: its lr_factor() gives one more factor, of B.
 
     Attributes:
-        last_coupling: the coupling's factor of the last step.
+        last_lr_factor: the coupling's factor of the last step.
         base_lr: the lr of the last step without any factor; None before.
 
     Raises:
-        ValueError: an unknown coupling; a coupling for a summed loss; scale_betas for an optimizer without betas.
+        ValueError: a coupling for a summed loss; a coupling beside a controller that sets the lr
+            itself; scale_betas for an optimizer without betas.
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        loader: Any,
-        mean_lr: MeanEffectiveLr,
-        *,
-        accumulate: int,
-        coupling: str | Coupling,
-        base_batch_size: int,
-        spill: str | None,
-        short_batch: str,
-        summed: bool,
-        scale_betas: bool,
-        controller: Controller | None = None,
+        self, optimizer: Optimizer, loader: BatchSource, mean_lr: MeanEffectiveLr,
+        options: Coupling, *, accumulate: int, summed: bool, controller: Controller,
     ):
-        self._controller = controller
-        if self._controller_factor() is not None and (summed or coupling != "none" or spill is not None):
+        own, rule = controller.lr_factor(), options.rule
+        lowers = options.on_limit == "lower_lr"
+        if own is not None and (summed or rule != "none" or lowers):
             raise ValueError(
-                f"{type(controller).__name__} sets the lr by itself, for a loss that is a mean over the batch: leave coupling at 'none' and spill at None, got "
-                f"coupling={coupling!r}, spill={spill!r}{' and a summed loss' if summed else ''}"
+                f"{type(controller).__name__} sets the lr itself, for a loss that is a mean over the "
+                f"batch: use coupling='none' and on_limit='keep', got {rule!r} and "
+                f"{options.on_limit!r}{' and a summed loss' if summed else ''}"
             )
-        if summed and coupling != "none":
-            raise ValueError(f"coupling={coupling!r} is for a loss that is a mean over the batch; a sum grows with the batch by itself: use coupling='none'")
-        if isinstance(base_batch_size, bool) or not isinstance(base_batch_size, int) or base_batch_size < 1:
-            raise ValueError(f"base_batch_size must be a positive integer, got {base_batch_size!r}")
-        self.loader, self.accumulate, self.base_batch_size = loader, accumulate, base_batch_size
-        self._coupling = coupling_for(coupling, optimizer)
-        self._spill, self._scales_short = spill, short_batch == "scale" and not summed
-        self._couples_noise = getattr(self._coupling, "needs_moments", False)
-        smoothing = getattr(self._coupling, "smoothing", 0.95)
-        self._trace, self._signal = MovingAverage(smoothing), MovingAverage(smoothing)
-        self._noise_scale, self._unmet_proposal, self._own_rule = Pending(0.0), Pending(0.0), Pending(self._controller_factor())
-        self._mean_lr, self.base_lr = mean_lr, None
-        self.last_coupling = 1.0
+        if summed and rule != "none":
+            raise ValueError(
+                f"coupling={rule!r} is for a loss that is a mean over the batch; a sum grows with "
+                "the batch already: use coupling='none'"
+            )
+        self.loader, self.accumulate, self._controller = loader, accumulate, controller
+        self.base_batch_size = options.base_batch_size or loader.batch_size * accumulate
+        self._coupling = coupling_for(rule, optimizer)
+        self._lowers, self._scales_short = lowers, options.short_batch == "scale" and not summed
+        smoothing = smoothing_of(self._coupling)
+        self._reads_noise = smoothing is not None
+        self._trace, self._signal = (MovingAverage(smoothing or 0.0) for _ in range(2))
+        self._noise_scale, self._unmet_proposal = DelayedValue(0.0), DelayedValue(0.0)
+        self._own_factor = DelayedValue(own)
+        self._mean_lr, self.base_lr, self.last_lr_factor = mean_lr, None, 1.0
         self.lr = StepFactor(optimizer, self._lr_factor)
         self._betas: BetaRescaler | None = None
-        if scale_betas:
+        if options.scale_betas:
             try:
                 self._betas = BetaRescaler(optimizer, self._beta_exponent)
             except ValueError:
@@ -96,21 +307,23 @@ class LrAdjuster:
         """Samples delivered for the present step; 0 if no batch was."""
         return sum(delivered for _, delivered in self._recent())
 
-    def measured(self, moments: GradientMoments) -> None:
+    def on_moments(self, moments: GradientMoments) -> None:
         """Take the moments of a step, for the batches to come."""
-        if self._couples_noise:
+        if self._reads_noise:
             self._trace.update(moments.variance_trace, moments.n_measured)
             self._signal.update(moments.true_grad_sq_norm, moments.batch_size)
-            self._noise_scale.set(noise_scale(self._trace.average, self._signal.average), after_batch=self.loader.n_batches)
+            now = noise_scale(self._trace.average, self._signal.average)
+            self._noise_scale.set(now, after_batch=self.loader.n_batches)
 
-    def proposed(self, proposal: float, is_met: bool) -> None:
-        """Take a proposal, and whether the sizes to come meet it. An infinite one asks for no noise at all, which no lr gives: the last unmet proposal holds."""
-        if self._spill == "lr" and proposal < math.inf:
-            self._unmet_proposal.set(0.0 if is_met else proposal, after_batch=self.loader.n_batches)
+    def on_proposal(self, proposal: float, is_met: bool) -> None:
+        """Take a proposal, and whether the sizes to come meet it. An infinite one asks for no noise
+        at all, which no lr gives: the last unmet proposal holds."""
+        if self._lowers and proposal < math.inf:
+            self._unmet_proposal.set(0.0 if is_met else proposal, self.loader.n_batches)
 
-    def asked(self) -> None:
-        """The controller has gone on to the next step: take its own factor on the lr, for the batches to come."""
-        self._own_rule.set(self._controller_factor(), after_batch=self.loader.n_batches)
+    def on_controller_advanced(self) -> None:
+        """Take the controller's own factor on the lr, for the batches to come."""
+        self._own_factor.set(self._controller.lr_factor(), after_batch=self.loader.n_batches)
 
     def restore(self) -> None:
         """Undo what a step that raised left behind."""
@@ -124,113 +337,93 @@ class LrAdjuster:
         if self._betas is not None:
             self._betas.remove()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Plain numbers."""
         return {
-            "version": 1,
-            "base_batch_size": self.base_batch_size,
+            "base_batch_size": self.base_batch_size, "base_lr": self.base_lr,
             "unmet_proposal": self._unmet_proposal.latest,
-            "base_lr": self.base_lr,
             "noise_scale": self._noise_scale.latest,
-            "trace": self._trace.state_dict(),
-            "signal": self._signal.state_dict(),
+            "trace": self._trace.state_dict(), "signal": self._signal.state_dict(),
             "betas": None if self._betas is None else self._betas.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state_dict(), with its base batch size.
-
-        Raises:
-            ValueError: unknown version.
-        """
-        check_version(state, 1, "LrAdjuster")
-        self.base_batch_size = state["base_batch_size"]
-        self._unmet_proposal, self._noise_scale = Pending(state["unmet_proposal"]), Pending(state["noise_scale"])
-        self.base_lr = state["base_lr"]
-        self._own_rule = Pending(self._controller_factor())
+    def load_state_dict(self, state: State) -> None:
+        """Continue from a state_dict(), with its base batch size."""
+        self.base_batch_size, self.base_lr = state["base_batch_size"], state["base_lr"]
+        self._unmet_proposal = DelayedValue(state["unmet_proposal"])
+        self._noise_scale = DelayedValue(state["noise_scale"])
+        self._own_factor = DelayedValue(self._controller.lr_factor())
         self._trace.load_state_dict(state["trace"])
         self._signal.load_state_dict(state["signal"])
         if self._betas is not None and state["betas"] is not None:
             self._betas.load_state_dict(state["betas"])
 
     def _recent(self) -> list[tuple[int, int]]:
-        """(size asked for, size delivered) of the batches of the present step."""
+        """(size requested, size delivered) of the batches of the present step."""
         recent = self.loader.recent
         return [recent[index] for index in range(-min(self.accumulate, len(recent)), 0)]
 
-    def _asked_and_delivered(self) -> tuple[int, int]:
+    def _requested_and_delivered(self) -> tuple[int, int]:
         recent = self._recent()
         if not recent:  # a step on data of another loader
             return (self.loader.batch_size * self.accumulate,) * 2
-        return sum(asked for asked, _ in recent), sum(delivered for _, delivered in recent)
+        return sum(size for size, _ in recent), sum(delivered for _, delivered in recent)
 
     def _lr_factor(self) -> float:
         self.base_lr = self._mean_lr({})
-        asked, delivered = self._asked_and_delivered()
-        batch = self.loader.n_batches
-        factor = self._coupling(asked, self.base_batch_size, self._noise_scale.for_batch(batch))
+        requested, delivered = self._requested_and_delivered()
+        batch, base = self.loader.n_batches, self.base_batch_size
+        factor = self._coupling(requested, base, self._noise_scale.for_batch(batch))
         if not 0 <= factor < math.inf:
-            raise ValueError(f"the coupling gave the factor {factor!r} for a batch of {asked} and a base of {self.base_batch_size}; it must be finite and >= 0")
-        self.last_coupling = factor
-        own_rule = self._own_rule.for_batch(batch)
-        factor *= 1.0 if own_rule is None else own_rule(asked)
+            raise ValueError(
+                f"the coupling gave the factor {factor!r} for a batch of {requested} and a base of "
+                f"{base}; it must be finite and >= 0"
+            )
+        self.last_lr_factor = factor
+        own = self._own_factor.for_batch(batch)
+        factor *= 1.0 if own is None else own(requested)
         proposal = self._unmet_proposal.for_batch(batch)
-        if proposal > asked:
-            factor *= asked / proposal
-        return factor * delivered / asked if self._scales_short else factor
-
-    def _controller_factor(self) -> Callable[[int], float] | None:
-        return None if self._controller is None else self._controller.lr_factor()
+        if proposal > requested:
+            factor *= requested / proposal
+        return factor * delivered / requested if self._scales_short else factor
 
     def _beta_exponent(self) -> float:
-        return self._asked_and_delivered()[1] / self.base_batch_size
+        return self._requested_and_delivered()[1] / self.base_batch_size
 
 
-class EpochCount:
-    """Counts the epochs that have ended, from the loader's position in samples.
-
-    An epoch ends with the step after which no further batch is drawn, so that a size set there holds from the first batch of the next epoch. Where the
-    loader does not know how long an epoch is, and for one that was broken off, the end is seen one step late: by the position that starts anew.
-
-    Args:
-        loader: has `position` (samples of the present epoch delivered), `num_samples`, `batch_size`, `drop_last` and, if it can, `n_iterations`.
+def held_weakly(function: Callable[[], float]) -> Callable[[], Callable[[], float] | None]:
+    """A reference to a function: weak for a bound method, so that hooks keep no owner alive.
 
     Example:
-        >>> from adabatch import ResizableBatchSampler
-        >>> sampler = ResizableBatchSampler(10, 4)
-        >>> count = EpochCount(sampler)
-        >>> [count.after_step() for _ in range(2) for batch in sampler]
-        [0, 0, 1, 1, 1, 2]
+        >>> held_weakly(float)()()
+        0.0
     """
+    return weakref.WeakMethod(function) if inspect.ismethod(function) else lambda: function
 
-    def __init__(self, loader: Any):
-        self._loader = loader
-        self.ended, self._position, self._at_end = 0, math.inf, True
-        self._iteration: int | None = None
 
-    def after_step(self) -> int:
-        """Call once a step: how many epochs have ended."""
-        position, total, iteration = getattr(self._loader, "position", 0), epoch_samples(self._loader), getattr(self._loader, "n_iterations", None)
-        anew = position <= self._position if iteration is None or self._iteration is None else iteration != self._iteration
-        broken_off = anew and not self._at_end
-        # With drop_last a smaller size may draw what was left over: that epoch has been counted.
-        counted = self._at_end and not anew
-        left = math.inf if total is None else total - position
-        self._at_end = counted or left <= 0 or (self._loader.drop_last and left < self._loader.batch_size)
-        self.ended += broken_off + (self._at_end and not counted)
-        self._position, self._iteration = position, iteration
-        return self.ended
+def read_lrs(optimizer: Optimizer) -> list[float]:
+    """The lr of each param group, as numbers."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {"version": 1, "ended": self.ended, "position": self._position, "at_end": self._at_end}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state_dict().
+def _scale(groups: list[dict[str, Any]], factor: float) -> list[tuple[dict[str, Any], Any]]:
+    """Scale the groups' lrs; return what they were."""
+    saved: list[tuple[dict[str, Any], Any]] = []
+    scaled: set[int] = set()
+    for group in groups:
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            saved.append((group, lr))
+            group["lr"] = lr * factor
+        elif id(lr) not in scaled:  # an optimizer's default tensor is shared by its groups
+            scaled.add(id(lr))
+            saved.append((group, lr.clone()))
+            lr.mul_(factor)
+    return saved
 
-        Raises:
-            ValueError: unknown version.
-        """
-        check_version(state, 1, "EpochCount")
-        self.ended, self._position, self._at_end = state["ended"], state["position"], state["at_end"]
-        self._iteration = None
+
+def _put(group: dict[str, Any], lr: Any) -> None:
+    if isinstance(lr, Tensor):
+        group["lr"].copy_(lr)
+    else:
+        group["lr"] = lr

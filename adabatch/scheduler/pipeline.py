@@ -1,4 +1,4 @@
-"""What a step leaves behind for the decision on the next size, and the line in which it waits for its decision."""
+"""What a step leaves behind for the decision on the next size, and the queue in which it waits."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from adabatch._transfers import HostCopies
-from adabatch.scheduler.arguments import scalar_loss
+from adabatch.estimators.moments import GradientMoments
+from adabatch.interfaces import PendingMoments
 
 
 @dataclass
 class StepRecord:
-    """All that must be taken while the step is at hand. Later stages may replace `loss` and `moments`.
+    """All that must be taken while the step is at hand. Later stages may replace `loss` and
+    `moments`.
 
     Attributes:
         step: number of the step.
-        loss: as it was pooled over the micro-batches, a number or a scalar tensor; the sum over the samples for loss_reduction='sum'.
-        moments: of the step, at once or as something with a moments() that works them out; None where nothing was measured.
+        loss: pooled over the micro-batches, a number or a scalar tensor; the sum over the samples
+            for loss_reduction="sum".
+        moments: of the step, None where nothing was measured.
         delivered: samples the loader delivered for the step; 0 if that is not known.
         batch_size: the size in force, in samples.
         lrs: effective lr of each param group.
         base_lr: the lr of the last optimizer step without any factor; None before one.
         epoch: how many epochs have ended.
         seconds: since the step before; NaN for the first one.
+        pending: the moments while their numbers are on their way; None once settled.
         copies: of the loss, under way.
 
     Example:
-        >>> seen = StepRecord(step=0, loss=0.5, moments=None, delivered=0, batch_size=16, lrs=[0.1], base_lr=None, epoch=0, seconds=0.01)
+        >>> seen = StepRecord(0, 0.5, None, delivered=0, batch_size=16, lrs=[0.1], base_lr=None,
+        ...                   epoch=0, seconds=0.01)
         >>> seen.settle()
         >>> seen.measured, seen.samples
         (False, 16)
@@ -37,79 +42,94 @@ class StepRecord:
 
     step: int
     loss: Tensor | float
-    moments: Any
+    moments: GradientMoments | None
     delivered: int
     batch_size: int
     lrs: list[float]
     base_lr: float | None
     epoch: int
     seconds: float
+    pending: PendingMoments | None = None
     copies: HostCopies | None = None
 
     def settle(self) -> None:
-        """Turn loss and moments into numbers; where they are on their way from an accelerator, this waits for them."""
+        """Turn loss and moments into numbers; where they are on their way from an accelerator, this
+        waits for them."""
         if self.copies is not None:
             self.copies.wait()
             self.copies = None
-        self.loss = scalar_loss(self.loss)
-        if hasattr(self.moments, "moments"):
-            self.moments = self.moments.moments()
+        self.loss = float(self.loss)
+        if self.pending is not None:
+            self.moments, self.pending = self.pending.moments(), None
 
     @property
     def measured(self) -> bool:
         """Whether the step was measured."""
-        return self.moments is not None
+        return self.moments is not None or self.pending is not None
 
     @property
     def samples(self) -> int:
-        """Samples of the step: those the layers saw, or else those delivered, or else those asked for."""
-        return self.delivered or self.batch_size if self.moments is None else self.moments.batch_size
-
-
-class HostTransferStage:
-    """The pipeline's first stage: the numbers of a step on an accelerator arrive on the host while the next step runs; others are there at once.
-
-    Example:
-        >>> seen = StepRecord(step=0, loss=0.5, moments=None, delivered=0, batch_size=16, lrs=[0.1], base_lr=None, epoch=0, seconds=0.01)
-        >>> HostTransferStage().start(seen)
-        False
-    """
-
-    def start(self, observation: StepRecord) -> bool:
-        """Begin the copies; whether they are to be waited for."""
-        copies = observation.copies = HostCopies()
-        observation.loss = copies.add(observation.loss)
-        if copies.under_way or getattr(observation.moments, "lags", False):
-            return True
-        observation.settle()
-        return False
-
-    def finish(self, observation: StepRecord) -> None:
-        """Read them."""
-        observation.settle()
+        """Samples of the step: those the layers saw, else those delivered, else those requested."""
+        seen = self.moments
+        return self.delivered or self.batch_size if seen is None else seen.batch_size
 
 
 class Stage(Protocol):
     """One station of the pipeline."""
 
-    def start(self, observation: StepRecord) -> bool:
-        """The observation arrives. True: it waits here for the next step; False: it goes on at once, without finish()."""
+    def start(self, record: StepRecord) -> bool:
+        """The record arrives. True: it waits here for the next step; False: it continues at once,
+        without finish()."""
 
-    def finish(self, observation: StepRecord) -> None:
+    def finish(self, record: StepRecord) -> None:
         """The step after: what was started is done, or is waited for now."""
+
+    def remove(self) -> None:
+        """Undo what the stage did to the model."""
+
+
+class HostTransferStage:
+    """The first stage: the numbers of a step on an accelerator arrive on the host while the next
+    step runs; others are there at once.
+
+    Example:
+        >>> seen = StepRecord(0, 0.5, None, delivered=0, batch_size=16, lrs=[0.1], base_lr=None,
+        ...                   epoch=0, seconds=0.01)
+        >>> HostTransferStage().start(seen)
+        False
+    """
+
+    def start(self, record: StepRecord) -> bool:
+        """Begin the copies; whether they are to be waited for."""
+        if isinstance(record.loss, Tensor):
+            record.copies = HostCopies()
+            record.loss = record.copies.add(record.loss)
+            if record.copies.under_way:
+                return True
+        if record.pending is not None and record.pending.lags:
+            return True
+        record.settle()
+        return False
+
+    def finish(self, record: StepRecord) -> None:
+        """Read them."""
+        record.settle()
+
+    def remove(self) -> None:
+        """Nothing was done to the model."""
 
 
 class Pipeline:
-    """The stages that an observation passes before it is decided on, in the order of the steps. Without stages it is decided at once.
+    """The stages that a record passes before it is decided on, in the order of the steps.
 
     Args:
         stages: may be appended to before the first step.
 
     Example:
         >>> class Wait:
-        ...     def start(self, observation):
+        ...     def start(self, record):
         ...         return True
-        ...     def finish(self, observation):
+        ...     def finish(self, record):
         ...         pass
         >>> pipeline = Pipeline([Wait()])
         >>> [list(pipeline.push(name)) for name in ("first", "second")], list(pipeline.flush())
@@ -118,12 +138,12 @@ class Pipeline:
 
     def __init__(self, stages: list[Stage] | None = None):
         self.stages: list[Stage] = [] if stages is None else stages
-        self._waiting: list[tuple[Any, int]] = []  # with the stage at which each waits, oldest first
+        self._waiting: list[tuple[Any, int]] = []  # with the stage of each, oldest first
 
-    def push(self, observation: Any) -> Iterator[Any]:
-        """Take this step's observation; those that have come to the end, oldest first."""
+    def push(self, record: Any) -> Iterator[Any]:
+        """Take this step's record; those that have reached the end, oldest first."""
         self._advance()
-        self._enter(observation, 0)
+        self._enter(record, 0)
         return self._finished()
 
     def flush(self) -> Iterator[Any]:
@@ -138,15 +158,15 @@ class Pipeline:
 
     def _advance(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for observation, at in waiting:
+        for record, at in waiting:
             if at < len(self.stages):
-                self.stages[at].finish(observation)
-            self._enter(observation, at + 1)
+                self.stages[at].finish(record)
+            self._enter(record, at + 1)
 
-    def _enter(self, observation: Any, at: int) -> None:
-        while at < len(self.stages) and not self.stages[at].start(observation):
+    def _enter(self, record: Any, at: int) -> None:
+        while at < len(self.stages) and not self.stages[at].start(record):
             at += 1
-        self._waiting.append((observation, at))
+        self._waiting.append((record, at))
 
     def _finished(self) -> Iterator[Any]:
         while self._waiting and self._waiting[0][1] >= len(self.stages):

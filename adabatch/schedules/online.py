@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adabatch._tree import map_tensors, tensors
-from adabatch.scheduler.step_factor import StepFactor
+from adabatch.scheduler.lr import StepFactor
 from adabatch.schedules.arguments import choice, integers
 
 CANDIDATES = (256, 128, 64)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import adabatch
-from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from adabatch import AdaptiveDataLoader, GradSampleHooks
 from adabatch.controllers import CABS, Annealed, AtMost, NoiseScale
 from tests.scripted import Wishes, ones, slope_run, steps
+from tests.options import make_scheduler
 
 SHAPES = {
     "linear": lambda p: 1 - p,
@@ -112,7 +113,7 @@ def test_at_the_end_of_the_budget_the_rate_is_the_final_one():
     assert rule.lr_factor()(64) == pytest.approx(0.1 * 64 / 16)
 
 
-@pytest.mark.parametrize("options", [{"spill": "lr"}, {"coupling": "linear"}])
+@pytest.mark.parametrize("options", [{"on_limit": "lower_lr"}, {"coupling": "linear"}])
 def test_nothing_else_may_set_the_lr(options):
     with pytest.raises(ValueError, match="Annealed sets the lr by itself"):
         slope_run(Annealed(100, 8), **options)
@@ -151,8 +152,8 @@ def test_cabs_can_be_the_cap():
 def test_the_model_is_not_measured_where_the_cap_is_not():
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = BatchSizeScheduler(optimizer, AdaptiveDataLoader(ones(64), 8), None, Annealed(1000, 8), min_batch_size=4)
+    scheduler = make_scheduler(optimizer, AdaptiveDataLoader(ones(64), 8), None, Annealed(1000, 8), min_batch_size=4)
     scheduler.remove()
     with pytest.raises(ValueError, match="needs gradient moments"):
-        BatchSizeScheduler(optimizer, AdaptiveDataLoader(ones(64), 8), None, Annealed(1000, 8, cap=NoiseScale()), min_batch_size=4)
+        make_scheduler(optimizer, AdaptiveDataLoader(ones(64), 8), None, Annealed(1000, 8, cap=NoiseScale()), min_batch_size=4)
     GradSampleHooks(model).remove()

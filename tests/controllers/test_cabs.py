@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adabatch import CABS, GradientMoments
-from adabatch.scheduler.sizing import SizeRule
+from adabatch.scheduler.decision import SizeRule
 
 REFERENCE_BOUNDS = SizeRule(16, 2048)
 

@@ -9,10 +9,11 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import adabatch
-from adabatch import AdaptiveDataLoader, BatchSizeScheduler, schedules
+from adabatch import AdaptiveDataLoader, schedules
 from adabatch.controllers import CABS, Scheduled, Seesaw
 from tests.schedules.cases import FIXED
 from tests.scripted import Slope, ones, slope_run, steps
+from tests.options import make_scheduler
 
 N, START, STEPS = 120, 10, 45
 
@@ -48,7 +49,7 @@ class Run:
         self.model = Slope()
         self.optimizer = SGD(self.model.parameters(), lr=0.01)
         self.loader = AdaptiveDataLoader(ones(N), START)
-        self.scheduler = BatchSizeScheduler(self.optimizer, self.loader, None, controller, **{"min_batch_size": 1, "max_batch_size": N, **options})
+        self.scheduler = make_scheduler(self.optimizer, self.loader, None, controller, **{"min_batch_size": 1, "max_batch_size": N, **options})
         self.done = 0
 
     def train(self, n_steps):
@@ -166,7 +167,7 @@ def test_it_moves_on_at_steps_that_measure_nothing_or_were_dropped():
 
 def test_lr_coupling_spill_and_bounds_are_the_schedulers():
     controller = Scheduled(schedules.StepBS(None, 1, batch_size_manager=schedules.VirtualBatchSize(16)))
-    run = slope_run(controller, n=5000, spill="lr", coupling="sqrt")
+    run = slope_run(controller, n=5000, on_limit="lower_lr", coupling="sqrt")
     moved = list(steps(*run, 5))
     assert [rows for rows, _ in moved] == [16, 32, 64, 64, 64]
     assert [move for _, move in moved] == pytest.approx([1, 2**0.5, 2, 2 * 64 / 128, 2 * 64 / 256], rel=1e-5)
@@ -210,9 +211,9 @@ def test_hooks_none_needs_a_controller_and_a_coupling_without_moments():
     model = Slope()
     optimizer, loader = SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(ones(40), 8)
     with pytest.raises(ValueError, match=r"CABS needs gradient moments, but hooks is None: pass adabatch.GradSampleHooks\(model\)"):
-        BatchSizeScheduler(optimizer, loader, None, CABS())
+        make_scheduler(optimizer, loader, None, CABS())
     with pytest.raises(ValueError, match="coupling='adascale' needs gradient moments, but hooks is None"):
-        BatchSizeScheduler(optimizer, loader, None, Seesaw(8), coupling="adascale")
+        make_scheduler(optimizer, loader, None, Seesaw(8), coupling="adascale")
     assert not optimizer._optimizer_step_pre_hooks
 
 

@@ -8,9 +8,10 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, SequentialLR
 
 import adabatch
-from adabatch import AdaptiveDataLoader, BatchSizeScheduler
+from adabatch import AdaptiveDataLoader
 from adabatch.controllers import Seesaw
 from tests.scripted import Slope, ones
+from tests.options import make_scheduler
 
 
 def train(optimizer_kind, make_schedule, n_steps, schedule_first=True, n=100_000, **options):
@@ -18,7 +19,7 @@ def train(optimizer_kind, make_schedule, n_steps, schedule_first=True, n=100_000
     model = Slope()
     optimizer = optimizer_kind(model.parameters(), lr=0.4)
     loader = AdaptiveDataLoader(ones(n), 16)
-    scheduler = BatchSizeScheduler(optimizer, loader, None, coupling="seesaw", min_batch_size=1, **options)
+    scheduler = make_scheduler(optimizer, loader, None, coupling="seesaw", min_batch_size=1, **options)
     schedule, rows = make_schedule(optimizer), []
     for (inputs,), _ in zip(loader, range(n_steps), strict=False):
         model(inputs).mean().backward()

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from adabatch import AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from adabatch import AdaptiveDataLoader, GradSampleHooks
 from adabatch.grad_sample.backward.loss_graph import unseen_uses
+from tests.options import make_scheduler
 
 
 def embedding_model() -> nn.Module:
@@ -58,7 +59,7 @@ def test_the_scheduler_looks_at_the_loss():
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = AdaptiveDataLoader(torch.utils.data.TensorDataset(torch.randn(32, 3)), batch_size=16)
-    scheduler = BatchSizeScheduler(optimizer, loader, GradSampleHooks(model))
+    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model))
     (inputs,) = next(iter(loader))
     loss = model(inputs).square().mean() + model.weight.square().sum()
     loss.backward()

@@ -224,7 +224,7 @@ def test_by_hand_on_the_last_piece_everything_is_allowed():
     model, optimizer, loader, scheduler = make(6)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     decay = ExponentialLR(optimizer, 0.9)
-    scheduler.hooks.remove()
+    scheduler.estimator.remove()
     for _, inputs, targets in loader:
         optimizer.zero_grad()
         scaler.scale(LOSSES["mean"](model(inputs), targets)).backward()

@@ -4,10 +4,11 @@ import pytest
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from adabatch import AdaptiveDataLoader, BatchSizeScheduler
+from adabatch import AdaptiveDataLoader
 from adabatch.controllers import Scheduled
 from adabatch.schedules import ExponentialBS, LinearLR, SampleClock, VirtualBatchSize
 from tests.scripted import Slope, ones
+from tests.options import make_scheduler
 
 BUDGET, UNIT = 2000, 16
 
@@ -17,7 +18,7 @@ def run(advance, make):
     model = Slope()
     optimizer, loader = SGD(model.parameters(), lr=1.0), AdaptiveDataLoader(ones(300), 16)
     controller = Scheduled(ExponentialBS(None, 1.07, batch_size_manager=VirtualBatchSize(16)))
-    scheduler = BatchSizeScheduler(optimizer, loader, None, controller, coupling="linear", min_batch_size=8, max_batch_size=128)
+    scheduler = make_scheduler(optimizer, loader, None, controller, coupling="linear", min_batch_size=8, max_batch_size=128)
     by_samples, rows = make(optimizer), []
     while scheduler.samples_seen < BUDGET:
         for (inputs,) in loader:

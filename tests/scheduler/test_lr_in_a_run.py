@@ -8,9 +8,11 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR
 
-from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradientMoments, GradSampleHooks
+from adabatch.estimators.null import NullEstimator
+from adabatch import CABS, AdaptiveDataLoader, GradientMoments, GradSampleHooks
 from tests import oracle
 from tests.scripted import Slope, Wishes, ones, per_sample_loss, regression, slope_run, squared_error, steps
+from tests.options import make_scheduler
 
 both_orders = pytest.mark.parametrize("scheduler_first", [False, True], ids=["step-then-measure", "measure-then-step"])
 
@@ -43,7 +45,7 @@ def test_short_last_batches_of_accumulated_passes():
                 moved.append((before - model.weight) / 1.0)
                 scheduler.step(1.0)
                 optimizer.zero_grad()
-        scheduler.hooks.reset()
+        scheduler.estimator.reset()
     # 16 16 | 16 16 | 12, left over and thrown away
     assert moved == pytest.approx([1.0] * 4, rel=1e-5)
     assert list(scheduler.diagnostics.column("batch_size")) == [32] * 4
@@ -82,7 +84,7 @@ SIZES = (16, 10, 64, 64, 64, 64, 64, 32, 64, 64, 64, 2)
 @both_orders
 @pytest.mark.parametrize("lr", [lambda: 1.0, lambda: torch.tensor(1.0)], ids=["float", "tensor"])
 def test_spill_meets_exactly_the_batches_drawn_after_the_decision(lr, scheduler_first):
-    run = slope_run(Wishes(*WISHES), n=5000, spill="lr", lr=lr())
+    run = slope_run(Wishes(*WISHES), n=5000, on_limit="lower_lr", lr=lr())
     moved = list(steps(*run, len(SPILLED), scheduler_first=scheduler_first))
     assert [rows for rows, _ in moved] == list(SIZES)
     assert [move for _, move in moved] == pytest.approx(SPILLED, rel=1e-5)
@@ -97,13 +99,13 @@ def test_without_spill_the_lr_stays():
 
 @both_orders
 def test_spill_and_the_short_last_batch_multiply(scheduler_first):
-    run = slope_run(Wishes(128), n=16 + 64 + 32, spill="lr")
+    run = slope_run(Wishes(128), n=16 + 64 + 32, on_limit="lower_lr")
     assert moves(run, scheduler_first=scheduler_first) == pytest.approx([1.0, 0.5, 0.25], rel=1e-5)
 
 
 @both_orders
 def test_spill_with_accumulated_passes(scheduler_first):
-    model, optimizer, loader, scheduler = slope_run(Wishes(64, 128, 32), n=400, accumulate=2, spill="lr")
+    model, optimizer, loader, scheduler = slope_run(Wishes(64, 128, 32), n=400, accumulate=2, on_limit="lower_lr")
     lrs, rows = [], []
     for count, (inputs,) in enumerate(loader):
         (model(inputs).mean() / 2).backward()
@@ -122,15 +124,19 @@ def test_spill_with_accumulated_passes(scheduler_first):
     assert lrs == [1.0, 1.0, 0.5, 1.0]
 
 
-class ConstantMoments:
+class ConstantMoments(NullEstimator):
     """Stands in for the hooks: T = 320 at every step."""
 
-    enabled = True
+    enabled, lags = True, False
 
     def __init__(self, loader):
+        super().__init__()
         self.loader = loader
 
-    def collect(self):
+    def observe(self, **options):
+        return self
+
+    def moments(self):
         size = self.loader.recent[-1][1]
         return GradientMoments(batch_size=size, sq_norms=torch.full((size,), 320.0 * (1 - 1 / size) + 1), grad_sq_norm=1.0)
 
@@ -139,7 +145,7 @@ class ConstantMoments:
 def test_the_wish_is_computed_from_the_base_lr_so_it_cannot_run_away(scheduler_first):
     model = Slope()
     optimizer, loader = SGD(model.parameters(), lr=0.5), AdaptiveDataLoader(ones(5000), 16)
-    scheduler = BatchSizeScheduler(optimizer, loader, ConstantMoments(loader), CABS(), min_batch_size=2, max_batch_size=64, spill="lr")
+    scheduler = make_scheduler(optimizer, loader, ConstantMoments(loader), CABS(), min_batch_size=2, max_batch_size=64, on_limit="lower_lr")
     warm_up = LinearLR(optimizer, 0.25, total_iters=4)
     expected, moved = [], []
     for _, move in steps(model, optimizer, loader, scheduler, 8, scheduler_first, lambda out: out.mean() - out.mean().detach() + 1, warm_up.step):
@@ -157,7 +163,7 @@ def test_momentum_counts_in_full_and_is_read_at_every_step():
     model = Slope()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     loader = AdaptiveDataLoader(ones(5000), 16)
-    scheduler = BatchSizeScheduler(optimizer, loader, GradSampleHooks(model), controller)
+    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model), controller)
     schedule = OneCycleLR(optimizer, 1.0, total_steps=20)
     group, expected = optimizer.param_groups[0], []
 
@@ -180,7 +186,7 @@ def test_groups_weigh_by_their_variance_trace(every):
     hooks = GradSampleHooks(model, param_groups=[group["params"] for group in groups])
     controller = Wishes(16, needs_effective_lr=True)
     loader = AdaptiveDataLoader(regression(64), 16)
-    scheduler = BatchSizeScheduler(optimizer, loader, hooks, controller, every=every)
+    scheduler = make_scheduler(optimizer, loader, hooks, controller, every=every)
     expected = []
     for inputs, targets in loader:
         with hooks.paused():
@@ -203,7 +209,7 @@ def test_a_group_that_is_not_measured_does_not_count():
         hooks = GradSampleHooks(model, ignore=[str(1 - measured)], param_groups=[group["params"] for group in optimizer.param_groups])
         controller = Wishes(16)
         loader = AdaptiveDataLoader(ones(32), 16)
-        scheduler = BatchSizeScheduler(optimizer, loader, hooks, controller)
+        scheduler = make_scheduler(optimizer, loader, hooks, controller)
         for (inputs,) in loader:
             loss = model(inputs).mean()
             loss.backward()
@@ -218,14 +224,13 @@ def test_adam():
     assert [rows for rows, _ in steps(*run, 2)] == [16, 20]
     assert [told["lr"] for told in plain.told] == [0.01] * 2
     coupled = Wishes(20, needs_effective_lr=True)
-    with pytest.raises(ValueError, match=r"Adam.*or give the controller a callable of a param group"):
+    with pytest.raises(ValueError, match=r"Adam.*effective_lr=, a callable of a param group"):
         slope_run(coupled, optimizer=Adam)
-    coupled.effective_lr = lambda group: group["lr"] / group["eps"]
-    run = slope_run(coupled, optimizer=Adam, lr=0.01)
+    run = slope_run(coupled, optimizer=Adam, lr=0.01, effective_lr=lambda group: group["lr"] / group["eps"])
     list(steps(*run, 1))
     assert coupled.told[0]["lr"] == pytest.approx(0.01 / 1e-8)
     with pytest.raises(TypeError, match="callable of a param group"):
-        slope_run(Wishes(20, effective_lr=0.1))
+        slope_run(coupled, effective_lr=0.1)
 
 
 def test_a_step_that_raised_does_not_leak_its_factor_to_the_controller():
@@ -234,7 +239,7 @@ def test_a_step_that_raised_does_not_leak_its_factor_to_the_controller():
             raise FloatingPointError("out of range")
 
     controller = Wishes(128, needs_effective_lr=True)
-    model, optimizer, loader, scheduler = slope_run(controller, optimizer=Failing, spill="lr")
+    model, optimizer, loader, scheduler = slope_run(controller, optimizer=Failing, on_limit="lower_lr")
     for (inputs,), _ in zip(loader, range(3), strict=False):
         loss = model(inputs).mean()
         loss.backward()

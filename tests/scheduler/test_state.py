@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
 from tests.scripted import Wishes, regression, slope_run, squared_error, steps
+from tests.options import make_scheduler
 
 DATA = regression(700, width=5)
 
@@ -28,8 +29,8 @@ class Run:
         self.schedule = OneCycleLR(self.optimizer, [2.0, 1.0], total_steps=100)
         self.loader = AdaptiveDataLoader(DATA, 16, shuffle=True, seed=seed)
         hooks = GradSampleHooks(self.model, samples=samples, param_groups=[group["params"] for group in groups])
-        options = {"min_batch_size": 4, "max_batch_size": 96, "spill": "lr", **options}
-        self.scheduler = BatchSizeScheduler(self.optimizer, self.loader, hooks, controller(), **options)
+        options = {"min_batch_size": 4, "max_batch_size": 96, "on_limit": "lower_lr", **options}
+        self.scheduler = make_scheduler(self.optimizer, self.loader, hooks, controller(), **options)
 
     def train(self, n_steps):
         done = 0
@@ -77,10 +78,10 @@ OPTIONS = {
     "reference": {"controller": CABS.reference},
     "subset": {"samples": 6},
     "every": {"every": 3, "samples": 6},
-    "overhead": {"overhead": 0.15},
-    "small overhead": {"overhead": 0.02},
-    "dwell": {"dwell": 4, "hysteresis": 0.1},
-    "multiples": {"multiple_of": 8, "short_batch": "keep", "spill": None},
+    "measure": {"measure": 0.15},
+    "small overhead": {"measure": 0.02},
+    "cooldown": {"cooldown": 4, "hysteresis": 0.1},
+    "multiples": {"multiple_of": 8, "short_batch": "keep", "on_limit": None},
     "drop": {"short_batch": "drop"},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -143,7 +144,7 @@ def saved_bytes(scheduler):
 def test_the_state_of_a_wrapped_run_with_default_options_is_small():
     model = nn.Linear(5, 1)
     hooks = GradSampleHooks(model, samples=16, capacity=2048)
-    scheduler = BatchSizeScheduler(SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(DATA, 16), hooks)
+    scheduler = make_scheduler(SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(DATA, 16), hooks)
     assert saved_bytes(scheduler) < 10_000
 
 
@@ -155,7 +156,7 @@ def test_a_state_is_a_snapshot():
     assert repr(plain(state)) == before
 
 
-@pytest.mark.parametrize("part", [None, "controller", "hooks", "diagnostics"])
+@pytest.mark.parametrize("part", [None, "controller", "estimator", "diagnostics"])
 def test_an_unknown_version_is_an_error(part):
     scheduler = Run().scheduler
     state = scheduler.state_dict()
@@ -199,8 +200,8 @@ def test_a_state_from_other_bounds_keeps_to_the_present_ones(options, size):
 
 
 def test_a_spilled_lr_is_resumed():
-    saved = slope_run(Wishes(128), spill="lr")
+    saved = slope_run(Wishes(128), on_limit="lower_lr")
     list(steps(*saved, 2))
-    resumed = slope_run(Wishes(128), spill="lr")
+    resumed = slope_run(Wishes(128), on_limit="lower_lr")
     resumed[3].load_state_dict(saved[3].state_dict())
     assert next(steps(*resumed, 1))[1] == pytest.approx(0.5)

@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
-from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
 from tests.scripted import Wishes, regression, slope_run, squared_error, steps
+from tests.options import make_scheduler
 
 
 def train(faults, n_steps=6, batch_size=16, **options):
@@ -18,7 +19,7 @@ def train(faults, n_steps=6, batch_size=16, **options):
     model = nn.Linear(3, 1)
     optimizer, loader = SGD(model.parameters(), lr=0.3), AdaptiveDataLoader(regression(4000), batch_size)
     hooks = GradSampleHooks(model, **options)
-    scheduler = BatchSizeScheduler(optimizer, loader, hooks, CABS(), min_batch_size=2, max_batch_size=64)
+    scheduler = make_scheduler(optimizer, loader, hooks, CABS(), min_batch_size=2, max_batch_size=64)
     for step, (inputs, targets) in zip(range(n_steps), loader, strict=False):
         optimizer.zero_grad()
         loss = squared_error(model(inputs), targets)
@@ -204,7 +205,7 @@ def test_a_loss_that_touches_no_measured_layer_is_no_backward_pass():
 def test_a_data_set_whose_samples_hold_several_rows_is_told_apart_at_the_first_step():
     model = nn.Linear(2, 1)
     loader = AdaptiveDataLoader(TensorDataset(torch.ones(64, 5, 2)), 16)
-    scheduler = BatchSizeScheduler(SGD(model.parameters(), lr=1.0), loader, GradSampleHooks(model))
+    scheduler = make_scheduler(SGD(model.parameters(), lr=1.0), loader, GradSampleHooks(model))
     (inputs,) = next(iter(loader))
     loss = model(inputs.flatten(0, 1)).mean()
     loss.backward()

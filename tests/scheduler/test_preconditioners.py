@@ -169,7 +169,7 @@ def test_every_kind_of_tap_weighs_and_keeps_no_copy_of_the_parameters(options):
     model.zero_grad()
     grads = oracle.per_sample_grads(model, losses, batch)
     hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer), **options)
-    assert hooks.measures == {"preconditioned_trace", *(["inner_products"] if "inner_products" in options else [])}
+    assert hooks.statistics == {"preconditioned_trace", *(["inner_products"] if "inner_products" in options else [])}
     losses(model, batch).mean().backward()
     moments = hooks.collect()
     rows = range(8) if moments.indices is None else moments.indices.tolist()

@@ -3,13 +3,15 @@
 import math
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from adabatch.scheduler.sizing import SizeRule
+from adabatch.scheduler.decision import CurrentBatchSize
+from adabatch.scheduler.decision import SizeRule
 
 proposals = st.floats(allow_nan=False)
 counts = st.integers(1, 5000)
@@ -19,7 +21,7 @@ counts = st.integers(1, 5000)
 def rules(draw, **options):
     minimum, span, multiple_of = draw(counts), draw(st.integers(0, 5000)), draw(st.integers(1, 70))
     assume(-(-minimum // multiple_of) * multiple_of <= minimum + span)
-    return SizeRule(minimum, minimum + span, multiple_of, **options)
+    return SizeRule(minimum, minimum + span, multiple_of=multiple_of, **options)
 
 
 @given(rules(), proposals)
@@ -47,7 +49,7 @@ def test_rounds_half_to_even_then_clips(proposal):
 def test_ties_go_to_even_multiples(k, multiple_of):
     tie = (k + 0.5) * multiple_of
     nearest = k + k % 2
-    assert SizeRule(1, 10**6, multiple_of).size_for(tie) == max(nearest, 1) * multiple_of
+    assert SizeRule(1, 10**6, multiple_of=multiple_of).size_for(tie) == max(nearest, 1) * multiple_of
 
 
 @given(rules(), proposals, proposals)
@@ -76,7 +78,7 @@ def test_a_wish_is_met_by_its_own_size_unless_the_maximum_lies_below(rule, propo
     assert rule.is_met(proposal, held) == (proposal <= rule.highest and held >= rule.size_for(proposal))
 
 
-@given(rules(dwell=3), proposals, st.integers(0, 10))
+@given(rules(cooldown=3), proposals, st.integers(0, 10))
 def test_dwell_holds_the_size_for_so_many_steps(rule, proposal, waited):
     expected = rule.lowest if waited < 3 else rule.size_for(proposal)
     assert rule.next_size(proposal, rule.lowest, waited) == expected
@@ -105,16 +107,16 @@ def test_a_present_size_that_is_not_allowed_is_left_at_once(rule, present, propo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"minimum": 0}, "min_batch_size must be a positive integer, got 0"),
-        ({"minimum": 2.0}, "min_batch_size must be a positive integer, got 2.0"),
-        ({"maximum": True}, "max_batch_size must be a positive integer, got True"),
-        ({"minimum": 32, "maximum": 16}, r"min_batch_size \(32\) must not exceed max_batch_size \(16\)"),
+        ({"minimum": 0}, "minimum must be a positive integer, got 0"),
+        ({"minimum": 2.0}, "minimum must be a positive integer, got 2.0"),
+        ({"maximum": True}, "maximum must be a positive integer, got True"),
+        ({"minimum": 32, "maximum": 16}, r"minimum \(32\) must not exceed maximum \(16\)"),
         ({"multiple_of": 0}, "multiple_of must be a positive integer, got 0"),
-        ({"minimum": 17, "maximum": 31, "multiple_of": 16}, "no multiple of 16 lies between min_batch_size 17 and max_batch_size 31"),
-        ({"dwell": -1}, "dwell must be an integer >= 0, got -1"),
-        ({"dwell": 1.5}, "dwell must be an integer >= 0, got 1.5"),
-        ({"dwell": math.nan}, "dwell must be an integer >= 0, got nan"),
-        ({"dwell": "2"}, "dwell must be an integer >= 0, got '2'"),
+        ({"minimum": 17, "maximum": 31, "multiple_of": 16}, "no multiple of 16 lies between minimum \(17\) and maximum \(31\)"),
+        ({"cooldown": -1}, "cooldown must be an integer >= 0, got -1"),
+        ({"cooldown": 1.5}, "cooldown must be an integer >= 0, got 1.5"),
+        ({"cooldown": math.nan}, "cooldown must be an integer >= 0, got nan"),
+        ({"cooldown": "2"}, "cooldown must be an integer >= 0, got '2'"),
         ({"hysteresis": -0.1}, "hysteresis must be a number >= 0, got -0.1"),
         ({"hysteresis": math.nan}, "hysteresis must be a number >= 0, got nan"),
         ({"hysteresis": math.inf}, "hysteresis must be a number >= 0, got inf"),
@@ -128,19 +130,19 @@ def test_arguments_out_of_range(arguments, message):
 @given(rules(), st.integers(1, 6), st.integers(1, 6000))
 def test_steps_of_equal_batches_no_larger_than_an_epoch(rule, accumulate, epoch):
     try:
-        plain = rule.for_steps(accumulate, None, drop_last=False)
+        plain = SizeRule.for_steps(rule, accumulate, None, drop_last=False)
     except ValueError:  # no common multiple within the bounds
         return
     assert (plain.minimum, plain.maximum) == (rule.minimum, rule.maximum)
     assert plain.multiple_of % rule.multiple_of == plain.multiple_of % accumulate == 0
-    bounded = plain.for_steps(1, epoch * accumulate, drop_last=False)
-    assert bounded == rule.for_steps(accumulate, epoch, drop_last=False)
+    bounded = SizeRule.for_steps(plain, 1, epoch * accumulate, drop_last=False)
+    assert bounded == SizeRule.for_steps(rule, accumulate, epoch, drop_last=False)
     assert bounded.highest <= max(epoch * accumulate, plain.lowest)
     if plain.lowest > epoch * accumulate:
         with pytest.raises(ValueError, match="no batch would ever be drawn"):
-            rule.for_steps(accumulate, epoch, drop_last=True)
+            SizeRule.for_steps(rule, accumulate, epoch, drop_last=True)
     else:
-        assert rule.for_steps(accumulate, epoch, drop_last=True) == bounded
+        assert SizeRule.for_steps(rule, accumulate, epoch, drop_last=True) == bounded
 
 
 # A ladder of sizes
@@ -148,12 +150,12 @@ def test_steps_of_equal_batches_no_larger_than_an_epoch(rule, accumulate, epoch)
 
 @st.composite
 def ladders(draw):
-    return draw(rules(ladder=draw(st.floats(1.01, 4.0)), hysteresis=draw(st.floats(0, 0.5))))
+    return draw(rules(size_ratio=draw(st.floats(1.01, 4.0)), hysteresis=draw(st.floats(0, 0.5))))
 
 
 @given(ladders(), proposals)
 def test_sizes_on_a_ladder_are_rungs(rule, proposal):
-    rungs = rule.rungs
+    rungs = rule.series
     assert (rungs[0], rungs[-1]) == (rule.lowest, rule.highest)
     assert all(low < high for low, high in pairwise(rungs))
     assert all(rung % rule.multiple_of == 0 for rung in rungs)
@@ -164,20 +166,20 @@ def test_sizes_on_a_ladder_are_rungs(rule, proposal):
 @given(ladders(), st.floats(1, 2e4))
 def test_no_rung_is_nearer_by_ratio(rule, proposal):
     chosen = abs(math.log(rule.size_for(proposal) / proposal))
-    assert chosen <= min(abs(math.log(rung / proposal)) for rung in rule.rungs) + 1e-9
+    assert chosen <= min(abs(math.log(rung / proposal)) for rung in rule.series) + 1e-9
 
 
 def test_a_ladder_has_few_rungs():
-    rule = SizeRule(16, 2048, ladder=1.25)
-    assert len(rule.rungs) == 23
-    assert max(high / low for low, high in pairwise(rule.rungs)) < 1.29
-    assert SizeRule(1, 8, ladder=1.25).rungs == (1, 2, 3, 4, 5, 6, 8)
-    assert SizeRule(10, 100, 8, ladder=1.5).rungs == (16, 24, 32, 56, 80, 96)
+    rule = SizeRule(16, 2048, size_ratio=1.25)
+    assert len(rule.series) == 23
+    assert max(high / low for low, high in pairwise(rule.series)) < 1.29
+    assert SizeRule(1, 8, size_ratio=1.25).series == (1, 2, 3, 4, 5, 6, 8)
+    assert SizeRule(10, 100, multiple_of=8, size_ratio=1.5).series == (16, 24, 32, 56, 80, 96)
 
 
 def test_hysteresis_keeps_a_ladder_from_fluttering():
-    rule = SizeRule(16, 2048, ladder=1.25, hysteresis=0.05)
-    low, high = rule.rungs[8:10]
+    rule = SizeRule(16, 2048, size_ratio=1.25, hysteresis=0.05)
+    low, high = rule.series[8:10]
     middle = math.sqrt(low * high)
     sizes, size = [], low
     for step in range(40):
@@ -188,7 +190,7 @@ def test_hysteresis_keeps_a_ladder_from_fluttering():
     assert rule.next_size(0.8 * middle, high, 1) == low
 
 
-@pytest.mark.parametrize("ladder", [1.0, 0.5, math.inf, math.nan])
-def test_a_wrong_ladder(ladder):
-    with pytest.raises(ValueError, match="ladder must be a number > 1"):
-        SizeRule(16, 2048, ladder=ladder)
+@pytest.mark.parametrize("size_ratio", [1.0, 0.5, math.inf, math.nan])
+def test_a_wrong_ladder(size_ratio):
+    with pytest.raises(ValueError, match="size_ratio must be a number > 1"):
+        SizeRule(16, 2048, size_ratio=size_ratio)

@@ -66,12 +66,12 @@ def test_each_batch_steps_with_the_factor_of_its_own_size(coupling, power, lr, s
 def test_the_base_can_be_given():
     run = slope_run(Wishes(40), coupling="linear", base_batch_size=32)
     assert [move for _, move in steps(*run, 2)] == pytest.approx([16 / 32, 40 / 32], rel=1e-5)
-    assert run[3].get_last_coupling() == 40 / 32
+    assert run[3].last_lr_factor == 40 / 32
 
 
 @both_orders
 def test_coupling_spill_and_short_batch_multiply(scheduler_first):
-    run = slope_run(Wishes(128), n=16 + 64 + 32, spill="lr", coupling="linear")
+    run = slope_run(Wishes(128), n=16 + 64 + 32, on_limit="lower_lr", coupling="linear")
     assert [move for _, move in steps(*run, scheduler_first=scheduler_first)] == pytest.approx([1.0, 4 * 0.5, 4 * 0.5 * 0.5], rel=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_adascale_from_the_moments_of_the_steps_before(scheduler_first):
     moved = [move for _, move in steps(*run, 5, scheduler_first=scheduler_first)]
     gains = [(trace / 16 + signal) / (trace / 64 + signal) for trace, signal in pairs[:2]]
     assert moved == pytest.approx([1.0, *gains, 4.0, 1.0], rel=1e-5)
-    assert run[3].get_last_coupling() == pytest.approx(1.0)
+    assert run[3].last_lr_factor == pytest.approx(1.0)
 
 
 def test_adascale_smooths_both_moments_before_it_divides():

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, ExponentialLR, LambdaLR, LinearLR, MultiplicativeLR, OneCycleLR, SequentialLR, StepLR
 
 from adabatch import schedules
-from adabatch.scheduler.step_factor import Pending, StepFactor, read_lrs
+from adabatch.scheduler.lr import (DelayedValue, StepFactor, effective_lr_for, read_lrs,
+                                   sgd_effective_lr)
 
 SCHEDULES = {
     "StepLR": lambda optimizer: StepLR(optimizer, 3, 0.5),
@@ -190,7 +191,7 @@ def test_a_group_added_later_is_scaled_too():
 
 
 def test_a_pending_factor_meets_later_batches_only():
-    factor = Pending()
+    factor = DelayedValue(1.0)
     assert factor.for_batch(0) == factor.for_batch(9) == 1.0
     factor.set(0.5, after_batch=4)
     assert (factor.for_batch(4), factor.for_batch(5), factor.latest) == (1.0, 0.5, 0.5)
@@ -198,4 +199,35 @@ def test_a_pending_factor_meets_later_batches_only():
     assert (factor.for_batch(5), factor.for_batch(6)) == (0.5, 0.25)
     factor.set(0.125, after_batch=5)
     assert (factor.for_batch(5), factor.for_batch(6)) == (0.5, 0.125)
-    assert Pending(0.25).for_batch(0) == 0.25
+    assert DelayedValue(0.25).for_batch(0) == 0.25
+
+
+# The effective lr
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+def test_the_effective_lr_is_the_long_run_step_of_sgd(momentum, dampening):
+    optimizer = make_optimizer(0.1, momentum=momentum, dampening=dampening)
+    for _ in range(300):
+        before = weights(optimizer)[0]
+        optimizer.step()
+    step = before - weights(optimizer)[0]
+    assert sgd_effective_lr(optimizer.param_groups[0]) == pytest.approx(step, rel=1e-5)
+
+
+def test_the_effective_lr_of_nesterov_momentum():
+    optimizer = make_optimizer(0.1, momentum=0.8, nesterov=True)
+    for _ in range(300):
+        before = weights(optimizer)[0]
+        optimizer.step()
+    assert sgd_effective_lr(optimizer.param_groups[0]) == pytest.approx(before - weights(optimizer)[0], rel=1e-4)
+
+
+def test_effective_lr_for():
+    assert effective_lr_for(make_optimizer(0.1)) is sgd_effective_lr
+    with pytest.raises(ValueError, match=r"known for Adam.*effective_lr=lambda group"):
+        effective_lr_for(make_optimizer(0.1, Adam))
+    assert effective_lr_for(make_optimizer(0.1, Adam), len) is len
+    with pytest.raises(TypeError, match=r"callable of a param group, got 0\.1"):
+        effective_lr_for(make_optimizer(0.1), 0.1)

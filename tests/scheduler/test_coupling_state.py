@@ -8,10 +8,11 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR, StepLR
 
-from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks, schedules
+from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks, schedules
 from adabatch.controllers import Scheduled
 from adabatch.coupling import AdaScaleGain
 from tests.scripted import regression, squared_error
+from tests.options import make_scheduler
 
 DATA = regression(500, width=4)
 
@@ -35,9 +36,9 @@ OPTIONS = {
     "adascale of one's own": {"coupling": AdaScaleGain(0.5), "base_batch_size": 5},
     "seesaw by SGD": {"coupling": "seesaw", "controller": None},
     "seesaw by AdamW": {"coupling": "seesaw", "controller": None, "adam": True},
-    "spill": {"spill": "lr", "dwell": 3, "controller": lambda: CABS(scale=1000.0)},
+    "on_limit": {"on_limit": "lower_lr", "cooldown": 3, "controller": lambda: CABS(scale=1000.0)},
     "betas": {"coupling": "sqrt", "adam": True, "scale_betas": True},
-    "all": {"coupling": "adascale", "adam": True, "scale_betas": True, "spill": "lr", "max_batch_size": 40, "tensor": True},
+    "all": {"coupling": "adascale", "adam": True, "scale_betas": True, "on_limit": "lower_lr", "max_batch_size": 40, "tensor": True},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -55,7 +56,7 @@ class Run:
         self.loader = AdaptiveDataLoader(DATA, 8, shuffle=True, seed=seed)
         options = {"min_batch_size": 4, "max_batch_size": 96, **options}
         hooks = GradSampleHooks(self.model, param_groups=[group["params"] for group in groups])
-        self.scheduler = BatchSizeScheduler(self.optimizer, self.loader, hooks, controller and controller(), **options)
+        self.scheduler = make_scheduler(self.optimizer, self.loader, hooks, controller and controller(), **options)
         self.used: list[float] = []
 
     def train(self, n_steps):
@@ -102,12 +103,12 @@ def test_the_state_is_small(options):
     run = Run(**options).train(17)
     file = io.BytesIO()
     state = run.scheduler.state_dict()
-    del state["diagnostics"], state["hooks"]  # what moments and history need whatever the coupling
+    del state["diagnostics"], state["estimator"]  # what moments and history need whatever the coupling
     torch.save(state, file)
     assert file.tell() < 10_000
     run.scheduler.load_state_dict(run.scheduler.state_dict())
     with pytest.raises(ValueError, match="LrAdjuster has version 7"):
-        run.scheduler.load_state_dict(run.scheduler.state_dict() | {"stepping": {"version": 7}})
+        run.scheduler.load_state_dict(run.scheduler.state_dict() | {"lr": {"version": 7}})
 
 
 @pytest.mark.parametrize("lr_schedule", LR_SCHEDULES)

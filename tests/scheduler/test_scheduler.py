@@ -8,9 +8,10 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
-from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, Diagnostics, GradSampleHooks, ResizableBatchSampler
+from adabatch import CABS, AdaptiveDataLoader, Diagnostics, GradSampleHooks, ResizableBatchSampler
 from tests import oracle
 from tests.scripted import Slope, Wishes, ones, per_sample_loss, regression, slope_run, squared_error, steps
+from tests.options import make_scheduler
 
 
 def sizes(run, n_steps=None, **options):
@@ -37,9 +38,9 @@ def test_multiples():
 
 
 def test_dwell_waits_and_counts_steps_that_did_not_measure():
-    assert sizes(slope_run(Wishes(20, 30, 40, 50, 60), dwell=2), 6) == [16, 20, 20, 20, 50, 50]
-    assert sizes(slope_run(Wishes(20, 30), dwell=3, every=2), 6) == [16, 20, 20, 20, 20, 30]
-    assert sizes(slope_run(Wishes(20, math.nan, math.nan, 30), dwell=2), 5) == [16, 20, 20, 20, 30]
+    assert sizes(slope_run(Wishes(20, 30, 40, 50, 60), cooldown=2), 6) == [16, 20, 20, 20, 50, 50]
+    assert sizes(slope_run(Wishes(20, 30), cooldown=3, every=2), 6) == [16, 20, 20, 20, 20, 30]
+    assert sizes(slope_run(Wishes(20, math.nan, math.nan, 30), cooldown=2), 5) == [16, 20, 20, 20, 30]
 
 
 def test_hysteresis_keeps_small_changes_out():
@@ -71,7 +72,7 @@ def test_a_plain_loader_around_a_bare_sampler(workers):
     sampler = ResizableBatchSampler(200, 16)
     model = Slope()
     optimizer = SGD(model.parameters(), lr=1.0)
-    scheduler = BatchSizeScheduler(optimizer, sampler, GradSampleHooks(model), Wishes(20, 30), min_batch_size=2, max_batch_size=64)
+    scheduler = make_scheduler(optimizer, sampler, GradSampleHooks(model), Wishes(20, 30), min_batch_size=2, max_batch_size=64)
     loader = DataLoader(ones(200), batch_sampler=sampler, num_workers=workers)
     delivered = [rows for rows, _ in steps(model, optimizer, loader, scheduler)]
     assert delivered[:2] == [16, 16 if workers else 20]
@@ -87,11 +88,11 @@ def test_the_controller_gets_raw_moments_and_the_record_shows_them():
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = AdaptiveDataLoader(data, 16)
     expected = []
-    scheduler = BatchSizeScheduler(optimizer, loader, GradSampleHooks(model), controller, min_batch_size=2)
+    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model), controller, min_batch_size=2)
     for inputs, targets in loader:
-        scheduler.hooks.enabled = False
+        scheduler.estimator.enabled = False
         grads = oracle.per_sample_grads(model, per_sample_loss, (inputs, targets))
-        scheduler.hooks.enabled = True
+        scheduler.estimator.enabled = True
         expected.append(float(oracle.variance_trace(grads)))
         optimizer.zero_grad()
         loss = squared_error(model(inputs), targets)
@@ -121,7 +122,7 @@ def test_accumulated_passes_are_one_step_of_all_their_samples(accumulate):
     optimizer = SGD(model.parameters(), lr=0.0)
     controller = Wishes(30.0)
     hooks = GradSampleHooks(model, accumulate=accumulate)
-    scheduler = BatchSizeScheduler(optimizer, loader, hooks, controller, min_batch_size=2, max_batch_size=64)
+    scheduler = make_scheduler(optimizer, loader, hooks, controller, min_batch_size=2, max_batch_size=64)
     assert scheduler.get_last_batch_size() == 8 * accumulate
     groups, total = [[]], 0.0
     for inputs, targets in loader:
@@ -157,7 +158,7 @@ def test_a_summed_loss_is_recorded_as_its_mean(every):
     loader = AdaptiveDataLoader(data, 16)
     hooks = GradSampleHooks(model, loss_reduction="sum")
     controller = Wishes(16)
-    scheduler = BatchSizeScheduler(optimizer, loader, hooks, controller, every=every)
+    scheduler = make_scheduler(optimizer, loader, hooks, controller, every=every)
     means = []
     for inputs, targets in loader:
         optimizer.zero_grad()
@@ -179,7 +180,7 @@ def test_no_batch_is_larger_than_an_epoch(drop_last):
 
 
 def test_a_smallest_batch_that_could_never_be_drawn():
-    with pytest.raises(ValueError, match=r"smallest batch \(64 samples\) is larger than an epoch \(40\).*lower min_batch_size"):
+    with pytest.raises(ValueError, match=r"smallest batch \(64 samples\) is larger than an epoch \(40\).*lower the minimum"):
         slope_run(Wishes(1), n=40, min_batch_size=64, short_batch="drop")
     assert sizes(slope_run(Wishes(1), n=40, min_batch_size=64), 2) == [40, 40]
 
@@ -213,12 +214,12 @@ def test_a_given_history_is_used():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every must be a positive integer, got 0"),
-        ({"every": True}, "every must be a positive integer, got True"),
-        ({"spill": "batch"}, r"spill must be one of \(None, 'lr'\), got 'batch'"),
+        ({"every": 0}, "k must be a positive integer, got 0"),
+        ({"every": True}, "k must be a positive integer, got True"),
+        ({"on_limit": "batch"}, r"on_limit must be one of \('keep', 'lower_lr'\), got 'batch'"),
         ({"short_batch": None}, r"short_batch must be one of \('scale', 'keep', 'drop'\), got None"),
-        ({"every": 1.5, "spill": 1}, "every must be .* spill must be"),
-        ({"min_batch_size": 65}, r"min_batch_size \(65\) must not exceed max_batch_size \(64\)"),
+        ({"short_batch": 1, "on_limit": 1}, "on_limit must be .* short_batch must be"),
+        ({"min_batch_size": 65}, r"minimum \(65\) must not exceed maximum \(64\)"),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -229,10 +230,10 @@ def test_options_out_of_range(options, message):
 def test_wrong_parts():
     model = Slope()
     hooks, optimizer = GradSampleHooks(model), SGD(model.parameters(), lr=1.0)
-    with pytest.raises(ValueError, match=r"got DataLoader: pass a plain DataLoader to adabatch\.wrap"):
-        BatchSizeScheduler(optimizer, DataLoader(ones(8)), hooks)
+    with pytest.raises(TypeError, match=r"got DataLoader without .*: pass a plain DataLoader to adabatch\.wrap"):
+        make_scheduler(optimizer, DataLoader(ones(8)), hooks)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got Slope"):
-        BatchSizeScheduler(model, AdaptiveDataLoader(ones(8)), hooks)
-    with pytest.raises(ValueError, match=r"CABS with this optimizer needs preconditioned_trace.*preconditioner_reader.*effective_lr="):
-        BatchSizeScheduler(Adam(model.parameters()), AdaptiveDataLoader(ones(80)), hooks, CABS())
+        make_scheduler(model, AdaptiveDataLoader(ones(8)), hooks)
+    with pytest.raises(ValueError, match=r"CABS with this optimizer needs preconditioned_trace.*statistics.*effective_lr="):
+        make_scheduler(Adam(model.parameters()), AdaptiveDataLoader(ones(80)), hooks, CABS())
     assert not optimizer._optimizer_step_pre_hooks

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import adabatch
-from adabatch import CABS, AdaptiveDataLoader, BatchSizeScheduler, GradSampleHooks
+from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
 from adabatch import _transfers as host_copies
 from adabatch.scheduler.pipeline import HostTransferStage
-from tests.options import grouped
+from tests.options import grouped, make_scheduler
 from tests.scripted import Wishes, regression, squared_error
 
 READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::item")
@@ -209,7 +209,7 @@ def test_checks_of_a_pass_raise_one_step_later(lag):
             return output if self.steps < 3 else output + nn.functional.linear(inputs, self.second.weight)
 
     run = Run(model=Sometimes(), controller=Wishes(16))
-    run.scheduler.hooks.check_loss = lambda loss: None  # which would find it at once
+    run.scheduler.estimator.check_loss = lambda loss: None  # which would find it at once
     run.train(3)
     with pytest.raises(RuntimeError, match=r"these parameters have a gradient that no tap saw: second.weight"):
         run.step()
@@ -274,7 +274,7 @@ def test_a_bare_scheduler_lags_too(lag):
     model = nn.Linear(3, 1)
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = AdaptiveDataLoader(regression(64), 8)
-    scheduler = BatchSizeScheduler(optimizer, loader, GradSampleHooks(model), Wishes(16), min_batch_size=4)
+    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model), Wishes(16), min_batch_size=4)
     for number, (inputs, targets) in enumerate(loader):
         optimizer.zero_grad()
         loss = squared_error(model(inputs), targets)

@@ -10,22 +10,27 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import adabatch
-from adabatch import AdaptiveDataLoader, BatchSizeScheduler, Every, GradSampleHooks
+from adabatch import AdaptiveDataLoader, Every, GradSampleHooks
 from adabatch.controllers import Scheduled
 from adabatch.estimators.averages import MovingAverage
+from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import LayerCost, StepCost
 from adabatch.scheduler.plan import STRETCH, WARM_UP, Budget
 from tests.scripted import Wishes, ones, slope_run, steps
+from tests.options import make_scheduler
 
 
-class Priced:
+class Priced(NullEstimator):
     """Hooks of which measuring all of N samples costs `share` of a step, whatever N."""
 
     def __init__(self, share, samples=None, accumulate=1):
-        self.samples, self.accumulate, self.enabled, self.share = samples, accumulate, True, share
+        super().__init__(accumulate)
+        self.samples, self.price = samples, share
+
+    enabled = True
 
     def cost(self):
-        return StepCost((LayerCost(training=1e12, passthrough=self.share * 1e12),), numel=0)
+        return StepCost((LayerCost(training=1e12, passthrough=self.price * 1e12),), numel=0)
 
 
 def run(plan, hooks, n_steps, size=lambda step: 64):
@@ -40,19 +45,19 @@ def run(plan, hooks, n_steps, size=lambda step: 64):
     return measured, spent
 
 
-@pytest.mark.parametrize("overhead", [0.02, 0.05, 0.3])
+@pytest.mark.parametrize("measure", [0.02, 0.05, 0.3])
 @pytest.mark.parametrize("share", [0.01, 0.09, 0.4, 1.2, 5.0])
-def test_the_average_cost_is_within_the_budget(share, overhead):
+def test_the_average_cost_is_within_the_budget(share, measure):
     hooks = Priced(share)
-    plan = Budget(hooks, overhead)
+    plan = Budget(hooks, measure)
     n_steps = 40 * 100 + 5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         measured, spent = run(plan, hooks, n_steps)
     assert all(measured[:WARM_UP])
     one = plan.measurement.share * plan.measurement.every  # the run may end just after a measurement
-    assert spent <= overhead * n_steps + one or plan.measurement.every == 100
-    assert spent >= 0.6 * min(overhead, share) * n_steps
+    assert spent <= measure * n_steps + one or plan.measurement.every == 100
+    assert spent >= 0.6 * min(measure, share) * n_steps
     gaps = [later - earlier for earlier, later in zip(at(measured), at(measured)[1:], strict=False)]
     assert set(gaps[WARM_UP - 1 :]) <= {plan.measurement.every, math.ceil(STRETCH * plan.measurement.every)}
     assert set(gaps[-3:]) == {plan.measurement.every}  # the debt of the first steps is repaid
@@ -93,7 +98,7 @@ def test_accumulated_passes_are_what_is_planned_for():
 def test_a_budget_that_nothing_fits_is_warned_about_at_once():
     hooks = Priced(100.0)
     plan = Budget(hooks, 0.01)
-    with pytest.warns(UserWarning, match=r"overhead=0.01 is too small for this model: measuring 8 of 64 samples at one step in 20 costs 0.75[0-9]* of a step"):
+    with pytest.warns(UserWarning, match=r"measure=0.01 is too small for this model: measuring 8 of 64 samples at one step in 20 costs 0.75[0-9]* of a step"):
         plan.next_step(1, True, 64)
     assert plan.measurement.every > 20
 
@@ -108,7 +113,7 @@ def test_a_trace_that_is_not_known_well_enough_is_warned_about_once():
             plan.judge(trace)
     trace.update(-99.0, 1)
     error = trace.std_error() / abs(trace.average)
-    with pytest.warns(UserWarning, match=rf"overhead=0.05 is too small: after 20 measurements .* error of {error:.2f}, above 0.5. Raise"):
+    with pytest.warns(UserWarning, match=rf"measure=0.05 is too small: after 20 measurements .* error of {error:.2f}, above 0.5. Raise"):
         plan.judge(trace)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -125,25 +130,25 @@ def test_a_steady_trace_is_not_warned_about():
 
 
 def test_the_scheduler_measures_what_the_plan_says():
-    model, optimizer, loader, scheduler = slope_run(Wishes(16), n=4000, overhead=0.05)
+    model, optimizer, loader, scheduler = slope_run(Wishes(16), n=4000, measure=0.05)
     for _ in steps(model, optimizer, loader, scheduler, 100):
         pass
     measured = list(scheduler.diagnostics.column("measured"))
-    every = scheduler.measurement.every
+    every = scheduler.measurement_plan.every
     assert measured[:WARM_UP] == [True] * WARM_UP
     assert every > 1
     assert at(measured)[WARM_UP] == WARM_UP - 1 + math.ceil(STRETCH * every)
-    assert scheduler.measurement.share == pytest.approx(scheduler.hooks.cost().share(16) / every)
-    assert scheduler.measurement.share <= 0.05
+    assert scheduler.measurement_plan.share == pytest.approx(scheduler.estimator.cost().share(16) / every)
+    assert scheduler.measurement_plan.share <= 0.05
 
 
 def test_the_share_of_a_fixed_interval_is_told_once_it_is_known():
     model, optimizer, loader, scheduler = slope_run(Wishes(16), every=4)
-    assert math.isnan(scheduler.measurement.share)
+    assert math.isnan(scheduler.measurement_plan.share)
     list(steps(model, optimizer, loader, scheduler, 1))
-    assert scheduler.measurement == (measurement := scheduler.measurement)
+    assert scheduler.measurement_plan == (measurement := scheduler.measurement_plan)
     assert (measurement.samples, measurement.every) == (None, 4)
-    assert measurement.share == scheduler.hooks.cost().share(16) / 4
+    assert measurement.share == scheduler.estimator.cost().share(16) / 4
 
 
 def test_off_steps_touch_nothing():
@@ -172,19 +177,19 @@ def wrapped(**options):
     [("all", 1, None), (Every(1, 4), 1, 4), (Every(3), 3, None), (Every(2, samples=4), 2, 4)],
 )
 def test_what_is_given_is_measured(measure, every, samples):
-    measurement = wrapped(measure=measure).measurement
+    measurement = wrapped(measure=measure).measurement_plan
     assert (measurement.every, measurement.samples) == (every, samples)
 
 
 def test_a_budget_is_the_default():
     assert isinstance(wrapped()._plan, Budget)
-    assert wrapped()._plan.state_dict()["overhead"] == 0.05
-    assert wrapped(measure=0.2)._plan.state_dict()["overhead"] == 0.2
+    assert wrapped()._plan.state_dict()["share"] == 0.05
+    assert wrapped(measure=0.2)._plan.state_dict()["share"] == 0.2
 
 
 def test_a_controller_without_need_of_moments_is_measured_only_if_a_budget_is_given():
-    assert not wrapped(controller=Scheduled("0:8"), batch_sizes=(1, 2048)).hooks.parameters
-    assert wrapped(controller=Scheduled("0:8"), batch_sizes=(1, 2048), measure=0.05).hooks.parameters
+    assert not wrapped(controller=Scheduled("0:8"), batch_sizes=(1, 2048)).estimator.parameters
+    assert wrapped(controller=Scheduled("0:8"), batch_sizes=(1, 2048), measure=0.05).estimator.parameters
 
 
 def test_a_share_needs_samples_to_choose_among():
@@ -200,16 +205,14 @@ def test_a_controller_that_needs_moments_cannot_go_without():
 def test_the_schedulers_own_arguments():
     model = nn.Linear(1, 1)
     parts = SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(ones(64), 8), GradSampleHooks(model, samples=4)
-    with pytest.raises(ValueError, match="the hooks measure samples=4"):
-        BatchSizeScheduler(*parts, overhead=0.1)
-    with pytest.raises(ValueError, match="leave every=2 away"):
-        BatchSizeScheduler(*parts, overhead=0.1, every=2)
+    with pytest.raises(ValueError, match="the estimator measures samples=4"):
+        make_scheduler(*parts, measure=0.1)
 
 
 def test_another_overhead_after_resuming_is_planned_for_anew():
-    model, optimizer, loader, scheduler = slope_run(Wishes(16), n=4000, overhead=0.05)
+    model, optimizer, loader, scheduler = slope_run(Wishes(16), n=4000, measure=0.05)
     list(steps(model, optimizer, loader, scheduler, 30))
-    again = slope_run(Wishes(16), n=4000, overhead=0.4)
+    again = slope_run(Wishes(16), n=4000, measure=0.4)
     again[3].load_state_dict(scheduler.state_dict())
     list(steps(*again, 30))
-    assert again[3].measurement.every < scheduler.measurement.every
+    assert again[3].measurement_plan.every < scheduler.measurement_plan.every
