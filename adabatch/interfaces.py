@@ -170,6 +170,7 @@ class Controller(ABC):
     def effective_lr(self) -> EffectiveLr | None:
         """The user's function of a param group that gives its effective lr; None for SGD's."""
         return None
+
     @property
     def first_batch_size(self) -> float | None:
         """The size to start with; None leaves it to the loader."""
