@@ -81,7 +81,7 @@ OPTIONS = {
     "measure": {"measure": 0.15},
     "small overhead": {"measure": 0.02},
     "cooldown": {"cooldown": 4, "hysteresis": 0.1},
-    "multiples": {"multiple_of": 8, "short_batch": "keep", "on_limit": None},
+    "multiples": {"multiple_of": 8, "short_batch": "keep", "on_limit": "keep"},
     "drop": {"short_batch": "drop"},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
