@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import DataLoader
 
-from adabatch._checks import check_version
-from adabatch.schedules.arguments import integer
+from adabatch._checks import check_version, integer, suggest_keywords
 from adabatch.schedules.managers import BatchSizeManager, has_settable_batch_size, manager_for
 
 STATE_VERSION = 1
@@ -101,9 +100,11 @@ class BSScheduler:
 
     unsaved = ("dataloader", "batch_size_manager", "schedulers", "verbose")  # what a state leaves out, whatever its type
 
+    @suggest_keywords
     def __init__(
         self,
         dataloader: DataLoader | None,
+        *,
         batch_size_manager: BatchSizeManager | None = None,
         max_batch_size: int | None = None,
         min_batch_size: int = 1,

@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from adabatch.schedules.arguments import integers
+from adabatch._checks import integers
 from adabatch.schedules.base import BSScheduler
 
 

@@ -4,12 +4,12 @@ Reference: Loshchilov, Hutter, "SGDR: Stochastic Gradient Descent with Warm Rest
 """
 
 import math
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from adabatch.schedules.arguments import integer
+from adabatch._checks import integer
 from adabatch.schedules.base import BSScheduler, clipped, rounded
-from adabatch.schedules.managers import BatchSizeManager
 
 
 def base_below_maximum(schedule: BSScheduler, base_batch_size: int | None, at_least: int) -> int:
@@ -52,7 +52,7 @@ class CosineAnnealingBS(BSScheduler):
     """Move the batch size from base to max_batch_size along half a cosine in total_iters epochs, back in as many, and so on.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         total_iters: epochs from the base to the top, at least 2.
         base_batch_size: lower end of the curve, in samples, at least min_batch_size; None: the size at the start.
 
@@ -72,14 +72,11 @@ class CosineAnnealingBS(BSScheduler):
         dataloader: DataLoader | None,
         total_iters: int,
         base_batch_size: int | None = None,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.total_iters = integer("total_iters", total_iters, at_least=2)
         self.base_batch_size = base_batch_size
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def _prepare(self) -> None:
         self.base_batch_size = base_below_maximum(self, self.base_batch_size, at_least=self.min_batch_size)
@@ -100,7 +97,7 @@ class CosineAnnealingBSWithWarmRestarts(BSScheduler):
     batch_size(t) = round(base + (max - base) · (1 - cos(π t / t_i)) / 2) for t = 0 ... t_i, both ends included.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         t_0: the first t_i, at least 1.
         base_batch_size: lower end of the curve, in samples, at least min_batch_size; None: the size at the start.
         factor: what t_i is multiplied by at each restart, at least 1.
@@ -125,16 +122,13 @@ class CosineAnnealingBSWithWarmRestarts(BSScheduler):
         t_0: int,
         base_batch_size: int | None = None,
         factor: int = 1,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.t_0 = self.t_i = integer("t_0", t_0, at_least=1)
         self.t_cur = 0
         self.factor = integer("factor", factor, at_least=1)
         self.base_batch_size = base_batch_size
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def _prepare(self) -> None:
         self.base_batch_size = base_below_maximum(self, self.base_batch_size, at_least=self.min_batch_size)

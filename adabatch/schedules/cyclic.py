@@ -6,14 +6,14 @@ both turned upside down: sizes fall where lrs grow.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from adabatch.schedules.arguments import choice, function, integer, real
+from adabatch._checks import choice, function, integer, real
 from adabatch.schedules.base import BSScheduler, callable_state, clipped, rounded
 from adabatch.schedules.cosine import base_below_maximum
 from adabatch.schedules.functions import restore_callable
-from adabatch.schedules.managers import BatchSizeManager
 
 CYCLE_MODES = ("triangular", "triangular2", "exp_range")
 
@@ -68,10 +68,7 @@ class CyclicBS(BSScheduler):
         gamma: float = 1.0,
         scale_fn: Callable[[int], float] | None = None,
         scale_mode: str = "cycle",
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.base_batch_size = base_batch_size if base_batch_size is None else integer("base_batch_size", base_batch_size)
         self.step_size_down = integer("step_size_down", step_size_down, at_least=1)
@@ -80,7 +77,7 @@ class CyclicBS(BSScheduler):
         self.scale_fn = scale_fn if scale_fn is None else function("scale_fn", scale_fn)
         self.mode = mode if scale_fn is not None else choice("mode", mode, CYCLE_MODES)
         self.scale_mode = choice("scale_mode", scale_mode, ("cycle", "iterations"))
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def _prepare(self) -> None:
         self._keeps_first_size = self.base_batch_size is None
@@ -126,7 +123,7 @@ class OneCycleBS(BSScheduler):
     """Shrink the batch size from base to min_batch_size, then grow it to max_batch_size, within total_steps steps; then finished.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         total_steps: steps of the cycle.
         decay_percentage: the share of them that shrinks the batch, a float in (0, 1); each part must round to at least one step.
         base_batch_size: where the curve starts, in samples, above min_batch_size; None: the size at the start. The zeroth step leaves the size as it is.
@@ -153,10 +150,7 @@ class OneCycleBS(BSScheduler):
         decay_percentage: float = 0.3,
         base_batch_size: int | None = None,
         strategy: str = "cos",
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         total_steps = integer("total_steps", total_steps, at_least=2)
         if not isinstance(decay_percentage, float):
@@ -169,7 +163,7 @@ class OneCycleBS(BSScheduler):
             raise ValueError(f"decay_percentage {decay_percentage} of total_steps {total_steps} leaves a part without a step. Take more steps.")
         self.base_batch_size = base_batch_size
         self.strategy = choice("strategy", strategy, ("cos", "linear"))
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def _prepare(self) -> None:
         self.base_batch_size = base_below_maximum(self, self.base_batch_size, at_least=self.min_batch_size + 1)

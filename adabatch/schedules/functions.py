@@ -1,19 +1,19 @@
 """Batch sizes from a function of the user's: LambdaBS and MultiplicativeBS."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from adabatch.schedules.arguments import function
+from adabatch._checks import function
 from adabatch.schedules.base import BSScheduler, callable_state, rounded
-from adabatch.schedules.managers import BatchSizeManager
 
 
 class LambdaBS(BSScheduler):
     """batch_size(epoch) = round(base · bs_lambda(epoch)), base being the size at the start.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         bs_lambda: epoch -> factor. If it is an object, its plain attributes are saved with the state; a function is not.
 
     Raises:
@@ -32,13 +32,10 @@ class LambdaBS(BSScheduler):
         self,
         dataloader: DataLoader | None,
         bs_lambda: Callable[[int], float],
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.bs_lambda = function("bs_lambda", bs_lambda)
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
         return rounded(self.batch_size_manager._base_batch_size * self.bs_lambda(self.last_epoch))
@@ -55,7 +52,7 @@ class MultiplicativeBS(BSScheduler):
     """batch_size(epoch) = round(batch_size(epoch - 1) · bs_lambda(epoch)); the zeroth factor applies to the size at the start.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         bs_lambda: epoch -> factor. If it is an object, its plain attributes are saved with the state; a function is not.
 
     Raises:
@@ -74,13 +71,10 @@ class MultiplicativeBS(BSScheduler):
         self,
         dataloader: DataLoader | None,
         bs_lambda: Callable[[int], float],
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.bs_lambda = function("bs_lambda", bs_lambda)
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
         return rounded(self.batch_size * self.bs_lambda(self.last_epoch))

@@ -6,7 +6,7 @@ Reference: Li, Yumer, Ramanan, "Budgeted Training: Rethinking Deep Neural Networ
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from adabatch.schedules.arguments import real
+from adabatch._checks import real
 
 
 def linear_decay(position: float, budget: float) -> float:

@@ -2,8 +2,8 @@
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from adabatch._checks import integer
 from adabatch.data.sampler import ResizableBatchSampler
-from adabatch.schedules.arguments import integer
 
 
 class BatchSizeManager:

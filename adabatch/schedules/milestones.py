@@ -5,12 +5,12 @@ Reference: Smith, Kindermans, Ying, Le, "Don't Decay the Learning Rate, Increase
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from adabatch.schedules.arguments import integer, integers, real
+from adabatch._checks import integer, integers, real
 from adabatch.schedules.base import BSScheduler, clipped, rounded
-from adabatch.schedules.managers import BatchSizeManager
 
 
 def every(epoch: int, batch_size: int, step_size: int, gamma: float) -> float:
@@ -27,7 +27,7 @@ class StepBS(BSScheduler):
     """Multiply the batch size by gamma every step_size epochs.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         step_size: epochs between changes, at least 1.
         gamma: factor, greater than 0; below 1 the batch shrinks.
 
@@ -46,14 +46,11 @@ class StepBS(BSScheduler):
         dataloader: DataLoader | None,
         step_size: int,
         gamma: float = 2.0,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.step_size = integer("step_size", step_size, at_least=1)
         self.gamma = real("gamma", gamma, above=0)
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
         return rounded(every(self.last_epoch, self.batch_size, self.step_size, self.gamma))
@@ -63,7 +60,7 @@ class MultiStepBS(BSScheduler):
     """Multiply the batch size by gamma at each milestone; by gamma^n at one named n times. Finished after the last one.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         milestones: epochs, each at least 1, in any order.
         gamma: factor, greater than 0; below 1 the batch shrinks.
 
@@ -82,14 +79,11 @@ class MultiStepBS(BSScheduler):
         dataloader: DataLoader | None,
         milestones: Sequence[int],
         gamma: float = 2.0,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.milestones = dict(Counter(integers("milestones", milestones, at_least=1)))
         self.gamma = real("gamma", gamma, above=0)
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     @property
     def finished(self) -> bool:
@@ -106,7 +100,7 @@ class ConstantBS(BSScheduler):
     The factor is clipped, once, so that the first size is within bounds.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         factor: greater than 0.
         milestone: the epoch at which the first size ends, at least 1.
 
@@ -127,14 +121,11 @@ class ConstantBS(BSScheduler):
         dataloader: DataLoader | None,
         factor: float,
         milestone: int = 5,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.factor = real("factor", factor, above=0)
         self.milestone = integer("milestone", milestone, at_least=1)
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
         if self.last_epoch == 0:

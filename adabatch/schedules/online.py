@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adabatch._checks import choice, integers
 from adabatch._tree import map_tensors, tensors
 from adabatch.scheduler.lr import StepFactor
-from adabatch.schedules.arguments import choice, integers
 
 CANDIDATES = (256, 128, 64)
 TIED = 1e-5  # relative: what rounding makes of equal losses in float32

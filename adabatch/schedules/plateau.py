@@ -1,12 +1,12 @@
 """Growth when a metric stalls: IncreaseBSOnPlateau."""
 
 import math
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from adabatch.schedules.arguments import choice, integer, real
+from adabatch._checks import choice, integer, real
 from adabatch.schedules.base import BSScheduler, rounded
-from adabatch.schedules.managers import BatchSizeManager
 
 
 def is_better(value: float, best: float, mode: str, threshold: float, threshold_mode: str) -> bool:
@@ -27,7 +27,7 @@ class IncreaseBSOnPlateau(BSScheduler):
     Call ``step(metrics=value)``. After a change, cooldown steps pass in which bad ones are not counted.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         mode: "min" (the metric should fall) or "max".
         factor: at least 0 and not 1; below 1 the batch shrinks.
         patience: bad steps that are tolerated, at least 0.
@@ -56,10 +56,7 @@ class IncreaseBSOnPlateau(BSScheduler):
         threshold: float = 1e-4,
         threshold_mode: str = "rel",
         cooldown: int = 0,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.mode = choice("mode", mode, ("min", "max"))
         self.factor = float(real("factor", factor))
@@ -72,7 +69,7 @@ class IncreaseBSOnPlateau(BSScheduler):
         self.best = math.inf if mode == "min" else -math.inf
         self.num_bad_epochs = 0
         self.cooldown_counter = 0
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     @property
     def in_cooldown(self) -> bool:

@@ -5,12 +5,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from itertools import pairwise
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from adabatch.schedules.arguments import function, integer, integers
+from adabatch._checks import function, integer, integers
 from adabatch.schedules.base import BSScheduler, clipped
-from adabatch.schedules.managers import BatchSizeManager
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?)", re.IGNORECASE)
@@ -150,7 +150,7 @@ class RampBS(BSScheduler):
     Divisibility is checked when a size comes into use, not before: a run resumed on other machines need not divide the sizes it has left behind.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         ramp: a string as in :func:`parse_ramp`, or a function samples_seen -> batch size.
         tokens_per_sample: where the ramp counts tokens: the length of a sample; the batch sizes stay in samples.
         world_size, micro_batch_size: every size in use must be a multiple of their product.
@@ -178,17 +178,14 @@ class RampBS(BSScheduler):
         tokens_per_sample: int = 1,
         world_size: int = 1,
         micro_batch_size: int = 1,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.ramp = function("ramp", ramp) if callable(ramp) else stepwise_ramp(ramp)
         self.tokens_per_sample = integer("tokens_per_sample", tokens_per_sample, at_least=1)
         self.world_size = integer("world_size", world_size, at_least=1)
         self.micro_batch_size = integer("micro_batch_size", micro_batch_size, at_least=1)
         self.samples_seen = 0
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def get_new_bs(self, **kwargs) -> int:
         """The ramp's size after the keyword argument ``samples`` more.

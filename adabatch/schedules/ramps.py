@@ -3,11 +3,12 @@
 LinearBS and PolynomialBS multiply the size in use, already rounded, by the ratio of two points of a curve: sizes set by others are kept, rounding adds up.
 """
 
+from typing import Any
+
 from torch.utils.data import DataLoader
 
-from adabatch.schedules.arguments import integer, real
+from adabatch._checks import integer, real
 from adabatch.schedules.base import BSScheduler, rounded
-from adabatch.schedules.managers import BatchSizeManager
 
 
 def linear_ratio(epoch: int, start_factor: float, end_factor: float, milestone: int) -> float:
@@ -30,7 +31,7 @@ class LinearBS(BSScheduler):
     batch_size(epoch) = round(batch_size(epoch - 1) · f(epoch) / f(epoch - 1)). Finished one epoch after the milestone.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         start_factor, end_factor: greater than 0.
         milestone: the epoch at which end_factor is reached, at least 1.
 
@@ -52,15 +53,12 @@ class LinearBS(BSScheduler):
         start_factor: float = 3.0,
         end_factor: float = 1.0,
         milestone: int = 5,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.start_factor = real("start_factor", start_factor, above=0)
         self.end_factor = real("end_factor", end_factor, above=0)
         self.milestone = integer("milestone", milestone, at_least=1)
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
         if self.last_epoch > self.milestone:
@@ -75,7 +73,7 @@ class ExponentialBS(BSScheduler):
     The unrounded size is carried along, so that rounding does not add up; a size set by others replaces it.
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         gamma: factor, greater than 0; below 1 the batch shrinks.
 
     Raises:
@@ -92,14 +90,11 @@ class ExponentialBS(BSScheduler):
         self,
         dataloader: DataLoader | None,
         gamma: float,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.gamma = real("gamma", gamma, above=0)
         self.float_bs = None
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
         if self.last_epoch == 0:
@@ -128,7 +123,7 @@ class PolynomialBS(BSScheduler):
     The factor falls from 2 - 0.5^power towards 1. (The comment in bs-scheduler's example gives other sizes than its code; this is the code's.)
 
     Args:
-        dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose: see :class:`BSScheduler`.
+        dataloader, **bounds: see :class:`BSScheduler`.
         total_iters: the epoch at which the schedule ends, at least 2.
         power: any number; negative powers shrink the batch.
 
@@ -147,14 +142,11 @@ class PolynomialBS(BSScheduler):
         dataloader: DataLoader | None,
         total_iters: int,
         power: float = 1.0,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        **bounds: Any,
     ):
         self.total_iters = integer("total_iters", total_iters, at_least=2)
         self.power = real("power", power)
-        super().__init__(dataloader, batch_size_manager, max_batch_size, min_batch_size, verbose)
+        super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
         if self.last_epoch == 0:

@@ -2,8 +2,7 @@
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from adabatch._checks import check_version
-from adabatch.schedules.arguments import integer
+from adabatch._checks import check_version, integer
 
 STATE_VERSION = 1
 

@@ -68,6 +68,11 @@ def test_3_bad_arguments_raise_and_leave_the_loader_alone(name, arguments, error
     assert loader.batch_size == loader.batch_sampler.batch_size == 10
 
 
+def test_3_a_bound_that_is_not_known_is_named_with_the_nearest_one():
+    with pytest.raises(TypeError, match="'max_batchsize': did you mean max_batch_size="):
+        schedules.StepBS(new_loader(), 1, max_batchsize=8)
+
+
 def test_3_loaders_and_members():
     with pytest.raises(TypeError, match="list"):
         schedules.StepBS([1, 2], 1)
