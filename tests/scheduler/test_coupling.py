@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 
+from adabatch.estimators.null import NullEstimator
 from adabatch import GradientMoments
 from adabatch.controllers import CABS
 from adabatch.coupling import AdaScaleGain, coupling_for, linear, none, rule_of_optimizer, square_root
@@ -83,15 +84,19 @@ def test_batches_of_workers_step_with_the_factor_of_what_was_asked_for(workers):
     assert moved == pytest.approx([size / 16 for size in asked], rel=1e-5)
 
 
-class Moments:
+class Moments(NullEstimator):
     """Stands in for the hooks: the (T, G²) written down, in turn."""
 
-    enabled = True
+    enabled, lags = True, False
 
     def __init__(self, loader, pairs):
+        super().__init__()
         self.loader, self.pairs, self.asked = loader, pairs, 0
 
-    def collect(self):
+    def observe(self, **options):
+        return self
+
+    def moments(self):
         trace, signal = self.pairs[min(self.asked, len(self.pairs) - 1)]
         size = self.loader.recent[-1][1]
         self.asked += 1
@@ -107,8 +112,8 @@ class Moments:
 def test_adascale_from_the_moments_of_the_steps_before(scheduler_first):
     run = slope_run(Wishes(64), coupling=AdaScaleGain(smoothing=0.0))
     pairs = [(320.0, 10.0), (64.0, 1.0), (100.0, -1.0), (0.0, 1.0)]
-    run[3].hooks.remove()
-    run[3].hooks = Moments(run[2], pairs)
+    run[3].estimator.remove()
+    run[3].estimator = Moments(run[2], pairs)
     moved = [move for _, move in steps(*run, 5, scheduler_first=scheduler_first)]
     gains = [(trace / 16 + signal) / (trace / 64 + signal) for trace, signal in pairs[:2]]
     assert moved == pytest.approx([1.0, *gains, 4.0, 1.0], rel=1e-5)
@@ -117,9 +122,9 @@ def test_adascale_from_the_moments_of_the_steps_before(scheduler_first):
 
 def test_adascale_smooths_both_moments_before_it_divides():
     run = slope_run(Wishes(64), coupling="adascale")
-    run[3].hooks.remove()
+    run[3].estimator.remove()
     pairs = [(320.0, 10.0), (64.0, 1.0), (90.0, 3.0)]
-    run[3].hooks = Moments(run[2], pairs)
+    run[3].estimator = Moments(run[2], pairs)
     moved = [move for _, move in steps(*run, 4)]
     weights = [16 * 0.95**2, 64 * 0.95, 64]
     trace, signal = (sum(w * pair[i] for w, pair in zip(weights, pairs, strict=True)) / sum(weights) for i in (0, 1))
@@ -129,7 +134,7 @@ def test_adascale_smooths_both_moments_before_it_divides():
 def test_what_cannot_be_coupled_is_refused_and_leaves_no_hook():
     with pytest.raises(ValueError, match="coupling='linear' is for a loss that is a mean"):
         slope_run(Wishes(40), loss_reduction="sum", coupling="linear")
-    with pytest.raises(ValueError, match="base_batch_size must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="base_batch_size must be a positive integer or None, got 0"):
         slope_run(Wishes(40), coupling="linear", base_batch_size=0)
     optimizer = SGD([torch.zeros(1)], lr=1.0)
     with pytest.raises(ValueError, match=r"scale_betas=True needs an optimizer with betas.*SGD has none"):
@@ -143,7 +148,7 @@ def test_what_cannot_be_coupled_is_refused_and_leaves_no_hook():
 def test_a_coupled_lr_does_not_run_away():
     """CABS is told the base lr: with T and the loss constant its proposal is, too."""
     run = slope_run(CABS(), max_batch_size=4096, n=50_000, lr=0.5, coupling="linear")
-    run[3].hooks.remove()
-    run[3].hooks = Moments(run[2], [(320.0, 1.0)])
+    run[3].estimator.remove()
+    run[3].estimator = Moments(run[2], [(320.0, 1.0)])
     list(steps(*run, 8, loss_of=lambda out: out.mean() - out.mean().detach() + 1))
     assert list(run[3].diagnostics.column("proposed_batch_size")) == pytest.approx([160.0] * 8)

@@ -107,8 +107,8 @@ def test_the_state_is_small(options):
     torch.save(state, file)
     assert file.tell() < 10_000
     run.scheduler.load_state_dict(run.scheduler.state_dict())
-    with pytest.raises(ValueError, match="LrAdjuster has version 7"):
-        run.scheduler.load_state_dict(run.scheduler.state_dict() | {"lr": {"version": 7}})
+    with pytest.raises(ValueError, match="BatchSizeScheduler has version 7"):
+        run.scheduler.load_state_dict(run.scheduler.state_dict() | {"version": 7})
 
 
 @pytest.mark.parametrize("lr_schedule", LR_SCHEDULES)
