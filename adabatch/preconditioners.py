@@ -132,7 +132,7 @@ def _steps(state: dict[str, Any]) -> Tensor | float:
 
 def preconditioner_reader(optimizer: Optimizer) -> Callable[[Tensor], Tensor | None]:
     """A function parameter -> P of the step to come, as far as the optimizer's state tells it (`register_lookahead`), None before the parameter's first step:
-    what GradSampleHooks(preconditioner=) takes.
+    what the statistic PreconditionedTrace takes.
 
     Raises:
         ValueError: no preconditioner is registered for the optimizer's class.
@@ -183,32 +183,32 @@ def preconditioned_trace(moments: GradientMoments, parameters: Mapping[str, Tens
     Raises:
         ValueError: measured without either, with weights, no preconditioner, or the gradients of the step are gone.
     """
-    if not (moments.preconditioned or moments.second_moment) or moments.weights is not None:
+    contracted = moments.statistics.get("preconditioned_trace")
+    if not (contracted or moments.second_moment) or moments.weights is not None:
         raise ValueError(
-            "tr(PΣ) needs samples of equal weight and Σ g_i²: measure with GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer)), "
-            "or with second_moment=True"
+            "tr(PΣ) needs samples of equal weight and Σ g_i²: measure with GradSampleHooks(model, statistics=[PreconditionedTrace("
+            "preconditioner_reader(optimizer))]), or with statistics=['second_moment']"
         )
     function = _function_of(optimizer)
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     rates = {name: float(groups[id(parameter)]["lr"]) / lr if lr else 0.0 for name, parameter in parameters.items() if id(parameter) in groups}
-    if moments.preconditioned:
-        names = [name for name in moments.preconditioned if name in rates]
+    if contracted:
+        names = [name for name in contracted.gradient if name in rates]
         variances = _measured_variances(moments, names)
     else:
         present = {name: parameters[name] for name in moments.second_moment if parameters[name].grad is not None}
         scale = _scale_of_gradient(moments, present)
         names = [name for name in present if name in rates]
         variances = [_present_variance(moments, name, present[name], scale, function, groups, optimizer) for name in names]
-    m_eff = moments.batch_size if moments.effective_batch_size is None else moments.effective_batch_size
-    return sum(rates[name] * variance for name, variance in zip(names, variances, strict=True)) / (1 - 1 / m_eff)
+    return sum(rates[name] * variance for name, variance in zip(names, variances, strict=True)) / (1 - 1 / moments.m_eff)
 
 
 def _measured_variances(moments: GradientMoments, names: list[str]) -> list[float]:
     """Σ P∘(Σ_S g_i²/s − g²) of each parameter, from numbers that P has weighed; NaN where there was no P."""
-    terms = []
+    contracted, terms = moments.statistics["preconditioned_trace"], []
     for name in names:
-        share = moments.preconditioned[name]
-        squares = moments.second_moment.get(name)
+        share = contracted.gradient[name]
+        squares = contracted.squares.get(name)
         mean = share.new_full((), math.nan) if squares is None else squares.to(share.device) / moments.n_measured
         terms.append((mean - share.to(mean.dtype) * moments.grad_sq_norm).double().cpu())
     return torch.stack(terms).tolist() if terms else []

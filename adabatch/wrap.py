@@ -32,6 +32,7 @@ from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.interfaces import Controller, RunContext
+from adabatch.grad_sample.statistics import PreconditionedTrace
 from adabatch.micro_batches.optimizer import MicroBatching
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.arguments import as_controller, needs_moments
@@ -252,12 +253,12 @@ def per_sample_hooks(
     model: nn.Module, optimizer: Optimizer, how: PerSample, needs: frozenset[str], **options: Any
 ) -> GradSampleHooks:
     """Hooks on the parameters that the optimizer holds, with the statistics in `needs`."""
-    reader = preconditioner_reader(optimizer) if "preconditioned_trace" in needs else None
+    names = needs | {"inner_products"} if how.inner_products else needs
+    statistics = [PreconditionedTrace(preconditioner_reader(optimizer))
+                  if name == "preconditioned_trace" else name for name in sorted(names)]
     return GradSampleHooks(
-        model, param_groups=_groups(optimizer), second_moment="second_moment" in needs,
-        preconditioner=reader, layout=how.layout, ignore=how.ignore, seed=how.seed,
-        per_parameter=how.per_parameter,
-        inner_products=how.inner_products or "inner_products" in needs, **options,
+        model, param_groups=_groups(optimizer), statistics=statistics, layout=how.layout,
+        ignore=how.ignore, seed=how.seed, per_parameter=how.per_parameter, **options,
     )
 
 

@@ -103,6 +103,14 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def whole_gradient(grad: Tensor | None) -> Tensor | None:
+    """A gradient gathered where it is sharded, which all processes do in the same order, and dense
+    where it is sparse; None as it is."""
+    if grad is None:
+        return None
+    return grad.to_dense() if grad.is_sparse else full_tensor(grad)
+
+
 def _grads(group: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in group if parameter.grad is not None]
 

@@ -97,8 +97,7 @@ class TensorParallel:
         Raises:
             ValueError: listing the layers for which neither holds.
         """
-        known = {"inner_products", "second_moment", "preconditioned_trace"}
-        statistics = sorted(hooks.statistics & known)
+        statistics = sorted(hooks.statistics)
         if statistics:
             raise ValueError(NORMS_ONLY.format(statistics=", ".join(statistics)))
         parameters = hooks.parameters

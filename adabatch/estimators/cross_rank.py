@@ -20,7 +20,7 @@ from adabatch._checks import check_version
 from adabatch._engine import at_backward_end
 from adabatch._transfers import DelayedMoments, HostCopies
 from adabatch.distributed.shard import BatchShard
-from adabatch.estimators.loss_scale import LossScale, StepScale
+from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import check_arguments
 from adabatch.interfaces import Estimator, State
@@ -70,7 +70,6 @@ class CrossRankEstimator(Estimator):
         shard: this process's part of the batches.
         loss_reduction: 'mean' or 'sum'.
         accumulate: batches per step.
-        grad_scaler: the GradScaler that scales the loss.
         comm_hook, comm_state: a user-supplied communication hook (state, bucket) that does the
             averaging, a compressing one for instance; passed here, because the model takes only
             one.
@@ -92,7 +91,6 @@ class CrossRankEstimator(Estimator):
         *,
         loss_reduction: str = "mean",
         accumulate: int = 1,
-        grad_scaler: Any = None,
         comm_hook: CommHook | None = None,
         comm_state: Any = None,
     ):
@@ -100,7 +98,7 @@ class CrossRankEstimator(Estimator):
         self.loss_reduction, self.accumulate, self.on_backward_end = loss_reduction, accumulate, []
         named = model.named_parameters()
         self.parameters = {name: each for name, each in named if each.requires_grad}
-        self.shard, self.loss_scale = shard, LossScale(grad_scaler)
+        self.shard = shard
         self.enabled, self._removed = True, False
         self.reset()
         modules = model.modules()
@@ -122,7 +120,6 @@ class CrossRankEstimator(Estimator):
         self._sq_norms[place] = norm.square()
 
     def _end_pass(self) -> None:
-        self.loss_scale.read()
         self._whole = self.shard.grad_sq_norms([list(self.parameters.values())])
         for callback in self.on_backward_end:
             callback()
@@ -153,9 +150,7 @@ class CrossRankEstimator(Estimator):
         fraction, m = shard.fraction_of(self.accumulate), shard.size_of(self.accumulate)
         world, grad_sq_norm = shard.world_size, copies.add(whole)
         parts = [copies.add(part) for part in self._sq_norms.values()]
-        if not isinstance(loss_scale, StepScale):
-            loss_scale = self.loss_scale.noted(loss_scale)
-        scale = loss_scale.copied(copies)
+        scale = step_scale(loss_scale).copied(copies)
 
         def compute() -> GradientMoments:
             factor = scale.factor()
@@ -172,12 +167,10 @@ class CrossRankEstimator(Estimator):
         self._sq_norms: dict[Hashable, Tensor] = {}
         self._whole = None
         self._repeated = False
-        self.loss_scale.clear()
 
     def remove(self) -> None:
         """Measure no more; the communication hook, which torch cannot remove, only averages."""
         self._removed = True
-        self.loss_scale.remove()
 
     def load_state_dict(self, state: State) -> None:
         """There is nothing to load.

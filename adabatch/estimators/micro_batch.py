@@ -19,7 +19,7 @@ from torch import Tensor
 from adabatch._checks import check_version
 from adabatch._engine import at_backward_end
 from adabatch._transfers import DelayedMoments, HostCopies
-from adabatch.estimators.loss_scale import LossScale, StepScale
+from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import GradientMoments
 from adabatch.estimators.pooling import check_arguments
 from adabatch.interfaces import Estimator, State
@@ -67,7 +67,6 @@ class MicroBatchEstimator(Estimator):
         micro_batches: of the loader; each batch of more than one sample is cut into at least two
             from now on.
         loss_reduction: 'mean' or 'sum', of the loss over a micro-batch.
-        grad_scaler: the GradScaler that scales the loss.
 
     Raises:
         ValueError: an unknown loss_reduction, or no parameter that requires a gradient.
@@ -94,7 +93,6 @@ class MicroBatchEstimator(Estimator):
         micro_batches: BatchSplit,
         *,
         loss_reduction: str = "mean",
-        grad_scaler: Any = None,
     ):
         check_arguments(loss_reduction)
         measured = [parameter for parameter in parameters if parameter.requires_grad]
@@ -102,7 +100,7 @@ class MicroBatchEstimator(Estimator):
             raise ValueError("no trainable parameters: there is nothing to measure")
         self.loss_reduction, self.enabled, self.on_backward_end = loss_reduction, True, []
         self.parameters = {str(index): parameter for index, parameter in enumerate(measured)}
-        self._micro, self.loss_scale = micro_batches, LossScale(grad_scaler)
+        self._micro = micro_batches
         micro_batches.at_least = max(2, micro_batches.at_least)
         self.reset()
         # Held weakly: the parameters outlive the estimator.
@@ -142,9 +140,7 @@ class MicroBatchEstimator(Estimator):
         sizes, summed, copies = self._sizes, self.loss_reduction == "sum", HostCopies()
         sq_norms = [copies.add(sum(self._sq_norms[j])) for j in range(len(sizes))]
         grad_sq_norm = copies.add(whole)
-        if not isinstance(loss_scale, StepScale):
-            loss_scale = self.loss_scale.noted(loss_scale)
-        scale = loss_scale.copied(copies)
+        scale = step_scale(loss_scale).copied(copies)
 
         def compute() -> GradientMoments:
             factor = scale.factor()
@@ -168,7 +164,6 @@ class MicroBatchEstimator(Estimator):
         self._sq_norms.setdefault(micro.index, []).append(_sq_norm(grad))
 
     def _end_pass(self, is_last: bool) -> None:
-        self.loss_scale.read()
         if is_last:
             grads = [each.grad for each in self.parameters.values() if each.grad is not None]
             self._whole = sum((_sq_norm(grad) for grad in grads), torch.zeros(()))
@@ -182,11 +177,10 @@ class MicroBatchEstimator(Estimator):
         self._repeated = False
         self._whole = None
         self._sizes = []
-        self.loss_scale.clear()
 
     def remove(self) -> None:
         """Take the hooks off the parameters."""
-        for handle in [*self._handles, self.loss_scale]:
+        for handle in self._handles:
             handle.remove()
         self._handles = []
 

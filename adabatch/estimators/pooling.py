@@ -1,30 +1,40 @@
-"""From the sums of a step's backward passes to GradientMoments: the loss reduction, the accumulation and the loss scale are undone here, only here.
+"""From the sums of a step's backward passes to GradientMoments: the loss reduction, the accumulation
+and the loss scale are undone here, and only here.
 
-Autograd's contribution of sample i in pass j is z_i = a_i·g_i·(loss scale), with a_i = 1/(k·m_j) for a mean-reduced loss divided by the k accumulated
-passes, and the step's gradient is Σ z_i. For a sum-reduced loss a_i = 1, and the step's gradient is divided by the number of samples.
+Autograd's contribution of sample i in pass j is z_i = a_i·g_i·(loss scale), with a_i = 1/(k·m_j) for
+a mean-reduced loss divided by the k accumulated passes, and the step's gradient is Σ z_i. For a
+sum-reduced loss a_i = 1, and the step's gradient is divided by the number of samples.
 
-Samples of unequal weight n_i (tokens under a token mean) have a_i = n_i/(k·Σ_pass n): of each pass its own weighted mean, divided by k. They are known
-only through m·z_i = w_i·g_i with w_i = m·a_i.
+Samples of unequal weight n_i (tokens under a token mean) have a_i = n_i/(k·Σ_pass n): of each pass
+its own weighted mean, divided by k. They are known only through m·z_i = w_i·g_i with w_i = m·a_i.
 
-Legend: m samples in the step, m_j in pass j of k, s and s_j of them measured.
+Legend: m samples in the step, m_j in pass j of k, s and s_j of them measured, K probe rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adabatch.estimators.moments import GradientMoments
 
+if TYPE_CHECKING:
+    from adabatch.interfaces import Statistic
+
 LOSS_REDUCTIONS = ("mean", "sum")
+NO_WEIGHTS = (
+    "weights describe a mean over tokens. Under loss_reduction='sum' every sample's gradient counts "
+    "fully, and the plain trace is right: omit weights"
+)
 
 
 def check_arguments(loss_reduction: str, **counts: int | None) -> None:
-    """Refuse an unknown reduction, and numbers that are no counts; `samples` may be None.
+    """Raise for an unknown reduction or for counts that are not positive integers; `samples` may
+    be None.
 
     Raises:
         ValueError: naming the argument.
@@ -35,8 +45,11 @@ def check_arguments(loss_reduction: str, **counts: int | None) -> None:
     if loss_reduction not in LOSS_REDUCTIONS:
         raise ValueError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, got {loss_reduction!r}")
     for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a positive integer{' or None' if name == 'samples' else ''}, got {value!r}")
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            optional = " or None" if name == "samples" else ""
+            raise ValueError(f"{name} must be a positive integer{optional}, got {value!r}")
 
 
 @dataclass
@@ -45,109 +58,156 @@ class BackwardPass:
 
     Attributes:
         batch_size: samples in the pass.
-        norms: for each probe row ‖contribution of sample i‖² [s], or None where no parameter of the row took part.
-        indices: the measured rows [s], or None for all.
-        second_moments: {parameter name: Σ_i contribution_i²}, on request.
-        inner_products: for each probe row ⟨contribution of sample i, the step's finished gradient⟩ [s], or None where no parameter of the row took part; on request.
-        preconditioned: with second moments weighed by P, in the last pass of a step {parameter name: Σ P∘g²/‖g‖²}, g the step's finished gradient.
-        share: where processes share a batch, the part of the pass's samples over all processes that this one had.
+        rows: {per-sample statistic: [K] values [s], None where no parameter of the row took part};
+            "sq_norms" always, "inner_products" with the step's finished gradient.
+        indices: the measured rows of the batch [s], or None for all.
+        values: {other statistic: {parameter: value}}.
+        share: where processes share a batch, the fraction of the pass's samples that this one had.
+        gradient: {statistic: {parameter: what it read of the finished gradient}}, last pass only.
     """
 
     batch_size: int
-    norms: list[Tensor | None]
-    indices: Tensor | None
-    second_moments: dict[str, Tensor] = field(default_factory=dict)
-    inner_products: list[Tensor | None] | None = None
+    rows: dict[str, list[Tensor | None]]
+    indices: Tensor | None = None
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     share: float = 1.0
-    preconditioned: dict[str, Tensor] = field(default_factory=dict)
+    gradient: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def whole(self) -> float:
         """m_j, samples in the pass over all processes."""
         return self.batch_size / self.share
 
+    @property
+    def measured(self) -> Tensor:
+        """Some value [s]."""
+        return next(value for value in self.rows["sq_norms"] if value is not None)
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """How passes are pooled.
+
+    Attributes:
+        loss_reduction: "mean" or "sum", over the samples of a pass.
+        group_of_row: parameter group of each probe row.
+        row_names: parameter name of each row, if each parameter has one.
+        by_samples: pass j's fraction of the gradient is m_j/m, applied after the taps
+            (micro-batches), and not 1/k, divided out of the loss.
+        world_size: W processes share each pass, of which this one had `share`: its gradients were
+            multiplied by W·share (by W for a summed loss) before they were averaged.
+        statistics: what was measured besides the squared norms.
+    """
+
+    loss_reduction: str = "mean"
+    group_of_row: Sequence[int] = (0,)
+    row_names: Sequence[str] | None = None
+    by_samples: bool = False
+    world_size: int = 1
+    statistics: Sequence[Statistic] = ()
+
 
 def pool_passes(
-    passes: Sequence[BackwardPass],
-    grad_sq_norms: Tensor,
-    *,
-    loss_reduction: str = "mean",
-    loss_scale: float = 1.0,
-    group_of_row: Sequence[int] = (0,),
-    row_names: Sequence[str] | None = None,
-    weights: Tensor | Sequence[float] | None = None,
-    by_samples: bool = False,
-    world_size: int = 1,
+    passes: Sequence[BackwardPass], grad_sq_norms: Tensor, *, loss_scale: float = 1.0,
+    weights: Tensor | Sequence[float] | None = None, options: PoolOptions = PoolOptions(),
 ) -> GradientMoments:
     """Pool the passes of one step.
 
     Args:
         passes: what each backward pass left, all with the same K probe rows.
         grad_sq_norms: squared norm of the finished gradient of each row's parameters, [K].
-        loss_reduction: 'mean' or 'sum', over the samples of a pass.
-        loss_scale: the factor a GradScaler put on the loss.
-        group_of_row: parameter group of each probe row.
-        row_names: parameter name of each row, if each parameter has one.
-        weights: of the samples, [m], one pass after another, on any scale: numbers of tokens for instance. None: all alike.
-        by_samples: pass j's share of the gradient is m_j/m, put on after the taps (micro-batches), and not 1/k, divided out of the loss.
-        world_size: W processes share each pass, of which this one had `share`: its gradients were multiplied by W·share (by W for a summed loss) before they
-            were averaged over the processes.
+        loss_scale: the factor on the loss.
+        weights: of the samples, [m], one pass after another, on any scale: numbers of tokens for
+            instance. None: all equal.
+        options: the rest.
 
     Returns:
-        GradientMoments with T̂ unbiased: equal passes give m_eff = m, unequal ones m_eff = k²/Σ_j(1/m_j).
+        GradientMoments with T̂ unbiased: equal passes give m_eff = m, unequal ones
+        m_eff = k²/Σ_j(1/m_j).
 
     Raises:
-        ValueError: weights that are no m numbers >= 0 with a positive sum in each pass; weights under a summed loss, or without inner_products.
+        ValueError: weights that are not m numbers >= 0 with a positive sum in each pass; weights
+            under a summed loss, or without inner products.
     """
     whole_size = sum(step.whole for step in passes)
-    batch_size = round(whole_size)
-    k = len(passes)
-    mean = loss_reduction == "mean"
-    loss_scale *= world_size
+    batch_size, k = round(whole_size), len(passes)
+    mean, by_samples = options.loss_reduction == "mean", options.by_samples
+    loss_scale *= options.world_size
     share = sum(step.batch_size for step in passes) / whole_size if batch_size else 1.0
-    common = {"batch_size": batch_size, "indices": _indices(passes), "share": share}
+    common: dict[str, Any] = {
+        "batch_size": batch_size, "indices": _indices(passes), "share": share}
     if weights is None:
-        per_pass = [(step.whole * (1 if by_samples else k) if mean else 1) / loss_scale for step in passes]
+        factor = 1 if by_samples else k
+        scales = [(step.whole * factor if mean else 1) / loss_scale for step in passes]
         if k > 1:
             m_eff = _effective(passes) if mean and not by_samples else None
             common |= {"effective_batch_size": m_eff, "corrections": _corrections(passes, m_eff)}
     else:
-        per_pass = [(step.whole if by_samples else whole_size) / loss_scale for step in passes]
-        common |= {"weights": measured_weights(passes, weights, loss_reduction, by_samples), "corrections": _strata(passes)}
-    whole = (1 if mean else 1 / max(1, batch_size)) * world_size / loss_scale
-    rows = [_row(passes, [scale**2 for scale in per_pass], row) for row in range(len(group_of_row))]
-    inner_products = [_row(passes, [scale * whole for scale in per_pass], row, "inner_products") for row in range(len(group_of_row))] if passes[0].inner_products is not None else None
+        scales = [(step.whole if by_samples else whole_size) / loss_scale for step in passes]
+        sample_weights = measured_weights(passes, weights, options.loss_reduction, by_samples)
+        common |= {"weights": sample_weights, "corrections": _strata(passes)}
+    whole = (1 if mean else 1 / max(1, batch_size)) * options.world_size / loss_scale
+    n_rows = range(len(options.group_of_row))
+    norms = [_row(passes, "sq_norms", row, [each**2 for each in scales]) for row in n_rows]
+    products: list[Tensor] | None = None
+    if "inner_products" in passes[0].rows:
+        products = [_row(passes, "inner_products", row, [each * whole for each in scales])
+                    for row in n_rows]
     batch_norms = [float(value) * whole**2 for value in grad_sq_norms.tolist()]
-    groups = sorted(set(group_of_row)) if len(group_of_row) > 1 else ()
 
-    def summed(of_group: int | None) -> dict[str, Any]:
+    def moments(of_group: int | None, **more: Any) -> GradientMoments:
         """Over the rows of a group, or over all."""
-        chosen = [row for row, group in enumerate(group_of_row) if of_group in (None, group)]
-        sums = {"sq_norms": _sum([rows[row] for row in chosen]), "grad_sq_norm": sum(batch_norms[row] for row in chosen)}
-        return sums | {"inner_products": None if inner_products is None else _sum([inner_products[row] for row in chosen])} | common
+        chosen = [row for row, group in enumerate(options.group_of_row)
+                  if of_group in (None, group)]
+        sums = None if products is None else _sum([products[row] for row in chosen])
+        return GradientMoments(
+            sq_norms=_sum([norms[row] for row in chosen]),
+            grad_sq_norm=sum(batch_norms[row] for row in chosen),
+            inner_products=sums, **common, **more)
 
-    return GradientMoments(
-        **summed(None),
-        by_group={group: GradientMoments(**summed(group)) for group in groups} if len(groups) > 1 else {},
-        by_parameter=dict(zip(row_names, rows, strict=True)) if row_names else {},
-        parameter_grad_sq_norms=dict(zip(row_names, batch_norms, strict=True)) if row_names else {},
-        parameter_inner_products=dict(zip(row_names, inner_products, strict=True)) if row_names and inner_products is not None else {},
-        second_moment=_second_moments(passes, per_pass),
-        preconditioned=passes[-1].preconditioned,
-    )
+    groups = sorted(set(options.group_of_row)) if len(n_rows) > 1 else []
+    more: dict[str, Any] = {}
+    names = options.row_names
+    if names:
+        more["by_parameter"] = dict(zip(names, norms, strict=True))
+        more["parameter_grad_sq_norms"] = dict(zip(names, batch_norms, strict=True))
+        if products is not None:
+            more["parameter_inner_products"] = dict(zip(names, products, strict=True))
+    if len(groups) > 1:
+        more["by_group"] = {group: moments(group) for group in groups}
+    if options.statistics:
+        more["statistics"] = _statistics(passes, scales, options.statistics)
+    return moments(None, **more)
+
+
+def _statistics(
+    passes: Sequence[BackwardPass], scales: Sequence[float], statistics: Sequence[Statistic]
+) -> dict[str, Any]:
+    pooled: dict[str, Any] = {}
+    for each in statistics:
+        name = each.name
+        if name == "inner_products":
+            continue
+        if each.per_sample:
+            rows = range(len(passes[0].rows[name]))
+            factors = [each.scaled(scale) for scale in scales]
+            pooled[name] = _sum([_row(passes, name, row, factors) for row in rows])
+        else:
+            values: list[Mapping[str, Tensor]] = [step.values.get(name, {}) for step in passes]
+            pooled[name] = each.pool(values, scales, passes[-1].gradient.get(name, {}))
+    return pooled
 
 
 def _sum(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).sum(0)
 
 
-def _row(passes: Sequence[BackwardPass], scales: Sequence[float], row: int, kind: str = "norms") -> Tensor:
-    """One probe row's values over all passes, [s]; a row that no layer reported to has no gradient, so zeros."""
+def _row(passes: Sequence[BackwardPass], name: str, row: int, scales: Sequence[float]) -> Tensor:
+    """One probe row's values over all passes, [s]; zeros where no layer reported to it."""
     parts = []
     for step, scale in zip(passes, scales, strict=True):
-        values = getattr(step, kind)
-        value = values[row]
-        parts.append(value * scale if value is not None else torch.zeros_like(next(other for other in values if other is not None)))
+        value = step.rows[name][row]
+        parts.append(torch.zeros_like(step.measured) if value is None else value * scale)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -158,75 +218,73 @@ def _effective(passes: Sequence[BackwardPass]) -> float | None:
     return len(sizes) ** 2 / sum(1 / size for size in sizes)
 
 
-def measured_weights(passes: Sequence[BackwardPass], weights: Tensor | Sequence[float], loss_reduction: str, by_samples: bool = False) -> Tensor:
-    """w_i = m·a_i of the measured samples, [s] float64, a_i = n_i/(k·Σ_pass n), or by_samples (m_j/m)·n_i/Σ_pass n.
+def measured_weights(
+    passes: Sequence[BackwardPass], weights: Tensor | Sequence[float], loss_reduction: str,
+    by_samples: bool = False,
+) -> Tensor:
+    """w_i = m·a_i of the measured samples, [s] float64, a_i = n_i/(k·Σ_pass n), or by_samples
+    (m_j/m)·n_i/Σ_pass n.
 
     Example:
-        >>> measured_weights([BackwardPass(3, [torch.ones(2)], torch.tensor([0, 2]))], [10, 20, 30], "mean")
+        >>> step = BackwardPass(3, {"sq_norms": [torch.ones(2)]}, torch.tensor([0, 2]))
+        >>> measured_weights([step], [10, 20, 30], "mean")
         tensor([0.5000, 1.5000], dtype=torch.float64)
     """
     if loss_reduction != "mean":
-        raise ValueError(
-            "weights describe a mean over tokens. Under loss_reduction='sum' every sample's gradient counts whole, and the plain trace is right: leave "
-            "weights away"
-        )
+        raise ValueError(NO_WEIGHTS)
     sizes = [step.batch_size for step in passes]
-    weights = torch.as_tensor(weights).detach().double()
-    if weights.shape != (sum(sizes),):
-        raise ValueError(f"weights must have one number for each of the {sum(sizes)} samples of the step, got the shape {tuple(weights.shape)}")
-    parts = weights.split(sizes)
-    if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or not all(float(part.sum()) > 0 for part in parts):
-        raise ValueError("weights must be finite numbers >= 0 with a positive sum in each backward pass, numbers of tokens for instance")
+    given = torch.as_tensor(weights).detach().double()
+    if given.shape != (sum(sizes),):
+        raise ValueError(f"weights must have one number for each of the {sum(sizes)} samples of the "
+                         f"step, got the shape {tuple(given.shape)}")
+    parts = given.split(sizes)
+    finite = bool(given.isfinite().all()) and not bool((given < 0).any())
+    if not finite or not all(float(part.sum()) > 0 for part in parts):
+        raise ValueError("weights must be finite numbers >= 0 with a positive sum in each backward "
+                         "pass, numbers of tokens for instance")
     whole = sum(step.whole for step in passes)
-    scales = [step.batch_size if by_samples else whole / len(passes) * step.share for step in passes]
-    shares = [scale * part / part.sum() for part, scale in zip(parts, scales, strict=True)]
-    picked = [share if step.indices is None else share[step.indices.to(share.device)] for share, step in zip(shares, passes, strict=True)]
-    return torch.cat(picked).to(_measured(passes[0]).device)
-
-
-def _measured(step: BackwardPass) -> Tensor:
-    return next(value for value in step.norms if value is not None)
+    scales = [step.batch_size if by_samples else whole / len(passes) * step.share
+              for step in passes]
+    scaled = [scale * part / part.sum() for part, scale in zip(parts, scales, strict=True)]
+    picked = [each if step.indices is None else each[step.indices.to(each.device)]
+              for each, step in zip(scaled, passes, strict=True)]
+    return torch.cat(picked).to(passes[0].measured.device)
 
 
 def _strata(passes: Sequence[BackwardPass]) -> Tensor | None:
-    """(m_j/m)/(s_j/s) for each measured sample, [s]: where passes were not measured at one rate, the mean over S must weigh them as they are in the batch."""
-    rates = [len(_measured(step)) / max(1, step.batch_size) for step in passes]
+    """(m_j/m)/(s_j/s) for each measured sample, [s]: where passes were not measured at one rate,
+    the mean over the measured must weight them as they are in the batch."""
+    rates = [len(step.measured) / max(1, step.batch_size) for step in passes]
     if len(set(rates)) == 1:
         return None
-    whole = sum(len(_measured(step)) for step in passes) / sum(step.batch_size for step in passes)
+    measured = sum(len(step.measured) for step in passes)
+    whole = measured / sum(step.batch_size for step in passes)
     return _by_pass(passes, [whole / rate for rate in rates])
 
 
 def _corrections(passes: Sequence[BackwardPass], m_eff: float | None) -> Tensor | None:
-    """(1 − 1/m_eff)/(1 − 2a_i + 1/m_eff) for each measured sample, [s], as E‖g_i − g‖² = T·(1 − 2a_i + 1/m_eff): for passes of unequal sizes with inner_products."""
-    if m_eff is None or passes[0].inner_products is None:
+    """(1 − 1/m_eff)/(1 − 2a_i + 1/m_eff) for each measured sample, [s], as
+    E‖g_i − g‖² = T·(1 − 2a_i + 1/m_eff): for unequal passes with inner products."""
+    if m_eff is None or "inner_products" not in passes[0].rows:
         return None
-    factors = [(1 - 1 / m_eff) / (1 - 2 / (len(passes) * step.whole) + 1 / m_eff) for step in passes]
+    k = len(passes)
+    factors = [(1 - 1 / m_eff) / (1 - 2 / (k * step.whole) + 1 / m_eff) for step in passes]
     return _by_pass(passes, factors)
 
 
 def _by_pass(passes: Sequence[BackwardPass], values: Sequence[float]) -> Tensor:
     """One value per pass, for each measured sample [s]."""
-    return torch.cat([torch.full_like(_measured(step), value, dtype=torch.float64) for step, value in zip(passes, values, strict=True)])
+    return torch.cat([torch.full_like(step.measured, value, dtype=torch.float64)
+                      for step, value in zip(passes, values, strict=True)])
 
 
 def _indices(passes: Sequence[BackwardPass]) -> Tensor | None:
-    """Measured rows counted through the passes, or None when every pass measured all of its rows."""
+    """Measured rows counted through the passes, or None where every pass measured all rows."""
     if all(step.indices is None for step in passes):
         return None
-    if len(passes) == 1:
-        return passes[0].indices.cpu()
     parts, offset = [], 0
     for step in passes:
         rows = torch.arange(step.batch_size) if step.indices is None else step.indices.cpu()
         parts.append(rows + offset)
         offset += step.batch_size
-    return torch.cat(parts)
-
-
-def _second_moments(passes: Sequence[BackwardPass], scales: Sequence[float]) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
-    for step, scale in zip(passes, scales, strict=True):
-        for name, moment in step.second_moments.items():
-            total[name] = total[name] + moment * scale**2 if name in total else moment * scale**2
-    return total
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

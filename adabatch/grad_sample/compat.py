@@ -7,7 +7,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,25 +14,10 @@ from torch import nn
 
 is_compiling = torch.compiler.is_compiling
 
-_NOTHING = nullcontext()
 _UNCOMPILED = (
     "a layer without a grad_sample rule is run again sample by sample, outside compiled graphs: "
     "compile without fullgraph=True, or pass ignore=[...]"
 )
-
-
-def autocast_disabled(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast changes no types. Entering torch.autocast costs as much as three
-    small operations, so it is omitted where none is active.
-
-    Example:
-        >>> with autocast_disabled(torch.device("cpu")):
-        ...     torch.is_autocast_enabled("cpu")
-        False
-    """
-    if is_compiling() or torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return _NOTHING
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

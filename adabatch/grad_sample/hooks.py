@@ -1,4 +1,4 @@
-"""GradSampleHooks: attaches taps to a model's layers and collects what they report.
+"""GradSampleHooks: puts taps on a model's layers and collects what they report.
 
 Legend: N samples in a backward pass, S of them measured, K probe rows.
 """
@@ -7,71 +7,87 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from adabatch._checks import check_version
+from adabatch._engine import at_backward_end, running_backward
+from adabatch.distributed.grad_norms import grad_sq_norms
 from adabatch.distributed.shard import BatchShard
-from adabatch.estimators.loss_scale import LossScale
+from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import BackwardPass, check_arguments
-from adabatch.grad_sample.backward import passes
-from adabatch.grad_sample.backward.finish import BackwardChecks, check_backward, queue_finish
-from adabatch.grad_sample.backward.loss_graph import check_uses_seen
-from adabatch.grad_sample.backward.passes import add_uses, batch_size_of, check_gradients_left
-from adabatch.grad_sample.backward.pending import PendingMoments
-from adabatch.grad_sample.backward.probe import INITIAL_CAPACITY, ProbeSet
-from adabatch.grad_sample.backward.recorder import BackwardRecorder
-from adabatch.grad_sample.compat import autocast_disabled
+from adabatch.estimators.pooling import BackwardPass, PoolOptions, check_arguments
+from adabatch.grad_sample.backward.finish import (
+    NOTHING_MEASURED, REENTRANT, BackwardChecks, DeferredFactors, PendingStep, batch_size_of,
+    check_all_seen, check_gradients_left, finish_pass, reported_parameters, trainable_grads,
+    warn_of_mixing,
+)
+from adabatch.grad_sample.backward.recorder import (
+    INITIAL_CAPACITY, BackwardRecorder, ProbeSet, Rows, add_to_row,
+)
+from adabatch.grad_sample.backward.verify import check_uses_seen
+from adabatch.grad_sample.compat import is_compiled
 from adabatch.grad_sample.cost import StepCost, step_cost
 from adabatch.grad_sample.plan import plan_layers, unwrap
-from adabatch.grad_sample.probe_rows import ProbeRows
-from adabatch.grad_sample.rows import RowSampler
-from adabatch.grad_sample.statistics.inner_products import DeferredInnerProducts, check_not_compiled
-from adabatch.grad_sample.statistics.preconditioned import Preconditioner, SecondMoments, gradient_shares
-from adabatch.grad_sample.taps.base import TapSite
+from adabatch.grad_sample.rows import ProbeRows, RowSampler
+from adabatch.grad_sample.statistics import statistics_of
+from adabatch.grad_sample.taps.base import TapSite, autocast_disabled
 from adabatch.grad_sample.taps.placement import ForwardHooks
+from adabatch.interfaces import Estimator, State, Statistic
+
+if TYPE_CHECKING:
+    from adabatch.check.report import CheckReport
+
+COMPILED = (
+    "{names} cannot be measured on a compiled model, whose graph ends before the mean gradient is "
+    "known: do not measure it, or do not compile {parts} (parts without measured parameters may be "
+    "compiled)"
+)
 
 
-class GradSampleHooks:
+class GradSampleHooks(Estimator):
     """Per-sample gradient moments of a model, measured while its backward pass runs.
 
-    Every layer with trainable parameters gets a forward hook that puts an identity node, the tap, behind it. After loss.backward() the taps have
-    summed ‖g_i‖² over all layers; no second pass is run, no per-sample gradient is kept, and nothing is stored on the model.
+    Every layer with trainable parameters gets a forward hook that puts an identity node, the tap,
+    behind it. After loss.backward() the taps have summed ‖g_i‖² over all layers: no second pass is
+    run, no per-sample gradient is kept, and nothing is stored on the model.
 
     Args:
-        model: the model; may be wrapped by torch.compile or DistributedDataParallel. Attach before the first compiled run.
-        loss_reduction: 'mean' (the loss is the mean over the batch) or 'sum'.
-        samples: how many samples of each batch to measure, random rows drawn anew for each step; None measures all.
+        model: the model; may be wrapped by torch.compile or DistributedDataParallel. Attach before
+            the first compiled run.
+        loss_reduction: "mean" (the loss is the mean over the batch) or "sum".
+        samples: how many samples of each batch to measure, random rows drawn again for each step;
+            None measures all. May be set between steps.
         seed: of the generator that draws the rows.
-        accumulate: backward passes per optimizer step in the caller's own gradient accumulation. With loss_reduction='mean' each pass's loss
-            is its mean divided by `accumulate`.
-        ignore: names of modules that are left out, with all below them; their parameters count neither in the norms nor in ‖g‖².
-        param_groups: lists of parameters whose moments are wanted apart (`GradientMoments.by_group`), as in an optimizer's param_groups.
-        capacity: the largest batch to expect. Grows on demand in eager mode; under torch.compile it must be given.
-        layout: what adabatch.check found; without it the samples are assumed to lie along dimension 0 everywhere.
+        accumulate: backward passes per optimizer step in your own gradient accumulation. With
+            loss_reduction="mean" each pass's loss is its mean divided by `accumulate`.
+        ignore: names of modules that are left out, with all below them; their parameters count
+            neither in the norms nor in ‖g‖².
+        param_groups: lists of parameters with moments of their own (`GradientMoments.by_group`),
+            as in an optimizer's param_groups; parameters in none of them are left out.
+        capacity: the largest batch to expect. Grows on demand in eager mode; under torch.compile
+            it must be given.
+        layout: what adabatch.check found; without it the samples are assumed to lie along
+            dimension 0 everywhere.
         per_parameter: also give the norms of each parameter (`by_parameter`).
-        second_moment: also give Σ_i g_i², elementwise, of each parameter (`second_moment`).
-        preconditioner: parameter -> P of its shape, or None: give Σ P∘Σ_i g_i² of each parameter instead, a number (see adabatch.preconditioners).
-        inner_products: also give ⟨g_i, g⟩ (`inner_products`), and with them a steadier trace, its standard error and interval. The measured rows of all layers' activations and
-            output gradients are kept until the step's last backward pass has ended; not under torch.compile. Under DistributedDataParallel g is the gradient
-            averaged over the processes, g_i are this process's samples.
-        grad_scaler: the GradScaler that scales the loss. Its scale is read when a backward pass ends, before scaler.update() can change it.
+        statistics: what to measure besides the squared norms, by name or as `Statistic` objects:
+            "inner_products" gives ⟨g_i, g⟩ and with them a steadier trace, its standard error and
+            interval; "second_moment" gives Σ_i g_i², elementwise.
 
     Attributes:
-        shard: what is known of batches that several processes share; of one process alone to begin with. What collect() then gives is this process's part.
-        loss_scale: the `LossScale`; loss_scale.watch(optimizer), as wrap does, lets collect() refuse steps by a GradScaler that was not given.
-        by_samples: the passes of a step are micro-batches that weigh by their samples (see pool_passes). It and accumulate may be set between steps.
+        by_samples: the passes of a step are micro-batches, weighted by their samples. It and
+            accumulate may be set between steps.
 
     Raises:
-        ValueError: on attaching, listing all layers that cannot be measured exactly, with the cure.
-        RuntimeError: from loss.backward(), when the pass cannot be measured exactly (layers that saw another number of rows, higher-order gradients).
+        ValueError: on attaching, listing all layers that cannot be measured exactly, with the fix.
+        RuntimeError: from loss.backward(), where the pass cannot be measured exactly (layers that
+            saw another number of rows, higher-order gradients).
 
-    Shapes and units: `sq_norms` [S], float32 (float64 if any parameter is), of per-sample gradients of the per-sample loss: the loss reduction is undone.
+    Shapes and units: `sq_norms` [S], float32 (float64 if any parameter is), of per-sample gradients
+    of the per-sample loss: the loss reduction is undone.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -94,54 +110,61 @@ class GradSampleHooks:
         ignore: Collection[str] = (),
         param_groups: Sequence[Sequence[Tensor]] | None = None,
         capacity: int = INITIAL_CAPACITY,
-        layout: Any = None,
+        layout: CheckReport | None = None,
         per_parameter: bool = False,
-        second_moment: bool = False,
-        preconditioner: Preconditioner | None = None,
-        inner_products: bool = False,
-        grad_scaler: Any = None,
+        statistics: Iterable[Statistic | str] = (),
     ):
         check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
-        param_groups = None if param_groups is None else [list(group) for group in param_groups]
-        plan = plan_layers(model, ignore, only=None if param_groups is None else {id(parameter) for group in param_groups for parameter in group})
+        groups = None if param_groups is None else [list(group) for group in param_groups]
+        measured = None if groups is None else {id(each) for group in groups for each in group}
+        plan = plan_layers(model, ignore, only=measured)
         self.loss_reduction, self.accumulate, self.by_samples = loss_reduction, accumulate, False
-        self.shard = BatchShard()
-        self.on_backward_end: list[Any] = []
+        self.shard: BatchShard | None = None
         self.parameters = plan.parameters
-        if inner_products:
-            check_not_compiled(model, plan.parameters)
+        self.on_backward_end: list[Callable[[], None]] = []
+        self._statistics = statistics_of(statistics)
+        self._deferred = [each for each in self._statistics if each.needs_gradient]
+        if self._deferred:
+            self._check_not_compiled(model)
+        for each in self._statistics:
+            each.attach(plan.parameters)
+        self.statistics = frozenset(each.name for each in self._statistics[1:])
         self._row_sampler = RowSampler(samples, seed, capacity)
-        self._probe_rows = ProbeRows(plan.parameters, param_groups, per_parameter)
-        self._second_moment, self._dots, self.loss_scale = second_moment, inner_products, LossScale(grad_scaler)
-        self._stash = BackwardRecorder()
-        self._stash.second_moments = SecondMoments.wanted(plan.parameters, second_moment, preconditioner)
-        self.sites = TapSite.all_of(plan, self._probe_rows.row_of, self._stash, getattr(layout, "layouts", {}))
-        for site in self.sites:
-            site.deferred |= inner_products
-        wide = any(parameter.dtype == torch.float64 for parameter in plan.parameters.values())
-        on_complete = functools.partial(queue_finish, weakref.ref(self))
-        self._probes = ProbeSet(len(self._probe_rows), len(self.sites), capacity, torch.float64 if wide else torch.float32, self._row_sampler, on_complete)
+        self._probe_rows = ProbeRows(plan.parameters, groups, per_parameter)
+        self._recorder = BackwardRecorder(self._statistics)
+        self.sites = TapSite.all_of(plan, self._probe_rows.row_of, self._recorder,
+                                    {} if layout is None else layout.layouts)
+        wide = any(each.dtype == torch.float64 for each in plan.parameters.values())
+        self._probes = ProbeSet(
+            len(self._probe_rows), len(self.sites), capacity,
+            torch.float64 if wide else torch.float32, self._row_sampler,
+            functools.partial(_on_reports_complete, weakref.ref(self)))
         for name, parameter in plan.parameters.items():
             probe = self._probes.on(parameter.device)
-            if self._stash.second_moments is not None:
-                probe.second_moment(name, parameter.shape)
-        source = getattr(layout, "batch_size_source", None)
-        self._placer = ForwardHooks(self.sites, plan.parameters, plan.traced, self._probes, self._row_sampler, self._stash, source)
-        self._harvested_task = -1
-        self._mixing, self._seen = [False], set()
+            for each in self._recorder.statistics[1:]:
+                shape = None if each.per_sample else each.leaf_shape(name)
+                if shape is not None:
+                    probe.value(each.name, name, shape)
+        source = None if layout is None else layout.batch_size_source
+        self._placer = ForwardHooks(self.sites, plan.parameters, plan.traced, self._probes,
+                                    self._row_sampler, self._recorder, source)
+        self._finished_task = -1
+        self._mixing, self._seen = [False], set[str]()
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self.reset()
         self._placer.attach(unwrap(model), self)
         self._attached = True
 
-    @property
-    def statistics(self) -> frozenset[str]:
-        """What is measured beside norms: 'inner_products', 'second_moment', 'preconditioned_trace' (which a second moment tells as well)."""
-        wanted = {"inner_products": self._dots, "second_moment": self._second_moment, "preconditioned_trace": self._stash.second_moments is not None}
-        return frozenset(name for name, measured in wanted.items() if measured)
+    def _check_not_compiled(self, model: nn.Module) -> None:
+        measured = {id(parameter) for parameter in self.parameters.values()}
+        parts = [name or "it" for name, part in model.named_modules() if is_compiled(part)
+                 and any(id(parameter) in measured for parameter in part.parameters())]
+        if parts:
+            names = " and ".join(each.name for each in self._deferred)
+            raise ValueError(COMPILED.format(names=names, parts=", ".join(parts)))
 
     @property
-    def enabled(self) -> bool:
+    def enabled(self) -> bool:  # type: ignore[override]
         """Whether forward passes are measured; may be set between steps."""
         return self._placer.enabled
 
@@ -155,8 +178,8 @@ class GradSampleHooks:
         return self._n_passes
 
     @property
-    def samples(self) -> int | None:
-        """How many samples of each batch are measured; None for all. May be set between steps."""
+    def samples(self) -> int | None:  # type: ignore[override]
+        """How many samples of each batch are measured; None for all."""
         return self._row_sampler.samples
 
     @samples.setter
@@ -166,143 +189,237 @@ class GradSampleHooks:
         self._probes.reserve_keys()
 
     def cost(self) -> StepCost:
-        """What measuring costs by the cost model, from the shapes of the last measured forward pass; the same on every process that saw the same shapes."""
-        seen = [(site.layer, *site.shapes, site.sampler is None) for site in self.sites if site.shapes is not None]
-        return step_cost(seen, sum(parameter.numel() for parameter in self.parameters.values()), self._placer.operation_shapes.values(), self.statistics)
+        """What measuring costs by the cost model, from the shapes of the last measured forward
+        pass; the same on every process that saw the same shapes."""
+        seen = [(site.layer, *site.shapes, site.sampler is None)
+                for site in self.sites if site.shapes is not None]
+        numel = sum(parameter.numel() for parameter in self.parameters.values())
+        operations = self._placer.operation_shapes.values()
+        return step_cost(seen, numel, operations, self._statistics[1:])
 
-    def _harvest(self) -> None:
-        """Runs in the engine's last callback of a backward pass: every layer has reported, and the gradients are complete, also under DDP."""
+    def set_norm_weights(self, weights: dict[str, float]) -> None:
+        """Multiply each parameter's values by its weight: of a model that several processes hold
+        in parts."""
+        self._recorder.norm_weights = weights
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Check that the differentiated loss reaches the measured parameters through their layers
+        alone. Cheap: the graph is walked down to the taps only.
+
+        Raises:
+            RuntimeError: listing the parameters used outside the model's forward pass.
+        """
+        check_uses_seen(loss, self.parameters, self._probes.leaves)
+
+    # -- the end of a backward pass
+
+    def _on_reports_complete(self) -> None:
+        # The parameters' gradients may not be complete: see at_backward_end.
+        task = running_backward()
+        if not self._attached or task == self._finished_task:
+            return
+        placer = self._placer
+        recomputing, placer.recomputing_task = placer.recomputing_task, -1
+        if recomputing not in (-1, task):
+            self.reset()
+            raise RuntimeError(REENTRANT)
+        self._finished_task = task
+        at_backward_end(self._finish)
+
+    def _finish(self) -> None:
         try:
-            with autocast_disabled(self._probes.home):
+            with autocast_disabled(self._probes.result_device):
                 self._take_pass()
             for callback in self.on_backward_end:
                 callback()
         except Exception:
-            self.reset()  # half of a pass must not be collected by a caller who goes on
+            self.reset()  # half of a pass must not be collected later
             raise
 
     def _take_pass(self) -> None:
+        probes, placer, sites, task = self._probes, self._placer, self.sites, self._finished_task
         # On accelerators, after the first pass, the reports are read one step later.
-        late = self._placer.forward_sizes.known_batch_size(self._probes.home, first=not self._seen)
-        notes = self._stash.drain(self._harvested_task)
-        norms, reports, moments = self._probes.drain(self._harvested_task, notes.reports(len(self.sites)), late)
-        batch_size = late if isinstance(reports, Tensor) else batch_size_of(reports, self.sites, self._placer.input_sizes)
-        notes.add_norms(norms, self._probes.to_result_device)
-        uses = notes.uses
-        repeated = add_uses(norms, moments, uses, self._probe_rows.row_of, self._stash.second_moments, self._probes.to_result_device, self._stash.shares)
-        for site in self.sites if repeated else ():
+        size, late = placer.forward_sizes.known_batch_size(), None
+        if self._seen and probes.remote:
+            late = size
+        record = self._recorder.drain(task)
+        rows, reports, leaves = probes.drain(task, record.reports(len(sites)), late)
+        if isinstance(reports, Tensor):
+            assert late is not None
+            batch_size = late
+        else:
+            batch_size = batch_size_of(reports, sites, placer.input_sizes)
+        values, repeated = finish_pass(
+            record, rows, leaves, self._recorder.statistics, self._probe_rows.row_of,
+            self._recorder.norm_weights, probes)
+        for site in sites if repeated else ():
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
-        for index, site in enumerate(self.sites):
-            site.calls = 0 if isinstance(reports, Tensor) else max(0, site.calls - round(reports[index][0]))
-        seen = check_backward(self, reports, uses) if late is None else set()
-        if late is not None:
-            self._late.append(BackwardChecks.of(reports, self, late, {use.parameter for use in uses}))
+        for index, site in enumerate(sites):
+            seen_calls = site.calls if isinstance(reports, Tensor) else round(reports[index][0])
+            site.calls = max(0, site.calls - seen_calls)
+        used = {use.parameter for use in record.uses}
+        if late is None:
+            assert not isinstance(reports, Tensor)
+            seen = self._check_now(reports, used)
+        else:
+            seen = set()
+            self._late.append(self._checks(reports, late, used))
         self._n_passes += 1
-        rows = self._row_sampler.rows(batch_size, self._probes.home)
-        self._passes = [*self._passes, BackwardPass(batch_size, norms, rows, moments, share=self.shard.fraction)][-self.accumulate :]
-        self.loss_scale.read()
-        if self._dots and self._n_passes <= self.accumulate:
-            self._held.append(DeferredInnerProducts(uses))
+        indices = None
+        if self._row_sampler.samples is not None:
+            indices = self._row_sampler.rows(batch_size, probes.result_device)
+        share = 1.0 if self.shard is None else self.shard.fraction
+        step = BackwardPass(batch_size, rows, indices, values, share=share)
+        self._passes = [*self._passes, step][-self.accumulate :]
+        if self._deferred and self._n_passes <= self.accumulate:
+            self._kept.append(DeferredFactors(record))
         if self._n_passes >= self.accumulate:
-            check_gradients_left(seen, self.parameters, self.sites)
-            self._grad_sq_norms = self.shard.grad_sq_norms(self._probe_rows.groups)
-            if self._stash.second_moments is not None:
-                self._passes[-1].preconditioned = gradient_shares(self._stash.second_moments)
-            for step, held in zip(self._passes, self._held, strict=False):
-                step.inner_products = held.inner_products(self.parameters, self._probe_rows.row_of, self._probes.to_result_device)
-            self._held.clear()
+            self._finish_step(seen)
 
-    def collect(self, *, loss_scale: float | None = None, weights: Tensor | Sequence[float] | None = None) -> GradientMoments:
-        """Moments of the step: of all backward passes since the last collect().
+    def _finish_step(self, seen: set[str]) -> None:
+        """The step's last pass has ended, its gradient is complete."""
+        if seen:
+            check_gradients_left(seen, trainable_grads(self.parameters), self.sites)
+        groups = self._probe_rows.groups
+        if self.shard is None:
+            self._grad_sq_norms = grad_sq_norms(groups)
+        else:
+            self._grad_sq_norms = self.shard.grad_sq_norms(groups)
+        for each in self._statistics[1:]:
+            found = each.of_gradient()
+            if found:
+                self._passes[-1].gradient[each.name] = found
+        for each in self._deferred:
+            for step, kept in zip(self._passes, self._kept, strict=False):
+                values = kept.values(each, self.parameters)
+                if each.per_sample:
+                    self._add_rows(step.rows, each.name, values)
+                else:
+                    step.values[each.name] = values
+        self._kept.clear()
+
+    def _add_rows(self, rows: dict[str, Rows], name: str, values: dict[str, Tensor]) -> None:
+        n_rows, weights = len(self._probe_rows), self._recorder.norm_weights
+        rows.setdefault(name, [None] * n_rows)
+        for parameter, value in values.items():
+            value = self._probes.to_result_device(value)
+            value = value if weights is None else value * weights[parameter]
+            add_to_row(rows, name, n_rows, self._probe_rows.row_of[parameter], value)
+
+    def _check_now(self, reports: Sequence[Sequence[float]], used: set[str]) -> set[str]:
+        """The checks of a pass whose reports are there: names of parameters that took part."""
+        self._mixing[0] = self._mixing[0] or warn_of_mixing(reports, self.sites)
+        seen = reported_parameters(reports, self.sites, used)
+        if not self._n_passes:
+            grads = {name: parameter.grad for name, parameter in self.parameters.items()}
+            check_all_seen(seen, {name: grad for name, grad in grads.items()
+                                  if grad is not None and name not in seen})
+        self._seen |= seen
+        if self._probes.remote:
+            self._recorder.sum_check = None  # it would wait again
+        return seen
+
+    def _checks(
+        self, reports: Sequence[Sequence[float]] | Tensor, n_samples: int, used: set[str]
+    ) -> BackwardChecks:
+        parameters = self.parameters
+        unknown = {name: parameter.grad for name, parameter in parameters.items()
+                   if name not in self._seen and parameter.grad is not None}
+        nonzero = {name: torch.count_nonzero(grad) for name, grad in unknown.items()}
+        return BackwardChecks(reports, self.sites, frozenset(self._placer.input_sizes), n_samples,
+                              used, trainable_grads(parameters), nonzero, self._mixing)
+
+    # -- Estimator
+
+    def observe(
+        self, *, weights: Tensor | Sequence[float] | None = None,
+        loss_scale: float | StepScale | None = None,
+    ) -> PendingStep:
+        """Take the moments of all backward passes since the last step, without waiting for an
+        accelerator: its numbers are copied while training continues.
+
+        On an accelerator the first measured backward pass is checked at once, and waits; the checks
+        of the others raise in moments(). So does every pass of a compiled model, of which only the
+        device knows how many samples it had.
 
         Args:
-            loss_scale: the factor on the loss. With a GradScaler pass grad_scaler= to the hooks instead: scaler.get_scale() is another number after
-                scaler.update().
-            weights: of the samples of the step [m], pass after pass, where the loss is a mean over unequal shares of them: the numbers of tokens of a mean
-                over all tokens of a padded batch. On any scale; of accumulated passes each has its own weighted mean, divided by `accumulate`. Needs inner_products.
+            weights: of the samples of the step [m], pass after pass, where the loss is a mean over
+                unequal shares of them: the numbers of tokens of a mean over all tokens of a padded
+                batch. On any scale; of accumulated passes each has its own weighted mean, divided
+                by `accumulate`. Needs inner products.
+            loss_scale: the factor on the loss: a number, or what `LossScale.take()` returns.
 
         Raises:
             RuntimeError: no measured backward pass, or another number of them than `accumulate`.
-            ValueError: weights without inner_products or that do not fit the samples; a loss_scale that is no positive number, or beside a grad_scaler.
-        """
-        return self.observe(loss_scale=loss_scale, weights=weights).moments()
-
-    def observe(self, *, loss_scale: float | None = None, weights: Tensor | Sequence[float] | None = None) -> PendingMoments:
-        """As collect(), without waiting for an accelerator: its numbers are copied while training goes on. Call moments() on what it gives, a step later.
-
-        On an accelerator the first measured backward pass is checked at once, and waits; the checks of the others raise in moments(). So does every pass
-        of a compiled model, of which only the device knows how many samples it had.
-
-        Raises:
-            RuntimeError: no measured backward pass, or another number of them than `accumulate`.
+            ValueError: weights without inner products or that do not fit the samples; a loss_scale
+                that is not a positive number.
         """
         if not self._n_passes:
-            raise RuntimeError(passes.NOTHING_MEASURED)
+            raise RuntimeError(NOTHING_MEASURED)
         try:
-            return self._pool(loss_scale, weights)
+            if self._n_passes != self.accumulate:
+                raise RuntimeError(
+                    f"saw {self._n_passes} backward passes since the last collect(), but "
+                    f"accumulate={self.accumulate}: pass accumulate=k for k backward passes per "
+                    "step, and pause the hooks (hooks.paused()) around backward passes that do "
+                    "not belong to it"
+                )
+            scale = None if loss_scale is None else step_scale(loss_scale)
+            rows, shard = self._probe_rows, self.shard
+            options = PoolOptions(
+                self.loss_reduction, rows.group_of_row, rows.names, self.by_samples,
+                1 if shard is None else shard.world_size, self._statistics[1:])
+            return PendingStep(self._passes, self._grad_sq_norms, scale, weights, self._late,
+                               options, self._probes.remote)
         finally:
             self.reset()
 
-    def _pool(self, loss_scale: float | None, weights: Tensor | Sequence[float] | None) -> PendingMoments:
-        if self._n_passes != self.accumulate:
-            raise RuntimeError(
-                f"saw {self._n_passes} backward passes since the last collect(), but accumulate={self.accumulate}: pass accumulate=k for k backward passes per "
-                "step, and pause the hooks (hooks.paused()) around backward passes that do not belong to it"
-            )
-        rows = self._probe_rows
-        options = {"loss_reduction": self.loss_reduction, "group_of_row": rows.group_of_row, "row_names": rows.names, "weights": weights}
-        options |= {"by_samples": self.by_samples, "world_size": self.shard.world_size}
-        return PendingMoments(self._passes, self._grad_sq_norms, self.loss_scale.noted(loss_scale), self._late, options)
-
-    def set_norm_weights(self, shares: dict[str, float]) -> None:
-        """Take each parameter's norms times its share: of a model that several processes hold in parts."""
-        self._stash.shares = shares
-
-    def check_loss(self, loss: Tensor) -> None:
-        """Check that the differentiated loss reaches the measured parameters through their layers alone. Cheap: the graph is walked down to the taps only.
-
-        Raises:
-            RuntimeError: listing the parameters used outside the model's forward pass, in the loss function or in a penalty inside the loss.
-        """
-        check_uses_seen(loss, self.parameters, self._probes.reports)
+    def tensors_over_samples(self, moments: GradientMoments) -> list[Tensor]:
+        return [tensor for each in self._statistics[1:] if each.name in moments.statistics
+                for tensor in each.over_samples(moments.statistics[each.name])]
 
     def reset(self) -> None:
-        """Forget what was measured since the last collect(), e.g. after a backward pass that failed half way, and draw new rows."""
+        """Discard what was measured since the last step, e.g. after a backward pass that failed
+        half way, and draw new rows."""
         self._passes: list[BackwardPass] = []
-        self._held: list[DeferredInnerProducts] = []
+        self._kept: list[DeferredFactors] = []
         self._late: list[BackwardChecks] = []
-        self.loss_scale.clear()
         self._n_passes = 0
-        self._placer.recomputing_task = -1
-        self._placer.input_sizes.clear()
-        self._placer.forward_sizes.clear()
-        self._row_sampler.redraw()
-        self._stash.clear()
+        placer = self._placer
+        placer.recomputing_task = -1
+        placer.input_sizes.clear()
+        placer.forward_sizes.clear()
+        if self._row_sampler.samples is not None:
+            self._row_sampler.redraw()
+        self._recorder.clear()
         self._probes.forget()
         for site in self.sites:
             site.calls = 0
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing is measured inside: forward passes add no node to the graph."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before
-
     def remove(self) -> None:
         """Take all hooks off the model. Nothing else was ever put on it."""
         self._placer.remove()
-        self.loss_scale.remove()
         self._probes.clear()
         self._attached = False
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The state of the row draws, so that a resumed run measures the same rows."""
         return {"version": 2, "rows": self._row_sampler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from a state_dict()."""
         check_version(state, 2, "GradSampleHooks")
         self._row_sampler.load_state_dict(state["rows"])
+
+    def __repr__(self) -> str:
+        layers = sum(site.sampler is not None for site in self.sites)
+        measured = "all samples" if self.samples is None else f"{self.samples} samples of a batch"
+        extra = f" with {', '.join(sorted(self.statistics))}" if self.statistics else ""
+        return (f"GradSampleHooks({len(self.parameters)} parameters in {layers} layers, "
+                f"{measured}{extra}{'' if self.enabled else ', paused'})")
+
+
+def _on_reports_complete(reference: weakref.ref[GradSampleHooks], reports: Tensor) -> None:
+    hooks = reference()
+    if hooks is not None:
+        hooks._on_reports_complete()

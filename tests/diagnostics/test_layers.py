@@ -68,7 +68,7 @@ def test_parameters_of_several_groups_and_of_several_passes():
     hooks = GradSampleHooks(
         model,
         per_parameter=True,
-        inner_products=True,
+        statistics=["inner_products"],
         accumulate=2,
         param_groups=[[model[0].weight], [model[0].bias, *model[2].parameters()]],
     )
@@ -413,7 +413,7 @@ def test_samples_of_unequal_weight():
     model, batch = make_mlp(torch.float64), make_batch(9, torch.float64)
     weights = torch.tensor([1.0, 4.0, 2.0, 7.0, 1.0, 3.0, 3.0, 5.0, 1.0], dtype=torch.float64)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, per_parameter=True, inner_products=True)
+    hooks = GradSampleHooks(model, per_parameter=True, statistics=["inner_products"])
     ((squared_error(model, batch) * weights).sum() / weights.sum()).backward()
     moments = hooks.collect(weights=weights)
     hooks.remove()

@@ -106,7 +106,7 @@ def test_intervals_cover_the_truth(m, samples):
     """90 % intervals of 500 independent batches, through the hooks. Below s = 64 these fourth powers of normal numbers are too skewed: .82 at s = 8."""
     regression = Regression(dimensions=8, distance=0.2)
     model = regression.model()
-    hooks = GradSampleHooks(model, samples=samples, inner_products=True)
+    hooks = GradSampleHooks(model, samples=samples, statistics=["inner_products"])
     covered, traces = 0, []
     for _ in range(500):
         model.zero_grad()
@@ -168,7 +168,7 @@ def test_the_same_through_the_hooks():
     for _ in range(60):
         inputs = 1 + 0.3 * torch.randn(64, 6)
         truth = float(oracle.variance_trace(oracle.per_sample_grads(model, loss_fn, inputs))) if len(plain) < 5 else None
-        hooks = GradSampleHooks(model, samples=16, inner_products=True, seed=len(plain))
+        hooks = GradSampleHooks(model, samples=16, statistics=["inner_products"], seed=len(plain))
         model.zero_grad()
         loss_fn(model, inputs).mean().backward()
         moments = hooks.collect()

@@ -62,7 +62,7 @@ def test_token_means_of_padded_batches(lengths, samples):
     grads = oracle.per_sample_grads(model, sample_means, batch)
     shares = torch.tensor(lengths, dtype=torch.float64) / sum(lengths)
     terms, mean = expected_terms(grads, shares)
-    hooks = GradSampleHooks(model, inner_products=True, samples=samples)
+    hooks = GradSampleHooks(model, statistics=["inner_products"], samples=samples)
     token_mean(model, batch).backward()
     moments = hooks.collect(weights=(batch[1] != -100).sum(1))
     rows = torch.arange(m) if moments.indices is None else moments.indices
@@ -85,7 +85,7 @@ def test_accumulated_passes_have_token_means_of_their_own(sizes, samples):
     grads = oracle.per_sample_grads(model, sample_means, batch)
     shares = torch.cat([part.double() / part.sum() / k for part in lengths.split(sizes)])
     terms, mean = expected_terms(grads, shares)
-    hooks = GradSampleHooks(model, inner_products=True, samples=samples, accumulate=k)
+    hooks = GradSampleHooks(model, statistics=["inner_products"], samples=samples, accumulate=k)
     for part in zip(*(tensor.split(sizes) for tensor in batch), strict=True):
         (token_mean(model, part) / k).backward()
     moments = hooks.collect(weights=lengths)
@@ -102,7 +102,7 @@ def test_accumulated_passes_have_token_means_of_their_own(sizes, samples):
 
 def test_equal_weights_are_no_weights():
     model, batch = make_mlp(), make_batch()
-    hooks = GradSampleHooks(model, inner_products=True, per_parameter=True, second_moment=True)
+    hooks = GradSampleHooks(model, statistics=["inner_products"], per_parameter=True, statistics=["second_moment"])
     both = []
     for weights in (None, torch.full((8,), 13.0)):
         model.zero_grad()
@@ -163,7 +163,7 @@ def test_weights_without_dots_are_an_error_never_the_plain_form():
 )
 def test_weights_that_do_not_fit(weights, message):
     model = make_mlp()
-    hooks = GradSampleHooks(model, inner_products=True)
+    hooks = GradSampleHooks(model, statistics=["inner_products"])
     backward(model, make_batch())
     with pytest.raises(ValueError, match=message):
         hooks.collect(weights=weights)
@@ -171,7 +171,7 @@ def test_weights_that_do_not_fit(weights, message):
 
 def test_a_summed_loss_has_no_weights():
     model = make_mlp()
-    hooks = GradSampleHooks(model, inner_products=True, loss_reduction="sum")
+    hooks = GradSampleHooks(model, statistics=["inner_products"], loss_reduction="sum")
     backward(model, make_batch(), loss_reduction="sum")
     with pytest.raises(ValueError, match=r"Under loss_reduction='sum'.*leave weights away"):
         hooks.collect(weights=torch.ones(8))

@@ -57,7 +57,7 @@ def test_several_batch_sizes_in_two_graphs(make, samples, dtype):
     model, make_batch_of = make(dtype)
     batches = [make_batch_of(size) for size in (8, 12, 5, 15, 9)]  # from 16 on torch itself compiles this convolution once more
     expected = [oracle.per_sample_grads(model, squared_error, batch) for batch in batches]
-    hooks = GradSampleHooks(model, samples=samples, per_parameter=True, second_moment=True)
+    hooks = GradSampleHooks(model, samples=samples, per_parameter=True, statistics=["second_moment"])
     backend = Counting()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     rows = []

@@ -75,7 +75,7 @@ def test_models(make, make_batch_of, samples, loss_reduction):
     torch.manual_seed(0)
     model, batch = make(), make_batch_of(7)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, samples=samples, inner_products=True)
+    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, samples=samples, statistics=["inner_products"])
     for _ in range(2):
         model.zero_grad()
         backward(model, batch, loss_reduction=loss_reduction)
@@ -95,7 +95,7 @@ def test_every_rule(case):
     inputs = case.make_inputs(torch.float64)
     loss_fn = lambda model, batch: torch.sin(3 * model(batch)).reshape(len(batch), -1).sum(1)  # noqa: E731
     grads = oracle.per_sample_grads(layer, loss_fn, inputs)
-    hooks = GradSampleHooks(layer, inner_products=True)
+    hooks = GradSampleHooks(layer, statistics=["inner_products"])
     backward(layer, inputs, loss_fn)
     dots_agree(hooks.collect(), grads, rtol=1e-9)
 
@@ -105,7 +105,7 @@ def test_contributions_of_batch_norm(mean):
     torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), make_batch()
     grads = oracle.contributions(model, squared_error, batch)
-    hooks = GradSampleHooks(model, inner_products=True, loss_reduction="mean" if mean else "sum")
+    hooks = GradSampleHooks(model, statistics=["inner_products"], loss_reduction="mean" if mean else "sum")
     with pytest.warns(UserWarning, match="contribution"):
         backward(model, batch, loss_reduction="mean" if mean else "sum")
     dots_agree(hooks.collect(), grads)
@@ -122,7 +122,7 @@ def test_accumulated_passes(make, make_batch_of, sizes, samples, loss_reduction)
     model, batches = make(), [make_batch_of(size) for size in sizes]
     grads = oracle.per_sample_grads(model, squared_error, tuple(torch.cat(parts) for parts in zip(*batches, strict=True)))
     shares = torch.cat([torch.full((size,), 1 / (k * size) if mean else 1 / m, dtype=torch.float64) for size in sizes])
-    hooks = GradSampleHooks(model, accumulate=k, samples=samples, loss_reduction=loss_reduction, inner_products=True)
+    hooks = GradSampleHooks(model, accumulate=k, samples=samples, loss_reduction=loss_reduction, statistics=["inner_products"])
     for batch in batches:
         backward(model, batch, loss_reduction=loss_reduction, divisor=k if mean else 1)
     moments = hooks.collect()
@@ -141,7 +141,7 @@ def test_norms_of_parameters_and_second_moments_of_accumulated_passes(sizes, sam
     grads = oracle.per_sample_grads(model, squared_error, batch)
     for inner_products in (False, True):
         model.zero_grad()
-        hooks = GradSampleHooks(model, accumulate=k, samples=samples, per_parameter=True, second_moment=True, inner_products=inner_products)
+        hooks = GradSampleHooks(model, accumulate=k, samples=samples, per_parameter=True, statistics=["second_moment"], inner_products=inner_products)
         for part in zip(*(tensor.split(sizes) for tensor in batch), strict=True):
             backward(model, part, divisor=k)
         moments = hooks.collect()
@@ -156,7 +156,7 @@ def test_norms_of_parameters_and_second_moments_of_accumulated_passes(sizes, sam
 def test_groups_have_dots_of_their_own():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, inner_products=True, param_groups=[list(model[0].parameters()), list(model[2].parameters())])
+    hooks = GradSampleHooks(model, statistics=["inner_products"], param_groups=[list(model[0].parameters()), list(model[2].parameters())])
     backward(model, batch)
     moments = hooks.collect()
     dots_agree(moments, grads)
@@ -169,7 +169,7 @@ def test_groups_have_dots_of_their_own():
 def test_the_loss_scale_is_undone(loss_reduction):
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, inner_products=True)
+    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, statistics=["inner_products"])
     (1024 * getattr(squared_error(model, batch), loss_reduction)()).backward()
     dots_agree(hooks.collect(loss_scale=1024), grads)
 
@@ -180,7 +180,7 @@ def test_the_scale_of_a_grad_scaler_is_read_before_it_changes(accumulate):
     grads = oracle.per_sample_grads(model, squared_error, batch)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    hooks = GradSampleHooks(model, inner_products=True, grad_scaler=scaler, accumulate=accumulate)
+    hooks = GradSampleHooks(model, statistics=["inner_products"], grad_scaler=scaler, accumulate=accumulate)
     for step in range(3):
         optimizer.zero_grad()
         for part in zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True):
@@ -236,7 +236,7 @@ def test_non_reentrant_checkpointing_and_autocast():
 
     model, batch = Model(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, inner_products=True)
+    hooks = GradSampleHooks(model, statistics=["inner_products"])
     backward(model, batch)
     dots_agree(hooks.collect(), grads)
     model.zero_grad()
@@ -251,7 +251,7 @@ def test_a_skipped_branch_and_frozen_parameters():
     model, batch = make_mlp(), make_batch()
     model[0].bias.requires_grad_(False)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, inner_products=True, per_parameter=True)
+    hooks = GradSampleHooks(model, statistics=["inner_products"], per_parameter=True)
     backward(model, batch)
     dots_agree(hooks.collect(), grads)
     model.zero_grad()
@@ -264,7 +264,7 @@ def test_a_skipped_branch_and_frozen_parameters():
 def test_a_failed_pass_leaves_nothing_behind():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, inner_products=True)
+    hooks = GradSampleHooks(model, statistics=["inner_products"])
     handle = model[0].weight.register_post_accumulate_grad_hook(lambda parameter: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         backward(model, batch)
@@ -276,14 +276,14 @@ def test_a_failed_pass_leaves_nothing_behind():
 
 def test_an_input_buffer_that_is_filled_again_between_passes_is_refused():
     model, batch = make_mlp(), make_batch()
-    hooks = GradSampleHooks(model, inner_products=True, accumulate=2)
+    hooks = GradSampleHooks(model, statistics=["inner_products"], accumulate=2)
     backward(model, batch, divisor=2)
     batch[0].copy_(torch.randn(8, 4))
     with pytest.raises(RuntimeError, match=r"0\.weight was run with.*changed in place.*clone"):
         backward(model, batch, divisor=2)
     with pytest.raises(RuntimeError, match="no measured backward pass"):
         hooks.collect()
-    subset = GradSampleHooks(fresh := make_mlp(), inner_products=True, accumulate=2, samples=3)  # holds copies of its rows
+    subset = GradSampleHooks(fresh := make_mlp(), statistics=["inner_products"], accumulate=2, samples=3)  # holds copies of its rows
     for _ in range(2):
         backward(fresh, batch, divisor=2)
         batch[0].add_(1)
@@ -293,7 +293,7 @@ def test_an_input_buffer_that_is_filled_again_between_passes_is_refused():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_nothing_is_held_when_the_step_has_ended(accumulate):
     model = make_mlp()
-    hooks = GradSampleHooks(model, inner_products=True, accumulate=accumulate)
+    hooks = GradSampleHooks(model, statistics=["inner_products"], accumulate=accumulate)
     seen = []
     handle = model[2].register_forward_pre_hook(lambda layer, args: seen.append(weakref.ref(args[0].untyped_storage())))
     for _ in range(accumulate):
@@ -311,7 +311,7 @@ COMPILED = r"(?s)inner_products=True cannot measure a compiled model.*leave inne
 @pytest.mark.parametrize("compiled", [lambda model: torch.compile(model, backend="eager"), lambda model: model.compile(backend="eager") or model])
 def test_a_compiled_model_is_refused_at_attach(compiled):
     with pytest.raises(ValueError, match=COMPILED):
-        GradSampleHooks(compiled(make_mlp()), inner_products=True)
+        GradSampleHooks(compiled(make_mlp()), statistics=["inner_products"])
     torch._dynamo.reset()
 
 
@@ -320,8 +320,8 @@ def test_a_compiled_part_is_refused_by_name_unless_nothing_in_it_is_measured():
     grads = oracle.per_sample_grads(model, squared_error, batch)
     model[0].compile(backend="eager")
     with pytest.raises(ValueError, match="do not compile 0 "):
-        GradSampleHooks(model, inner_products=True)
-    hooks = GradSampleHooks(model, inner_products=True, ignore=["0"])
+        GradSampleHooks(model, statistics=["inner_products"])
+    hooks = GradSampleHooks(model, statistics=["inner_products"], ignore=["0"])
     backward(model, batch)
     dots_agree(hooks.collect(), {name: rows for name, rows in grads.items() if name.startswith("2")})
     torch._dynamo.reset()
@@ -329,8 +329,8 @@ def test_a_compiled_part_is_refused_by_name_unless_nothing_in_it_is_measured():
 
 def test_a_model_compiled_after_attaching_is_refused():
     model = make_mlp()
-    GradSampleHooks(model, inner_products=True)
-    with pytest.raises(Exception, match="measured with inner_products=True, which a compiled graph cannot do: do not compile the model, or leave inner_products=True away"):
+    GradSampleHooks(model, statistics=["inner_products"])
+    with pytest.raises(Exception, match="measured with statistics=["inner_products"], which a compiled graph cannot do: do not compile the model, or leave inner_products=True away"):
         backward(torch.compile(model, backend="aot_eager", fullgraph=True), make_batch())
     torch._dynamo.reset()
 

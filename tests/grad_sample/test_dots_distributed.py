@@ -20,7 +20,7 @@ def test_dots_are_with_the_reduced_gradient():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     parallel = tripled(model)
-    hooks = GradSampleHooks(parallel, inner_products=True)
+    hooks = GradSampleHooks(parallel, statistics=["inner_products"])
     for _ in range(2):
         parallel.zero_grad()
         backward(parallel, batch)
@@ -31,7 +31,7 @@ def test_dots_of_sharded_parameters():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     shard(model, 0, 2)
-    hooks = GradSampleHooks(model, inner_products=True)
+    hooks = GradSampleHooks(model, statistics=["inner_products"])
     for _ in range(2):
         model.zero_grad()
         backward(model, batch)

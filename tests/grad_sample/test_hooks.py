@@ -38,7 +38,7 @@ def test_every_rule_before_an_in_place_relu(case, dtype, loss_reduction):
     mixes = find_grad_sampler(layer).full_batch(layer)
     grads = (oracle.contributions if mixes else oracle.per_sample_grads)(model, squared_error, batch)
     agrees(measure(model, batch, loss_reduction=loss_reduction), grads, TOLERANCE[dtype])
-    subset = measure(model, batch, loss_reduction=loss_reduction, samples=3, per_parameter=True, second_moment=True)
+    subset = measure(model, batch, loss_reduction=loss_reduction, samples=3, per_parameter=True, statistics=["second_moment"])
     agrees(subset, grads, TOLERANCE[dtype])
     assert subset.by_parameter.keys() == subset.second_moment.keys() == grads.keys()
     for name, rows in grads.items():
@@ -217,7 +217,7 @@ def test_ignored_modules_count_neither_in_the_norms_nor_in_the_gradient():
 def test_frozen_parameters_and_those_frozen_later_are_left_out():
     model, batch = make_mlp(), make_batch()
     model[0].weight.requires_grad_(False)
-    hooks = GradSampleHooks(model, per_parameter=True, second_moment=True)
+    hooks = GradSampleHooks(model, per_parameter=True, statistics=["second_moment"])
     assert set(hooks.parameters) == {"0.bias", "2.weight", "2.bias"}
     model[2].weight.requires_grad_(False)
     backward(model, batch)

@@ -75,7 +75,7 @@ def test_an_error_inside_paused_does_not_leave_the_hooks_paused():
 @pytest.mark.parametrize("remove", [False, True])
 def test_hooks_and_model_are_freed_by_reference_count_alone(remove):
     model, batch = make_mlp(), make_batch()
-    hooks = GradSampleHooks(model, samples=3, per_parameter=True, second_moment=True)
+    hooks = GradSampleHooks(model, samples=3, per_parameter=True, statistics=["second_moment"])
     backward(model, batch)
     hooks.collect()
     if remove:
@@ -90,7 +90,7 @@ def test_hooks_and_model_are_freed_by_reference_count_alone(remove):
         gc.enable()
 
 
-@pytest.mark.parametrize("options", [{}, {"samples": 3}, {"second_moment": True, "per_parameter": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"samples": 3}, {"statistics": ["second_moment"], "per_parameter": True}], ids=str)
 def test_no_memory_grows_over_steps(options):
     """Also where the steps go wrong: gradients taken with autograd.grad from layers whose uses are stashed."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
@@ -158,7 +158,7 @@ def fail_half_way(model, batch, at):
     model.zero_grad()
 
 
-@pytest.mark.parametrize("options", [{}, {"per_parameter": True, "second_moment": True}, {"samples": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"per_parameter": True, "statistics": ["second_moment"]}, {"samples": 3}], ids=str)
 @pytest.mark.parametrize("reset", [True, False])
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_good_step_after_a_failed_backward_pass_is_exact(at, reset, options):

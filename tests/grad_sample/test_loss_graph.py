@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from adabatch import AdaptiveDataLoader, GradSampleHooks
-from adabatch.grad_sample.backward.loss_graph import unseen_uses
+from adabatch.grad_sample.backward.verify import unseen_uses
 from tests.options import make_scheduler
 
 
@@ -36,7 +36,7 @@ def test_parameters_used_between_the_taps_and_the_loss_are_named(case, dims):
     if not unseen:
         hooks.check_loss(loss)
         return
-    with pytest.raises(RuntimeError, match=rf"no tap sees: {', '.join(unseen)}\. .*weight_decay"):
+    with pytest.raises(RuntimeError, match=rf"no tap sees them: {', '.join(unseen)}\. .*weight_decay"):
         hooks.check_loss(loss)
 
 

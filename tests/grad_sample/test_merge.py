@@ -102,7 +102,7 @@ def test_several_uses_are_summed_before_they_are_squared(name, dtype, loss_reduc
     batch = inputs, torch.randn(7, width, dtype=dtype)
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model, loss_reduction=loss_reduction, samples=samples,
-                            per_parameter=True, second_moment=True)
+                            per_parameter=True, statistics=["second_moment"])
     for _ in range(2):  # the second step knows what is used twice
         model.zero_grad()
         backward(model, batch, loss_reduction=loss_reduction)

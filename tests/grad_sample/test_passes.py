@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from adabatch import GradSampleHooks
-from adabatch.grad_sample.backward.passes import check_all_seen
+from adabatch.grad_sample.backward.finish import check_all_seen
 from tests import oracle
 from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, measure, squared_error
 
@@ -180,7 +180,7 @@ def test_gradients_that_an_optimizer_inside_backward_took_away_raise():
 def test_loss_scale_is_undone(loss_reduction):
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, second_moment=True)
+    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, statistics=["second_moment"])
     (1024 * getattr(squared_error(model, batch), loss_reduction)()).backward()
     moments = hooks.collect(loss_scale=1024.0)
     agrees(moments, grads)
@@ -224,4 +224,4 @@ def test_as_many_parameters_seen_as_asked_about_are_not_the_same_ones():
     unseen = nn.Parameter(torch.zeros(2))
     unseen.grad = torch.ones(2)
     with pytest.raises(RuntimeError, match="no tap saw: late"):
-        check_all_seen({"early"}, {"late": unseen})
+        check_all_seen({"early"}, {"late": unseen.grad})

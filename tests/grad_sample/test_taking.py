@@ -70,12 +70,12 @@ def same_grads(model, expected, rtol):
 
 
 def taken(hooks):
-    return [site.name for site in hooks.sites if site.takes]
+    return [site.name for site in hooks.sites if site.fused]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("make", "count"), [(make_tokens, 3), (make_images, 5)])
-@pytest.mark.parametrize("options", [{}, {"per_parameter": True, "second_moment": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"per_parameter": True, "statistics": ["second_moment"]}], ids=str)
 def test_gradients_and_norms(make, count, dtype, options):
     model, batch = make(dtype)
     expected, grads = plain_grads(model, batch), oracle.per_sample_grads(model, squared_error, batch)
@@ -239,7 +239,7 @@ def test_several_uses(how):
 def test_dots_and_paused_steps():
     model, batch = make_tokens()
     expected, grads = plain_grads(model, batch), oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, inner_products=True)
+    hooks = GradSampleHooks(model, statistics=["inner_products"])
     backward(model, batch)
     agrees(hooks.collect(), grads)
     same_grads(model, expected, 1e-5)

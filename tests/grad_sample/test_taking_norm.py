@@ -29,7 +29,7 @@ def norms_taken(hooks):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("options", [{}, {"per_parameter": True, "second_moment": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"per_parameter": True, "statistics": ["second_moment"]}], ids=str)
 def test_gradients_and_norms(dtype, options):
     model, batch = make(dtype)
     batch[0].requires_grad_()

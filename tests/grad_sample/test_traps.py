@@ -39,7 +39,7 @@ class NormsOfOneSampleLess(Dense):
 
 
 @pytest.mark.parametrize(
-    ("factor", "match"), [(NormsOfTwoDimensions, r"0 gave squared norms of shape \(8, 4\); one value per sample"), (NormsOfOneSampleLess, "shape")]
+    ("factor", "match"), [(NormsOfTwoDimensions, r"0 gave sq_norms of shape \(8, 4\); one value per sample"), (NormsOfOneSampleLess, "shape")]
 )
 def test_1_norms_of_another_shape_are_not_summed_in_silence(shift_rule, factor, match):
     shift_rule(lambda layer, activations, backprops: {"shift": factor(backprops)})
@@ -174,7 +174,7 @@ def test_7_other_checkpointing_is_exact(samples):
     torch.manual_seed(0)
     model, batch = Checkpointed(use_reentrant=False), make_batch(10)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, samples=samples, second_moment=True)
+    hooks = GradSampleHooks(model, samples=samples, statistics=["second_moment"])
     for _ in range(3):
         model.zero_grad()
         backward(model, batch)

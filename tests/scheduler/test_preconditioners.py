@@ -45,7 +45,7 @@ def batch_of(size):
 
 def measured(model, batch, optimizer=None, **options):
     """Moments by second moments, or, with an optimizer, by its preconditioner."""
-    how = {"second_moment": True} if optimizer is None else {"preconditioner": preconditioner_reader(optimizer)}
+    how = {"statistics": ["second_moment"]} if optimizer is None else {"preconditioner": preconditioner_reader(optimizer)}
     hooks = GradSampleHooks(model, **how, **options)
     model.zero_grad()
     losses = loss_fn(model, batch)
@@ -104,7 +104,7 @@ def test_a_subset_is_unbiased():
     model, optimizer = trained(OPTIMIZERS["adam"])
     batch = batch_of(24)
     expected = expected_trace(model, optimizer, batch, lr=0.01)
-    hooks = GradSampleHooks(model, second_moment=True, samples=8)
+    hooks = GradSampleHooks(model, statistics=["second_moment"], samples=8)
     traces = []
     for _ in range(300):
         model.zero_grad()
@@ -155,7 +155,7 @@ class Transposed(nn.Module):
         return inputs.mT
 
 
-@pytest.mark.parametrize("options", [{}, {"samples": 4}, {"inner_products": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"samples": 4}, {"statistics": ["inner_products"]}], ids=str)
 def test_every_kind_of_tap_weighs_and_keeps_no_copy_of_the_parameters(options):
     model = image_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

@@ -1,44 +1,60 @@
-"""When the results of a backward pass are taken, and the checks of it that may have to wait for an accelerator."""
+"""The end of a backward pass: when its results are taken, what of them is complete, and the checks
+that may have to wait for an accelerator.
+
+Legend: N samples in the pass, S measured, K probe rows.
+"""
 
 from __future__ import annotations
 
-import weakref
+import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from adabatch._engine import at_backward_end, running_backward
-from adabatch._transfers import HostCopies, is_remote
-from adabatch.grad_sample.backward.passes import REENTRANT, batch_size_of, check_all_seen, check_gradients_left, reported_parameters, warn_of_mixing
-from adabatch.grad_sample.backward.recorder import ParameterUse
-from adabatch.grad_sample.taps.base import TapSite
+from adabatch._transfers import HostCopies
+from adabatch.distributed.grad_norms import whole_gradient
+from adabatch.estimators.loss_scale import StepScale
+from adabatch.estimators.moments import GradientMoments
+from adabatch.estimators.pooling import BackwardPass, PoolOptions, pool_passes
+from adabatch.grad_sample.backward.recorder import BackwardRecord, ProbeSet, Report, add_to_row
+from adabatch.grad_sample.factors.base import Factor
+from adabatch.grad_sample.factors.merge import merge_factors
+from adabatch.interfaces import Statistic
 
+if TYPE_CHECKING:
+    from adabatch.grad_sample.taps.base import TapSite
 
-def queue_finish(reference: weakref.ref[Any], reports: Tensor) -> None:
-    """Called when the reports' gradient is complete. The parameters' gradients may not be: DDP's own last callback is queued before the second of ours."""
-    hooks = reference()
-    task = running_backward()
-    if hooks is None or not hooks._attached or task == hooks._harvested_task:
-        return
-    recomputing, hooks._placer.recomputing_task = hooks._placer.recomputing_task, -1
-    if recomputing not in (-1, task):
-        hooks.reset()
-        raise RuntimeError(REENTRANT)
-    hooks._harvested_task = task
-    at_backward_end(hooks._harvest)
+NOTHING_MEASURED = (
+    "no measured backward pass since the last collect(). Possible causes: backward() was not "
+    "called; scheduler.step() was called twice for one; the hooks are paused or removed; gradients "
+    "were taken with torch.autograd.grad or backward(inputs=...), which leave nothing behind (call "
+    "loss.backward()); or the model was compiled and run before the hooks were attached (attach "
+    "first, or call torch._dynamo.reset())."
+)
+REENTRANT = (
+    "reentrant activation checkpointing cannot be measured: its backward passes run inside "
+    "another. Use checkpoint(..., use_reentrant=False)"
+)
+OVERWRITTEN = (
+    "a tensor that {name} was run with, or its gradient, was changed in place before the step's "
+    "last backward pass: {statistic} reads it once more when the mean gradient is known. Give "
+    "every backward pass of a step its own tensors (clone a buffer that is filled again), or do "
+    "not measure {statistic}"
+)
 
 
 class ForwardSizes:
-    """N of the forward passes since the last backward pass, which tells what that one had without a look at the device.
+    """N of the forward passes since the last backward pass: what that one had, without reading the
+    device.
 
     Example:
         >>> sizes = ForwardSizes()
         >>> sizes.note(8)
-        >>> print(sizes.known_batch_size(torch.device("cuda"), first=False), sizes.known_batch_size(torch.device("cuda"), first=False))
+        >>> print(sizes.known_batch_size(), sizes.known_batch_size())
         8 None
     """
 
@@ -49,48 +65,239 @@ class ForwardSizes:
         """A tap was placed, outside compiled graphs."""
         self._sizes.add(n_samples)
 
-    def known_batch_size(self, home: torch.device, first: bool) -> int | None:
-        """N of the backward pass that has ended; None where the layers' reports are to be read: on the CPU, in a first pass, and where N is not known."""
+    def known_batch_size(self) -> int | None:
+        """N of the backward pass that has ended, if all forward passes had one; forgets them."""
         sizes, self._sizes = self._sizes, set()
-        return sizes.pop() if len(sizes) == 1 and is_remote(home) and not first else None
+        return sizes.pop() if len(sizes) == 1 else None
 
     def clear(self) -> None:
         """Forget them."""
         self._sizes.clear()
 
 
-def check_backward(hooks: Any, reports: Sequence[Sequence[float]], uses: list[ParameterUse]) -> set[str]:
-    """The checks of the backward pass that has ended, with its reports at hand: names of the parameters that took part.
+def finish_pass(
+    record: BackwardRecord, rows: dict[str, list[Tensor | None]],
+    leaves: Mapping[tuple[str, str], Tensor], statistics: Sequence[Statistic],
+    row_of: Mapping[str, int], weights: Mapping[str, float] | None, probes: ProbeSet,
+) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+    """Complete a pass: add what was recorded to `rows`, square deferred uses, read leaves.
+
+    Args:
+        record: of the taps in eager mode.
+        rows: {per-sample statistic: [K]}, of compiled graphs so far.
+        leaves: {(statistic, parameter): value} of compiled graphs.
+        statistics: those that do not need the gradient.
+        row_of: {parameter: probe row}.
+        weights: {parameter: the factor on its norms}, or None for all 1.
+        probes: where results are gathered.
+
+    Returns:
+        {statistic: {parameter: value}}, and names of parameters that had several uses.
+    """
+    n_rows, to_result_device = probes.n_rows, probes.to_result_device
+    record.add_rows(rows, n_rows, to_result_device)
+    values = record.values
+    if leaves:
+        by_name = {each.name: each for each in statistics}
+        for (statistic, name), leaf in leaves.items():
+            value = by_name[statistic].from_leaf(name, leaf)
+            if value is not None:
+                values.setdefault(statistic, {})[name] = value
+    repeated = set()
+    for name, (factor, n_uses) in record.merged().items() if record.uses else ():
+        for each in statistics:
+            value = each.of_factor(name, factor)
+            if value is None:
+                continue
+            if each.per_sample:
+                value = to_result_device(value)
+                value = value if weights is None else value * weights[name]
+                add_to_row(rows, each.name, n_rows, row_of[name], value)
+            else:
+                values.setdefault(each.name, {})[name] = value
+        if n_uses > 1:
+            repeated.add(name)
+    return values, repeated
+
+
+class DeferredFactors:
+    """The factors of one backward pass, kept until the step's gradient is complete."""
+
+    def __init__(self, record: BackwardRecord):
+        self._factors: dict[str, list[tuple[Factor, list[int]]]] = {}
+        for use in record.uses:
+            kept = self._factors.setdefault(use.parameter, [])
+            kept.append((use.factor, _versions(use.factor)))
+
+    def values(
+        self, statistic: Statistic, parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """{parameter: the statistic's value}.
+
+        Raises:
+            RuntimeError: a tensor that was kept has been overwritten.
+        """
+        values: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            grad = whole_gradient(parameter.grad)
+            kept = self._factors.get(name, ())
+            if any(_versions(factor) != versions for factor, versions in kept):
+                raise RuntimeError(OVERWRITTEN.format(name=name, statistic=statistic.name))
+            if kept and grad is not None:
+                value = statistic.of_factor(name, merge_factors([each for each, _ in kept]), grad)
+                if value is not None:
+                    values[name] = value
+        return values
+
+
+def _versions(factor: Factor) -> list[int]:
+    return [value._version for value in vars(factor).values() if isinstance(value, Tensor)]
+
+
+# -- checks
+
+
+def batch_size_of(
+    reports: Sequence[Report], sites: Sequence[TapSite], input_sizes: Collection[int] = ()
+) -> int:
+    """N, from the layers' reports [n_layers, 2] of (calls, rows).
 
     Raises:
-        RuntimeError: as check_all_seen.
+        RuntimeError: a layer was called twice where that cannot be undone; layers saw different
+            numbers of rows, or all the same one which is no dimension of the model's inputs (where
+            some are known): samples and positions were flattened together. All are listed.
     """
-    hooks._mixing[0] = hooks._mixing[0] or warn_of_mixing(reports, hooks.sites)
-    seen = reported_parameters(reports, hooks.sites, uses)
-    if not hooks._n_passes:
-        check_all_seen(seen, hooks.parameters)
-    hooks._seen |= seen
-    if is_remote(hooks._probes.home):
-        hooks._stash.witness = None  # it would wait again
-    return seen
+    sizes = {total for calls, total in reports if calls}
+    once = max(calls for calls, _ in reports) == 1
+    if len(sizes) == 1 and once and (not input_sizes or not sizes.isdisjoint(input_sizes)):
+        return round(sizes.pop())
+    problems = []
+    rows: dict[str, int] = {}
+    for site, (calls, total) in zip(sites, reports, strict=True):
+        if calls > 1 and not (site.deferred or site.calls > 1):
+            problems.append(
+                f"{site.name} was called {int(calls)} times, and the hooks did not see it called: "
+                "inside a compiled graph (run the model without torch.compile, or compile its "
+                "parts), or before the last collect() (call it after the backward pass)"
+            )
+        if calls:
+            rows[site.name] = round(total / calls)
+    size = Counter(rows.values()).most_common(1)[0][0]
+    odd = ", ".join(f"{name} ({n})" for name, n in rows.items() if n != size)
+    settle = "Find the layouts with adabatch.check(...)"
+    if odd:
+        problems.append(f"the first dimension of these layers' outputs is not the batch of {size}: "
+                        f"{odd}. {settle}")
+    if input_sizes and size not in input_sizes:
+        problems.append(f"all layers saw {size} rows, which is no dimension of the model's inputs. "
+                        f"{settle}")
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise RuntimeError(
+            f"per-sample gradients of this backward pass are not exact:\n{listed}")
+    return size
+
+
+def warn_of_mixing(
+    reports: Sequence[Report], sites: Sequence[TapSite], stacklevel: int = 8
+) -> bool:
+    """Warn if a layer that took part mixes the samples of the batch; whether one did."""
+    mixing = [site.name for site, (calls, _) in zip(sites, reports, strict=True)
+              if calls and site.mixes_samples]
+    if mixing:
+        warnings.warn(
+            f"{', '.join(mixing)}: batch normalization in train mode mixes the samples of a batch. "
+            "What is measured is each sample's contribution to the gradient: contributions add up "
+            "to it exactly, but their variance is a proxy of the variance over fresh batches, and "
+            "usually larger.",
+            stacklevel=stacklevel,  # the caller of loss.backward()
+        )
+    return bool(mixing)
+
+
+def reported_parameters(
+    reports: Sequence[Report], sites: Sequence[TapSite], used: Collection[str]
+) -> set[str]:
+    """Names of the parameters that took part in the pass as far as the taps saw."""
+    seen = {name for site, (calls, _) in zip(sites, reports, strict=True)
+            if calls for name in site.parameters.values()}
+    return seen.union(used)
+
+
+def check_gradients_left(
+    seen: Collection[str], has_grad: Mapping[str, bool], sites: Sequence[TapSite]
+) -> None:
+    """Raise where a parameter was measured but has no gradient at the end of the pass, so that
+    ‖g‖² would lack it. A layer that is run again may leave some of its parameters without use.
+
+    Args:
+        seen: names of the parameters that took part.
+        has_grad: of the trainable ones.
+        sites: all layers.
+
+    Raises:
+        RuntimeError: listing the parameters.
+    """
+    gone = [name for name, has in has_grad.items() if not has and name in seen]
+    if not gone:
+        return
+    unused = {name for site in sites if site.sampler is None for name in site.parameters.values()}
+    if not (unused.issuperset(gone) and any(has_grad.get(name, True) for name in seen)):
+        raise RuntimeError(
+            "these parameters were measured but have no gradient when the backward pass ends: "
+            f"{', '.join(gone)}. An optimizer that steps inside backward, or "
+            "torch.func.functional_call with other tensors, leaves nothing to compare with: keep "
+            "the gradients until optimizer.step(), or pause the hooks"
+        )
+
+
+def check_all_seen(seen: Collection[str], nonzero: Mapping[str, Tensor]) -> None:
+    """Raise where a parameter has a gradient that is not zero although none of its layers reported;
+    a skipped branch has no gradient and is fine.
+
+    Args:
+        seen: names of the parameters that took part.
+        nonzero: {name: the gradient, or the number of its elements that are not zero}.
+
+    Raises:
+        RuntimeError: listing the parameters whose gradient the taps never saw.
+    """
+    missing = [name for name, grad in nonzero.items()
+               if name not in seen and bool(torch.count_nonzero(grad))]
+    if missing:
+        raise RuntimeError(
+            f"these parameters have a gradient that no tap saw: {', '.join(missing)}. Either they "
+            "are used without calling their layer (F.linear(x, layer.weight)), or parts of the "
+            "model are called instead of the model itself, or their gradient is left from an "
+            "earlier step (call optimizer.zero_grad()), or the model was compiled and run before "
+            "the hooks were attached (attach first, or call torch._dynamo.reset()). To leave a "
+            "layer out, pass ignore=[...]."
+        )
+
+
+def trainable_grads(parameters: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Whether each parameter that is trainable now has a gradient."""
+    return {name: parameter.grad is not None
+            for name, parameter in parameters.items() if parameter.requires_grad}
 
 
 @dataclass
 class BackwardChecks:
-    """The checks of one backward pass that need the layers' reports, where those are still on their way.
+    """The checks of one backward pass whose reports are still on their way from an accelerator.
 
     Attributes:
         reports: [n_layers, 2]; a tensor where compiled layers took part.
         sites: the layers.
         input_sizes: of the model's inputs.
-        n_samples: N as the forward pass had it.
-        used: parameters whose uses were put aside.
-        has_grad: for each parameter, whether it had a gradient when the pass ended.
-        nonzero: {name: number of elements of the gradient that are not zero} of parameters that no pass before had seen.
-        mixing: [whether it was warned of layers that mix samples], shared by all passes.
+        n_samples: N of the forward pass.
+        used: parameters whose factors were deferred.
+        has_grad: whether each trainable parameter had a gradient when the pass ended.
+        nonzero: {name: elements of the gradient that are not zero}, of parameters that no pass
+            before had seen.
+        mixing: [whether layers that mix samples were warned of], shared by all passes.
     """
 
-    reports: Sequence[Sequence[float]] | Tensor
+    reports: Sequence[Report] | Tensor
     sites: Sequence[TapSite]
     input_sizes: Collection[int]
     n_samples: int
@@ -99,18 +306,10 @@ class BackwardChecks:
     nonzero: Mapping[str, Tensor]
     mixing: list[bool]
 
-    @classmethod
-    def of(cls, reports: Sequence[Sequence[float]] | Tensor, hooks: Any, n_samples: int, used: Collection[str]) -> BackwardChecks:
-        """Those of the pass that `hooks` have just taken."""
-        parameters, sizes = hooks.parameters, frozenset(hooks._placer.input_sizes)
-        unknown = {name: parameter.grad for name, parameter in parameters.items() if name not in hooks._seen and parameter.grad is not None}
-        nonzero = {name: torch.count_nonzero(grad) for name, grad in unknown.items()}
-        has_grad = {name: parameter.grad is not None for name, parameter in parameters.items()}
-        return cls(reports, hooks.sites, sizes, n_samples, used, has_grad, nonzero, hooks._mixing)
-
     def copied(self, copies: HostCopies) -> BackwardChecks:
         """The same on the host."""
-        return replace(self, reports=copies.add(self.reports), nonzero={name: copies.add(count) for name, count in self.nonzero.items()})
+        nonzero = {name: copies.add(count) for name, count in self.nonzero.items()}
+        return replace(self, reports=copies.add(self.reports), nonzero=nonzero)
 
     def run(self) -> None:
         """Check.
@@ -121,10 +320,75 @@ class BackwardChecks:
         reports = self.reports.tolist() if isinstance(self.reports, Tensor) else self.reports
         size = batch_size_of(reports, self.sites, self.input_sizes)
         if size != self.n_samples:
-            raise RuntimeError(f"the layers saw {self.n_samples} samples forward and {size} backward: run backward() on the loss of the last forward pass")
+            raise RuntimeError(
+                f"the layers saw {self.n_samples} samples forward and {size} backward: run "
+                "backward() on the loss of the last forward pass"
+            )
         self.mixing[0] = self.mixing[0] or warn_of_mixing(reports, self.sites)
-        used = [SimpleNamespace(parameter=name) for name in self.used]
-        seen = reported_parameters(reports, self.sites, used)
-        check_all_seen(seen, {name: SimpleNamespace(grad=count) for name, count in self.nonzero.items()})
-        left = {name: SimpleNamespace(requires_grad=True, grad=self if has else None) for name, has in self.has_grad.items()}
-        check_gradients_left(seen, left, self.sites)
+        seen = reported_parameters(reports, self.sites, self.used)
+        check_all_seen(seen, self.nonzero)
+        check_gradients_left(seen, self.has_grad, self.sites)
+
+
+class PendingStep:
+    """What GradSampleHooks.observe() gives: all numbers taken, copies to the host begun.
+
+    Args:
+        passes: of the step, on whatever device.
+        grad_sq_norms: ‖g‖² of each probe row, [K].
+        loss_scale: of the loss; None for 1.
+        weights: of the samples, or None.
+        checks: of passes whose reports could not be read at once.
+        options: of pool_passes.
+        remote: whether anything lies on an accelerator.
+
+    Attributes:
+        lags: whether moments() should be called one step later, as it waits for the device.
+    """
+
+    def __init__(
+        self, passes: Sequence[BackwardPass], grad_sq_norms: Tensor,
+        loss_scale: StepScale | None, weights: Tensor | Sequence[float] | None,
+        checks: Sequence[BackwardChecks], options: PoolOptions, remote: bool,
+    ):
+        self._passes, self._grad_sq_norms, self._checks = passes, grad_sq_norms, checks
+        self._scale, self._weights, self._options = loss_scale, weights, options
+        self._copies: HostCopies | None = None
+        self.lags = False
+        if not remote:
+            return
+        self._copies = copies = HostCopies()
+        self._passes = [_copied(each, copies) for each in passes]
+        self._grad_sq_norms, self._weights = copies.add(grad_sq_norms), copies.add(weights)
+        self._checks = [check.copied(copies) for check in checks]
+        self._scale = None if loss_scale is None else loss_scale.copied(copies)
+        self.lags = copies.under_way
+
+    def moments(self) -> GradientMoments:
+        """The moments.
+
+        Raises:
+            RuntimeError, ValueError: as GradSampleHooks.collect(), and what a backward pass would
+                have raised on the CPU.
+        """
+        if self._copies is not None:
+            self._copies.wait()
+        for check in self._checks:
+            check.run()
+        scale = 1.0 if self._scale is None else self._scale.factor()
+        return pool_passes(self._passes, self._grad_sq_norms, loss_scale=scale,
+                           weights=self._weights, options=self._options)
+
+
+def _copied(step: BackwardPass, copies: HostCopies) -> BackwardPass:
+    """The pass with its small tensors on the host; values of a parameter's shape stay."""
+    def small(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: copies.add(value) if value.dim() == 0 else value
+                for name, value in values.items()}
+
+    return replace(
+        step, indices=copies.add(step.indices),
+        rows={name: [copies.add(row) for row in rows] for name, rows in step.rows.items()},
+        values={name: small(values) for name, values in step.values.items()},
+        gradient={name: small(values) for name, values in step.gradient.items()},
+    )

@@ -1,15 +1,15 @@
-"""A check of the first measured backward pass: do the samples' contributions add up to the gradient?
+"""Checks that the taps see the whole gradient: contributions add up to it, and the loss reaches the
+parameters through taps only.
 
-It sees what a layer that is run again sample by sample cannot know: that it mixes samples, or that a buffer changed while it ran. A use that no tap saw
-shows as well.
-
-Legend: N samples.
+Legend: N samples, G_i the contribution of sample i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,34 +18,51 @@ from adabatch._engine import running_backward
 from adabatch.grad_sample.factors.base import Factor
 
 DIFFERS = (
-    "the samples' contributions do not add up to the gradient of these parameters: {listed}. A layer without a rule that mixes samples or changes its buffers "
-    "while it runs, a use that the hooks do not see, or a term of the loss that passes by the samples can be the cause: adabatch.check(model, batch, loss_fn) "
-    "finds it. Give the layer a rule with register_grad_sampler, take the term out of the loss, or pass ignore=[...]"
+    "the samples' contributions do not add up to the gradient of these parameters: {listed}. "
+    "Possible causes: a layer without a rule mixes samples or changes its buffers while it runs, a "
+    "use that the hooks do not see, a term of the loss that does not pass through the samples. "
+    "adabatch.check(model, batch, loss_fn) finds it. Give the layer a rule with "
+    "register_grad_sampler, take the term out of the loss, or pass ignore=[...]"
 )
+COMPILED = "CompiledFunctionBackward"  # one node that holds layers and taps alike
+# In units of the eps of the coarsest type that took part: what is left of rounding and of the order
+# of summation in √Σ‖G_i‖². A mistake makes a tenth of that or more.
+ROUNDING = 10.0
 
 
 @dataclass
 class _Sums:
-    """Of one parameter, over its uses: Σ_i ⟨g_i, r⟩, Σ_i |⟨g_i, r⟩|, and whether the gradient was empty before."""
+    """Of one parameter, over its uses: Σ_i ⟨G_i, r⟩, Σ_i ‖G_i‖², the coarsest eps, and whether
+    .grad was empty."""
 
-    signed: Tensor | float
-    absolute: Tensor | float
+    signed: Tensor
+    squares: Tensor
+    eps: float
     fresh: bool
 
 
 class GradientSumCheck:
-    """Compares Σ_i ⟨g_i, r⟩ with ⟨p.grad, r⟩ for each parameter p and one random direction r, in passes of which all samples are measured.
+    """Compares Σ_i ⟨G_i, r⟩ with ⟨p.grad, r⟩ for each parameter p and one random direction r, in
+    passes of which all samples are measured.
 
-    Only layers without a rule, traced operations and parameters with several uses are heard: rules are tested. Gradients that were not empty before
-    the pass, that other hooks may change, or that processes share, are left out.
+    Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², not as
+    Σ‖G_i‖, and so does what is allowed. Sums are in float64.
+
+    Only layers without a rule, traced operations and parameters with several uses are observed:
+    rules are tested. Gradients that were not empty before the pass, that hooks may change, or that
+    processes share, are left out.
+
+    Attributes:
+        task: the backward pass observed last; -1 for none.
 
     Example:
         >>> from adabatch.grad_sample.factors.base import Dense
         >>> weight = torch.nn.Parameter(torch.zeros(2))
-        >>> witness = GradientSumCheck({"weight": weight})
-        >>> witness.hear({"weight": "weight"}, {"weight": Dense(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))})
+        >>> check = GradientSumCheck({"weight": weight})
+        >>> factor = Dense(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> check.observe({"weight": "weight"}, {"weight": factor}, torch.float32)
         >>> weight.grad = torch.tensor([4.0, 6.0])
-        >>> witness.compare(task=-1)
+        >>> check.verify()
         True
     """
 
@@ -54,41 +71,58 @@ class GradientSumCheck:
         self._forget(-1)
 
     def _forget(self, task: int) -> None:
-        self._task, self._eps = task, torch.finfo(torch.float64).eps
+        self.task = task
         self._sums: dict[str, _Sums] = {}
 
-    def hear(self, names: Mapping[str, str], factors: Mapping[str, Factor]) -> None:
-        """A use, told while the gradient is not complete: {own name: name in the model} and {own name: factor}."""
-        if self._task != running_backward():
+    def observe(
+        self, names: Mapping[str, str], factors: Mapping[str, Factor], dtype: torch.dtype
+    ) -> None:
+        """A use, while the gradient is not complete.
+
+        Args:
+            names: {own name: name in the model}.
+            factors: {own name: factor}.
+            dtype: that the layer computed in, as autocast may have chosen it.
+        """
+        if self.task != running_backward():
             self._forget(running_backward())
         for own, factor in factors.items():
-            parameter = self._parameters[names[own]]
-            sums = self._sums.setdefault(names[own], _Sums(0.0, 0.0, _is_empty(parameter.grad)))
-            inner_products = factor.dot(_direction(parameter))
-            sums.signed, sums.absolute = sums.signed + inner_products.sum(), sums.absolute + inner_products.abs().sum()
-            tensors = [parameter, *(value for value in vars(factor).values() if isinstance(value, Tensor))]
-            self._eps = max(self._eps, *(torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point()))
+            name, parameter = names[own], self._parameters[names[own]]
+            products = factor.dot(_direction(parameter)).double().sum()
+            squares = factor.sq_norms().double().sum()
+            eps = max(torch.finfo(dtype).eps, torch.finfo(parameter.dtype).eps)
+            sums = self._sums.get(name)
+            if sums is None:
+                self._sums[name] = _Sums(products, squares, eps, _is_empty(parameter.grad))
+            else:
+                sums.signed, sums.squares = sums.signed + products, sums.squares + squares
+                sums.eps = max(sums.eps, eps)
 
-    def compare(self, task: int) -> bool:
-        """Whether something could be compared, when that backward pass has ended.
+    def verify(self) -> bool:
+        """When that backward pass has ended: whether something could be compared.
 
         Raises:
-            RuntimeError: contributions do not add up to the gradient; all parameters concerned are listed.
+            RuntimeError: listing the parameters whose contributions do not add up.
         """
-        if task != self._task or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        sums = {name: each for name, each in self._sums.items() if each.fresh and not _is_changed_by_others(self._parameters[name])}
-        eps = self._eps
+        sums = self._sums
         self._forget(-1)
-        largest = max((float(each.absolute) for each in sums.values()), default=0.0)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return False
+        sums = {name: each for name, each in sums.items()
+                if each.fresh and not _is_changed_by_others(self._parameters[name])}
+        scales = {name: math.sqrt(float(each.squares)) for name, each in sums.items()}
+        largest = max(scales.values(), default=0.0)
         wrong = []
         for name, each in sums.items():
             parameter = self._parameters[name]
-            direction = _direction(parameter)
-            whole = 0.0 if parameter.grad is None else float((parameter.grad.to_dense().to(direction) * direction).sum())
-            # What is zero but for rounding, as a key's bias in attention, is held against the other parameters.
-            allowed = _tolerance(direction, eps) * (float(each.absolute) + abs(whole) + 0.1 * largest)
-            if abs(float(each.signed) - whole) > allowed:  # not when a value is not finite
+            whole, length = 0.0, 0.0
+            if parameter.grad is not None:
+                grad, direction = parameter.grad.to_dense().double(), _direction(parameter)
+                whole, length = float((grad * direction.double()).sum()), float(grad.norm())
+            # What is zero but for rounding, as a key's bias in attention, is compared with the
+            # other parameters.
+            allowed = _tolerance(parameter, each.eps) * (scales[name] + length + 0.1 * largest)
+            if abs(float(each.signed) - whole) > allowed:  # not where a value is not finite
                 wrong.append(name)
         if wrong:
             raise RuntimeError(DIFFERS.format(listed=", ".join(wrong)))
@@ -96,17 +130,18 @@ class GradientSumCheck:
 
 
 def _tolerance(like: Tensor, eps: float) -> float:
-    """Rounding and order of summation, far from what a mistake makes; on accelerators float32 products may be rounded to 10 bits."""
+    """On accelerators float32 products may be rounded to 10 bits."""
     if eps <= torch.finfo(torch.float64).eps:
         return 1e-7
-    return max(1e-3 if like.device.type == "cpu" else 1e-2, 30 * eps)
+    return max(1e-4 if like.device.type == "cpu" else ROUNDING * 2**-10, ROUNDING * eps)
 
 
 def _direction(parameter: Tensor) -> Tensor:
-    """Standard normal, the same for a parameter whenever it is asked for, without a draw from the global generator."""
+    """Standard normal, always the same for a parameter, without the global generator."""
     generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=dtype)
+    return torch.randn(
+        parameter.shape, generator=generator, device=parameter.device, dtype=dtype)
 
 
 def _is_empty(grad: Tensor | None) -> bool:
@@ -115,3 +150,73 @@ def _is_empty(grad: Tensor | None) -> bool:
 
 def _is_changed_by_others(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks) or bool(parameter._post_accumulate_grad_hooks)
+
+
+def unseen_uses(
+    loss: Tensor, parameters: Mapping[str, Tensor], leaves: Iterable[Tensor] = ()
+) -> list[str]:
+    """Names of the parameters that the loss reaches without passing a tap: a tied weight applied in
+    the loss function, an L2 penalty inside the loss. The norms would lack them.
+
+    Walks the graph from the loss down to the taps, also after backward. Uses below a tap are found
+    while the model runs, not here.
+
+    Args:
+        loss: the scalar that was differentiated.
+        parameters: the measured ones by name.
+        leaves: what taps report to. A tap is recognised by its edge to one of them, not by its
+            name, which is that of an in-place operation where a layer's output is a view.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> unseen_uses(weight.square().sum(), {"weight": weight})
+        ['weight']
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    reports = {id(leaf) for leaf in leaves}
+    found: set[str] = set()
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        below = [function for function, _ in node.next_functions]
+        if node.name().split("::")[-1] == COMPILED or any(_reaches(each, reports) for each in below):
+            continue
+        name = names.get(_variable_id(node))
+        if name is not None:
+            found.add(name)
+        stack.extend(below)
+    return [name for name in parameters if name in found]
+
+
+def _variable_id(node: Any) -> int:
+    return id(getattr(node, "variable", None))
+
+
+def _reaches(function: Any, leaves: Collection[int]) -> bool:
+    """Whether an edge leads to one of the leaves, at once or through the selection of a line."""
+    if function is None:
+        return False
+    nodes = (function, *(below for below, _ in function.next_functions))
+    return any(_variable_id(node) in leaves for node in nodes)
+
+
+def check_uses_seen(
+    loss: Tensor, parameters: Mapping[str, Tensor], leaves: Iterable[Tensor] = ()
+) -> None:
+    """Raise for a loss that reaches parameters without passing a tap.
+
+    Raises:
+        RuntimeError: listing them, with the fix.
+    """
+    unseen = unseen_uses(loss, parameters, leaves)
+    if unseen:
+        raise RuntimeError(
+            "the loss uses these parameters outside the model's layers, where no tap sees them: "
+            f"{', '.join(unseen)}. For a tied weight: apply it inside the model's forward. For a "
+            "penalty on the weights: use the optimizer's weight_decay, or add its gradient after "
+            "backward()"
+        )

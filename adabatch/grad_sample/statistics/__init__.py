@@ -1,1 +1,44 @@
-"""Statistics: what is measured of the per-sample gradients."""
+"""Statistics: what is measured of the per-sample gradients. One file each; see `Statistic`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from adabatch.grad_sample.statistics.inner_products import InnerProducts
+from adabatch.grad_sample.statistics.norms import SqNorms
+from adabatch.grad_sample.statistics.preconditioned import PreconditionedTrace
+from adabatch.grad_sample.statistics.second_moment import SecondMoment
+from adabatch.interfaces import Statistic
+
+__all__ = ["InnerProducts", "PreconditionedTrace", "SecondMoment", "SqNorms", "statistics_of"]
+
+BY_NAME: dict[str, Callable[[], Statistic]] = {
+    "inner_products": InnerProducts, "second_moment": SecondMoment,
+}
+
+
+def statistics_of(given: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
+    """The squared norms, always, and what is given besides, by name or as objects.
+
+    Raises:
+        ValueError: an unknown name, or two of one name.
+        TypeError: not a Statistic.
+
+    Example:
+        >>> [each.name for each in statistics_of(["inner_products"])]
+        ['sq_norms', 'inner_products']
+    """
+    if isinstance(given, (str, Statistic)):
+        raise TypeError(f"statistics must be a list of statistics or their names, got {given!r}")
+    found: dict[str, Statistic] = {"sq_norms": SqNorms()}
+    for each in given:
+        if isinstance(each, str):
+            if each not in BY_NAME:
+                raise ValueError(f"statistics by name are {sorted(BY_NAME)}, got {each!r}")
+            each = BY_NAME[each]()
+        if not isinstance(each, Statistic):
+            raise TypeError(f"a statistic must be an adabatch.interfaces.Statistic, got {each!r}")
+        if each.name in found:
+            raise ValueError(f"the statistic {each.name!r} is given twice or always measured")
+        found[each.name] = each
+    return tuple(found.values())

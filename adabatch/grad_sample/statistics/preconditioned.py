@@ -1,104 +1,104 @@
-"""What taps report of Σ_i g_i²: all of it, elementwise, or only its sum weighed by a diagonal preconditioner P, one number a parameter.
+"""The second moment contracted with a diagonal preconditioner, Σ P∘Σ_n G_n², one number each.
 
-The weighed sum needs no second copy of the parameters: a linear layer's comes from a kernel, elsewhere one layer's second moment exists at a time.
+No second copy of the parameters is kept: for a Linear it comes from a kernel, elsewhere one
+layer's second moment exists at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from adabatch.distributed.grad_norms import whole_gradient
 from adabatch.grad_sample.factors.base import Factor
+from adabatch.grad_sample.statistics.second_moment import SecondMoment
+from adabatch.kernels import accumulation_dtype
 
 Preconditioner = Callable[[Tensor], Tensor | None]
 
 
-class SecondMoments:
-    """The second moments of a model's parameters as its taps report them.
+@dataclass
+class PreconditionedSums:
+    """What is known of each parameter, by name.
 
-    A compiled graph cannot read the optimizer's state, which changes from step to step: its taps report all of Σ_i g_i², weighed when the pass has ended.
+    Attributes:
+        squares: Σ P∘Σ_n g_n² over the measured samples.
+        gradient: Σ P∘g²/‖g‖², ‖g‖² over all parameters, so that scales of the loss cancel; NaN
+            while there is no P.
+    """
+
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+
+
+class PreconditionedTrace(SecondMoment):
+    """Σ P∘Σ_n G_n² of each parameter.
+
+    A compiled graph cannot read the optimizer's state, which changes from step to step: it reports
+    Σ_n G_n², which is contracted when the pass has ended.
 
     Args:
-        parameters: the measured ones by name.
-        preconditioner: parameter -> P of its shape, or None while there is none; None: nothing is weighed.
+        preconditioner: parameter -> P of its shape, or None while there is none.
 
     Example:
         >>> from adabatch.grad_sample.factors.base import Dense
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> weight.grad = torch.tensor([4.0, 0.0])
-        >>> moments = SecondMoments({"weight": weight}, lambda parameter: torch.tensor([1.0, 0.5]))
-        >>> moments.of("weight", Dense(torch.tensor([[1.0, 2.0], [3.0, 4.0]])))  # 1 + 9 + (4 + 16)/2
+        >>> trace = PreconditionedTrace(lambda parameter: torch.tensor([1.0, 0.5]))
+        >>> trace.attach({"weight": weight})
+        >>> trace.of_factor("weight", Dense(torch.tensor([[1.0, 2.0], [3.0, 4.0]])))
         tensor(20.)
-        >>> gradient_shares(moments)
+        >>> trace.of_gradient()
         {'weight': tensor(1.)}
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], preconditioner: Preconditioner | None = None):
-        self.parameters, self.preconditioner = parameters, preconditioner
+    name = "preconditioned_trace"
 
-    @classmethod
-    def wanted(cls, parameters: Mapping[str, Tensor], second_moment: bool, preconditioner: Preconditioner | None) -> SecondMoments | None:
-        """What serves both proposals, None for neither: all of Σ_i g_i² tells its weighed sum as well."""
-        return cls(parameters, None if second_moment else preconditioner) if second_moment or preconditioner is not None else None
+    def __init__(self, preconditioner: Preconditioner):
+        self.preconditioner = preconditioner
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of what a tap reports."""
-        return () if self._is_weighed_at_once(name) else tuple(self.parameters[name].shape)
-
-    def of(self, name: str, factor: Factor) -> Tensor | None:
-        """What a tap reports of a use, None while there is no P."""
-        if not self._is_weighed_at_once(name):
-            return factor.second_moment()
+    def of_factor(self, name: str, factor: Factor, grad: Tensor | None = None) -> Tensor | None:
         weights = self._weights(name)
         return None if weights is None else factor.preconditioned_trace(weights)
 
-    def of_whole(self, name: str, moment: Tensor) -> Tensor | None:
-        """The same from Σ_i g_i² where a tap has it at hand."""
-        return self.weighed(name, moment) if self._is_weighed_at_once(name) else moment
+    def of_fused(
+        self, name: str, sq_norms: Tensor, second_moment: Tensor | None
+    ) -> Tensor | None:
+        return None if second_moment is None else self.from_leaf(name, second_moment)
 
-    def finish(self, moments: dict[str, Tensor]) -> None:
-        """Weigh what was reported whole."""
-        if self.preconditioner is None:
-            return
-        for name in [name for name, moment in moments.items() if moment.shape == self.parameters[name].shape]:
-            value = self.weighed(name, moments.pop(name))
-            if value is not None:
-                moments[name] = value
-
-    def _is_weighed_at_once(self, name: str) -> bool:
-        return self.preconditioner is not None and not torch.compiler.is_compiling() and self.parameters[name].dim() > 0
-
-    def weighed(self, name: str, moment: Tensor) -> Tensor | None:
-        """Σ P∘moment, None while there is no P."""
+    def from_leaf(self, name: str, value: Tensor) -> Tensor | None:
         weights = self._weights(name)
-        return None if weights is None else (moment * weights.to(moment.dtype)).sum()
+        return None if weights is None else (value * weights.to(value.dtype)).sum()
+
+    @torch.no_grad()
+    def of_gradient(self) -> dict[str, Tensor]:
+        grads = {name: whole_gradient(parameter.grad)
+                 for name, parameter in self._parameters.items()}
+        squares = {name: grad.to(accumulation_dtype(grad)).square()
+                   for name, grad in grads.items() if grad is not None}
+        length = sum(square.sum() for square in squares.values())
+        found: dict[str, Tensor] = {}
+        for name, square in squares.items():
+            value = self.from_leaf(name, square)
+            if value is None:
+                found[name] = square.new_full((), torch.nan)
+            else:
+                tiny = torch.finfo(value.dtype).tiny
+                found[name] = value / length.to(value.device).clamp(min=tiny)  # type: ignore[union-attr]
+        return found
+
+    def pool(
+        self, passes: Sequence[Mapping[str, Tensor]], scales: Sequence[float],
+        gradient: Mapping[str, Tensor],
+    ) -> PreconditionedSums:
+        return PreconditionedSums(super().pool(passes, scales, gradient), dict(gradient))
+
+    def over_samples(self, pooled: PreconditionedSums) -> list[Tensor]:
+        return list(pooled.squares.values())
 
     @torch.no_grad()
     def _weights(self, name: str) -> Tensor | None:
-        weights = self.preconditioner(self.parameters[name])
-        return None if weights is None else _whole(weights)
-
-
-@torch.no_grad()
-def gradient_shares(moments: SecondMoments | None) -> dict[str, Tensor]:
-    """Σ P∘g²/‖g‖² of each parameter with a gradient, NaN while it has no P: ‖g‖² over all of them, so that scales of the loss fall out."""
-    if moments is None or moments.preconditioner is None:
-        return {}
-    grads = {name: _whole(parameter.grad) for name, parameter in moments.parameters.items() if parameter.grad is not None}
-    squares = {name: (grad.to_dense() if grad.is_sparse else grad).to(_wide(grad)).square() for name, grad in grads.items()}
-    length = sum(square.sum() for square in squares.values())
-    shares = {}
-    for name, square in squares.items():
-        value = moments.weighed(name, square)
-        shares[name] = square.new_full((), torch.nan) if value is None else value / length.to(value.device).clamp(min=torch.finfo(value.dtype).tiny)
-    return shares
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        return whole_gradient(self.preconditioner(self._parameters[name]))

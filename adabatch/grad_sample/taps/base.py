@@ -1,8 +1,9 @@
-"""Taps: identity autograd nodes that report per-sample squared gradient norms while the backward pass runs.
+"""Taps: identity autograd nodes that report per-sample statistics while the backward pass runs.
 
-A tap passes a layer's output through unchanged. It saves the measured rows of the layer's input; in backward it gets the gradient b of the
-output, works out the layer's per-sample squared norms, and returns b unchanged. In eager mode the norms go to the stash; in a compiled graph they are the
-gradient of the tap's extra inputs, the probe rows, and autograd itself adds up the norms of all layers.
+A tap passes a layer's output on unchanged. It saves the measured rows of the layer's input; in
+backward it gets the gradient b of the output, computes the layer's statistics, and returns b
+unchanged. In eager mode values go to the BackwardRecorder; in a compiled graph they are the
+gradients of the tap's extra inputs, the leaves of a Probe, where autograd adds up all layers.
 
 Legend: N samples in the batch, S rows measured.
 """
@@ -10,54 +11,79 @@ Legend: N samples in the batch, S rows measured.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adabatch._engine import running_backward
 from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.sharded_layers import is_parallel, own_activations, own_backprops
-from adabatch.grad_sample.backward.probe import Probe
-from adabatch.grad_sample.backward.recorder import BackwardRecorder, ParameterUse, signal_gradient
-from adabatch.grad_sample.compat import autocast_disabled
+from adabatch.grad_sample.backward.recorder import (
+    BackwardRecorder, ParameterUse, Probe, signal_gradient,
+)
+from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.plan import Plan
-from adabatch.grad_sample.registry import GradSampler
+from adabatch.grad_sample.registry import FusedResult, GradSampler
 
 DOUBLE_BACKWARD = (
-    "a backward pass with create_graph=True ran through a measured layer: its higher-order gradient reaches the parameters but not the taps, so the "
-    "per-sample norms would be wrong. Measure on steps without it (`with hooks.paused(): ...` around the forward pass), or use the micro-batch estimator."
+    "a backward pass with create_graph=True ran through a measured layer: its higher-order "
+    "gradient reaches the parameters but not the taps, so the per-sample norms would be wrong. "
+    "Measure on steps without it (`with hooks.paused(): ...` around the forward pass), or use the "
+    "micro-batch estimator."
 )
-
-
-SHARED_COMPILED = (
-    "{name} shares a parameter with another use, or is measured with inner_products=True, which a compiled graph cannot do: do not compile the model, or leave "
-    "inner_products=True away"
+DEFERRED_COMPILED = (
+    "{name} shares a parameter with another use, or a statistic such as inner_products needs the "
+    "finished gradient, which a compiled graph cannot do: do not compile the model, or do not "
+    "measure that statistic"
 )
-
 TRACED = "operations on traced parameters"
+# Decisions kept for each layer; what activation checkpointing runs again must get the tap it had.
+MOST_SHAPES = 256
+Report = Tensor | None
+is_compiling = torch.compiler.is_compiling
+_NOTHING = nullcontext()
+
+
+def autocast_disabled(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast changes no types. Entering torch.autocast costs as much as three
+    small operations, so it is omitted where none is active.
+
+    Example:
+        >>> with autocast_disabled(torch.device("cpu")):
+        ...     torch.is_autocast_enabled("cpu")
+        False
+    """
+    if is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
 
 
 @dataclass(eq=False)
 class TapSite:
-    """A measured layer: where its tap sits, by which rule it is measured and where each parameter's norms go.
+    """A measured layer: where its tap sits, by which rule it is measured and where values go.
 
     Attributes:
         name: the layer's name in the model.
         index: its row in the reports.
-        layer_reference: the module, weakly: its forward hook holds this site, and a cycle would keep the model alive until the garbage collector runs.
-        sampler: its grad_sample rule; None where the layer is run again sample by sample.
-        parameters: {the layer's own parameter name: the parameter's name in the model}, measured ones only.
-        rows: {the layer's own parameter name: the probe row that receives its norms}.
-        deferred: True when a parameter of this layer has several uses: factors are stashed, squared when the pass has ended.
+        layer_reference: the module, weakly: its forward hook holds this site, and a cycle would
+            keep the model alive until the garbage collector runs.
+        sampler: what is registered for it; None where it is run again sample by sample.
+        parameters: {own parameter name: name in the model}, measured ones only.
+        rows: {own parameter name: the probe row of its per-sample values}.
+        recorder: where values go in eager mode.
+        deferred: a parameter of this layer has several uses, or a statistic needs the finished
+            gradient: factors are kept until the pass has ended.
         layout: how the samples lie in its input and output.
-        calls: forward passes through the layer since the last harvest (eager mode).
-        takes: whether its last tap was a taking one.
-        pays, taken: by the shapes of its calls, whether a taking tap would pay, and whether it was placed (activation checkpointing places the same again).
+        calls: forward passes through the layer since the last backward pass (eager mode).
+        fused: whether its last tap was a fused one.
         shapes: of its last input and output, samples first (eager mode), for the cost model.
-        vectors: its weight and bias, and whether the layer with them may get the tap for vectors.
+        vectors: weight, bias, and whether the layer with them may get a LinearVectorTap.
     """
 
     name: str
@@ -66,201 +92,400 @@ class TapSite:
     sampler: GradSampler | None
     parameters: dict[str, str]
     rows: dict[str, int]
-    stash: BackwardRecorder
+    recorder: BackwardRecorder
     layout: Layout = Layout.BATCH_FIRST
     deferred: bool = False
     calls: int = 0
-    takes: bool = False
-    pays: dict[tuple, bool] = field(default_factory=dict)
-    taken: dict[tuple, bool] = field(default_factory=dict)
+    fused: bool = False
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     vectors: tuple[Tensor | None, Tensor | None, bool] | None = None
+    _cheaper: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    _placed: dict[tuple[Any, ...], bool] = field(default_factory=dict)
 
     @classmethod
-    def all_of(cls, plan: Plan, row_of: Mapping[str, int], stash: BackwardRecorder, layouts: Mapping[str, Layout]) -> list[TapSite]:
+    def all_of(
+        cls, plan: Plan, row_of: Mapping[str, int], recorder: BackwardRecorder,
+        layouts: Mapping[str, Layout],
+    ) -> list[TapSite]:
         """The sites of a plan's layers, and last the one that stands for all traced operations."""
         sites = []
         for index, measured in enumerate(plan.layers):
             name = measured.name or type(measured.layer).__name__
             rows = {own: row_of[full] for own, full in measured.parameters.items()}
             layout = layouts.get(measured.name, Layout.BATCH_FIRST)
-            deferred = not plan.shared.isdisjoint(measured.parameters.values())
-            sites.append(cls(name, index, weakref.ref(measured.layer), measured.sampler, measured.parameters, rows, stash, layout, deferred))
-        return [*sites, cls(TRACED, len(sites), lambda: None, None, {}, {}, stash, deferred=True)]
+            shared = not plan.shared.isdisjoint(measured.parameters.values())
+            sites.append(cls(name, index, weakref.ref(measured.layer), measured.sampler,
+                             measured.parameters, rows, recorder, layout,
+                             shared or recorder.defers))
+        return [*sites,
+                cls(TRACED, len(sites), lambda: None, None, {}, {}, recorder, deferred=True)]
 
     @property
     def layer(self) -> nn.Module:
         """The module."""
-        return self.layer_reference()
+        layer = self.layer_reference()
+        assert layer is not None  # only read while the layer runs
+        return layer
 
     @property
     def probe_rows(self) -> tuple[int, ...]:
-        """The distinct probe rows of this layer, in order: the extra inputs of its tap."""
+        """The distinct probe rows of this layer, in order."""
         return tuple(dict.fromkeys(self.rows.values()))
 
     @property
     def mixes_samples(self) -> bool:
-        """Whether the layer, as it is now, mixes the samples of a batch, so that its rule needs all rows."""
-        return self.sampler is not None and self.sampler.may_mix and self.sampler.full_batch(self.layer)
+        """Whether the layer, as it is now, mixes samples, so that its rule needs all rows."""
+        return (self.sampler is not None and self.sampler.may_mix
+                and self.sampler.full_batch(self.layer))
 
-    def factors(self, activations: Tensor, backprops: Tensor, rows: Tensor | None, n_samples: int) -> dict[str, Factor]:
-        """The measured parameters' factors, restricted to the measured rows; without those frozen since the hooks were attached."""
+    @property
+    def must_defer(self) -> bool:
+        """Whether factors of the pass that runs have to be kept until it has ended."""
+        return self.deferred or self.calls > 1
+
+    def extra_inputs(self, probe: Probe, length: int) -> list[Tensor]:
+        """What a tap of S = `length` rows gets besides its report: in a compiled graph the probe
+        rows, then a leaf for each parameter of each statistic that is not per sample."""
+        if not is_compiling():
+            return []
+        extras = [probe.row(row, length) for row in self.probe_rows]
+        for each in self.recorder.statistics:
+            if each.name == "sq_norms":
+                continue
+            for name in self.parameters.values():
+                shape = None if each.per_sample else each.leaf_shape(name)
+                if shape is None:
+                    raise RuntimeError(f"{each.name} cannot be measured in a compiled graph: do "
+                                       "not measure it, or do not compile the model")
+                extras.append(probe.value(each.name, name, shape))
+        return extras
+
+    def factors(
+        self, activations: Tensor, backprops: Tensor, rows: Tensor | None, n_samples: int
+    ) -> dict[str, Factor]:
+        """The parameters' factors over the measured rows; without those frozen since attaching."""
+        sampler = self.sampler
+        assert sampler is not None
         full_batch = self.mixes_samples
-        backprops = self.layout.split(backprops, n_samples)
+        if self.layout is not Layout.BATCH_FIRST:
+            backprops = self.layout.split(backprops, n_samples)
         if rows is not None and not full_batch:
             backprops = backprops.index_select(0, rows)
-        factors = self.sampler.rule(self.layer, activations, backprops)
-        factors = {name: factors[name] for name in self.parameters if name in factors}
+        found = sampler.rule(self.layer, activations, backprops)
+        factors = {name: found[name] for name in self.parameters if name in found}
         if rows is not None and full_batch:
             factors = {name: factor.select(rows) for name, factor in factors.items()}
         return factors
 
+    # -- fused backward passes
 
-def extra_inputs(site: TapSite, probe: Probe, length: int) -> list[Tensor]:
-    """What a tap of S = `length` measured rows gets beside its report: in a compiled graph the probe rows, then leaves for second moments, if asked for."""
-    moments = site.stash.second_moments
-    rows = site.probe_rows if torch.compiler.is_compiling() else ()
-    names = () if moments is None else site.parameters.values()
-    return [*(probe.row(row, length) for row in rows), *(probe.second_moment(name, moments.shape(name)) for name in names)]
+    def uses_fused(
+        self, layer: nn.Module, inputs: Tensor, output: Tensor, rows: Tensor | None, n_samples: int
+    ) -> bool:
+        """Whether the layer's backward pass is replaced by a fused one: where its gradients are
+        known here in full and the cost model says that it pays.
+
+        Not where a parameter of it is frozen, not measured, or used elsewhere. What activation
+        checkpointing runs again gets the tap that it had.
+        """
+        fused = None if self.sampler is None else self.sampler.fused
+        compiling, all_rows = is_compiling(), rows is None
+        if compiling:
+            return fused is not None and all_rows and self._may_fuse(layer, inputs, output, True)
+        key = (inputs.shape, output.shape, n_samples if rows is None else len(rows))
+        if running_backward() == -1:
+            self.shapes = self._samples_first(inputs, n_samples), self._samples_first(output, n_samples)
+            if fused is None:
+                return False
+            if key not in self._cheaper:
+                if len(self._cheaper) >= MOST_SHAPES:
+                    self._cheaper.clear()
+                    self._placed.clear()
+                cost = layer_cost(layer, *self.shapes)
+                self._cheaper[key] = fused.always or cost.fused_is_cheaper(n_samples, key[2])
+            self.fused = self._placed[key] = (
+                self._cheaper[key] and self._may_fuse(layer, inputs, output, all_rows))
+        elif fused is None or fused.always:
+            return False
+        return self._placed.get(key, self.fused)
+
+    def _samples_first(self, tensor: Tensor, n_samples: int) -> tuple[int, ...]:
+        if self.layout is Layout.BATCH_FIRST:
+            return tuple(tensor.shape)
+        return n_samples, tensor.numel() // max(1, n_samples)
+
+    def _may_fuse(self, layer: nn.Module, inputs: Tensor, output: Tensor, all_rows: bool) -> bool:
+        recorder, sampler = self.recorder, self.sampler
+        if self.deferred or sampler is None or sampler.fused is None:
+            return False
+        if not (recorder.fuses if all_rows else recorder.fuses_subset):
+            return False
+        own = {name: each for name, each in layer._parameters.items() if each is not None}
+        if own.keys() != self.parameters.keys():
+            return False
+        trained = all(parameter.requires_grad for parameter in own.values())
+        return trained and sampler.fused.supports(layer, inputs, output, self.layout, all_rows)
+
+    # -- reporting
+
+    def defer(self, factors: Mapping[str, Factor], rows: Tensor | None, dtype: torch.dtype) -> None:
+        """Keep the factors of a call until the pass has ended."""
+        compact = {name: factor.compact() for name, factor in factors.items()}
+        if rows is None and self.recorder.sum_check is not None:
+            self.recorder.sum_check.observe(self.parameters, compact, dtype)
+        self.recorder.defer([ParameterUse(self.parameters[name], factor)
+                             for name, factor in compact.items()])
+
+    def report(
+        self, factors: Mapping[str, Factor], measured: int, dtype: torch.dtype
+    ) -> list[Tensor | None]:
+        """Report all statistics of a call; gives the gradients of the tap's extra inputs."""
+        if not self.recorder.only_norms:
+            factors = {name: factor.compact() for name, factor in factors.items()}
+        extras: list[Tensor | None] = []
+        for each in self.recorder.statistics:
+            values = {name: each.of_factor(self.parameters[name], factor)
+                      for name, factor in factors.items()}
+            extras += self._report(each.name, each.per_sample, values, measured, dtype)
+        return extras
+
+    def report_fused(
+        self, result: FusedResult, rows: Tensor | None, measured: int, dtype: torch.dtype
+    ) -> list[Tensor | None]:
+        """The same of a fused backward pass."""
+        norms, moments = result.sq_norms, result.second_moments
+        if rows is not None:
+            norms = {name: value.index_select(0, rows) for name, value in norms.items()}
+        extras: list[Tensor | None] = []
+        for each in self.recorder.statistics:
+            values = {own: each.of_fused(full, norms[own], moments.get(own))
+                      for own, full in self.parameters.items()}
+            extras += self._report(each.name, each.per_sample, values, measured, dtype)
+        return extras
+
+    def _report(
+        self, statistic: str, per_sample: bool, values: Mapping[str, Tensor | None], measured: int,
+        dtype: torch.dtype,
+    ) -> list[Tensor | None]:
+        compiling, recorder = is_compiling(), self.recorder
+        if not per_sample:
+            if compiling:
+                return [values.get(name) for name in self.parameters]
+            for name, value in values.items():
+                recorder.put(statistic, self.parameters[name], value)
+            return []
+        rows: dict[int, Tensor] = {}
+        for name, value in values.items():
+            if value is None:
+                continue
+            if value.dim() != 1 or (value.shape[0] != measured and not compiling):
+                raise RuntimeError(
+                    f"the rule of {self.name} gave {statistic} of shape {tuple(value.shape)}; one "
+                    "value per sample was expected"
+                )
+            if recorder.norm_weights is not None:
+                value = value * recorder.norm_weights[self.parameters[name]]
+            row, value = self.rows[name], value.to(dtype)
+            rows[row] = rows[row] + value if row in rows else value
+        if compiling:
+            return [rows.get(row) for row in self.probe_rows]
+        for row, value in rows.items():
+            recorder.add(statistic, row, value)
+        return []
 
 
-def report_norms(site: TapSite, sq_norms: Mapping[str, Tensor], measured: int, dtype: torch.dtype) -> list[Tensor | None]:
-    """Report the squared norms [S] of the site's parameters; gives the gradients of those of the tap's inputs that are probe rows, none in eager mode."""
-    norms: dict[int, Tensor] = {}
-    for name, value in sq_norms.items():
-        if value.dim() != 1 or (value.shape[0] != measured and not torch.compiler.is_compiling()):
-            raise RuntimeError(f"the rule of {site.name} gave squared norms of shape {tuple(value.shape)}; one value per sample was expected")
-        if site.stash.shares is not None:
-            value = value * site.stash.shares[site.parameters[name]]
-        row = site.rows[name]
-        norms[row] = norms[row] + value.to(dtype) if row in norms else value.to(dtype)
-    if torch.compiler.is_compiling():
-        return [norms.get(row) for row in site.probe_rows]
-    for row, value in norms.items():
-        site.stash.add_norms(row, value)
-    return []
+class Tap(torch.autograd.Function):
+    """The base of all taps: what each of them does when it is placed and when its gradient comes.
 
-
-def report_factors(site: TapSite, factors: dict[str, Factor], measured: int, dtype: torch.dtype) -> list[Tensor | None]:
-    """Report norms, and second moments if they were asked for: the gradients of a tap's extra inputs, probe rows first."""
-    moments = site.stash.second_moments
-    if moments is not None:
-        factors = {name: factor.compact() for name, factor in factors.items()}
-    extras = report_norms(site, {name: factor.sq_norms() for name, factor in factors.items()}, measured, dtype)
-    if moments is not None:
-        extras += [moments.of(full, factors[name]) if name in factors else None for name, full in site.parameters.items()]
-    return extras
-
-
-def defer_factors(site: TapSite, factors: dict[str, Factor], rows: Tensor | None) -> None:
-    """Put the factors of a layer aside until the pass has ended."""
-    factors = {name: factor.compact() for name, factor in factors.items()}
-    if rows is None and site.stash.witness is not None:
-        site.stash.witness.hear(site.parameters, factors)
-    site.stash.add([ParameterUse(site.parameters[name], factor) for name, factor in factors.items()])
-
-
-def saved_signal(report: Tensor) -> Tensor | None:
-    """What a tap keeps of its report input: in eager mode the gradient that it may give it."""
-    return None if torch.compiler.is_compiling() else signal_gradient(report)
-
-
-def record_call(site: TapSite, n_samples: int, signal: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Report a use of the layer; gives the gradient of the tap's report input: in eager mode once in a pass, in a compiled graph (1, N) as a tensor [2]."""
-    if signal is not None:
-        return signal if site.stash.report(site.index, n_samples) else None
-    one = like.new_ones((1,), dtype=dtype)
-    return torch.cat((one, one.new_full((1,), n_samples)))
-
-
-def listen(site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, n_samples: int, report: Tensor, extras: list[Tensor]) -> Tensor:
-    """The layer's output behind a listening tap."""
-    parallel = is_parallel(site.layer)
-    activations = site.layout.split(own_activations(site.layer, inputs) if parallel else inputs.detach(), n_samples)
-    if parallel:
-        site.shapes = tuple(activations.shape), tuple(output.to_local().shape)
-    if rows is not None and not site.mixes_samples:
-        activations = activations.index_select(0, rows)
-    return PassthroughTap.apply(output, activations, rows, report, site, None if site.layout.stores_batch_size else n_samples, *extras)
-
-
-class PassthroughTap(torch.autograd.Function):
-    """Identity on the output; in backward, the per-sample squared norms of the layer's parameters are reported.
-
-    forward(output, activations, rows, report, site, n_samples, *extras): `activations` are the measured rows of the layer's input (all rows
-    when the rule needs them), `rows` the measured indices [S] or None for all, `report` what Probe.report gives, `n_samples` N where the output does not
-    tell it (a number known to the graph costs a recompilation for each value), `extras` in a compiled graph the probe rows [S], then, if the site asks for
-    second moments, one leaf per parameter that receives Σ_i (contribution of sample i)² as its gradient.
-
-    The output is marked dirty, not copied: in-place operations after the layer stay legal, and the layers listed in the registry never read their
-    own output in backward.
+    A subclass has forward(ctx, ..., report, site, ..., *extras), where `report` is what
+    Probe.report gives and `extras` what TapSite.extra_inputs gives.
     """
 
     @staticmethod
-    def forward(ctx, output, activations, rows, report, site, n_samples, *extras):
-        if torch.compiler.is_compiling():
-            output = output.clone()  # no copy once compiled; an input returned as it is would forbid in-place operations behind the compiled part
-        else:
-            ctx.mark_dirty(output)
-        ctx.save_for_backward(activations, rows)
-        ctx.site, ctx.n_samples, ctx.mixed = site, n_samples, site.mixes_samples
-        ctx.signal, ctx.dtype, ctx.n_extras = saved_signal(report), report.dtype, len(extras)
-        ctx.parallel = not torch.compiler.is_compiling() and is_sharded(output)
+    def place(ctx: Any, site: TapSite, report: Tensor, n_samples: int | None, extras: int) -> None:
+        """Keep what backward needs; n_samples None where the output's layout tells it."""
+        ctx.site, ctx.n_samples, ctx.n_extras, ctx.dtype = site, n_samples, extras, report.dtype
+        ctx.signal = None if is_compiling() else signal_gradient(report)
+
+    @staticmethod
+    def pass_on(ctx: Any, output: Tensor) -> Tensor:
+        """The output, marked dirty rather than copied: in-place operations after the layer stay
+        legal, and registered layers never read their own output in backward. In a compiled graph
+        a clone, which is no copy there: an input returned as it is would forbid in-place
+        operations behind the compiled part."""
+        if is_compiling():
+            return output.clone()
+        ctx.mark_dirty(output)
         return output
 
     @staticmethod
-    def backward(ctx, backprops):
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+    def check() -> None:
+        """Raise under create_graph=True."""
+        if not is_compiling() and torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
+
+    @staticmethod
+    def call_report(ctx: Any, site: TapSite, n_samples: int, like: Tensor) -> Report:
+        """Record a call; the gradient of `report`: in eager mode once in a pass, in a compiled
+        graph (1, N) as a tensor [2]."""
+        if ctx.signal is not None:
+            return ctx.signal if site.recorder.record_call(site.index, n_samples) else None
+        one = like.new_ones((1,), dtype=ctx.dtype)
+        return torch.cat((one, one.new_full((1,), n_samples)))
+
+
+class PassthroughTap(Tap):
+    """Reports from the measured rows of the layer's input and of the output's gradient.
+
+    forward(output, activations, rows, report, site, n_samples, *extras): `activations` are the
+    measured rows of the input (all rows where the rule needs them), `rows` the measured indices [S]
+    or None for all; `output` has to come first among the differentiable ones. n_samples is None
+    where the output tells it: a number known to the graph costs a recompilation for each value.
+    """
+
+    @staticmethod
+    def forward(ctx, output, activations, rows, report, site, n_samples, *extras):  # type: ignore[no-untyped-def, override]
+        Tap.place(ctx, site, report, n_samples, len(extras))
+        ctx.mixed = site.mixes_samples
+        ctx.parallel = not is_compiling() and is_sharded(output)
+        ctx.save_for_backward(activations, rows)
+        return Tap.pass_on(ctx, output)
+
+    @staticmethod
+    def backward(ctx, backprops):  # type: ignore[no-untyped-def, override]
+        Tap.check()
         site = ctx.site
         if site.mixes_samples != ctx.mixed:
-            raise RuntimeError(f"{site.name} changed between train and eval mode after its forward pass: call model.train() or eval() after loss.backward()")
+            raise RuntimeError(
+                f"{site.name} changed between train and eval mode after its forward pass: call "
+                "model.train() or eval() after loss.backward()"
+            )
         activations, rows = ctx.saved_tensors
         with autocast_disabled(backprops.device):
             own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
             n_samples = site.layout.size(own) if ctx.n_samples is None else ctx.n_samples
             factors = site.factors(activations, own, rows, n_samples)
-            if site.deferred or site.calls > 1:
-                defer_factors(site, factors, rows)
+            if site.must_defer:
+                site.defer(factors, rows, own.dtype)
                 extras = [None] * ctx.n_extras
             else:
-                extras = report_factors(site, factors, n_samples if rows is None else rows.shape[0], ctx.dtype)
-        return backprops, None, None, record_call(site, n_samples, ctx.signal, own, ctx.dtype), None, None, *extras
+                extras = site.report(factors, n_samples if rows is None else rows.shape[0], ctx.dtype)
+        report = Tap.call_report(ctx, site, n_samples, own)
+        return backprops, None, None, report, None, None, *extras
 
 
-class CallTap(torch.autograd.Function):
-    """Identity on the outputs of a call without a rule: a module run again per sample, or an operation that meets a traced parameter.
+def pass_through(
+    site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, n_samples: int,
+    report: Tensor, extras: list[Tensor],
+) -> Tensor:
+    """The layer's output behind a PassthroughTap."""
+    parallel, layout = is_parallel(site.layer), site.layout
+    activations = own_activations(site.layer, inputs) if parallel else inputs.detach()
+    if layout is not Layout.BATCH_FIRST:
+        activations = layout.split(activations, n_samples)
+    if parallel:
+        site.shapes = tuple(activations.shape), tuple(output.to_local().shape)  # type: ignore[attr-defined]
+    if rows is not None and not site.mixes_samples:
+        activations = activations.index_select(0, rows)
+    known = None if layout.stores_batch_size else n_samples
+    return PassthroughTap.apply(output, activations, rows, report, site, known, *extras)
 
-    forward(call, site, reporting, rows, report, n_samples, copied, *tensors): `tensors` are the outputs, the call's input tensors,
-    then the extra inputs of the site, if it has one; `reporting` is the site that the use is reported of.
-    `copied` says for each output whether it is returned as a copy, because the backward formula of what made it may read it, or marked dirty.
+
+class FusedBackwardTap(Tap):
+    """Replaces the layer's own backward node: the parameters' gradients come out of the per-sample
+    ones (see FusedBackward).
+
+    forward(output, inputs, weight, bias, rows, report, site, n_samples, n_saved, *saved, *extras):
+    the detached output; `saved` is what FusedBackward.saved_tensors gave.
     """
 
     @staticmethod
-    def forward(ctx, call, site, reporting, rows, report, n_samples, copied, *tensors):
+    def forward(ctx, output, inputs, weight, bias, rows, report, site, n_samples, n_saved, *rest):  # type: ignore[no-untyped-def, override]
+        Tap.place(ctx, site, report, n_samples, len(rest) - n_saved)
+        ctx.needs_inputs, ctx.input_dtype = inputs.requires_grad, inputs.dtype
+        ctx.save_for_backward(weight, rows, *rest[:n_saved])
+        return Tap.pass_on(ctx, output)
+
+    @staticmethod
+    def backward(ctx, backprops):  # type: ignore[no-untyped-def, override]
+        Tap.check()
+        site, (weight, rows, *saved) = ctx.site, ctx.saved_tensors
+        layer, layout, defer = site.layer, site.layout, site.must_defer
+        with autocast_disabled(backprops.device):
+            n_samples = layout.size(backprops) if ctx.n_samples is None else ctx.n_samples
+            result = site.sampler.fused.backward(
+                layer, tuple(saved), weight, backprops, n_samples, layout,
+                needs_inputs=ctx.needs_inputs, norms=not defer,
+                second_moment=not defer and site.recorder.needs_second_moment,
+            )
+            if defer:
+                a, b = (layout.split(each, n_samples) for each in (saved[0], backprops))
+                if rows is not None:
+                    a, b = a.index_select(0, rows), b.index_select(0, rows)
+                site.defer(site.sampler.rule(layer, a, b), rows, backprops.dtype)
+                extras = [None] * ctx.n_extras
+            else:
+                measured = n_samples if rows is None else rows.shape[0]
+                extras = site.report_fused(result, rows, measured, ctx.dtype)
+            grad_inputs = result.grad_inputs
+            if grad_inputs is not None:
+                grad_inputs = grad_inputs.to(ctx.input_dtype)
+        report = Tap.call_report(ctx, site, n_samples, backprops)
+        grads = result.grads["weight"], result.grads.get("bias")
+        return (None, grad_inputs, *grads, None, report, None, None, None, *[None] * len(saved),
+                *extras)
+
+
+def fuse(
+    site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, n_samples: int,
+    report: Tensor, extras: list[Tensor],
+) -> Tensor:
+    """The layer's output behind a FusedBackwardTap."""
+    layer, sampler = site.layer, site.sampler
+    assert sampler is not None and sampler.fused is not None
+    saved = sampler.fused.saved_tensors(layer, inputs, output)
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    known = None if site.layout.stores_batch_size else n_samples
+    return FusedBackwardTap.apply(output.detach(), inputs, weight, bias, rows, report, site, known,
+                                  len(saved), *saved, *extras)
+
+
+class RecomputeTap(Tap):
+    """Behind the outputs of a call without a rule: a module run again sample by sample, or an
+    operation that meets a traced parameter.
+
+    forward(call, site, reporting, rows, report, n_samples, copied, *tensors): `tensors` are the
+    outputs, the call's input tensors, then the extra inputs of the site, if it has one; `reporting`
+    is the site whose use is reported. `copied` says for each output whether it is returned as a
+    copy, because the backward formula of what made it may read it, or marked dirty.
+    """
+
+    @staticmethod
+    def forward(ctx, call, site, reporting, rows, report, n_samples, copied, *tensors):  # type: ignore[no-untyped-def, override]
         n_outputs, n_inputs = len(copied), len(call.tensors)
-        outputs = [tensor.clone() if copy else tensor for tensor, copy in zip(tensors, copied, strict=False)]
+        Tap.place(ctx, reporting, report, n_samples, len(tensors) - n_outputs - n_inputs)
+        outputs = [tensor.clone() if copy else tensor
+                   for tensor, copy in zip(tensors, copied, strict=False)]
         ctx.mark_dirty(*(tensor for tensor, copy in zip(outputs, copied, strict=True) if not copy))
         ctx.save_for_backward(rows, *tensors[n_outputs : n_outputs + n_inputs])
-        ctx.call, ctx.site, ctx.reporting, ctx.n_samples = call, site, reporting, n_samples
-        ctx.signal, ctx.dtype = saved_signal(report), report.dtype
-        ctx.n_inputs, ctx.n_extras = n_inputs, len(tensors) - n_outputs - n_inputs
+        ctx.call, ctx.own_site, ctx.n_inputs = call, site, n_inputs
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, *backprops):
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            raise RuntimeError(DOUBLE_BACKWARD)
-        site, stash, (rows, *inputs) = ctx.site, ctx.reporting.stash, ctx.saved_tensors
+    def backward(ctx, *backprops):  # type: ignore[no-untyped-def, override]
+        Tap.check()
+        site, recorder, (rows, *inputs) = ctx.own_site, ctx.site.recorder, ctx.saved_tensors
+        extras: Sequence[Tensor | None] = [None] * ctx.n_extras
         with autocast_disabled(backprops[0].device):
             factors = ctx.call.factors(inputs, backprops, rows)
-            names = site.parameters if site is not None else {name: name for name in factors}
-            if not torch.compiler.is_compiling() and rows is None and stash.witness is not None:
-                stash.witness.hear(names, factors)
-            if site is None or site.deferred or site.calls > 1:
-                stash.add([ParameterUse(names[name], factor) for name, factor in factors.items()])
-                extras = [None] * ctx.n_extras
+            names = {name: name for name in factors} if site is None else site.parameters
+            if not is_compiling() and rows is None and recorder.sum_check is not None:
+                recorder.sum_check.observe(names, factors, backprops[0].dtype)
+            if site is None or site.must_defer:
+                recorder.defer([ParameterUse(names[name], each) for name, each in factors.items()])
             else:
-                extras = report_factors(site, factors, ctx.n_samples if rows is None else rows.shape[0], ctx.dtype)
-        report = record_call(ctx.reporting, ctx.n_samples, ctx.signal, backprops[0], ctx.dtype)
-        return None, None, None, None, report, None, None, *backprops, *[None] * ctx.n_inputs, *extras
+                measured = ctx.n_samples if rows is None else rows.shape[0]
+                extras = site.report(factors, measured, ctx.dtype)
+        report = Tap.call_report(ctx, ctx.site, ctx.n_samples, backprops[0])
+        unused = [None] * ctx.n_inputs
+        return None, None, None, None, report, None, None, *backprops, *unused, *extras

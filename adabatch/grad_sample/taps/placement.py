@@ -17,21 +17,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from adabatch._engine import running_backward
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.finish import ForwardSizes
-from adabatch.grad_sample.backward.probe import ProbeSet
-from adabatch.grad_sample.backward.recorder import BackwardRecorder
+from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
 from adabatch.grad_sample.backward.verify import GradientSumCheck
 from adabatch.grad_sample.compat import is_compiled, uncompiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
 from adabatch.grad_sample.layers.attention import random_state
 from adabatch.grad_sample.layers.generic import RandomState, RecomputedCall, call_type
-from adabatch.grad_sample.layers.linear_fast_path import has_vectors, listen_to_vectors
 from adabatch.grad_sample.layout import BatchSizeSource, Layout
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.taps.base import (
-    SHARED_COMPILED, CallTap, TapSite, extra_inputs, listen,
+    DEFERRED_COMPILED, RecomputeTap, TapSite, fuse, pass_through,
 )
-from adabatch.grad_sample.taps.fused import take, takes_over
+from adabatch.grad_sample.taps.linear_vectors import has_vectors, pass_vectors
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -77,7 +75,7 @@ class ForwardHooks:
         sites: the layers with a tap; the last one stands for the traced operations.
         parameters: all measured parameters by name.
         traced: names of those that belong to no site.
-        probes, row_sampler, stash: where taps report.
+        probes, row_sampler, recorder: where taps report.
         batch_size_source: where N is read from the model's inputs; None for dimension 0 of the
             first tensor.
 
@@ -99,7 +97,7 @@ class ForwardHooks:
         traced: frozenset[str],
         probes: ProbeSet,
         row_sampler: RowSampler,
-        stash: BackwardRecorder,
+        recorder: BackwardRecorder,
         batch_size_source: BatchSizeSource | None = None,
     ):
         self.enabled, self.recomputing_task = True, -1
@@ -107,8 +105,8 @@ class ForwardHooks:
         self.forward_sizes = ForwardSizes()
         self.operation_shapes: dict[str, tuple[int, ...]] = {}
         self._sites, self._parameters, self._traced = sites, parameters, traced
-        self._probes, self._row_sampler, self._stash = probes, row_sampler, stash
-        stash.witness = GradientSumCheck(parameters)
+        self._probes, self._row_sampler, self._recorder = probes, row_sampler, recorder
+        recorder.sum_check = GradientSumCheck(parameters)
         self._source = batch_size_source
         self._owners: dict[str, list[TapSite]] = {}
         for site in sites:
@@ -287,7 +285,7 @@ class ForwardHooks:
         if not is_compiling():
             return self._tap_layer(site, layer, args, kwargs, output)
         if site.deferred:
-            raise RuntimeError(SHARED_COMPILED.format(name=site.name))
+            raise RuntimeError(DEFERRED_COMPILED.format(name=site.name))
         return self._tap_by_rule(site, layer, args, kwargs, output)
 
     def _tap_traced(
@@ -317,23 +315,22 @@ class ForwardHooks:
             site.shapes = args[0].shape, shape
             rows, _ = self._rows(shape[0], device)
             signal = self._probes.on(device).signal
-            return listen_to_vectors(site, args[0], output, rows, signal)
+            return pass_vectors(site, args[0], output, rows, signal)
         return self._tap_by_rule(site, layer, args, kwargs, output)
 
     def _tap_by_rule(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: Any
     ) -> Any:
-        parallel = check_parallel(site.name, layer, self._stash.shares is not None)
+        parallel = check_parallel(site.name, layer, self._recorder.norm_weights is not None)
         if site.sampler is None:
             return self._tap_call(site, layer, args, kwargs, output)
         inputs = args[0] if args else next(iter(kwargs.values()))
         n_samples = self._samples_in(site, output)
         rows, length = self._rows(n_samples, output.device)
         probe = self._probes.on(output.device)
-        squares = self._stash.second_moments is not None
-        fuse = not parallel and takes_over(site, layer, inputs, output, rows, n_samples, squares)
-        tap, report, extras = (
-            take if fuse else listen, probe.report(site.index), extra_inputs(site, probe, length))
+        fused = not parallel and site.uses_fused(layer, inputs, output, rows, n_samples)
+        report, extras = probe.report(site.index), site.extra_inputs(probe, length)
+        tap = fuse if fused else pass_through
         return tap(site, inputs, output, rows, n_samples, report, extras)
 
     @uncompiled
@@ -367,10 +364,10 @@ class ForwardHooks:
     ) -> Sequence[Tensor]:
         probe = self._probes.on(outputs[0].device)
         rows, length = self._rows(n_samples, outputs[0].device)
-        extras = [] if site is None else extra_inputs(site, probe, length)
+        extras = [] if site is None else site.extra_inputs(probe, length)
         report = probe.report(reporting.index)
-        return CallTap.apply(call, site, reporting, rows, report, n_samples, copied, *outputs,
-                             *call.tensors, *extras)
+        return RecomputeTap.apply(call, site, reporting, rows, report, n_samples, copied, *outputs,
+                                  *call.tensors, *extras)
 
     def _samples_in(self, site: TapSite, output: Tensor) -> int:
         if site.layout is Layout.BATCH_FIRST:

@@ -1,0 +1,104 @@
+"""The tap of a Linear with one vector per sample, the commonest layer: ‖a_n b_nᵀ‖² = ‖a_n‖² ‖b_n‖²,
+and the latter serves the bias as well.
+
+In eager mode, for a layer whose own parameters are all trained and measured, where no kernel does
+both norms in one pass and nothing but norms is measured. It reports and checks what PassthroughTap
+does, in a few calls: in a small step, Python's share is what measuring costs
+(examples/benchmarks/overhead.py, model a).
+
+Legend: N samples in the batch, S rows measured, I in, O out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adabatch import kernels
+from adabatch.grad_sample.backward.recorder import signal_gradient
+from adabatch.grad_sample.layers.linear import linear_grad_sample
+from adabatch.grad_sample.layout import Layout
+from adabatch.grad_sample.taps.base import DOUBLE_BACKWARD, Tap, TapSite, autocast_disabled
+from adabatch.kernels import accumulation_dtype
+
+
+def has_vectors(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor) -> bool:
+    """Whether the layer gets this tap. What cannot change while it keeps its parameters is looked
+    at once."""
+    own, recorder = layer._parameters, site.recorder
+    weight, bias = own.get("weight"), own.get("bias")
+    known = site.vectors
+    if known is None or known[0] is not weight or known[1] is not bias:
+        known = site.vectors = weight, bias, _is_plain(site, weight, bias, output)
+    if not known[2] or site.deferred or not recorder.only_norms:
+        return False
+    if recorder.norm_weights is not None or inputs.dim() != 2 or type(output) is not Tensor:
+        return False
+    return weight.requires_grad and (bias is None or bias.requires_grad)  # type: ignore[union-attr]
+
+
+def _is_plain(site: TapSite, weight: Tensor | None, bias: Tensor | None, output: Tensor) -> bool:
+    if site.sampler is None or site.sampler.rule is not linear_grad_sample:
+        return False
+    own = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+    measured = len(site.parameters) == (1 if bias is None else 2)
+    first = site.layout is Layout.BATCH_FIRST
+    return own and measured and first and not kernels.has_kernel("outer_sq_norms", output)
+
+
+class LinearVectorTap(Tap):
+    """forward(output [N, O], (activations [S, I],), rows [S] or None for all, report, site).
+
+    The activations come in a tuple, so that autograd takes them for no input of the tap.
+    """
+
+    @staticmethod
+    def forward(ctx, output, activations, rows, report, site):  # type: ignore[no-untyped-def, override]
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(*activations)
+        ctx.rows, ctx.site = rows, site
+        ctx.signal, ctx.dtype = signal_gradient(report), report.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx, backprops):  # type: ignore[no-untyped-def, override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        site, (activations,) = ctx.site, ctx.saved_tensors
+        measured = backprops if ctx.rows is None else backprops.index_select(0, ctx.rows)
+        norms: list[tuple[int, Tensor]] = []
+        if site.must_defer:
+            with autocast_disabled(backprops.device):
+                factors = site.sampler.rule(site.layer, activations.detach(), measured)
+                site.defer(factors, ctx.rows, backprops.dtype)
+        else:
+            norms = _norms(site, activations, measured, ctx.dtype)
+        first = site.recorder.record_call(site.index, backprops.shape[0], norms)
+        return backprops, None, None, ctx.signal if first else None, None
+
+
+_norm = torch.linalg.vector_norm
+# What LinearVectorTap.apply comes to where no torch.func transform is active, as the caller knows.
+_apply = super(torch.autograd.Function, LinearVectorTap).apply
+
+
+def pass_vectors(
+    site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, report: Tensor
+) -> Tensor:
+    """The layer's output behind its tap."""
+    activations = inputs if rows is None else inputs.detach().index_select(0, rows)
+    return _apply(output, (activations,), rows, report, site)
+
+
+def _norms(
+    site: TapSite, activations: Tensor, backprops: Tensor, dtype: torch.dtype
+) -> list[tuple[int, Tensor]]:
+    """(probe row, norms [S]): ‖a_n‖ ‖b_n‖ for the weight, ‖b_n‖ for the bias."""
+    if activations.dtype is backprops.dtype is dtype:
+        left, right = _norm(activations, dim=1), _norm(backprops, dim=1)
+        return [(row, right if name == "bias" else left * right)
+                for name, row in site.rows.items()]
+    inner = accumulation_dtype(activations, backprops)
+    left, right = _norm(activations, dim=1, dtype=inner), _norm(backprops, dim=1, dtype=inner)
+    return [(row, (right if name == "bias" else left * right).to(dtype))
+            for name, row in site.rows.items()]
