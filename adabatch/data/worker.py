@@ -9,20 +9,13 @@ from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import Dataset, Subset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from adabatch.data.batches import PER_SAMPLE, Layout, learn_layout
 from adabatch.data.chunks import Reply, Request
 from adabatch.data.order import EpochAware, Shard, Stateful
 from adabatch.data.rng import generators_restored, mix, sample_keys, seed_generators
 from adabatch.interfaces import State
-
-
-def fetches_lists(dataset: Any) -> bool:
-    """Whether a data set fetches many samples at once, by __getitems__ (Subset forwards it)."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return hasattr(dataset, "__getitems__")
 
 
 class Fetcher(Dataset):

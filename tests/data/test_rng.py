@@ -77,10 +77,9 @@ def test_the_generators_of_the_training_process_stay_as_they_are(dataset):
     assert seen + all_draws() == expected
 
 
-@pytest.mark.parametrize("seed_samples", [None, False])
-def test_without_seeding_samples_draw_as_in_a_plain_loader(seed_samples):
+def test_without_seeding_samples_draw_as_in_a_plain_loader():
     seed_all(0)
-    rows = draws(epochs=1, seed_samples=seed_samples)
+    rows = draws(epochs=1, seed_samples=False)
     seed_all(0)
     expected = [[SOURCES[name]() for name in ("torch", "numpy", "python")] for _ in rows]
     assert np.array([row[1:] for row in rows]) == pytest.approx(np.array(expected))
@@ -92,19 +91,18 @@ class Lists(Augmented):
         return [self[index] for index in indices]
 
 
-def test_the_default_seeds_in_workers_but_not_where_lists_are_fetched():
-    def seeds(dataset, workers):
-        return AdaptiveDataLoader(dataset, num_workers=workers).seed_samples
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_is_seeded_by_default_and_lists_are_fetched_as_in_a_plain_loader(workers):
+    class OnlyLists(Lists):
+        def __getitem__(self, index):
+            raise AssertionError("fetched one by one")
 
-    assert not seeds(Augmented(3), 0)
-    assert seeds(Augmented(3), 1)
-    assert seeds(Counting(3), 1)
-    assert seeds(Subset(Augmented(3), [1, 2]), 1)
-    assert not seeds(Lists(3), 1)
-    assert not seeds(Subset(Subset(Lists(3), [1, 2]), [0]), 1)
+        def __getitems__(self, indices):
+            return [Augmented.__getitem__(self, index) for index in indices]
+
+    rows = list(AdaptiveDataLoader(OnlyLists(30), 4, True, seed=1, num_workers=workers))
+    assert torch.cat([row[0] for row in rows]).tolist() == [row[0] for row in draws()][:30]
     assert draws(dataset=Lists(30)) == draws()
-    unseeded = draws(dataset=Lists(30), seed_samples=False)
-    assert [row[0] for row in unseeded] == [row[0] for row in draws()]
 
 
 class Late(Augmented):
