@@ -42,7 +42,8 @@ class HostCopies:
         self._events: dict[torch.device, Any] = {}
 
     def add(self, value: Any) -> Any:
-        """The value on the host, valid after wait(); what lies there already, or is no tensor, as it is."""
+        """The value on the host, valid after wait(); what is there already, or is no tensor, as it
+        is."""
         if not is_remote(value):
             return value
         self.under_way = True
@@ -82,11 +83,15 @@ class DelayedMoments:
 
 
 def scale_of(grad_scaler: Any) -> Tensor | float:
-    """A GradScaler's scale at this moment; on an accelerator a copy of the tensor that holds it, for get_scale() would wait."""
+    """A GradScaler's scale at this moment; on an accelerator a copy of the tensor that holds it,
+    as get_scale() would wait."""
     held = getattr(grad_scaler, "_scale", None)
-    return held.detach().clone() if is_remote(held) else float(grad_scaler.get_scale())
+    if isinstance(held, Tensor) and is_remote(held):
+        return held.detach().clone()
+    return float(grad_scaler.get_scale())
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host's on a device, without waiting."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    pins = device.type == "cuda"
+    return host.pin_memory().to(device, non_blocking=True) if pins else host.to(device)

@@ -1,12 +1,14 @@
-"""Diagonal preconditioners, read from the state of an optimizer, and the trace of the gradient noise in their geometry.
+"""Diagonal preconditioners, read from an optimizer's state, and the trace of the gradient noise in
+their geometry.
 
-Legend: P what a coordinate's gradient is multiplied by beside the lr, g_i the gradient of sample i's loss, g their mean over the batch, m samples, s measured.
+Legend: P what a coordinate's gradient is multiplied by besides the lr, g_i the gradient of sample
+i's loss, g their mean over the batch, m samples, s of them measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +23,15 @@ PRECONDITIONERS: dict[type[Optimizer], Preconditioner] = {}
 NEXT_STATES: dict[Preconditioner, NextState] = {}
 
 
-def register_preconditioner(*optimizers: type[Optimizer]) -> Callable[[Preconditioner], Preconditioner]:
-    """Decorator of a function (state of a parameter, its param group) -> P of the parameter's shape. It is not asked before the state exists.
+def register_preconditioner(
+    *optimizers: type[Optimizer],
+) -> Callable[[Preconditioner], Preconditioner]:
+    """Decorator of a function (state of a parameter, its param group) -> P of the parameter's
+    shape. It is not called before the state exists.
 
-    P takes in what the update does beside the lr: w ← w − lr·P∘g in the long run, with momentum's 1/(1 − momentum) and a decay of the lr of its own.
-    Where P grows without bound for a coordinate that had no gradient yet, as 1/√v does, add a function with `register_lookahead`.
+    P holds all that the update does besides the lr: w ← w − lr·P∘g in the long run, with momentum's
+    1/(1 − momentum) and the optimizer's decay of the lr. Where P grows without bound for a
+    coordinate that had no gradient yet, as 1/√v does, add a function with `register_lookahead`.
 
     Example:
         >>> class Scaled(torch.optim.SGD): ...
@@ -43,23 +49,26 @@ def register_preconditioner(*optimizers: type[Optimizer]) -> Callable[[Precondit
 
 
 def preconditioner_of(optimizer: Optimizer) -> Preconditioner | None:
-    """The function of the optimizer's class, or of the nearest class it is derived from; None if there is none.
+    """The function of the optimizer's class or of its nearest base class; None if there is none.
 
     Example:
         >>> preconditioner_of(torch.optim.AdamW([torch.zeros(1)])) is adam
         True
     """
-    return next((PRECONDITIONERS[kind] for kind in type(optimizer).__mro__ if kind in PRECONDITIONERS), None)
+    kinds = type(optimizer).__mro__
+    return next((PRECONDITIONERS[kind] for kind in kinds if kind in PRECONDITIONERS), None)
 
 
 def register_lookahead(preconditioner: Preconditioner) -> Callable[[NextState], NextState]:
-    """Decorator of a function (state, group) -> the state that the step to come will leave, as far as P reads it, should each coordinate's squared gradient be
-    the mean of the parameter's so far.
+    """Decorator of a function (state, group) -> the state that the next step will leave, as far as
+    P reads it, should each coordinate's squared gradient be the mean of the parameter's so far.
 
-    Inside the backward pass only the state of the step before is known, while the optimizer steps with a P that holds the coming gradient. For a coordinate
-    without a gradient so far that P would be 1/ε instead of about √t/|g|: inputs and table rows that are rarely there then swamp tr(PΣ) (a million times
-    too large in the first steps of a linear model with forty inputs, some in 5 % of the samples; with this state .8 to 1.3 times that of the P used).
-    A parameter without any gradient so far has P = 0: it counts from its next step on.
+    In the backward pass only the state of the last step is known, while the optimizer will step
+    with a P that includes the coming gradient. For a coordinate without any gradient so far P would
+    be 1/ε instead of about √t/|g|: rare inputs and table rows then swamp tr(PΣ) (a million times
+    too large in the first steps of a linear model with forty inputs, some in 5 % of the samples;
+    with this state 0.8 to 1.3 times that of the P used). A parameter without any gradient so far
+    has P = 0: it counts from its next step.
 
     Example:
         >>> NEXT_STATES[adam] is adam_lookahead
@@ -74,14 +83,15 @@ def register_lookahead(preconditioner: Preconditioner) -> Callable[[NextState], 
 
 
 def _expected_square(mean_squares: Tensor) -> Tensor:
-    """Of a coordinate's coming gradient; infinite, and P then 0, where none had a gradient so far."""
+    """Of a coordinate's coming gradient; infinite, so that P is 0, where none had a gradient."""
     mean = mean_squares.mean()
     return torch.where(mean > 0, mean, torch.full_like(mean, math.inf))
 
 
 @register_preconditioner(torch.optim.Adam, torch.optim.AdamW)
 def adam(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """P = 1/(√v̂ + ε), v̂ = v/(1 − β₂^t), with amsgrad its maximum so far. β₁ spreads a gradient over steps and leaves their sum as it is."""
+    """P = 1/(√v̂ + ε), v̂ = v/(1 − β₂^t), with amsgrad its maximum so far. β₁ spreads a gradient
+    over steps and leaves their sum as it is."""
     beta, step = group["betas"][1], _steps(state)
     average = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
     return 1 / ((average / (1 - beta**step)).sqrt() + group["eps"])
@@ -92,8 +102,10 @@ def adam_lookahead(state: dict[str, Any], group: dict[str, Any]) -> dict[str, An
     """v ← β₂v + (1 − β₂)g², t ← t + 1."""
     beta, step, average = group["betas"][1], _steps(state), state["exp_avg_sq"]
     average = beta * average + (1 - beta) * _expected_square(average / (1 - beta**step))
-    largest = {"max_exp_avg_sq": torch.maximum(state["max_exp_avg_sq"], average)} if group.get("amsgrad") else {}
-    return {"step": step + 1, "exp_avg_sq": average, **largest}
+    following = {"step": step + 1, "exp_avg_sq": average}
+    if group.get("amsgrad"):
+        following["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], average)
+    return following
 
 
 @register_preconditioner(torch.optim.RMSprop)
@@ -106,33 +118,35 @@ def rmsprop(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
 
 
 @register_lookahead(rmsprop)
-def rmsprop_after(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def rmsprop_lookahead(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """v ← αv + (1 − α)g², ḡ as it is."""
     keep, average = group["alpha"], state["square_avg"]
-    return {**state, "square_avg": keep * average + (1 - keep) * _expected_square(average / (1 - keep ** _steps(state)))}
+    square = _expected_square(average / (1 - keep ** _steps(state)))
+    return {**state, "square_avg": keep * average + (1 - keep) * square}
 
 
 @register_preconditioner(torch.optim.Adagrad)
 def adagrad(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """P = 1/((√Σg² + ε)(1 + (t − 1)·lr_decay))."""
-    return 1 / ((state["sum"].sqrt() + group["eps"]) * (1 + (_steps(state) - 1) * group["lr_decay"]))
+    decay = 1 + (_steps(state) - 1) * group["lr_decay"]
+    return 1 / ((state["sum"].sqrt() + group["eps"]) * decay)
 
 
 @register_lookahead(adagrad)
-def adagrad_after(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def adagrad_lookahead(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """Σg² ← Σg² + g², t ← t + 1."""
     step, total = _steps(state), state["sum"]
     return {"step": step + 1, "sum": total + _expected_square(total / step)}
 
 
 def _steps(state: dict[str, Any]) -> Tensor | float:
-    """The count of steps where it lies, in float64: reading it from a device would wait for that."""
+    """The count of steps on its device, in float64: reading it would wait for the device."""
     return state["step"].double() if isinstance(state["step"], Tensor) else float(state["step"])
 
 
 def preconditioner_reader(optimizer: Optimizer) -> Callable[[Tensor], Tensor | None]:
-    """A function parameter -> P of the step to come, as far as the optimizer's state tells it (`register_lookahead`), None before the parameter's first step:
-    what the statistic PreconditionedTrace takes.
+    """What the statistic PreconditionedTrace takes: a function parameter -> P of the next step, as
+    far as the optimizer's state determines it (`register_lookahead`), None before its first step.
 
     Raises:
         ValueError: no preconditioner is registered for the optimizer's class.
@@ -150,8 +164,9 @@ def preconditioner_reader(optimizer: Optimizer) -> Callable[[Tensor], Tensor | N
         state = optimizer.state.get(parameter)
         if not state:
             return None
-        if id(parameter) not in places:  # groups are replaced when a state is loaded, but keep their order
-            places.update({id(each): index for index, group in enumerate(optimizer.param_groups) for each in group["params"]})
+        if id(parameter) not in places:  # loading a state replaces groups but keeps their order
+            for index, group in enumerate(optimizer.param_groups):
+                places.update({id(each): index for each in group["params"]})
         group = optimizer.param_groups[places[id(parameter)]]
         with torch.no_grad():
             return function(following(state, group), group)
@@ -162,72 +177,80 @@ def preconditioner_reader(optimizer: Optimizer) -> Callable[[Tensor], Tensor | N
 def _function_of(optimizer: Optimizer) -> Preconditioner:
     function = preconditioner_of(optimizer)
     if function is None:
-        raise ValueError(f"no preconditioner is known for {type(optimizer).__name__}: register one with adabatch.preconditioners.register_preconditioner")
+        raise ValueError(f"no preconditioner is known for {type(optimizer).__name__}: register one "
+                         "with adabatch.preconditioners.register_preconditioner")
     return function
 
 
 @torch.no_grad()
-def preconditioned_trace(moments: GradientMoments, parameters: Mapping[str, Tensor], optimizer: Optimizer, lr: float) -> float:
-    """Σ_k (lr_k/lr)·tr(P_k Σ) over the param groups, tr(PΣ) = Σ P∘(Σ_S g_i²/s − g²)/(1 − 1/m_eff), unbiased; NaN before the optimizer's first step.
+def preconditioned_trace(
+    moments: GradientMoments, parameters: Mapping[str, Tensor], optimizer: Optimizer, lr: float
+) -> float:
+    """Σ_k (lr_k/lr)·tr(P_k Σ) over the param groups, tr(PΣ) = Σ P∘(Σ_S g_i²/s − g²)/(1 − 1/m_eff),
+    unbiased; NaN before the optimizer's first step.
 
-    Measured with a preconditioner, P is that of the step to come as the backward pass could tell it (`preconditioner_reader`). Measured with second_moment, it
-    is the present one, which the step has left, and g is taken from the parameters' .grad, its length from the moments, so that clipping, a loss scale and a
-    summed loss are undone.
+    Measured with PreconditionedTrace, P is that of the next step as the backward pass could know it
+    (`preconditioner_reader`). Measured with second moments, P is the present one, which the step
+    has left, and g comes from the parameters' .grad, its length from the moments, so that
+    clipping, a loss scale and a summed loss are undone.
 
     Args:
-        moments: with a preconditioner, or with second_moment.
+        moments: with the preconditioned trace or second moments.
         parameters: {name: parameter} of what is measured.
         optimizer: one with a registered preconditioner.
-        lr: what the trace is to be multiplied by.
+        lr: what the trace will be multiplied by.
 
     Raises:
-        ValueError: measured without either, with weights, no preconditioner, or the gradients of the step are gone.
+        ValueError: measured without either, with weights, no preconditioner, or the gradients of
+            the step are gone.
     """
     contracted = moments.statistics.get("preconditioned_trace")
     if not (contracted or moments.second_moment) or moments.weights is not None:
         raise ValueError(
-            "tr(PΣ) needs samples of equal weight and Σ g_i²: measure with GradSampleHooks(model, statistics=[PreconditionedTrace("
-            "preconditioner_reader(optimizer))]), or with statistics=['second_moment']"
+            "tr(PΣ) needs samples of equal weight and Σ g_i²: measure with GradSampleHooks(model, "
+            "statistics=[PreconditionedTrace(preconditioner_reader(optimizer))]), or with "
+            "statistics=['second_moment']"
         )
     function = _function_of(optimizer)
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    rates = {name: float(groups[id(parameter)]["lr"]) / lr if lr else 0.0 for name, parameter in parameters.items() if id(parameter) in groups}
+    groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
+    rates = {name: float(groups[id(parameter)]["lr"]) / lr if lr else 0.0
+             for name, parameter in parameters.items() if id(parameter) in groups}
     if contracted:
         names = [name for name in contracted.gradient if name in rates]
         variances = _measured_variances(moments, names)
     else:
-        present = {name: parameters[name] for name in moments.second_moment if parameters[name].grad is not None}
-        scale = _scale_of_gradient(moments, present)
-        names = [name for name in present if name in rates]
-        variances = [_present_variance(moments, name, present[name], scale, function, groups, optimizer) for name in names]
-    return sum(rates[name] * variance for name, variance in zip(names, variances, strict=True)) / (1 - 1 / moments.m_eff)
+        grads = {name: parameters[name].grad for name in moments.second_moment}
+        present = {name: grad for name, grad in grads.items() if grad is not None}
+        scale = _scale_of_gradient(moments, present.values())
+        names, variances = [name for name in present if name in rates], []
+        for name in names:
+            state, squares = optimizer.state.get(parameters[name]), moments.second_moment[name]
+            if not state:
+                variances.append(math.nan)
+                continue
+            square = present[name].to(squares.dtype).square() * scale
+            factor = function(state, groups[id(parameters[name])]).to(squares.dtype)
+            variances.append(float((factor * (squares / moments.n_measured - square)).sum()))
+    weighted = (rates[name] * variance for name, variance in zip(names, variances, strict=True))
+    return sum(weighted) / (1 - 1 / moments.m_eff)
 
 
 def _measured_variances(moments: GradientMoments, names: list[str]) -> list[float]:
-    """Σ P∘(Σ_S g_i²/s − g²) of each parameter, from numbers that P has weighed; NaN where there was no P."""
+    """Σ P∘(Σ_S g_i²/s − g²) of each parameter, from sums that contain P; NaN without a P."""
     contracted, terms = moments.statistics["preconditioned_trace"], []
     for name in names:
-        share = contracted.gradient[name]
-        squares = contracted.squares.get(name)
-        mean = share.new_full((), math.nan) if squares is None else squares.to(share.device) / moments.n_measured
-        terms.append((mean - share.to(mean.dtype) * moments.grad_sq_norm).double().cpu())
+        fraction, squares = contracted.gradient[name], contracted.squares.get(name)
+        mean = fraction.new_full((), math.nan)
+        if squares is not None:
+            mean = squares.to(fraction.device) / moments.n_measured
+        terms.append((mean - fraction.to(mean.dtype) * moments.grad_sq_norm).double().cpu())
     return torch.stack(terms).tolist() if terms else []
 
 
-def _scale_of_gradient(moments: GradientMoments, parameters: Mapping[str, Tensor]) -> float:
-    """What g² has to be multiplied by where clipping, a loss scale or a summed loss are in the parameters' gradients."""
-    length = sum(float(parameter.grad.double().square().sum()) for parameter in parameters.values())
+def _scale_of_gradient(moments: GradientMoments, grads: Iterable[Tensor]) -> float:
+    """What g² must be multiplied by where clipping, a loss scale or a summed loss are in .grad."""
+    length = sum(float(grad.double().square().sum()) for grad in grads)
     if not length and moments.grad_sq_norm:
-        raise ValueError("the gradients of this step are gone: call scheduler.step(loss) before zero_grad(), as the preconditioned trace reads them")
+        raise ValueError("the gradients of this step are gone: call scheduler.step(loss) before "
+                         "zero_grad(), as the preconditioned trace reads them")
     return moments.grad_sq_norm / length if length else 0.0
-
-
-def _present_variance(
-    moments: GradientMoments, name: str, parameter: Tensor, scale: float, function: Preconditioner, groups: Mapping[int, Any], optimizer: Optimizer
-) -> float:
-    """The same from Σ g_i² elementwise, the gradient and the optimizer's state as they are now."""
-    squares, state = moments.second_moment[name], optimizer.state.get(parameter)
-    if not state:
-        return math.nan
-    variance = squares / moments.n_measured - parameter.grad.to(squares.dtype).square() * scale
-    return float((function(state, groups[id(parameter)]).to(squares.dtype) * variance).sum())

@@ -35,8 +35,8 @@ from adabatch.interfaces import Controller, RunContext
 from adabatch.grad_sample.statistics import PreconditionedTrace
 from adabatch.micro_batches.optimizer import MicroBatching
 from adabatch.preconditioners import preconditioner_reader
-from adabatch.scheduler.arguments import as_controller, needs_moments
-from adabatch.scheduler.scheduler import BatchSizeScheduler
+from adabatch.scheduler.decision import as_controller
+from adabatch.scheduler.scheduler import BatchSizeScheduler, needs_moments
 
 KINDS = {PerSample: "per_sample", MicroBatch: "micro_batch", CrossRank: "cross_rank"}
 

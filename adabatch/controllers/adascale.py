@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from adabatch._checks import positive
 from adabatch.controllers.base import Controller, measured, ratio
-from adabatch.coupling import gain
+from adabatch.scheduler.coupling import gain
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from adabatch import interfaces
 from adabatch._checks import choice, positive, real
 from adabatch.controllers.base import Controller, Input, Operand
-from adabatch.coupling import rule_of_optimizer
+from adabatch.scheduler.coupling import rule_of_optimizer
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import RunContext
 

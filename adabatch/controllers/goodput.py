@@ -16,7 +16,7 @@ import numpy as np
 
 from adabatch._checks import positive, real
 from adabatch.controllers.base import Controller, Input, measured, ratio
-from adabatch.coupling import gain as gain_of
+from adabatch.scheduler.coupling import gain as gain_of
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.intervals import JointAverages, trace_and_signal
 from adabatch.estimators.moments import GradientMoments

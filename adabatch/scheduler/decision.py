@@ -6,12 +6,15 @@ from __future__ import annotations
 import bisect
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from adabatch.config import BatchSizes
 from adabatch.estimators.moments import GradientMoments
-from adabatch.interfaces import BatchSource, Controller
+from adabatch.interfaces import (NO_INTERVAL, BatchSource, Controller, EffectiveLr, RunContext,
+                                 State)
 from adabatch.scheduler.pipeline import StepRecord
 
 
@@ -61,6 +64,11 @@ class SizeRule(BatchSizes):
         return replace(rule, maximum=rule.lowest)
 
     @cached_property
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest allowed size."""
+        return self.lowest, self.highest
+
+    @cached_property
     def series(self) -> tuple[int, ...]:
         """The sizes about size_ratio apart, ascending; empty where every size is allowed."""
         if self.size_ratio is None:
@@ -77,14 +85,15 @@ class SizeRule(BatchSizes):
         infinite proposal is clipped too; NaN is a ValueError."""
         if math.isnan(proposal):
             raise ValueError("the proposed batch size is NaN")
+        lowest, highest = self.bounds
         if math.isinf(proposal):
-            return self.highest if proposal > 0 else self.lowest
+            return highest if proposal > 0 else lowest
         if self.size_ratio is not None:
             above = bisect.bisect_left(self.series, proposal)
             near = self.series[max(0, above - 1) : above + 1]
             return near[0] if len(near) == 1 or proposal**2 < near[0] * near[1] else near[1]
         size = round(proposal / self.multiple_of) * self.multiple_of
-        return min(max(size, self.lowest), self.highest)
+        return min(max(size, lowest), highest)
 
     def next_size(self, proposal: float, present: int, steps_since_change: int) -> int:
         """The size to use after this step: size_for(proposal), unless cooldown or hysteresis keeps
@@ -101,7 +110,7 @@ class SizeRule(BatchSizes):
     def is_met(self, proposal: float, size: int) -> bool:
         """Whether the size is the proposal but for rounding, or more: not where a bound, cooldown
         or hysteresis keeps it below."""
-        return proposal <= self.highest and size >= self.size_for(proposal)
+        return proposal <= self.bounds[1] and size >= self.size_for(proposal)
 
 
 class CurrentBatchSize:
@@ -159,11 +168,11 @@ def check_rows(seen: StepRecord, loader: BatchSource) -> None:
     size, delivered = seen.samples, seen.delivered
     if seen.measured and delivered and delivered != size and not loader.runs_ahead:
         raise RuntimeError(
-            f"the layers saw {size} rows in this step, but the loader delivered {delivered} samples. "
-            "If the model puts another dimension first (time first, or samples and positions "
-            "flattened together), find its layout with adabatch.check(...); if one step uses several "
-            "batches, pass accumulate=; if the loop fetches a batch before it has stepped the last "
-            "one, leave that to workers (num_workers=)"
+            f"the layers saw {size} rows in this step, but the loader delivered {delivered} "
+            "samples. If the model puts another dimension first (time first, or samples and "
+            "positions flattened together), find its layout with adabatch.check(...); if one step "
+            "uses several batches, pass accumulate=; if the loop fetches a batch before it has "
+            "stepped the last one, leave that to workers (num_workers=)"
         )
 
 
@@ -186,10 +195,10 @@ def call_controller(
     controller: Controller, seen: StepRecord, moments: GradientMoments | None, *,
     loss: float, lr: float,
 ) -> float:
-    """The controller's proposal; NaN where it is not asked.
+    """The controller's proposal; NaN where it is not called.
 
     Args:
-        controller: first learns how far training has come.
+        controller: first gets the progress of training.
         seen: the step.
         moments: of the step; None where it was not measured or they cannot be used.
         loss: a mean over the samples.
@@ -201,3 +210,83 @@ def call_controller(
     if moments is None and controller.needs_moments:
         return math.nan
     return float(controller.propose(moments, loss=loss, lr=lr))
+
+
+class PlainController(Controller):
+    """A user's object with propose(), with the defaults for every method that it lacks."""
+
+    def __init__(self, given: Any):
+        self.given = given
+
+    def _call(self, name: str, default: Any, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(self.given, name, None)
+        return default if method is None else method(*args, **kwargs)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset(getattr(self.given, "requires", ()))
+
+    @property
+    def needs_moments(self) -> bool:
+        return bool(getattr(self.given, "needs_moments", True))
+
+    @property
+    def needs_effective_lr(self) -> bool:
+        return bool(getattr(self.given, "needs_effective_lr", False))
+
+    @property
+    def effective_lr(self) -> EffectiveLr | None:
+        return getattr(self.given, "effective_lr", None)
+
+    @property
+    def first_batch_size(self) -> float | None:
+        return getattr(self.given, "first_batch_size", None)
+
+    def bind(self, context: RunContext) -> None:
+        self._call("bind", None, context)
+
+    def on_step(self, *, samples: int, epoch: int) -> None:
+        self._call("on_step", None, samples=samples, epoch=epoch)
+
+    def on_optimizer_step(self, lr: float) -> None:
+        self._call("on_optimizer_step", None, lr)
+
+    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
+        return float(self.given.propose(moments, loss=loss, lr=lr))
+
+    def interval(self, level: float = 0.9) -> tuple[float, float]:
+        return self._call("interval", NO_INTERVAL, level)
+
+    def metrics(self) -> dict[str, float]:
+        return self._call("metrics", {})
+
+    def lr_factor(self) -> Callable[[int], float] | None:
+        return self._call("lr_factor", None)
+
+    def state_dict(self) -> State:
+        return self._call("state_dict", {"version": 1})
+
+    def load_state_dict(self, state: State) -> None:
+        self._call("load_state_dict", None, state)
+
+
+def as_controller(given: Any) -> Controller:
+    """A Controller as it is; a user's object with propose() with the defaults it lacks.
+
+    Raises:
+        TypeError: an object that proposes nothing, or a class instead of an object.
+    """
+    if isinstance(given, Controller):
+        return given
+    if isinstance(given, type) or not callable(getattr(given, "propose", None)):
+        fix = "such as adabatch.CABS(), or controllers.Scheduled(...)"
+        fix = f"make one, {given.__name__}()" if isinstance(given, type) else fix
+        raise TypeError("controller must be an object with propose(moments, *, loss, lr), got "
+                        f"{given!r}: {fix}")
+    return PlainController(given)
+
+
+def name_of(controller: Controller) -> str:
+    """The class's name, of a user's own object too."""
+    given = controller.given if isinstance(controller, PlainController) else controller
+    return type(given).__name__

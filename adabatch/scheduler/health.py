@@ -21,10 +21,10 @@ SHAPES_SHOWN = 3
 WATCHED_STEPS, WATCHED_GRADIENTS, LEAST_SCALE = 3, 4, 16.0
 UNKNOWN_SCALER = (
     "the gradients of this step were divided by {scale:.6g} between loss.backward() and the "
-    "optimizer's step, as a GradScaler does that was not passed to adabatch. Gradients are measured "
-    "while they carry its scale, so that their variance would be too large by its square. Pass "
-    "grad_scaler=scaler to adabatch.wrap or BatchSizeScheduler; for a scale that never changes, "
-    "scheduler.step(loss, loss_scale=...) is enough"
+    "optimizer's step, as a GradScaler does that was not passed to adabatch. Gradients are "
+    "measured while they carry its scale, so that their variance would be too large by its square. "
+    "Pass grad_scaler=scaler to adabatch.wrap or BatchSizeScheduler; for a scale that never "
+    "changes, scheduler.step(loss, loss_scale=...) is enough"
 )
 
 
@@ -60,9 +60,9 @@ class GradientNormCheck:
         warnings.warn(
             f"the gradient's squared norm, {moments.grad_sq_norm:.3g}, is above the samples' mean, "
             f"{moments.mean_sq_norm:.3g}, which is impossible for a mean of their gradients: it "
-            "holds something else. Call optimizer.zero_grad() before each step's backward pass; put "
-            "penalties on the weights into the optimizer's weight_decay. Until then the variance is "
-            "measured too small",
+            "holds something else. Call optimizer.zero_grad() before each step's backward pass; "
+            "put penalties on the weights into the optimizer's weight_decay. Until then the "
+            "measured variance is too small",
             stacklevel=4,  # the caller of scheduler.step()
         )
 
@@ -113,10 +113,10 @@ class UntrackedParameters:
         more = ", …" if len(late) > SHAPES_SHOWN else ""
         warnings.warn(
             f"{len(late)} parameters (of shapes {shapes}{more}) are trained but not measured: they "
-            "were unfrozen, or added to the optimizer, after adabatch was attached, so that variance "
-            "and gradient norm are those of the others alone. Attach while everything that will be "
-            "trained requires grad and is in the optimizer, and freeze afterwards; or call "
-            "scheduler.remove() and adabatch.wrap again",
+            "were unfrozen, or added to the optimizer, after adabatch was attached, so that "
+            "variance and gradient norm are those of the others alone. Attach while everything "
+            "that will be trained requires grad and is in the optimizer, and freeze afterwards; or "
+            "call scheduler.remove() and adabatch.wrap again",
             stacklevel=stacklevel + 1,
         )
 

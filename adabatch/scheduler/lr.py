@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.config import Coupling
-from adabatch.coupling import coupling_for, smoothing_of
+from adabatch.scheduler.coupling import coupling_for, smoothing_of
 from adabatch.diagnostics.record import noise_scale
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
@@ -62,9 +62,9 @@ def effective_lr_for(optimizer: Optimizer, given: EffectiveLr | None = None) -> 
     if isinstance(optimizer, torch.optim.SGD):
         return sgd_effective_lr
     raise ValueError(
-        f"no effective learning rate is known for {type(optimizer).__name__}: the rule holds for SGD "
-        "steps w - lr*g. Use torch.optim.SGD (for CABS also Adam, AdamW, RMSprop, Adagrad, or an "
-        "optimizer passed to adabatch.preconditioners.register_preconditioner), or give the "
+        f"no effective learning rate is known for {type(optimizer).__name__}: the rule holds for "
+        "SGD steps w - lr*g. Use torch.optim.SGD (for CABS also Adam, AdamW, RMSprop, Adagrad, or "
+        "an optimizer passed to adabatch.preconditioners.register_preconditioner), or give the "
         "controller effective_lr=, a callable of a param group that returns its step per unit of "
         "gradient, e.g. CABS(effective_lr=lambda group: group['lr'])"
     )
@@ -209,8 +209,8 @@ def check_unscaled(optimizer: Optimizer) -> None:
     """
     if any(factor.scales(optimizer) for factor in _live):
         raise ValueError(
-            "this optimizer has a BatchSizeScheduler already, and two would both scale its lr: call "
-            "remove() of the first, or use that one"
+            "this optimizer has a BatchSizeScheduler already, and two would both scale its lr: "
+            "call remove() of the first, or use that one"
         )
 
 
@@ -275,8 +275,8 @@ class LrAdjuster:
         lowers = options.on_limit == "lower_lr"
         if own is not None and (summed or rule != "none" or lowers):
             raise ValueError(
-                f"{type(controller).__name__} sets the lr itself, for a loss that is a mean over the "
-                f"batch: use coupling='none' and on_limit='keep', got {rule!r} and "
+                f"{type(controller).__name__} sets the lr itself, for a loss that is a mean over "
+                f"the batch: use coupling='none' and on_limit='keep', got {rule!r} and "
                 f"{options.on_limit!r}{' and a summed loss' if summed else ''}"
             )
         if summed and rule != "none":
@@ -293,7 +293,8 @@ class LrAdjuster:
         self._trace, self._signal = (MovingAverage(smoothing or 0.0) for _ in range(2))
         self._noise_scale, self._unmet_proposal = DelayedValue(0.0), DelayedValue(0.0)
         self._own_factor = DelayedValue(own)
-        self._mean_lr, self.base_lr, self.last_lr_factor = mean_lr, None, 1.0
+        self._mean_lr, self.last_lr_factor = mean_lr, 1.0
+        self.base_lr: float | None = None
         self.lr = StepFactor(optimizer, self._lr_factor)
         self._betas: BetaRescaler | None = None
         if options.scale_betas:

@@ -145,10 +145,11 @@ class Budget:
             self._warned_of_cost = True
             least = self._cost_of_step / LONGEST_INTERVAL
             warnings.warn(
-                f"measure={self._share:g} is too small for this model: measuring {samples or 'all'} "
-                f"of {size} samples at one step in {LONGEST_INTERVAL} costs {least:.3g} of a step. "
-                f"It is measured at one step in {self.measurement.every} only, so that the batch "
-                f"size follows slowly: raise measure to {least:.2g}, or pass measure='all'",
+                f"measure={self._share:g} is too small for this model: measuring "
+                f"{samples or 'all'} of {size} samples at one step in {LONGEST_INTERVAL} costs "
+                f"{least:.3g} of a step. It is measured at one step in {self.measurement.every} "
+                f"only, so that the batch size follows slowly: raise measure to {least:.2g}, or "
+                "pass measure='all'",
                 stacklevel=4,
             )
 
@@ -165,11 +166,11 @@ class Budget:
             self._warned = True
             samples = self.measurement.samples or "all"
             warnings.warn(
-                f"the budget measure={self._share:g} is too small: after {trace.count} measurements "
-                f"({samples} samples at one step in {self.measurement.every}) the smoothed variance "
-                f"trace has a relative standard error of {error:.2f}, above {LARGEST_ERROR}. Raise "
-                f"measure, e.g. to {4 * self._share:g}, pass measure='all', or raise the minimum of "
-                "batch_sizes",
+                f"the budget measure={self._share:g} is too small: after {trace.count} "
+                f"measurements ({samples} samples at one step in {self.measurement.every}) the "
+                f"smoothed variance trace has a relative standard error of {error:.2f}, above "
+                f"{LARGEST_ERROR}. Raise measure, e.g. to {4 * self._share:g}, pass measure='all', "
+                "or raise the minimum of batch_sizes",
                 stacklevel=4,
             )
 

@@ -139,10 +139,8 @@ class EpochCount:
         """Call once a step: how many epochs have ended."""
         loader = self._loader
         position, total, iteration = loader.position, loader.num_samples, loader.n_iterations
-        if iteration is None or self._iteration is None:
-            restarted = position <= self._position
-        else:
-            restarted = iteration != self._iteration
+        known = iteration is not None and self._iteration is not None
+        restarted = iteration != self._iteration if known else position <= self._position
         broken_off = restarted and not self._at_end
         # With drop_last a smaller size may draw what was left over: that epoch has been counted.
         counted = self._at_end and not restarted
@@ -179,8 +177,8 @@ class Recorder:
     def __init__(self, diagnostics: Diagnostics):
         if not isinstance(diagnostics, Diagnostics):
             raise TypeError(
-                "diagnostics must be None, for a new history, or an adabatch.Diagnostics() to append "
-                f"to, got {diagnostics!r}; to write it to a file during the run, call "
+                "diagnostics must be None, for a new history, or an adabatch.Diagnostics() to "
+                f"append to, got {diagnostics!r}; to write it to a file during the run, call "
                 "scheduler.diagnostics.to_jsonl(path)"
             )
         self.diagnostics, self.trace = diagnostics, MovingAverage()
@@ -194,14 +192,15 @@ class Recorder:
             fields: further fields of a `Record`.
         """
         if moments is not None:
-            error, freedom = trace_error(moments)
             trace, n_measured = moments.variance_trace, moments.n_measured
+            error, freedom = trace_error(moments)
             self.trace.update(trace, n_measured, error, freedom)
             if not dropped:
                 fields |= {
                     "variance_trace": trace, "grad_sq_norm": moments.grad_sq_norm,
                     "true_grad_sq_norm": moments.true_grad_sq_norm, "n_measured": n_measured,
                     "variance_trace_step_error": error,
-                    "layers": LayerStatistics.of_step(moments),
                 }
+                if moments.by_parameter or moments.by_group:
+                    fields["layers"] = LayerStatistics.of_step(moments)
         self.diagnostics.append(dropped=dropped, **fields)

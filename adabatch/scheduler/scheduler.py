@@ -1,8 +1,7 @@
-"""BatchSizeScheduler: the only writer of the batch size and, during a step, of the learning rate."""
+"""BatchSizeScheduler: the only writer of the batch size and, during a step, of the lr."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,19 +11,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch._checks import check_version
+from adabatch._table import html
 from adabatch.config import (DEFAULT_SHARE, BatchSizes, Coupling, CouplingRule, Every, Measure,
                              measure_of)
 from adabatch.controllers import CABS, Seesaw
-from adabatch.coupling import rule_of_optimizer
 from adabatch.diagnostics import Diagnostics
+from adabatch.diagnostics.record import shown
 from adabatch.estimators.loss_scale import LossScale, StepScale
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import Measurement
 from adabatch.interfaces import NO_INTERVAL, BatchSource, Controller, Estimator, RunContext, State
-from adabatch.scheduler.arguments import (PlainController, as_controller, check_measured,
-                                          check_parts, check_summed, name_of)
-from adabatch.scheduler.decision import (CurrentBatchSize, SizeRule, call_controller, check_rows,
-                                         rejection_reason)
+from adabatch.scheduler.coupling import rule_of_optimizer, smoothing_of
+from adabatch.scheduler.decision import (CurrentBatchSize, PlainController, SizeRule, as_controller,
+                                         call_controller, check_rows, name_of, rejection_reason)
 from adabatch.scheduler.health import GradientNormCheck, GradScalerDetector, UntrackedParameters
 from adabatch.scheduler.lr import (LrAdjuster, MeanEffectiveLr, check_unscaled,
                                    effective_lr_of_controller)
@@ -34,6 +33,12 @@ from adabatch.scheduler.record import EpochCount, LossPool, Recorder, StepClock
 
 # Measured steps whose loss graph is checked: the first ones, and then one in CHECKED_EVERY.
 CHECKED_STEPS, CHECKED_EVERY = 10, 50
+# What a user's loader and estimator must have.
+SOURCE = ("batch_size", "drop_last", "num_samples", "position", "n_batches", "n_iterations",
+          "recent", "runs_ahead", "micro_batches")
+ESTIMATOR = ("observe", "cost", "check_loss", "reset", "remove", "state_dict", "load_state_dict",
+             "enabled", "loss_reduction", "accumulate", "parameters", "statistics", "samples",
+             "shard", "on_backward_end")
 
 
 class BatchSizeScheduler:
@@ -133,10 +138,10 @@ class BatchSizeScheduler:
         options = replace(options, base_batch_size=options.base_batch_size or first)
         check_measured(estimator, chosen, options.rule)
         check_unscaled(optimizer)
-        if measured == "auto":
+        if not isinstance(measured, (Every, float)):  # "auto", or None
             known = estimator.samples is None and estimator.cost() is not None
             measured = DEFAULT_SHARE if known else Every(1)
-        self._plan = plan_for(estimator, Every(1) if measured is None else measured)  # type: ignore[arg-type]
+        self._plan = plan_for(estimator, measured)
         self._controller, parameters = chosen, list(estimator.parameters.values())
         of_group = effective_lr_of_controller(chosen, optimizer)
         self._base_lr = MeanEffectiveLr(optimizer, of_group, parameters)
@@ -275,9 +280,7 @@ class BatchSizeScheduler:
         return f"BatchSizeScheduler({', '.join(self._description().values())})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>"
-                       for name, value in self._description().items())
-        return f"<table><caption>BatchSizeScheduler</caption>{rows}</table>"
+        return html([("BatchSizeScheduler", ""), *self._description().items()])
 
     def _description(self) -> dict[str, str]:
         rule, size = self.size_rule, str(self._size.size)
@@ -288,10 +291,7 @@ class BatchSizeScheduler:
         text |= {"batch": f"batch {size} in [{rule.lowest}, {rule.highest}]",
                  "step": f"step {self.step_count}"}
         if latest is not None and not math.isnan(latest.noise_scale_ema):
-            low, high = latest.noise_scale_low, latest.noise_scale_high
-            text["noise scale"] = f"noise scale {latest.noise_scale_ema:.3g}"
-            if not math.isnan(low):
-                text["noise scale"] += f" ({low:.3g} to {high:.3g})"
+            text["noise scale"] = f"noise scale {shown(latest, 'noise_scale_ema')}"
         return text
 
     def _parts(self) -> dict[str, Any]:
@@ -370,3 +370,82 @@ class BatchSizeScheduler:
             dropped=dropped, **self._controller.metrics(),
         )
         self._plan.judge(self._recorder.trace)
+
+
+def check_parts(optimizer: Any, loader: BatchSource, estimator: Estimator) -> None:
+    """Refuse parts that cannot work.
+
+    Raises:
+        TypeError: listing what is missing.
+    """
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
+    missing = [name for name in SOURCE if not hasattr(loader, name)]
+    if missing:
+        raise TypeError(
+            "loader must be an AdaptiveDataLoader or a ResizableBatchSampler, got "
+            f"{type(loader).__name__} without {', '.join(missing)}: pass a plain DataLoader to "
+            "adabatch.wrap"
+        )
+    missing = [name for name in ESTIMATOR if not hasattr(estimator, name)]
+    if missing:
+        raise TypeError(
+            "estimator must be None or an Estimator, such as adabatch.GradSampleHooks(model), got "
+            f"{type(estimator).__name__} without {', '.join(missing)}: derive it from "
+            "adabatch.interfaces.Estimator"
+        )
+
+
+def check_summed(controller: Controller, summed: bool) -> None:
+    """Refuse a summed loss where the controller needs the step per unit of the mean gradient.
+
+    Raises:
+        ValueError: it does.
+    """
+    if summed and controller.needs_effective_lr:
+        raise ValueError(
+            f"{name_of(controller)} needs the step per unit of the mean gradient. With "
+            "loss_reduction='sum' that is lr times the batch size, so that a larger batch would "
+            "ask for a still larger one: divide the loss by the batch size (loss_reduction='mean') "
+            "and multiply the lr by a usual batch size"
+        )
+
+
+def needs_moments(controller: Controller | None, rule: str | CouplingRule) -> bool:
+    """Whether the controller (None: not chosen yet) or the coupling reads gradient moments.
+
+    Example:
+        >>> needs_moments(None, "seesaw"), needs_moments(None, "none")
+        (False, True)
+    """
+    reads = rule != "seesaw" if controller is None else controller.needs_moments
+    return reads or smoothing_of(rule) is not None
+
+
+def check_measured(
+    estimator: Estimator, controller: Controller, rule: str | CouplingRule
+) -> None:
+    """Refuse to measure too little.
+
+    Raises:
+        ValueError: nothing is measured, but controller or coupling needs moments; or a statistic
+            that the controller requires is missing.
+    """
+    name = name_of(controller)
+    if isinstance(estimator, NullEstimator):
+        if needs_moments(controller, rule):
+            name = name if controller.needs_moments else f"coupling={rule!r}"
+            raise ValueError(
+                f"{name} needs gradient moments, but nothing is measured (estimator or measure is "
+                "None): pass adabatch.GradSampleHooks(model), or use a controller that needs none, "
+                "such as controllers.Scheduled(...)"
+            )
+        return
+    missing = sorted(controller.requires - estimator.statistics)
+    if missing:
+        raise ValueError(
+            f"{name} with this optimizer needs {' and '.join(missing)}, which the estimator does "
+            "not measure: let adabatch.wrap make it, or pass the statistics to GradSampleHooks; "
+            "or, for CABS, pass effective_lr=, a callable of a param group"
+        )

@@ -9,7 +9,7 @@ from torch import nn
 
 from adabatch import GradSampleHooks
 from adabatch.controllers import AdaScale, GradientDiversity, InnerProductTest, NoiseScale, NormTest
-from adabatch.coupling import gain
+from adabatch.scheduler.coupling import gain
 from tests import oracle
 
 MODELS = {

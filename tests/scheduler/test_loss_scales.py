@@ -19,8 +19,9 @@ def run(controller=None, inner_products=False, loss_reduction="mean", grad_scale
     model = nn.Linear(3, 1)
     optimizer = SGD(model.parameters(), lr=0.0)
     loader = AdaptiveDataLoader(regression(64), 8)
-    hooks = GradSampleHooks(model, inner_products=inner_products, loss_reduction=loss_reduction, grad_scaler=grad_scaler)
-    options = {"min_batch_size": 8, "max_batch_size": 8, "every": every}
+    statistics = ["inner_products"] if inner_products else []
+    hooks = GradSampleHooks(model, statistics=statistics, loss_reduction=loss_reduction)
+    options = {"min_batch_size": 8, "max_batch_size": 8, "every": every, "grad_scaler": grad_scaler}
     return model, optimizer, loader, make_scheduler(optimizer, loader, hooks, controller or Wishes(8), **options)
 
 
@@ -74,8 +75,9 @@ def test_a_step_whose_scaled_gradient_overflows_is_dropped():
     scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
     optimizer = SGD(model.parameters(), lr=0.01)
     loader = AdaptiveDataLoader(regression(64), 8)
-    hooks = GradSampleHooks(model, inner_products=True, grad_scaler=scaler)
-    scheduler = make_scheduler(optimizer, loader, hooks, Wishes(8), min_batch_size=8, max_batch_size=8)
+    hooks = GradSampleHooks(model, statistics=["inner_products"])
+    scheduler = make_scheduler(optimizer, loader, hooks, Wishes(8), min_batch_size=8,
+                               max_batch_size=8, grad_scaler=scaler)
     inputs, targets = next(iter(loader))
     loss = squared_error(model(1e3 * inputs), targets)
     scaler.scale(loss).backward()
@@ -90,7 +92,7 @@ def test_the_scaler_itself_is_refused_where_its_scale_may_have_changed():
     inputs, targets = next(iter(loader))
     loss = squared_error(model(inputs), targets)
     loss.backward()
-    with pytest.raises(ValueError, match=r"loss_scale must be a positive number.*GradSampleHooks\(grad_scaler=\) or wrap\(grad_scaler=\)"):
+    with pytest.raises(ValueError, match=r"loss_scale must be a positive number.*pass a GradScaler to wrap\(grad_scaler=\)"):
         scheduler.step(loss, loss_scale=torch.amp.GradScaler("cpu"))
 
 
@@ -185,7 +187,7 @@ def test_weights_need_dots_on_measuring_steps():
         model.zero_grad()
         loss.backward()
         if step == 0:
-            with pytest.raises(ValueError, match="inner_products=True"):
+            with pytest.raises(ValueError, match='statistics=."inner_products".'):
                 scheduler.step(loss, weights=torch.ones(8))
             return
 

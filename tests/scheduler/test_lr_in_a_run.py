@@ -8,10 +8,11 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR
 
-from adabatch.estimators.null import NullEstimator
 from adabatch import CABS, AdaptiveDataLoader, GradientMoments, GradSampleHooks
+from adabatch.interfaces import Estimator
 from tests import oracle
-from tests.scripted import Slope, Wishes, ones, per_sample_loss, regression, slope_run, squared_error, steps
+from tests.scripted import (Slope, Wishes, ones, per_sample_loss, regression, slope_run,
+                            squared_error, steps)
 from tests.options import make_scheduler
 
 both_orders = pytest.mark.parametrize("scheduler_first", [False, True], ids=["step-then-measure", "measure-then-step"])
@@ -124,14 +125,13 @@ def test_spill_with_accumulated_passes(scheduler_first):
     assert lrs == [1.0, 1.0, 0.5, 1.0]
 
 
-class ConstantMoments(NullEstimator):
+class ConstantMoments(Estimator):
     """Stands in for the hooks: T = 320 at every step."""
 
-    enabled, lags = True, False
+    lags = False
 
     def __init__(self, loader):
-        super().__init__()
-        self.loader = loader
+        self.loader, self.on_backward_end = loader, []
 
     def observe(self, **options):
         return self

@@ -84,7 +84,7 @@ OPTIONS = {
     "all": {},
     "subset": {"samples": 3},
     "budget": {"measure": 0.2},
-    "inner_products": {"statistics": ["inner_products"]},
+    "inner_products": {"inner_products": True},
     "micro-batches": {"max_micro_batch_size": 6},
     "micro-batch estimator": {"estimator": "micro_batch"},
     "per parameter": {"per_parameter": True},

@@ -8,6 +8,7 @@ from torch import nn
 import adabatch
 from adabatch import CABS, GradSampleHooks
 from adabatch.interfaces import RunContext
+from adabatch.grad_sample.statistics import PreconditionedTrace
 from adabatch.preconditioners import preconditioned_trace, preconditioner_of, preconditioner_reader
 from tests import oracle
 
@@ -43,10 +44,14 @@ def batch_of(size):
     return torch.randn(size, 3), torch.randn(size, 2) + 1
 
 
+def contraction(optimizer):
+    return PreconditionedTrace(preconditioner_reader(optimizer))
+
+
 def measured(model, batch, optimizer=None, **options):
     """Moments by second moments, or, with an optimizer, by its preconditioner."""
-    how = {"statistics": ["second_moment"]} if optimizer is None else {"preconditioner": preconditioner_reader(optimizer)}
-    hooks = GradSampleHooks(model, **how, **options)
+    statistic = "second_moment" if optimizer is None else contraction(optimizer)
+    hooks = GradSampleHooks(model, statistics=[statistic], **options)
     model.zero_grad()
     losses = loss_fn(model, batch)
     (losses.sum() if options.get("loss_reduction") == "sum" else losses.mean()).backward()
@@ -95,7 +100,7 @@ def test_the_trace_is_that_of_full_per_sample_gradients(make, groups, loss_reduc
     expected = expected_trace(model, optimizer, batch, lr=0.007, coming=weighed)
     moments = measured(model, batch, optimizer if weighed else None, loss_reduction=loss_reduction)
     assert preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.007) == pytest.approx(expected, rel=1e-4)
-    assert weighed == bool(moments.preconditioned)
+    assert weighed == ("preconditioned_trace" in moments.statistics)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.007) == pytest.approx(expected, rel=1e-4)
 
@@ -168,16 +173,20 @@ def test_every_kind_of_tap_weighs_and_keeps_no_copy_of_the_parameters(options):
     optimizer.step()
     model.zero_grad()
     grads = oracle.per_sample_grads(model, losses, batch)
-    hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer), **options)
-    assert hooks.statistics == {"preconditioned_trace", *(["inner_products"] if "inner_products" in options else [])}
+    options = dict(options)
+    names = options.pop("statistics", [])
+    hooks = GradSampleHooks(model, statistics=[contraction(optimizer), *names], **options)
+    assert hooks.statistics == {"preconditioned_trace", *names}
     losses(model, batch).mean().backward()
     moments = hooks.collect()
     rows = range(8) if moments.indices is None else moments.indices.tolist()
-    assert moments.second_moment.keys() == grads.keys()
+    squares = moments.statistics["preconditioned_trace"].squares
+    assert squares.keys() == grads.keys()
     for name, parameter in model.named_parameters():
         weights = update_per_gradient(optimizer, parameter, coming=True)
-        assert moments.second_moment[name].shape == ()
-        assert float(moments.second_moment[name]) == pytest.approx(float((weights * grads[name][list(rows)].square().sum(0)).sum()), rel=1e-4)
+        assert squares[name].shape == ()
+        expected = float((weights * grads[name][list(rows)].square().sum(0)).sum())
+        assert float(squares[name]) == pytest.approx(expected, rel=1e-4)
 
 
 @every_optimizer
@@ -231,12 +240,13 @@ def test_a_compiled_model_is_weighed_when_its_pass_has_ended():
     model, optimizer = trained(OPTIMIZERS["adam"])
     batch = batch_of(11)
     expected = expected_trace(model, optimizer, batch, lr=0.01, coming=True)
-    hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer))
+    hooks = GradSampleHooks(model, statistics=[contraction(optimizer)])
     model.zero_grad()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     loss_fn(compiled, batch).mean().backward()
     moments = hooks.collect()
-    assert all(value.shape == () for value in moments.second_moment.values())
+    squares = moments.statistics["preconditioned_trace"].squares
+    assert all(value.shape == () for value in squares.values())
     assert preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.01) == pytest.approx(expected, rel=1e-4)
 
 
@@ -244,7 +254,7 @@ def test_accumulated_passes_are_weighed_alike():
     model, optimizer = trained(OPTIMIZERS["adam"])
     batch = batch_of(12)
     expected = expected_trace(model, optimizer, batch, lr=0.01, coming=True)
-    hooks = GradSampleHooks(model, preconditioner=preconditioner_reader(optimizer), accumulate=2)
+    hooks = GradSampleHooks(model, statistics=[contraction(optimizer)], accumulate=2)
     model.zero_grad()
     for half in (slice(0, 6), slice(6, 12)):
         (loss_fn(model, tuple(part[half] for part in batch)).mean() / 2).backward()
@@ -275,7 +285,7 @@ def test_gradients_that_are_gone_and_missing_moments_are_explained():
     with pytest.raises(ValueError, match="before zero_grad"):
         preconditioned_trace(moments, dict(model.named_parameters()), optimizer, 0.1)
     bare = adabatch.GradientMoments(4, torch.ones(4), 0.5)
-    with pytest.raises(ValueError, match="second_moment=True"):
+    with pytest.raises(ValueError, match="'second_moment'"):
         preconditioned_trace(bare, {}, optimizer, 0.1)
     assert preconditioner_of(torch.optim.Adadelta(model.parameters())) is None
 

@@ -61,13 +61,17 @@ class PreconditionedTrace(SecondMoment):
         self.preconditioner = preconditioner
 
     def of_factor(self, name: str, factor: Factor, grad: Tensor | None = None) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            return super().of_factor(name, factor, grad)
         weights = self._weights(name)
         return None if weights is None else factor.preconditioned_trace(weights)
 
     def of_fused(
         self, name: str, sq_norms: Tensor, second_moment: Tensor | None
     ) -> Tensor | None:
-        return None if second_moment is None else self.from_leaf(name, second_moment)
+        if second_moment is None or torch.compiler.is_compiling():
+            return second_moment
+        return self.from_leaf(name, second_moment)
 
     def from_leaf(self, name: str, value: Tensor) -> Tensor | None:
         weights = self._weights(name)

@@ -1,9 +1,11 @@
-"""What the learning rate does when the batch changes: each rule is a pure function of batch sizes that gives a factor on the lr.
+"""What the learning rate does when the batch changes: each rule is a pure function of batch sizes
+that gives a factor on the lr.
 
-Legend: B the size of the batch being stepped (as it was asked for), B₀ the base batch size, for which the lr was chosen, S = B/B₀, φ = T/G² the noise scale.
+Legend: B the requested size of the batch being stepped, B₀ the base batch size, for which the lr
+was chosen, S = B/B₀, φ = T/G² the noise scale.
 
-A rule of your own is any callable (batch_size, base_batch_size, noise_scale) -> factor; with an attribute `needs_moments = True` it is given the noise scale
-from smoothed moments, without it 0.
+A user's rule is any callable (batch_size, base_batch_size, noise_scale) -> factor. With an
+attribute `needs_moments = True` it gets the noise scale of smoothed moments, without it 0.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ from collections.abc import Callable
 import torch
 from torch.optim import Optimizer
 
+from adabatch.config import CouplingRule
 from adabatch.estimators.averages import check_smoothing
-
-Coupling = Callable[[int, int, float], float]
 
 
 def none(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
@@ -30,7 +31,7 @@ def none(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> flo
 
 
 def linear(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
-    """S: SGD takes the same way through as many samples, as long as noise dominates.
+    """S: SGD moves as far per sample, as long as noise dominates.
 
     Example:
         >>> linear(256, 64)
@@ -43,7 +44,8 @@ def linear(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> f
 
 
 def square_root(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
-    """√S: the rule for Adam and its family, whose step has the size of the lr whatever the gradient's.
+    """√S: the rule for Adam and its family, whose step has the size of the lr whatever the
+    gradient's.
 
     Example:
         >>> square_root(256, 64)
@@ -53,8 +55,8 @@ def square_root(batch_size: int, base_batch_size: int, noise_scale: float = 0.0)
 
 
 def gain(batch_size: float, base_batch_size: float, noise_scale: float) -> float:
-    """AdaScale's r = (T/B₀ + G²)/(T/B + G²) = S(φ + B₀)/(φ + B): how many steps at the base batch size
-    one step at B is worth, between 1, where the gradient has no noise, and S, where it is all noise.
+    """AdaScale's r = (T/B₀ + G²)/(T/B + G²) = S(φ + B₀)/(φ + B): how many steps at the base batch
+    size one step at B is worth, between 1 (no noise) and S (all noise).
 
     Example:
         >>> [gain(256, 64, noise_scale) for noise_scale in (0.0, 128.0, math.inf)]
@@ -70,13 +72,13 @@ def gain(batch_size: float, base_batch_size: float, noise_scale: float) -> float
 
 
 class AdaScaleGain:
-    """AdaScale's gain (`gain`) under a batch that a controller moves; 1 before the first measurement.
+    """AdaScale's `gain` under a batch that a controller moves; 1 before the first measurement.
 
-    An lr schedule that counts steps of the base is advanced by the gain of each step
+    An lr schedule that counts base steps is advanced by the gain of each step
     (`scheduler.last_lr_factor`).
 
     Args:
-        smoothing: of the averages of T and G² that φ is the ratio of, 0 <= smoothing < 1.
+        smoothing: of the averages of T and G² whose ratio is φ, 0 <= smoothing < 1.
 
     Raises:
         ValueError: smoothing out of range.
@@ -96,8 +98,15 @@ class AdaScaleGain:
         return gain(batch_size, base_batch_size, noise_scale)
 
 
+RULES: dict[str, Callable[[], CouplingRule]] = {
+    "none": lambda: none, "linear": lambda: linear, "sqrt": lambda: square_root,
+    "adascale": AdaScaleGain,
+}
+
+
 def rule_of_optimizer(optimizer: Optimizer) -> str:
-    """'linear' for SGD, 'sqrt' for Adam and its family (anything with betas, RMSprop, Adagrad, Adadelta).
+    """'linear' for SGD; 'sqrt' for Adam and its family (anything with betas, RMSprop, Adagrad,
+    Adadelta).
 
     Raises:
         ValueError: another optimizer.
@@ -111,14 +120,13 @@ def rule_of_optimizer(optimizer: Optimizer) -> str:
     adaptive = (torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta)
     if isinstance(optimizer, adaptive) or "betas" in optimizer.param_groups[0]:
         return "sqrt"
-    raise ValueError(f"whether lr ∝ batch or lr ∝ √batch suits {type(optimizer).__name__} is not known: pass coupling='linear' or 'sqrt'")
+    raise ValueError(f"whether lr ∝ batch or lr ∝ √batch suits {type(optimizer).__name__} is not "
+                     "known: pass coupling='linear' or 'sqrt'")
 
 
-RULES: dict[str, Callable[[], Coupling]] = {"none": lambda: none, "linear": lambda: linear, "sqrt": lambda: square_root, "adascale": AdaScaleGain}
-
-
-def coupling_for(given: str | Coupling, optimizer: Optimizer) -> Coupling:
-    """The rule of a name; a callable is taken as it is. 'seesaw' is the rule of the optimizer, whose other half is the controller `Seesaw`.
+def coupling_for(given: str | CouplingRule, optimizer: Optimizer) -> CouplingRule:
+    """The rule of a name; a callable is taken as it is. 'seesaw' is the rule of the optimizer,
+    whose other half is the controller `Seesaw`.
 
     Raises:
         ValueError: an unknown name; 'seesaw' with an optimizer whose rule is not known.
@@ -132,16 +140,19 @@ def coupling_for(given: str | Coupling, optimizer: Optimizer) -> Coupling:
     if given == "seesaw":
         given = rule_of_optimizer(optimizer)
     if given not in RULES:
-        raise ValueError(f"coupling must be one of {[*RULES, 'seesaw']} or a callable (batch_size, base_batch_size, noise_scale) -> factor, got {given!r}")
+        raise ValueError(f"coupling must be one of {[*RULES, 'seesaw']} or a callable (batch_size, "
+                         f"base_batch_size, noise_scale) -> factor, got {given!r}")
     return RULES[given]()
 
 
-def smoothing_of(rule: Coupling) -> float | None:
+def smoothing_of(rule: str | CouplingRule) -> float | None:
     """The smoothing of the moments whose noise scale the rule is called with; None where it reads
     none.
 
     Example:
-        >>> smoothing_of(linear) is None
-        True
+        >>> smoothing_of(linear), smoothing_of("adascale")
+        (None, 0.95)
     """
+    if isinstance(rule, str):
+        rule = RULES[rule]() if rule in RULES else none
     return getattr(rule, "smoothing", 0.95) if getattr(rule, "needs_moments", False) else None
