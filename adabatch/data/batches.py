@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from operator import setitem
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from adabatch._tree import Path
+from adabatch._types import Batch, CollateFn, Sample
+
 _ALIGNMENT = 64
 PER_SAMPLE, CONSTANT = "per sample", "constant"
-Layout = Any
-JoinFn = Callable[..., Any]
-Path = tuple[Any, ...]
+Layout: TypeAlias = "int | str | list[Layout] | None"
+JoinFn = Callable[..., Batch]
 _FIX = (
     "Let collate_fn give every chunk the same shapes, pass join_fn= (adabatch.data.pad_right "
     "pads), or collate whole batches: collate_in='consumer'."
@@ -34,7 +37,7 @@ class UnknownAxis(str):
     __slots__ = ()
 
 
-def learn_layout(collate_fn: Callable[[list[Any]], Any], sample: Any) -> Layout:
+def learn_layout(collate_fn: CollateFn, sample: Sample) -> Layout:
     """The layout of batches of samples like this one, from a batch of one and a batch of two.
 
     Example:
@@ -52,7 +55,7 @@ def learn_layout(collate_fn: Callable[[list[Any]], Any], sample: Any) -> Layout:
     return _compare(one, two)
 
 
-def cut(batch: Any, layout: Layout, start: int, stop: int) -> Any:
+def cut(batch: Batch, layout: Layout, start: int, stop: int) -> Batch:
     """Samples start … stop − 1 of a batch.
 
     Tensors are views with version counters of their own, or copies where a view would be laid out
@@ -69,8 +72,8 @@ def cut(batch: Any, layout: Layout, start: int, stop: int) -> Any:
 
 
 def join(
-    parts: Sequence[Any], layout: Layout, join_fn: JoinFn | None = None, pin: bool = False
-) -> Any:
+    parts: Sequence[Batch], layout: Layout, join_fn: JoinFn | None = None, pin: bool = False
+) -> Batch:
     """One batch from several, in their order; into pinned memory with `pin`.
 
     Raises:
@@ -86,7 +89,7 @@ def join(
 
 def pad_right(
     parts: Sequence[Tensor], axis: int = 0, path: Path = (), *,
-    padding_value: float | Mapping[Any, float] = 0,
+    padding_value: float | Mapping[object, float] = 0,
 ) -> Tensor:
     """A join_fn: pads every other axis on the right to the longest part, then joins along `axis`.
 
@@ -117,49 +120,44 @@ def pad_right(
     return joined
 
 
-Children = tuple[list[Any], list[Any], Callable[[list[Any]], Any]]
+Children = tuple[Sequence[Batch], Sequence[object], Callable[[list[Batch]], Batch]]
 
 
-def _children(node: Any) -> Children | None:
+def _children(node: Batch) -> Children | None:
     """(parts, their names, how to rebuild) of a container, or None for a leaf."""
     kind = type(node)
     if kind is list or kind is tuple:
-        return list(node), list(range(len(node))), kind
+        return node, range(len(node)), kind
     if kind is dict:
         return list(node.values()), list(node), lambda parts: dict(zip(node, parts, strict=True))
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        fields = [field.name for field in dataclasses.fields(node)]
-        parts = [getattr(node, name) for name in fields]
-        return parts, fields, lambda parts: _replaced(node, fields, parts)
+        names = [field.name for field in dataclasses.fields(node)]
+        parts = [getattr(node, name) for name in names]
+        return parts, names, lambda parts: _changed(node, names, parts, object.__setattr__)
     parts, spec = tree_flatten(node, is_leaf=lambda inner: inner is not node)
     if not (len(parts) == 1 and parts[0] is node):
-        names: list[Any] = list(node if isinstance(node, Mapping) else range(len(parts)))
-        return parts, names, lambda parts: tree_unflatten(parts, spec)
-    if isinstance(node, Mapping) and hasattr(node, "__setitem__"):
-        return list(node.values()), list(node), lambda parts: _updated(node, parts)
+        keys = list(node) if isinstance(node, Mapping) else range(len(parts))
+        return parts, keys, lambda parts: tree_unflatten(parts, spec)
+    if isinstance(node, MutableMapping):
+        return list(node.values()), list(node), lambda parts: _changed(node, node, parts, setitem)
     return None
 
 
-def _replaced(node: Any, names: list[str], parts: list[Any]) -> Any:
+def _changed(
+    node: Batch, names: Iterable[object], parts: list[Batch], change: Callable[..., None]
+) -> Batch:
     other = copy.copy(node)
     for name, part in zip(names, parts, strict=True):
-        object.__setattr__(other, name, part)
+        change(other, name, part)
     return other
 
 
-def _updated(node: Any, parts: list[Any]) -> Any:
-    other = copy.copy(node)
-    for key, part in zip(node, parts, strict=True):
-        other[key] = part
-    return other
-
-
-def _compare(one: Any, two: Any) -> Layout:
-    def unknown(what: str, first: Any, second: Any) -> UnknownAxis:
-        return UnknownAxis(f"a batch of one {what.format(first)}, a batch of two {second}")
+def _compare(one: Batch, two: Batch) -> Layout:
+    def unknown(first: object, second: object) -> UnknownAxis:
+        return UnknownAxis(f"a batch of one {first}, a batch of two {second}")
 
     if type(one) is not type(two):
-        return unknown("is of type {}", type(one).__name__, f"of type {type(two).__name__}")
+        return unknown(f"is of type {type(one).__name__}", f"of type {type(two).__name__}")
     if isinstance(one, (Tensor, np.ndarray)):
         sizes = list(zip(one.shape, two.shape, strict=False))
         growing = [axis for axis, (first, second) in enumerate(sizes) if first != second]
@@ -167,7 +165,7 @@ def _compare(one: Any, two: Any) -> Layout:
             return CONSTANT
         if one.ndim == two.ndim and len(growing) == 1 and sizes[growing[0]] == (1, 2):
             return growing[0]
-        return unknown("has shape {}", tuple(one.shape), tuple(two.shape))
+        return unknown(f"has shape {tuple(one.shape)}", tuple(two.shape))
     plain = isinstance(one, (list, tuple)) and not hasattr(one, "_fields")
     if plain and (len(one), len(two)) == (1, 2):
         return PER_SAMPLE
@@ -175,99 +173,89 @@ def _compare(one: Any, two: Any) -> Layout:
     if inner is None or others is None:
         return CONSTANT
     if len(inner[0]) != len(others[0]):
-        return unknown("has {} parts", len(inner[0]), len(others[0]))
+        return unknown(f"has {len(inner[0])} parts", len(others[0]))
     return [_compare(mine, theirs) for mine, theirs in zip(inner[0], others[0], strict=True)]
 
 
-def _at(path: Path) -> str:
-    return " at " + "".join(f"[{part!r}]" for part in path) if path else ""
+def _refusal(path: Path, why: str, verb: str = "joined") -> ValueError:
+    at = " at " + "".join(f"[{part!r}]" for part in path) if path else ""
+    return ValueError(f"Batches cannot be {verb}{at}: {why}. {_FIX}")
 
 
-def _node(batch: Any, layout: Layout, path: Path) -> Children:
-    """_children of a container that layout describes."""
-    if isinstance(layout, UnknownAxis):
-        raise ValueError(f"Batches cannot be cut or joined{_at(path)}: {layout}. {_FIX}")
+def _parts(
+    batch: Batch, layout: Layout, path: Path
+) -> tuple[list[tuple[Batch, Layout, Path]], Callable[[list[Batch]], Batch]]:
+    """([(part, its layout, its path)], how to rebuild) of a container."""
     found = _children(batch)
-    if found is None:
-        kind = type(batch).__name__
-        raise ValueError(f"Batches cannot be cut or joined{_at(path)}: {kind} has no parts. {_FIX}")
-    return found
+    if found is None or not isinstance(layout, list):
+        unknown = isinstance(layout, UnknownAxis)
+        why = str(layout) if unknown else f"{type(batch).__name__} has no parts"
+        raise _refusal(path, why, "cut or joined")
+    parts, names, rebuild = found
+    triples = zip(parts, layout, names, strict=True)
+    return [(part, inner, (*path, name)) for part, inner, name in triples], rebuild
 
 
-def _cut(batch: Any, layout: Layout, start: int, stop: int, path: Path) -> Any:
+def _cut(batch: Batch, layout: Layout, start: int, stop: int, path: Path) -> Batch:
     if layout == CONSTANT:
         return batch
     if layout == PER_SAMPLE:
         return batch[start:stop]
-    if isinstance(layout, int):
-        if not isinstance(batch, Tensor):
-            return batch[(slice(None),) * layout + (slice(start, stop),)]
-        # .data, because views of one tensor share a version counter: changing one batch in place
-        # would spoil the graph of another.
-        return _laid_out(batch.data.narrow(layout, start, stop - start), layout)
-    parts, names, rebuild = _node(batch, layout, path)
-    return rebuild([
-        _cut(part, inner, start, stop, (*path, name))
-        for part, inner, name in zip(parts, layout, names, strict=True)
-    ])
-
-
-def _laid_out(view: Tensor, axis: int) -> Tensor:
-    """The view, or a copy that begins at a multiple of 64 bytes, as any new tensor does.
-
-    Otherwise a matrix product does not give the same bits (tried with MKL).
-    """
+    if not isinstance(layout, int):
+        parts, rebuild = _parts(batch, layout, path)
+        return rebuild([_cut(part, inner, start, stop, at) for part, inner, at in parts])
+    if not isinstance(batch, Tensor):
+        return batch[(slice(None),) * layout + (slice(start, stop),)]
+    # .data, because views of one tensor share a version counter: changing one batch in place
+    # would spoil the graph of another.
+    view = batch.data.narrow(layout, start, stop - start)
     if view.device.type != "cpu" or view.is_pinned():
         return view  # goes to a device, where it is laid out again
-    return view.clone() if axis or view.data_ptr() % _ALIGNMENT else view
+    # A copy begins at a multiple of 64 bytes, as any new tensor does. Otherwise a matrix product
+    # does not give the same bits (tried with MKL).
+    return view.clone() if layout or view.data_ptr() % _ALIGNMENT else view
 
 
 def _join(
-    parts: Sequence[Any], layout: Layout, join_fn: JoinFn | None, pin: bool, path: Path
-) -> Any:
-    first = parts[0]
+    batches: Sequence[Batch], layout: Layout, join_fn: JoinFn | None, pin: bool, path: Path
+) -> Batch:
+    first = batches[0]
     if layout == CONSTANT:
-        if not all(_equal(first, part) for part in parts[1:]):
-            raise ValueError(
-                f"Batches cannot be joined{_at(path)}: what does not grow with the batch differs "
-                f"between chunks. {_FIX}"
-            )
+        if not all(_equal(first, batch) for batch in batches[1:]):
+            raise _refusal(path, "what does not grow with the batch differs between chunks")
         return first
     if layout == PER_SAMPLE:
-        return type(first)(entry for part in parts for entry in part)
+        return type(first)(entry for batch in batches for entry in batch)
     if isinstance(layout, int):
-        return _join_arrays(parts, layout, join_fn, pin, path)
-    _, names, rebuild = _node(first, layout, path)
-    columns = zip(*(_node(part, layout, path)[0] for part in parts), strict=True)
+        return _join_arrays(batches, layout, join_fn, pin, path)
+    _, rebuild = _parts(first, layout, path)
+    columns = zip(*(_parts(batch, layout, path)[0] for batch in batches), strict=True)
     return rebuild([
-        _join(column, inner, join_fn, pin, (*path, name))
-        for column, inner, name in zip(columns, layout, names, strict=True)
+        _join([part for part, _, _ in column], column[0][1], join_fn, pin, column[0][2])
+        for column in columns
     ])
 
 
 def _join_arrays(
-    parts: Sequence[Any], axis: int, join_fn: JoinFn | None, pin: bool, path: Path
-) -> Any:
+    parts: Sequence[Batch], axis: int, join_fn: JoinFn | None, pin: bool, path: Path
+) -> Batch:
     first = parts[0]
     if len({(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) > 1:
         if join_fn is None:
             shapes = [tuple(part.shape) for part in parts]
-            raise ValueError(
-                f"Batches cannot be joined{_at(path)}: shapes {shapes} differ beyond axis {axis}. "
-                f"{_FIX}"
-            )
+            raise _refusal(path, f"shapes {shapes} differ beyond axis {axis}")
         return join_fn(parts, axis, path)
     if not isinstance(first, Tensor):
         return np.concatenate(parts, axis)
+    pinned = None
     if pin and first.is_pinned() and len({part.dtype for part in parts}) == 1:
         shape = list(first.shape)
         shape[axis] = sum(part.shape[axis] for part in parts)
         pinned = torch.empty(shape, dtype=first.dtype, pin_memory=True)
-        return torch.cat(list(parts), axis, out=pinned)
-    return torch.cat(list(parts), axis)
+    return torch.cat(list(parts), axis, out=pinned)
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: Batch, other: Batch) -> bool:
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import NamedTuple
 
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from adabatch._types import Batch
 from adabatch.data.batches import Layout
+from adabatch.interfaces import State
+
+Cut = Callable[[Batch, int, int], Batch]
 
 
 class Request(NamedTuple):
@@ -26,9 +33,9 @@ class Request(NamedTuple):
     epoch: int
     stream: int
     start: int
-    indices: Sequence[Any]
+    indices: Sequence[int]
     stride: int = 1
-    restore: Any = None
+    restore: State | None = None
 
 
 class Reply(NamedTuple):
@@ -43,11 +50,11 @@ class Reply(NamedTuple):
         seconds: taken by fetching and collating.
     """
 
-    batch: Any
+    batch: Batch
     n: int
     layout: Layout = None
     ended: bool = False
-    state: Any = None
+    state: State | None = None
     seconds: float = 0.0
 
 
@@ -63,9 +70,7 @@ def split_into(total: int, parts: int) -> list[int]:
 
 
 class ChunkSizer:
-    """The least samples of a chunk: those that take 4 ms to fetch.
-
-    Handing a chunk over costs worker and consumer some tenths of a millisecond, whatever its size.
+    """The least samples of a chunk: those that take 4 ms to fetch, as handing it over takes 0.1 ms.
 
     Example:
         >>> sizer = ChunkSizer()
@@ -90,8 +95,7 @@ class ChunkPlan:
     """Sizes of the chunks to draw.
 
     What was requested and is not drawn yet is divided among the workers; what is drawn ahead ends
-    where batches will end: at a constant batch size a chunk is one batch or several, and nothing
-    needs joining.
+    where batches will end, so that nothing needs joining at a constant batch size.
 
     Args:
         workers: that fetch at the same time; 0 for none.
@@ -137,30 +141,17 @@ class ChunkPlan:
 
     def _to_boundary(self, ahead: int) -> int:
         """Samples up to the next boundary of batches."""
-        for size in self.rest:
-            if ahead < size:
-                return size - ahead
-            ahead -= size
-        cycle = self._cycle()
-        ahead %= sum(cycle)
-        for size in cycle:
-            if ahead < size:
-                return size - ahead
-            ahead -= size
-        raise AssertionError("a remainder is smaller than what it is a remainder of")
+        rest, cycle = sum(self.rest), self._cycle()
+        sizes = self.rest if ahead < rest else cycle
+        ahead = ahead if ahead < rest else (ahead - rest) % sum(cycle)
+        return next(end for end in accumulate(sizes) if ahead < end) - ahead
 
 
 class Replies:
-    """The engine's replies, in the order of the requests.
-
-    Args:
-        iterator: of torch's DataLoader, or any other.
-        has_workers: whether it is one with worker processes.
-    """
+    """The engine's replies, in the order of the requests; has_workers: from worker processes."""
 
     def __init__(self, iterator: Iterator[Reply], has_workers: bool = False):
-        self._iterator: Any = iterator
-        self._has_workers = has_workers
+        self._iterator, self._has_workers = iterator, has_workers
 
     def __iter__(self) -> Iterator[Reply]:
         return self
@@ -178,7 +169,7 @@ class Replies:
 
     def close(self) -> None:
         """End the workers now, not when the last traceback that holds the iterator is freed."""
-        if self._has_workers:
+        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
             self._iterator._shutdown_workers()
 
 
@@ -199,11 +190,11 @@ class ChunkBuffer:
     """
 
     def __init__(
-        self, replies: Replies, cut: Callable[[Any, int, int], Any],
-        join: Callable[[list[Any]], Any], received: Callable[[Reply], Reply],
+        self, replies: Replies, cut: Cut,
+        join: Callable[[list[Batch]], Batch], received: Callable[[Reply], Reply],
     ):
         self.replies, self._cut, self._join, self._received = replies, cut, join, received
-        self._parts: deque[tuple[Any, int, int]] = deque()
+        self._parts: deque[tuple[Batch, int, int]] = deque()
         self._held = 0
 
     def fill(self, size: int) -> int:
@@ -215,7 +206,7 @@ class ChunkBuffer:
                 self._held += reply.n
         return min(size, self._held)
 
-    def take(self, size: int) -> Any:
+    def take(self, size: int) -> Batch:
         """A batch of the next `size` samples, which must be here."""
         pieces = []
         self._held -= size
@@ -234,7 +225,7 @@ class ChunkBuffer:
         for _ in self.replies:
             pass
 
-    def put_back(self, batch: Any, size: int) -> None:
+    def put_back(self, batch: Batch, size: int) -> None:
         """Let `batch` of `size` samples be the next to be taken."""
         self._parts.appendleft((batch, 0, size))
         self._held += size

@@ -8,15 +8,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from adabatch.data.batches import PER_SAMPLE, cut, join, learn_layout
-from adabatch.data.chunks import ChunkBuffer, ChunkPlan, Reply, Request
+from adabatch._types import Batch
+from adabatch.data.batches import PER_SAMPLE, Layout, cut, join, learn_layout
+from adabatch.data.chunks import ChunkBuffer, ChunkPlan, Cut, Reply, Request
 from adabatch.data.order import Stateful
 from adabatch.data.rng import mix
 from adabatch.data.sampler import ResizableBatchSampler
@@ -34,20 +35,20 @@ _CHANGED_IN_PLACE = (
     "begin with."
 )
 
-Cut = Callable[[Any, int, int], Any]
+# (start, size, sizes of the rest) -> a piece of the next batch.
+Pieces = Callable[[int, int, list[int]], Batch]
 
 
 @dataclass
 class _Drawn:
     """A chunk that was requested and is not yet wholly delivered.
 
-    `state` is that of its source: before the chunk (map-style; `start` is its position in the
-    order) or after it (iterable).
+    `state` is its source's before the chunk, at `start` (map-style), or after it (iterable).
     """
 
     size: int
     worker: int = 0
-    state: Any = None
+    state: State | None = None
     arrived: bool = False
     start: int = 0
 
@@ -98,7 +99,7 @@ class Epoch:
             yield Request(self._iterator_id, epoch, self._stream, at, indices, world)
 
     def received(self, reply: Reply, cut: Cut) -> Reply:
-        """A chunk arrived; returns what of it is to be delivered."""
+        """What is to be delivered of a chunk that arrived."""
         return reply
 
     def delivered(self, n: int) -> None:
@@ -126,11 +127,7 @@ class Epoch:
 
 
 def check_same_streams(progress: State, **here: int) -> None:
-    """Refuse to resume an iterable data set where workers or processes would divide it otherwise.
-
-    Raises:
-        ValueError: another number of workers or processes than saved.
-    """
+    """ValueError where workers or processes would divide an iterable data set otherwise."""
     for name, number in here.items():
         saved = progress.get(name, 1)
         if saved != number:
@@ -144,8 +141,7 @@ class StreamEpoch(Epoch):
     """An epoch of an iterable data set: chunk k comes from worker k modulo the number of workers.
 
     On resuming, empty requests let the first real one reach the worker whose turn it was, and
-    chunks that were drawn and not delivered are drawn again in their sizes: the rest of the order
-    is the same.
+    chunks that were drawn and not delivered are drawn again in their sizes.
     """
 
     _keeps = 0
@@ -156,12 +152,12 @@ class StreamEpoch(Epoch):
     ):
         super().__init__(sampler, iterator_id, plan)
         self._num_workers, self._workers = workers, max(1, workers)
-        self._states: list[Any] = [None] * self._workers
+        self._states: list[State | None] = [None] * self._workers
         self._ended: set[int] = set()
         self._again: list[int] = []
         self._turn = self._drop = 0
         if progress is not None:
-            self._states, self._again = list(progress["states"]), list(progress["chunks"])
+            self._states, self._again = [*progress["states"]], [*progress["chunks"]]
             self._turn, self._drop = progress["worker"], progress["offset"]
             plan.requested, plan.drawn = progress["requested"], progress["drawn"]
         self._first = list(self._states)
@@ -212,14 +208,10 @@ class StreamEpoch(Epoch):
             )
         front = self._outstanding[0] if self._outstanding else None
         return sampler_state, {
-            "num_workers": self._num_workers,
-            "world_size": self._sampler.shard.world_size,
-            "states": list(self._states),
-            "worker": 0 if front is None else front.worker,
-            "chunks": [drawn.size for drawn in self._outstanding],
-            "offset": self._offset,
-            "requested": self.plan.requested,
-            "drawn": self.plan.drawn,
+            "num_workers": self._num_workers, "world_size": self._sampler.shard.world_size,
+            "states": [*self._states], "worker": 0 if front is None else front.worker,
+            "chunks": [drawn.size for drawn in self._outstanding], "offset": self._offset,
+            "requested": self.plan.requested, "drawn": self.plan.drawn,
         }
 
 
@@ -249,7 +241,7 @@ class EpochIterator:
         )
         self._buffer: ChunkBuffer | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         sampler = self._sampler
         try:
             while True:
@@ -262,7 +254,8 @@ class EpochIterator:
                     yield from self._micro_batches(n)
                     continue
                 local = sampler.local_draw(n)
-                batch = self._whole_batch(local)
+                whole = self._whole
+                batch = self._collated(local)(0, local, []) if whole else self._next_samples(local)
                 self._advance(n, local)
                 yield batch
                 batch = None  # not kept while the next one is awaited
@@ -277,10 +270,7 @@ class EpochIterator:
                 buffer.replies.close()
 
     def _upcoming(self, size: int) -> int:
-        """Global samples of the next batch, 0 at the end.
-
-        Where the length of the epoch is not known, only when they are here.
-        """
+        """Global samples of the next batch, 0 at the end; unsized: waits until they are here."""
         if self._sized:
             return self._sampler.upcoming(size)
         # Equal parts: nobody knows how much is left, and all processes must end together.
@@ -289,17 +279,12 @@ class EpochIterator:
         got = self._request(local, ()).fill(local)
         return 0 if self._sampler.drop_last and got < local else got * world
 
-    def _whole_batch(self, local: int) -> Any:
-        if self._whole:
-            return self._collated(local)(0, local, [])
-        return self._next_samples(local)
-
-    def _micro_batches(self, n: int) -> Iterator[Any]:
+    def _micro_batches(self, n: int) -> Iterator[Batch]:
         local, shard = self._sampler.local_draw(n), self._sampler.shard
         pieces = self._collated(local) if self._whole else self._pieces(local)
         sizes, part, at = self._micro.start(n, shard, local), 0, 0
         advanced = False
-        kept: list[tuple[Any, int, list[int]]] = []
+        kept: list[tuple[Batch, int, list[int]]] = []
         while part < len(sizes):
             size = sizes[part]
             batch = pieces(at, size, sizes[part + 1 :])
@@ -320,7 +305,7 @@ class EpochIterator:
         self._sampler.position += n
         self.epoch.delivered(local)
 
-    def _put_back(self, kept: list[tuple[Any, int, list[int]]]) -> None:
+    def _put_back(self, kept: list[tuple[Batch, int, list[int]]]) -> None:
         if any(_versions(batch) != versions for batch, _, versions in kept):
             raise RuntimeError(_CHANGED_IN_PLACE)
         if not self._whole and self._buffer is not None:
@@ -329,11 +314,11 @@ class EpochIterator:
 
     # -- where the samples come from
 
-    def _pieces(self, n: int) -> Callable[[int, int, list[int]], Any]:
-        """Pieces (start, size, sizes of the rest) of the next batch, requested one by one."""
+    def _pieces(self, n: int) -> Pieces:
+        """Pieces of the next batch, requested one by one."""
         requested = 0 if self._sized else n
 
-        def take(at: int, size: int, rest: list[int]) -> Any:
+        def take(at: int, size: int, rest: list[int]) -> Batch:
             nonlocal requested
             missing = max(0, at + size - requested)
             requested += missing
@@ -341,7 +326,7 @@ class EpochIterator:
 
         return take
 
-    def _collated(self, n: int) -> Callable[[int, int, list[int]], Any]:
+    def _collated(self, n: int) -> Pieces:
         """Pieces of the next batch, collated here as a whole."""
         loader, samples = self._loader, self._next_samples(n)
         if self._micro.is_split and loader.layout is None:
@@ -354,7 +339,7 @@ class EpochIterator:
 
     def _next_samples(
         self, size: int, missing: int | None = None, rest: Sequence[int] = ()
-    ) -> Any:
+    ) -> Batch:
         """`size` samples, after requesting the missing ones: all of them where that is None."""
         if missing is None:
             missing = size if self._sized else 0
@@ -381,17 +366,19 @@ class EpochIterator:
             self._loader.chunk_sizer.observe(reply)
         return self.epoch.received(reply, self._cut)
 
-    def _cut(self, batch: Any, start: int, stop: int) -> Any:
-        return cut(batch, PER_SAMPLE if self._whole else self._loader.layout, start, stop)
+    @property
+    def _layout(self) -> Layout:
+        return PER_SAMPLE if self._whole else self._loader.layout
 
-    def _join(self, parts: list[Any]) -> Any:
-        loader = self._loader
-        layout = PER_SAMPLE if self._whole else loader.layout
-        return join(parts, layout, loader.join_fn, loader.pin_memory)
+    def _cut(self, batch: Batch, start: int, stop: int) -> Batch:
+        return cut(batch, self._layout, start, stop)
+
+    def _join(self, parts: list[Batch]) -> Batch:
+        return join(parts, self._layout, self._loader.join_fn, self._loader.pin_memory)
 
 
 class SizesAhead:
-    """Local sizes of the batches after the present one, or of their micro-batches, if sizes stay.
+    """Local sizes of the next batches, or of their micro-batches, if the batch size stays.
 
     Holds no loader: the plan outlives the epoch.
     """
@@ -413,7 +400,7 @@ class SizesAhead:
         return [part for n in local for part in self._micro.sizes(size, shard, n)]
 
 
-def _versions(batch: Any) -> list[int]:
+def _versions(batch: Batch) -> list[int]:
     """Version counters of the tensors, by which changes in place are noticed."""
     tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
     return [tensor._version for tensor in tensors if not tensor.is_inference()]

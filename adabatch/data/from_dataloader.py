@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch.utils.data import (
-    DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
 )
 
+from adabatch._types import Kwargs, Source
 from adabatch.data.sampler import ResizableBatchSampler
 
 logger = logging.getLogger(__name__)
@@ -20,17 +24,10 @@ KEPT = (
 )
 
 
-def dataloader_kwargs(loader: DataLoader) -> tuple[dict[str, Any], ResizableBatchSampler | None]:
+def dataloader_kwargs(loader: DataLoader) -> tuple[Kwargs, ResizableBatchSampler | None]:
     """(arguments of an AdaptiveDataLoader like this loader, its batch sampler if usable as it is).
 
-    A shuffling loader gets the keyed order, seeded from its generator (or from torch's). A
-    DistributedSampler gives way to the global order that its processes share, with its seed and
-    world_size times the batch size. Any other sampler is kept.
-
-    Raises:
-        ValueError: batching switched off, a user's batch sampler, or a DistributedSampler of
-            another kind or data set.
-        TypeError: not a DataLoader.
+    Samplers and errors are those of AdaptiveDataLoader.from_loader.
 
     Example:
         >>> kwargs, _ = dataloader_kwargs(DataLoader(range(4), batch_size=2, shuffle=True))
@@ -74,15 +71,15 @@ def dataloader_kwargs(loader: DataLoader) -> tuple[dict[str, Any], ResizableBatc
     return kwargs | {"sampler": None if plain else sampler}, None
 
 
-def _is_plain(sampler: RandomSampler, dataset: Any) -> bool:
+def _is_plain(sampler: RandomSampler, dataset: Source) -> bool:
     """Whether the order is a fresh permutation of the whole data set at each epoch."""
     whole = type(sampler) is RandomSampler and sampler.data_source is dataset
     return whole and not sampler.replacement and sampler.num_samples == len(dataset)
 
 
-def _of_distributed(loader: DataLoader, sampler: DistributedSampler) -> dict[str, Any]:
-    theirs: Any = sampler.dataset
-    here: Any = loader.dataset
+def _of_distributed(loader: DataLoader, sampler: DistributedSampler) -> Kwargs:
+    theirs: Source = sampler.dataset
+    here: Source = loader.dataset
     if type(sampler) is not DistributedSampler or len(theirs) != len(here):
         raise ValueError(
             f"the loader's sampler ({type(sampler).__name__}) divides samples among processes by "

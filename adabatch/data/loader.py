@@ -6,12 +6,13 @@ import html
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from adabatch._checks import check_version
+from adabatch._types import Argument, Batch, CollateFn
 from adabatch.data.batches import JoinFn, Layout
 from adabatch.data.chunks import ChunkSizer, Replies, Request
 from adabatch.data.epoch import Epoch, EpochIterator, check_same_streams
@@ -26,14 +27,20 @@ from adabatch.micro_batches.batches import BatchSplit, retrying
 COLLATE_IN = ("worker", "consumer")
 
 
+def _of_sampler(doc: str, name: str, writable: bool = False) -> Argument:
+    """A property of the loader that is its batch_sampler's."""
+    def write(self: AdaptiveDataLoader, value: object) -> None:
+        setattr(self.batch_sampler, name, value)
+
+    return property(attrgetter(f"batch_sampler.{name}"), write if writable else None, doc=doc)
+
+
 class AdaptiveDataLoader(BatchSource):
     """A DataLoader whose batches have the current `loader.batch_size`, with any number of workers.
 
     Workers fetch and collate chunks of the order ahead of time, and the chunks are cut and joined
     to size: a change holds for the very next batch, and no fetched sample is lost or repeated.
-    While the size stays the same a chunk is one batch, or several where batches take less than
-    4 ms to fetch and the collate_fn is torch's, and nothing is joined. Batches cut from one chunk
-    share its memory but no element of it, and may be changed in place.
+    Batches cut from one chunk share its memory but no element of it, and may be changed in place.
 
     Args:
         dataset: map-style, or iterable (each worker reads its copy: let it choose its part by
@@ -43,12 +50,10 @@ class AdaptiveDataLoader(BatchSource):
         sampler: a user's order; excludes shuffle.
         seed: of the shuffle, and of random augmentation.
         drop_last: drop a last batch shorter than requested.
-        rank, world_size: of this process among those that share one order. batch_size, recent,
-            position, num_samples, len() and the state are global, the same in all; each process
-            gets its part of every batch, within one sample of the others', and all have equally
-            many batches (see ResizableBatchSampler). A user's sampler must give the same order in
-            all of them, an iterable data set the whole stream: each process keeps every
-            world_size-th sample, so that its batches are multiples of world_size.
+        rank, world_size: of this process among those that share one order, as for
+            ResizableBatchSampler: sizes, positions and the state are global. A user's sampler must
+            give the same order in all processes, an iterable data set the whole stream: each
+            keeps every world_size-th sample, so that batches are multiples of world_size.
         collate_in: "worker", chunk by chunk, or "consumer", for a collate_fn that needs the whole
             batch (mixup): workers then hand over samples.
         join_fn: (tensors, axis, path) -> tensor, joins chunks whose shapes differ beyond the axis
@@ -89,9 +94,9 @@ class AdaptiveDataLoader(BatchSource):
     def __init__(
         self, dataset: Dataset, batch_size: int = 1, shuffle: bool = False, *,
         sampler: Sampler | None = None, seed: int = 0, drop_last: bool = False, rank: int = 0,
-        world_size: int = 1, collate_fn: Callable[[list[Any]], Any] | None = None,
+        world_size: int = 1, collate_fn: CollateFn | None = None,
         collate_in: str = "worker", join_fn: JoinFn | None = None,
-        seed_samples: bool = False, **kwargs: Any,
+        seed_samples: bool = False, **kwargs: Argument,
     ):
         self.is_stream = isinstance(dataset, IterableDataset)
         if self.is_stream and (shuffle or sampler is not None):
@@ -133,20 +138,16 @@ class AdaptiveDataLoader(BatchSource):
 
     def _new_engine(
         self, *, worker_init_fn: Callable[[int], None] | None = None,
-        generator: torch.Generator | None = None, **kwargs: Any,
+        generator: torch.Generator | None = None, **kwargs: Argument,
     ) -> DataLoader:
         self.worker_init_fn, self.generator = worker_init_fn, generator
         consumer = self.collate_in == "consumer"
         if consumer:
             kwargs["pin_memory"] = False  # samples are not what is delivered
-        collate_fn, learns = None if consumer else self.collate_fn, self.num_workers > 0
-        options: State = {"learns": learns, "seeded": self.seed_samples}
-        if self.is_stream:
-            self._fetcher: Fetcher = StreamFetcher(
-                self.dataset, collate_fn, shard=self.batch_sampler.shard, **options
-            )
-        else:
-            self._fetcher = Fetcher(self.dataset, collate_fn, **options)
+        self._fetcher = (StreamFetcher if self.is_stream else Fetcher)(
+            self.dataset, None if consumer else self.collate_fn, learns=self.num_workers > 0,
+            seeded=self.seed_samples, shard=self.batch_sampler.shard,
+        )
         # A DataLoader draws a number at each iter(). From torch's generator a resumed run would
         # draw once more, and continue with other dropout masks: the engine has a generator.
         self._engine_generator = torch.Generator() if generator is None else generator
@@ -161,7 +162,7 @@ class AdaptiveDataLoader(BatchSource):
         return engine
 
     @classmethod
-    def from_loader(cls, loader: DataLoader, **options: Any) -> AdaptiveDataLoader:
+    def from_loader(cls, loader: DataLoader, **options: Argument) -> AdaptiveDataLoader:
         """An adaptive loader with a DataLoader's data set, order, collate_fn, workers, pinning.
 
         A shuffling loader gets the keyed order, seeded from its generator (or from torch's). A
@@ -193,10 +194,7 @@ class AdaptiveDataLoader(BatchSource):
         return f"<code>{html.escape(repr(self))}</code>{bar}"
 
     def __len__(self) -> int:
-        """Batches, or micro-batches, still to come in this epoch at the present size.
-
-        TypeError where the length is not known.
-        """
+        """(Micro-)batches left in this epoch at the present size; TypeError where not known."""
         whole, others = self.batch_sampler.sizes_to_come()
         shard, parts = self.batch_sampler.shard, self.micro_batches.sizes
         sizes = [len(parts(size, shard)) for size in others]
@@ -204,62 +202,27 @@ class AdaptiveDataLoader(BatchSource):
 
     # -- sizes and positions, in samples of all processes together
 
-    @property
-    def batch_size(self) -> int:
-        """Size of the batches drawn from now on."""
-        return self.batch_sampler.batch_size
-
-    @batch_size.setter
-    def batch_size(self, size: int) -> None:
-        self.batch_sampler.batch_size = size
-
-    @property
-    def drop_last(self) -> bool:
-        """Whether a last batch shorter than requested is dropped."""
-        return self.batch_sampler.drop_last
-
-    @drop_last.setter
-    def drop_last(self, drop: bool) -> None:
-        self.batch_sampler.drop_last = drop
-
-    @property
-    def recent(self) -> deque[tuple[int, int]]:
-        """(size requested, size delivered) of the latest batches, newest last."""
-        return self.batch_sampler.recent
-
-    @property
-    def last_size(self) -> int:
-        """Samples of the latest batch; 0 before the first."""
-        return self.batch_sampler.last_size
-
-    @property
-    def last_local_size(self) -> int:
+    batch_size: int = _of_sampler("Size of the batches drawn from now on.", "batch_size", True)
+    drop_last: bool = _of_sampler(
+        "Whether a last batch shorter than requested is dropped.", "drop_last", True)
+    recent: deque[tuple[int, int]] = _of_sampler(
+        "(size requested, size delivered) of the latest batches, newest last.", "recent")
+    last_size: int = _of_sampler("Samples of the latest batch; 0 before the first.", "last_size")
+    last_local_size: int = _of_sampler(
         """Samples of the latest batch in this process.
 
         Weighting its mean loss by world_size · last_local_size / last_size makes the mean over
         processes the mean over the batch.
-        """
-        return self.batch_sampler.last_local_size
-
-    @property
-    def n_batches(self) -> int:
-        """Batches delivered so far, over all epochs."""
-        return self.batch_sampler.n_batches
-
-    @property
-    def position(self) -> int:
-        """Samples of the present epoch delivered so far; those fetched ahead do not count."""
-        return self.batch_sampler.position
-
-    @property
-    def num_samples(self) -> int | None:
-        """Samples of a whole epoch; None for an iterable data set or sampler without a length."""
-        return self.batch_sampler.num_samples
-
-    @property
-    def samples_left(self) -> int | None:
-        """Samples of the present epoch still to be delivered; None where that is not known."""
-        return self.batch_sampler.samples_left
+        """, "last_local_size")
+    n_batches: int = _of_sampler("Batches delivered so far, over all epochs.", "n_batches")
+    position: int = _of_sampler(
+        "Samples of the present epoch delivered so far; those fetched ahead do not count.",
+        "position")
+    num_samples: int | None = _of_sampler(
+        "Samples of a whole epoch; None where that is not known.", "num_samples")
+    samples_left: int | None = _of_sampler(
+        "Samples of the present epoch still to be delivered; None where that is not known.",
+        "samples_left")
 
     @property
     def micro_batches(self) -> BatchSplit:
@@ -301,12 +264,9 @@ class AdaptiveDataLoader(BatchSource):
     def load_state_dict(self, state: State) -> None:
         """Let the next iteration continue where `state` was saved: same samples, same order.
 
-        With a map-style data set the number of workers may differ; an iterable one continues from
-        its own states, with the same number of workers.
-
         Raises:
-            ValueError: another version, another kind of order, another number of workers of an
-                iterable data set.
+            ValueError: another version, another kind of order, another number of workers or
+                processes of an iterable data set.
         """
         check_version(state, 1, "AdaptiveDataLoader")
         progress = state["progress"]
@@ -318,7 +278,7 @@ class AdaptiveDataLoader(BatchSource):
 
     # -- iteration
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         self.n_iterations += 1
         iterator_id = self.batch_sampler.new_iterator()
         progress, self._progress = self._progress, None
@@ -360,5 +320,5 @@ class _Requests:
         return self.epoch
 
 
-def _identity(reply: Any) -> Any:
+def _identity(reply: Batch) -> Batch:
     return reply

@@ -6,15 +6,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
 from torch.utils.data import (
-    IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 
 from adabatch._checks import checked_int
+from adabatch._types import SavedState, Source
 from adabatch.data.rng import GOLDEN, splitmix64, words
 
 MAX_SAMPLES, MAX_WORD = 2**62, 2**64 - 1
@@ -93,7 +98,11 @@ class KeyedPermutation:
     def __repr__(self) -> str:
         return f"KeyedPermutation(n={self.n}, seed={self.seed}, epoch={self.epoch})"
 
-    def __call__(self, positions: int | slice | range | np.ndarray | list[int]) -> Any:
+    @overload
+    def __call__(self, positions: int) -> int: ...
+    @overload
+    def __call__(self, positions: slice | range | np.ndarray | list[int]) -> np.ndarray: ...
+    def __call__(self, positions: object) -> int | np.ndarray:
         """The samples at `positions`: an int for an int, otherwise an int64 array of their shape.
 
         Raises:
@@ -145,7 +154,7 @@ def _rotate(
 
 
 def indices(positions: range, permutation: KeyedPermutation | None) -> Iterator[int]:
-    """The samples at these positions, a block at a time: memory does not grow with the epoch.
+    """The samples at these positions, computed a block at a time.
 
     Example:
         >>> list(indices(range(1, 8, 3), None))
@@ -163,8 +172,8 @@ def indices(positions: range, permutation: KeyedPermutation | None) -> Iterator[
 class Stateful(Protocol):
     """A sampler, data set or iterator that saves and restores its own position."""
 
-    def state_dict(self) -> Any: ...
-    def load_state_dict(self, state: Any) -> None: ...
+    def state_dict(self) -> SavedState: ...
+    def load_state_dict(self, state: SavedState) -> None: ...
 
 
 @runtime_checkable
@@ -174,14 +183,14 @@ class EpochAware(Protocol):
     def set_epoch(self, epoch: int) -> None: ...
 
 
-def generator_of(sampler: Any) -> torch.Generator | None:
+def generator_of(sampler: object) -> torch.Generator | None:
     """The generator that repeats a sampler's order, if it has one and keeps no state itself."""
     generator = getattr(sampler, "generator", None)
     plain = isinstance(generator, torch.Generator) and not isinstance(sampler, Stateful)
     return generator if plain else None
 
 
-def length_of(sampler: Any) -> int | None:
+def length_of(sampler: Source) -> int | None:
     """len(sampler), or None where it has none."""
     try:
         return len(sampler)
@@ -189,13 +198,8 @@ def length_of(sampler: Any) -> int | None:
         return None
 
 
-def check_shared(sampler: Any) -> int:
-    """Number of samples of a user's order that several processes share.
-
-    Raises:
-        ValueError: its length is unknown, so that the processes could have different numbers of
-            batches; or each process would draw another order.
-    """
+def check_shared(sampler: object) -> int:
+    """Samples of a user's order that processes share; ValueError where they could not."""
     name, length = type(sampler).__name__, length_of(sampler)
     if isinstance(sampler, SHUFFLING) and generator_of(sampler) is None:
         raise ValueError(
@@ -303,16 +307,15 @@ class Shard:
     def positions(self, start: int, stop: int) -> range:
         """The positions of this process from `start` to before `stop`.
 
-        In a run saved by fewer processes there may be fewer samples left than processes. Those
-        without one get a sample of another process, so that all take part in the step; it counts
-        nowhere.
+        Where a run saved by fewer processes leaves fewer samples than processes, those without
+        one get a sample of another process, which counts nowhere, so that all join the step.
         """
         if 0 < stop - start < self.world_size and not self.local_size(start, stop - start):
             position = start + self.rank % (stop - start)
             return range(position, position + 1)
         return range(self.first(start), stop, self.world_size)
 
-    def of_order(self, order: Iterator[Any], start: int, stop: int | None) -> Iterator[Any]:
+    def of_order(self, order: Iterator[int], start: int, stop: int | None) -> Iterator[int]:
         """This process's part of an order that begins at `start`; `stop` None: end unknown."""
         if self.world_size == 1:
             return order

@@ -6,14 +6,25 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
-from typing import Any
 
+from torch import Tensor
 from torch.utils.data import BatchSampler, IterableDataset, Sampler
 
 from adabatch._checks import checked_int
+from adabatch._types import Source
 from adabatch.data.order import (
-    MAX_SAMPLES, MAX_WORD, SHUFFLING, EpochAware, KeyedPermutation, Shard, Stateful, StreamOrder,
-    check_shared, generator_of, indices, length_of,
+    MAX_SAMPLES,
+    MAX_WORD,
+    SHUFFLING,
+    EpochAware,
+    KeyedPermutation,
+    Shard,
+    Stateful,
+    StreamOrder,
+    check_shared,
+    generator_of,
+    indices,
+    length_of,
 )
 from adabatch.interfaces import BatchSource, State
 
@@ -34,8 +45,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
 
     Every sample comes exactly once an epoch under any sequence of sizes; the last batch is shorter,
     or dropped with ``drop_last``. An epoch has one order and one position in it, counted in
-    samples, where the next batch begins. So (epoch, position) resumes a run, whatever sizes came
-    before.
+    samples: (epoch, position) resumes a run, whatever sizes came before.
 
     Each ``iter()`` starts the next epoch: 0, 1, … An epoch left by ``break`` counts as begun.
     After ``set_epoch`` or ``load_state_dict`` the next ``iter()`` starts there; an iterator that
@@ -54,9 +64,9 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         seed: of the shuffle, 0 … 2⁶⁴ − 1.
         drop_last: drop a last batch shorter than requested. May be set at any time.
         rank, world_size: of this process among those that share the order. Sizes and positions are
-            global, the same in all; each draws its part of every batch, within one sample of the
-            others'. All have equally many batches with at least one sample in each; the last ones
-            may differ a little from the requested size.
+            global; each process draws its part of every batch, equal to within one sample. All
+            have equally many batches with at least one sample in each; the last ones may differ
+            a little from the requested size.
 
     Attributes:
         sampler: the user's sampler, or None.
@@ -115,7 +125,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
                 f"shuffle=True, but the sampler ({type(sampler).__name__}) decides the order. "
                 "Pass either a sampler or shuffle=True."
             )
-        self.sampler: Any = None if sampler is None else _checked_sampler(sampler)
+        self.sampler: Source = None if sampler is None else _checked_sampler(sampler)
         self._num_samples = _sample_count(data_source) if sampler is None else None
         self.shard = Shard(rank, world_size)
         shared = world_size > 1 and not isinstance(sampler, StreamOrder)
@@ -132,8 +142,8 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         self._iterator_id, self._begun = 0, False
         # Of the generator of a user's sampler: the state to begin the epoch from (set by
         # load_state_dict), and the one that it began from.
-        self._restore: Any = None
-        self._begun_from: Any = None
+        self._restore: Tensor | None = None
+        self._begun_from: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -392,7 +402,7 @@ def _is_sampler(source: object) -> bool:
     return isinstance(source, Sampler) or iterable
 
 
-def _checked_sampler(sampler: Any) -> Iterable[int]:
+def _checked_sampler(sampler: object) -> Iterable[int]:
     kind = type(sampler).__name__
     if not isinstance(sampler, Iterable):
         raise TypeError(f"sampler must be an iterable of indices, got {sampler!r} of type {kind}.")
@@ -409,7 +419,7 @@ def _checked_sampler(sampler: Any) -> Iterable[int]:
     return sampler
 
 
-def _sample_count(source: Any) -> int:
+def _sample_count(source: object) -> int:
     if isinstance(source, IterableDataset):
         raise TypeError(
             f"{type(source).__name__} is an iterable-style data set, which has no indices to "

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from torch.utils.data import Dataset, get_worker_info
 
+from adabatch._types import CollateFn, Sample, Source
 from adabatch.data.batches import PER_SAMPLE, Layout, learn_layout
 from adabatch.data.chunks import Reply, Request
 from adabatch.data.order import EpochAware, Shard, Stateful
 from adabatch.data.rng import generators_restored, mix, sample_keys, seed_generators
 from adabatch.interfaces import State
+
+
+@runtime_checkable
+class FetchesLists(Protocol):
+    """A data set that fetches many samples at once."""
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]: ...
 
 
 class Fetcher(Dataset):
@@ -35,22 +43,22 @@ class Fetcher(Dataset):
     """
 
     def __init__(
-        self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, *, learns: bool,
-        seeded: bool,
+        self, dataset: Source, collate_fn: CollateFn | None, *, learns: bool, seeded: bool,
+        shard: Shard = Shard(),
     ):
         self.dataset, self._collate_fn = dataset, collate_fn
-        self.learns, self._seeded = learns, seeded
+        self.learns, self._seeded, self.shard = learns, seeded, shard
 
     def __getitem__(self, request: Request) -> Reply:
         began = time.perf_counter()
         return self._reply(self._samples(request), began)
 
-    def _samples(self, request: Request) -> list[Any]:
+    def _samples(self, request: Request) -> list[Sample]:
         dataset, indices = self.dataset, request.indices
         if self._seeded:
             keys = sample_keys(request.stream, request.start, len(indices), request.stride)
             return self._seeded_draw(keys, lambda at: dataset[indices[at]])
-        if not hasattr(dataset, "__getitems__"):
+        if not isinstance(dataset, FetchesLists):
             return [dataset[index] for index in indices]
         samples = dataset.__getitems__(indices)
         if len(samples) != len(indices):
@@ -61,7 +69,7 @@ class Fetcher(Dataset):
         return samples
 
     @staticmethod
-    def _seeded_draw(keys: list[int], draw: Callable[[int], Any]) -> list[Any]:
+    def _seeded_draw(keys: list[int], draw: Callable[[int], Sample]) -> list[Sample]:
         """[draw(0), draw(1), …], each after seeding; the training process's generators stay."""
         with generators_restored() if get_worker_info() is None else nullcontext():
             drawn = []
@@ -71,7 +79,7 @@ class Fetcher(Dataset):
         return drawn
 
     def _reply(
-        self, samples: list[Any], began: float, ended: bool = False, state: Any = None
+        self, samples: list[Sample], began: float, ended: bool = False, state: State | None = None
     ) -> Reply:
         layout: Layout = None
         collate_fn = self._collate_fn
@@ -93,11 +101,7 @@ class StreamFetcher(Fetcher):
     """
 
     _run = -1
-    _iterator: Iterator[Any]
-
-    def __init__(self, *args: Any, shard: Shard, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.shard = shard
+    _iterator: Iterator[Sample]
 
     def __getitem__(self, request: Request) -> Reply:
         began = time.perf_counter()
@@ -125,10 +129,10 @@ class StreamFetcher(Fetcher):
         if restore["of_iterator"] and isinstance(self._iterator, Stateful):
             self._iterator.load_state_dict(restore["data"])
 
-    def _samples(self, request: Request) -> list[Any]:
+    def _samples(self, request: Request) -> list[Sample]:
         rank, world = self.shard.rank, self.shard.world_size
 
-        def take() -> list[Any]:
+        def take() -> list[Sample]:
             taken = list(islice(self._iterator, len(request.indices) * world))
             return taken[rank : len(taken) // world * world : world]
 
@@ -151,17 +155,15 @@ class StreamFetcher(Fetcher):
 
 
 class WorkerStart:
-    """A worker_init_fn: get_worker_info().dataset becomes the user's data set, then calls `then`.
-
-    Args:
-        then: the user's worker_init_fn, or None.
-    """
+    """A worker_init_fn that gives get_worker_info() the user's data set and calls the user's."""
 
     def __init__(self, then: Callable[[int], None] | None):
         self._then = then
 
     def __call__(self, worker: int) -> None:
-        info: Any = get_worker_info()
+        info = get_worker_info()
+        assert info is not None
+        assert isinstance(info.dataset, Fetcher)
         # Past its own setattr, which refuses in some releases of torch.
         object.__setattr__(info, "dataset", info.dataset.dataset)
         if self._then is not None:

@@ -1,0 +1,22 @@
+"""Names for values whose type is the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+# What a data set gives, what collate_fn makes of it, and loss_fn takes: anything.
+Sample: TypeAlias = Any
+Batch: TypeAlias = Any
+# A data set, sampler or iterator, of which a few methods are looked for.
+Source: TypeAlias = Any
+CollateFn: TypeAlias = Callable[[list[Sample]], Batch]
+LossFn: TypeAlias = Callable[[nn.Module, Batch], Tensor]
+# What a user's state_dict() returns.
+SavedState: TypeAlias = Any
+# Arguments passed on to a function that checks them.
+Argument: TypeAlias = Any
+Kwargs: TypeAlias = dict[str, Any]
+Inputs: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
