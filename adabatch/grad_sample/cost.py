@@ -213,31 +213,6 @@ class StepCost:
         return MARGIN * self.measuring(samples, measured) / self.plain(samples) + FLOOR
 
 
-@dataclass(frozen=True)
-class _Named:
-    """The cost of a statistic known by its name only."""
-
-    name: str
-    can_fuse: bool
-    needs_second_moment: bool
-
-    def cost(self, layer: LayerCost, samples: int, measured: int, fused: bool) -> float:
-        """Multiply-adds."""
-        if not self.needs_second_moment:
-            return measured * layer.product
-        if fused:
-            return PASS * layer.numel * (samples + 2)
-        squares = 2 * PASS * layer.numel if layer.product > layer.numel else 0.0
-        return measured * (layer.product + squares) + 2 * PASS * layer.numel
-
-
-_NAMED = {
-    "inner_products": _Named("inner_products", False, False),
-    "second_moment": _Named("second_moment", True, True),
-    "preconditioned_trace": _Named("preconditioned_trace", True, True),
-}
-
-
 def step_cost(
     seen: Iterable[tuple[nn.Module, Sequence[int], Sequence[int], bool]],
     numel: int,
@@ -253,7 +228,7 @@ def step_cost(
         statistics: what is measured besides norms.
     """
     layers = (*(layer_cost(*each) for each in seen), *map(operation_cost, operations))
-    return StepCost(layers, numel, tuple(_NAMED.get(each, each) for each in statistics))
+    return StepCost(layers, numel, tuple(statistics))
 
 
 def within_budget(cost: StepCost, samples: int, overhead: float) -> Measurement:

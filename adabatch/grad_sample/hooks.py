@@ -99,6 +99,11 @@ class GradSampleHooks(Estimator):
         >>> hooks.remove()
     """
 
+    _passes: list[BackwardPass]
+    _kept: list[DeferredFactors]
+    _late: list[BackwardChecks]
+    _n_passes: int
+
     def __init__(
         self,
         model: nn.Module,
@@ -164,7 +169,7 @@ class GradSampleHooks(Estimator):
             raise ValueError(COMPILED.format(names=names, parts=", ".join(parts)))
 
     @property
-    def enabled(self) -> bool:  # type: ignore[override]
+    def enabled(self) -> bool:
         """Whether forward passes are measured; may be set between steps."""
         return self._placer.enabled
 
@@ -178,7 +183,7 @@ class GradSampleHooks(Estimator):
         return self._n_passes
 
     @property
-    def samples(self) -> int | None:  # type: ignore[override]
+    def samples(self) -> int | None:
         """How many samples of each batch are measured; None for all."""
         return self._row_sampler.samples
 
@@ -374,6 +379,13 @@ class GradSampleHooks(Estimator):
         finally:
             self.reset()
 
+    def collect(
+        self, *, weights: Tensor | Sequence[float] | None = None,
+        loss_scale: float | StepScale | None = None,
+    ) -> GradientMoments:
+        """The moments of the step, now; the arguments and errors of observe()."""
+        return self.observe(weights=weights, loss_scale=loss_scale).moments()
+
     def tensors_over_samples(self, moments: GradientMoments) -> list[Tensor]:
         return [tensor for each in self._statistics[1:] if each.name in moments.statistics
                 for tensor in each.over_samples(moments.statistics[each.name])]
@@ -381,10 +393,7 @@ class GradSampleHooks(Estimator):
     def reset(self) -> None:
         """Discard what was measured since the last step, e.g. after a backward pass that failed
         half way, and draw new rows."""
-        self._passes: list[BackwardPass] = []
-        self._kept: list[DeferredFactors] = []
-        self._late: list[BackwardChecks] = []
-        self._n_passes = 0
+        self._passes, self._kept, self._late, self._n_passes = [], [], [], 0
         placer = self._placer
         placer.recomputing_task = -1
         placer.input_sizes.clear()

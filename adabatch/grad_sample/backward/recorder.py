@@ -306,11 +306,13 @@ class ProbeSet:
         self.n_rows, self._capacity, self._dtype = n_rows, capacity, dtype
         self._row_sampler, self._on_complete = row_sampler, on_complete
         self._probes: dict[torch.device, Probe] = {}
+        self.remote = False
 
     def on(self, device: torch.device) -> Probe:
         """The device's probe."""
         if device not in self._probes:
             probe = self._probes[device] = self._make(device)
+            self.remote |= is_remote(device)
             self._row_sampler.reserve(self._capacity, device)
             for leaf in (probe.signal, probe.reports):
                 leaf.register_post_accumulate_grad_hook(self._on_complete)
@@ -323,11 +325,6 @@ class ProbeSet:
     def result_device(self) -> torch.device:
         """Where results are gathered: the device of the first probe."""
         return next(iter(self._probes))
-
-    @property
-    def remote(self) -> bool:
-        """Whether reading results makes the host wait for an accelerator."""
-        return is_remote(self.result_device)
 
     def to_result_device(self, values: Tensor) -> Tensor:
         """The values in the probes' type, where results are gathered."""

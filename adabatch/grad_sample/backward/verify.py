@@ -25,28 +25,33 @@ DIFFERS = (
     "register_grad_sampler, take the term out of the loss, or pass ignore=[...]"
 )
 COMPILED = "CompiledFunctionBackward"  # one node that holds layers and taps alike
-# In units of the eps of the coarsest type that took part: what is left of rounding and of the order
-# of summation in √Σ‖G_i‖². A mistake makes a tenth of that or more.
-ROUNDING = 10.0
+# Rounding in units of the eps of the coarsest type that took part: of the contributions, whose
+# errors are independent, and of the gradient as a whole.
+OF_SAMPLES, OF_GRADIENT = 4.0, 2.0
+# Below this float32's eps is not trusted, as functions may be badly conditioned; on accelerators
+# products of float32 may be rounded to 10 bits.
+LEAST_EPS = {"cpu": 2.5e-5}
+LEAST_EPS_ELSEWHERE = 2.0**-10
+CHUNK_BYTES = 1 << 24
 
 
 @dataclass
 class _Sums:
-    """Of one parameter, over its uses: Σ_i ⟨G_i, r⟩, Σ_i ‖G_i‖², the coarsest eps, and whether
-    .grad was empty."""
+    """Of one parameter, over its uses: Σ_i G_i, Σ_i ‖G_i‖², the coarsest eps, and whether .grad was
+    empty."""
 
-    signed: Tensor
+    total: Tensor
     squares: Tensor
     eps: float
     fresh: bool
 
 
 class GradientSumCheck:
-    """Compares Σ_i ⟨G_i, r⟩ with ⟨p.grad, r⟩ for each parameter p and one random direction r, in
-    passes of which all samples are measured.
+    """Compares Σ_i G_i with p.grad for each parameter p, in passes of which all samples are measured.
 
     Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², not as
-    Σ‖G_i‖, and so does what is allowed. Sums are in float64.
+    Σ‖G_i‖, and so does what is allowed, ‖Σ_i G_i − p.grad‖ <= eps·(4·√Σ‖G_i‖² + 2·‖p.grad‖). Sums
+    are in float64.
 
     Only layers without a rule, traced operations and parameters with several uses are observed:
     rules are tested. Gradients that were not empty before the pass, that hooks may change, or that
@@ -75,27 +80,27 @@ class GradientSumCheck:
         self._sums: dict[str, _Sums] = {}
 
     def observe(
-        self, names: Mapping[str, str], factors: Mapping[str, Factor], dtype: torch.dtype
+        self, names: Mapping[str, str], factors: Mapping[str, Factor], *dtypes: torch.dtype
     ) -> None:
         """A use, while the gradient is not complete.
 
         Args:
             names: {own name: name in the model}.
             factors: {own name: factor}.
-            dtype: that the layer computed in, as autocast may have chosen it.
+            dtypes: that the layer computed in, as autocast may have chosen them.
         """
         if self.task != running_backward():
             self._forget(running_backward())
         for own, factor in factors.items():
             name, parameter = names[own], self._parameters[names[own]]
-            products = factor.dot(_direction(parameter)).double().sum()
-            squares = factor.sq_norms().double().sum()
-            eps = max(torch.finfo(dtype).eps, torch.finfo(parameter.dtype).eps)
+            total, squares = _total(factor), factor.sq_norms().double().sum()
+            eps = max(torch.finfo(dtype).eps for dtype in (parameter.dtype, *dtypes)
+                      if dtype.is_floating_point)
             sums = self._sums.get(name)
             if sums is None:
-                self._sums[name] = _Sums(products, squares, eps, _is_empty(parameter.grad))
+                self._sums[name] = _Sums(total, squares, eps, _is_empty(parameter.grad))
             else:
-                sums.signed, sums.squares = sums.signed + products, sums.squares + squares
+                sums.total, sums.squares = sums.total + total, sums.squares + squares
                 sums.eps = max(sums.eps, eps)
 
     def verify(self) -> bool:
@@ -114,34 +119,35 @@ class GradientSumCheck:
         largest = max(scales.values(), default=0.0)
         wrong = []
         for name, each in sums.items():
-            parameter = self._parameters[name]
-            whole, length = 0.0, 0.0
+            parameter, grad = self._parameters[name], torch.zeros_like(each.total)
             if parameter.grad is not None:
-                grad, direction = parameter.grad.to_dense().double(), _direction(parameter)
-                whole, length = float((grad * direction.double()).sum()), float(grad.norm())
+                grad = parameter.grad.to_dense().double().reshape(grad.shape)
             # What is zero but for rounding, as a key's bias in attention, is compared with the
             # other parameters.
-            allowed = _tolerance(parameter, each.eps) * (scales[name] + length + 0.1 * largest)
-            if abs(float(each.signed) - whole) > allowed:  # not where a value is not finite
+            rounding = OF_SAMPLES * (scales[name] + 0.1 * largest) + OF_GRADIENT * float(grad.norm())
+            allowed = _trusted(each.eps, parameter) * rounding
+            if float((each.total - grad).norm()) > allowed:  # not where a value is not finite
                 wrong.append(name)
         if wrong:
             raise RuntimeError(DIFFERS.format(listed=", ".join(wrong)))
         return bool(sums)
 
 
-def _tolerance(like: Tensor, eps: float) -> float:
-    """On accelerators float32 products may be rounded to 10 bits."""
+def _trusted(eps: float, like: Tensor) -> float:
     if eps <= torch.finfo(torch.float64).eps:
-        return 1e-7
-    return max(1e-4 if like.device.type == "cpu" else ROUNDING * 2**-10, ROUNDING * eps)
+        return 1e-8
+    return max(eps, LEAST_EPS.get(like.device.type, LEAST_EPS_ELSEWHERE))
 
 
-def _direction(parameter: Tensor) -> Tensor:
-    """Standard normal, always the same for a parameter, without the global generator."""
-    generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.randn(
-        parameter.shape, generator=generator, device=parameter.device, dtype=dtype)
+def _total(factor: Factor) -> Tensor:
+    """Σ_n G_n, in float64, some samples at a time."""
+    size = max(1, CHUNK_BYTES // max(1, 4 * math.prod(factor.shape)))
+    total: Tensor | float = 0.0
+    for rows in torch.arange(factor.n_samples).split(size):
+        total = total + factor.select(rows).dense().double().sum(0)
+    if isinstance(total, Tensor):
+        return total
+    return torch.zeros(factor.shape, dtype=torch.float64)
 
 
 def _is_empty(grad: Tensor | None) -> bool:

@@ -194,7 +194,8 @@ class TapSite:
             return fused is not None and all_rows and self._may_fuse(layer, inputs, output, True)
         key = (inputs.shape, output.shape, n_samples if rows is None else len(rows))
         if running_backward() == -1:
-            self.shapes = self._samples_first(inputs, n_samples), self._samples_first(output, n_samples)
+            shapes = (inputs, n_samples), (output, n_samples)
+            self.shapes = self._samples_first(*shapes[0]), self._samples_first(*shapes[1])
             if fused is None:
                 return False
             if key not in self._cheaper:
@@ -294,6 +295,13 @@ class TapSite:
         return []
 
 
+def _n_samples(known: int | None, layout: Layout, tensor: Tensor) -> int:
+    """N, as it was known in the forward pass, or read from a tensor."""
+    if known is not None:
+        return known
+    return tensor.shape[0] if layout is Layout.BATCH_FIRST else layout.size(tensor)
+
+
 class Tap(torch.autograd.Function):
     """The base of all taps: what each of them does when it is placed and when its gradient comes.
 
@@ -344,7 +352,7 @@ class PassthroughTap(Tap):
     """
 
     @staticmethod
-    def forward(ctx, output, activations, rows, report, site, n_samples, *extras):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, output, activations, rows, report, site, n_samples, *extras):
         Tap.place(ctx, site, report, n_samples, len(extras))
         ctx.mixed = site.mixes_samples
         ctx.parallel = not is_compiling() and is_sharded(output)
@@ -352,7 +360,7 @@ class PassthroughTap(Tap):
         return Tap.pass_on(ctx, output)
 
     @staticmethod
-    def backward(ctx, backprops):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, backprops):
         Tap.check()
         site = ctx.site
         if site.mixes_samples != ctx.mixed:
@@ -363,7 +371,7 @@ class PassthroughTap(Tap):
         activations, rows = ctx.saved_tensors
         with autocast_disabled(backprops.device):
             own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
-            n_samples = site.layout.size(own) if ctx.n_samples is None else ctx.n_samples
+            n_samples = _n_samples(ctx.n_samples, site.layout, own)
             factors = site.factors(activations, own, rows, n_samples)
             if site.must_defer:
                 site.defer(factors, rows, own.dtype)
@@ -379,7 +387,9 @@ def pass_through(
     report: Tensor, extras: list[Tensor],
 ) -> Tensor:
     """The layer's output behind a PassthroughTap."""
-    parallel, layout = is_parallel(site.layer), site.layout
+    own, layout = site.layer._parameters.values(), site.layout
+    plain = all(each is None or type(each) is nn.Parameter for each in own)
+    parallel = not plain and is_parallel(site.layer)
     activations = own_activations(site.layer, inputs) if parallel else inputs.detach()
     if layout is not Layout.BATCH_FIRST:
         activations = layout.split(activations, n_samples)
@@ -387,7 +397,7 @@ def pass_through(
         site.shapes = tuple(activations.shape), tuple(output.to_local().shape)  # type: ignore[attr-defined]
     if rows is not None and not site.mixes_samples:
         activations = activations.index_select(0, rows)
-    known = None if layout.stores_batch_size else n_samples
+    known = None if layout is Layout.BATCH_FIRST or layout.stores_batch_size else n_samples
     return PassthroughTap.apply(output, activations, rows, report, site, known, *extras)
 
 
@@ -400,19 +410,19 @@ class FusedBackwardTap(Tap):
     """
 
     @staticmethod
-    def forward(ctx, output, inputs, weight, bias, rows, report, site, n_samples, n_saved, *rest):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, output, inputs, weight, bias, rows, report, site, n_samples, n_saved, *rest):
         Tap.place(ctx, site, report, n_samples, len(rest) - n_saved)
         ctx.needs_inputs, ctx.input_dtype = inputs.requires_grad, inputs.dtype
         ctx.save_for_backward(weight, rows, *rest[:n_saved])
         return Tap.pass_on(ctx, output)
 
     @staticmethod
-    def backward(ctx, backprops):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, backprops):
         Tap.check()
         site, (weight, rows, *saved) = ctx.site, ctx.saved_tensors
         layer, layout, defer = site.layer, site.layout, site.must_defer
         with autocast_disabled(backprops.device):
-            n_samples = layout.size(backprops) if ctx.n_samples is None else ctx.n_samples
+            n_samples = _n_samples(ctx.n_samples, layout, backprops)
             result = site.sampler.fused.backward(
                 layer, tuple(saved), weight, backprops, n_samples, layout,
                 needs_inputs=ctx.needs_inputs, norms=not defer,
@@ -445,7 +455,8 @@ def fuse(
     assert sampler is not None and sampler.fused is not None
     saved = sampler.fused.saved_tensors(layer, inputs, output)
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    known = None if site.layout.stores_batch_size else n_samples
+    layout = site.layout
+    known = None if layout is Layout.BATCH_FIRST or layout.stores_batch_size else n_samples
     return FusedBackwardTap.apply(output.detach(), inputs, weight, bias, rows, report, site, known,
                                   len(saved), *saved, *extras)
 
@@ -461,7 +472,7 @@ class RecomputeTap(Tap):
     """
 
     @staticmethod
-    def forward(ctx, call, site, reporting, rows, report, n_samples, copied, *tensors):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, call, site, reporting, rows, report, n_samples, copied, *tensors):
         n_outputs, n_inputs = len(copied), len(call.tensors)
         Tap.place(ctx, reporting, report, n_samples, len(tensors) - n_outputs - n_inputs)
         outputs = [tensor.clone() if copy else tensor
@@ -469,10 +480,13 @@ class RecomputeTap(Tap):
         ctx.mark_dirty(*(tensor for tensor, copy in zip(outputs, copied, strict=True) if not copy))
         ctx.save_for_backward(rows, *tensors[n_outputs : n_outputs + n_inputs])
         ctx.call, ctx.own_site, ctx.n_inputs = call, site, n_inputs
+        kind = outputs[0].device.type
+        autocast = not is_compiling() and torch.is_autocast_enabled(kind)
+        ctx.autocast = (torch.get_autocast_dtype(kind),) if autocast else ()
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, *backprops):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, *backprops):
         Tap.check()
         site, recorder, (rows, *inputs) = ctx.own_site, ctx.site.recorder, ctx.saved_tensors
         extras: Sequence[Tensor | None] = [None] * ctx.n_extras
@@ -480,7 +494,8 @@ class RecomputeTap(Tap):
             factors = ctx.call.factors(inputs, backprops, rows)
             names = {name: name for name in factors} if site is None else site.parameters
             if not is_compiling() and rows is None and recorder.sum_check is not None:
-                recorder.sum_check.observe(names, factors, backprops[0].dtype)
+                dtypes = [each.dtype for each in (*backprops, *inputs)]
+                recorder.sum_check.observe(names, factors, *dtypes, *ctx.autocast)
             if site is None or site.must_defer:
                 recorder.defer([ParameterUse(names[name], each) for name, each in factors.items()])
             else:

@@ -53,7 +53,7 @@ class LinearVectorTap(Tap):
     """
 
     @staticmethod
-    def forward(ctx, output, activations, rows, report, site):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, output, activations, rows, report, site):
         ctx.mark_dirty(output)
         ctx.save_for_backward(*activations)
         ctx.rows, ctx.site = rows, site
@@ -61,7 +61,7 @@ class LinearVectorTap(Tap):
         return output
 
     @staticmethod
-    def backward(ctx, backprops):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, backprops):
         if torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
         site, (activations,) = ctx.site, ctx.saved_tensors

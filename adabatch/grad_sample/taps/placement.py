@@ -310,7 +310,8 @@ class ForwardHooks:
         if task == -1:
             site.calls += 1
         self.recomputing_task = task  # activation checkpointing runs the layer again in backward
-        if args and has_vectors(site, layer, args[0], output):
+        is_matrix = isinstance(output, Tensor) and output.dim() == 2
+        if is_matrix and args and has_vectors(site, layer, args[0], output):
             shape, device = output.shape, output.device
             site.shapes = args[0].shape, shape
             rows, _ = self._rows(shape[0], device)
@@ -321,7 +322,10 @@ class ForwardHooks:
     def _tap_by_rule(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: Any
     ) -> Any:
-        parallel = check_parallel(site.name, layer, self._recorder.norm_weights is not None)
+        parallel = False
+        if not all(each is None or type(each) is nn.Parameter for each in layer._parameters.values()):
+            measured = self._recorder.norm_weights is not None
+            parallel = check_parallel(site.name, layer, measured)
         if site.sampler is None:
             return self._tap_call(site, layer, args, kwargs, output)
         inputs = args[0] if args else next(iter(kwargs.values()))

@@ -15,7 +15,7 @@ from adabatch import GradSampleHooks
 from tests import oracle
 from tests.grad_sample.measuring import agrees, backward, close, squared_error
 from tests.grad_sample.parallel import needs_gloo, shard
-from tests.grad_sample.test_taking import make_images, make_tokens, plain_grads, same_grads, taken
+from tests.grad_sample.test_fused import make_images, make_tokens, plain_grads, same_grads, taken
 
 
 def convolutions(**options):

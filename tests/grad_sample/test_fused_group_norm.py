@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from adabatch import GradSampleHooks
 from tests import oracle
 from tests.grad_sample.measuring import TOLERANCE, agrees, backward, close, squared_error
-from tests.grad_sample.test_taking import plain_grads, same_grads, taken
+from tests.grad_sample.test_fused import plain_grads, same_grads, taken
 
 
 def make(dtype=torch.float32, samples=5):
