@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -19,4 +19,5 @@ SavedState: TypeAlias = Any
 # Arguments passed on to a function that checks them.
 Argument: TypeAlias = Any
 Kwargs: TypeAlias = dict[str, Any]
-Inputs: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
+Args: TypeAlias = tuple[Any, ...]
+Inputs: TypeAlias = tuple[Args, Kwargs]

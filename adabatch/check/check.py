@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
 
 from adabatch._tree import tensors
+from adabatch._types import Batch, LossFn
 from adabatch.check import layouts
 from adabatch.check.compare import MAX_COMPARED, Findings, exact_norms, measure_with_taps
 from adabatch.check.isolate import mixing_batch_norm, plain_arithmetic, restored, running_statistics
 from adabatch.check.layouts import MAX_SAMPLES
-from adabatch.check.passes import (
-    LossFunction,
-    ParameterOwner,
-    PassRecord,
-    find_owners,
-    record_pass,
-    run_trial,
-)
+from adabatch.check.passes import CheckedModel, PassRecord, find_owners, record_pass, run_trial
 from adabatch.check.report import CheckReport
 from adabatch.grad_sample.plan import unwrap
 
@@ -28,16 +21,13 @@ EXAMPLE = ("lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0
            "reduction='none')")
 
 
-def check(
-    model: nn.Module, batch: Any, loss_fn: LossFunction, *, verbose: bool = True
-) -> CheckReport:
+def check(model: nn.Module, batch: Batch, loss_fn: LossFn, *, verbose: bool = True) -> CheckReport:
     """Find out, layer by layer, whether and how a model's per-sample gradients can be measured.
 
     Two backward passes whose samples are weighted differently show which rows of a layer's output
     belong to which sample; a backward pass per sample gives exact gradients to compare with. At
     most 8 samples are used, 4 compared. Meanwhile batch norm uses its running statistics and
-    autocast is off. The model is left as it was: parameters, buffers, .grad, training flags, hooks
-    and random states.
+    autocast is off. The model and the random states are left as they were.
 
     Args:
         model: in the mode it is trained in, without GradSampleHooks; the module inside is checked
@@ -74,23 +64,22 @@ def check(
         raise TypeError("batch must be one batch, as loss_fn takes it, got a "
                         f"{type(batch).__name__}: pass next(iter(loader))")
     model = unwrap(model)
-    owners = find_owners(model)
+    checked = CheckedModel(model, find_owners(model), loss_fn)
     with plain_arithmetic(model), restored(model):
-        report = _check(model, owners, batch, loss_fn)
+        report = _check(checked, batch)
     if verbose:
         print(report)
     return report
 
 
-def _check(
-    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction
-) -> CheckReport:
-    large = _first_trial(model, owners, batch, loss_fn)
+def _check(checked: CheckedModel, batch: Batch) -> CheckReport:
+    model, owners = checked.model, checked.owners
+    large = _first_trial(checked, batch)
     size = len(large.losses)
     if size < 2:
         raise ValueError(f"check() compares samples, so it needs a batch of at least 2, got {size}")
     n_samples = MAX_SAMPLES if size > MAX_SAMPLES else size - 1
-    smaller = layouts.smaller_batch(model, owners, batch, loss_fn, large, n_samples)
+    smaller = layouts.smaller_batch(checked, batch, large, n_samples)
     if smaller is None and size > MAX_SAMPLES:
         raise ValueError(f"the batch of {size} could not be cut down to {MAX_SAMPLES} samples: no "
                          "choice of dimensions gave these samples' own losses. Pass a batch of 2 "
@@ -102,9 +91,7 @@ def _check(
     weights, ratios = layouts.draw_weights(size)
 
     def two_passes() -> tuple[PassRecord, PassRecord]:
-        first, second = (record_pass(model, owners, batch, loss_fn, each)
-                         for each in (weights, weights * ratios))
-        return first, second
+        return record_pass(checked, batch, weights), record_pass(checked, batch, weights * ratios)
 
     def infer(passes: tuple[PassRecord, PassRecord]) -> dict[str, layouts.LayoutResult]:
         return {owner.name: layouts.infer_layout(owner, *passes, ratios, dims.get(owner.name))
@@ -113,14 +100,14 @@ def _check(
     with running_statistics(model):
         passes = two_passes()
         found = infer(passes)
-        exact = exact_norms(model, owners, batch, loss_fn, size)
+        exact = exact_norms(checked, batch, size)
     findings = Findings(owners, found, passes, exact, size)
     source = layouts.find_batch_size_source(model, large, small)
     report = CheckReport(list(findings.rows.values()), source, size, min(size, MAX_COMPARED))
     if mixing_batch_norm(model):
         findings.mark_contributions(infer(two_passes()))
     with running_statistics(model):
-        taps = measure_with_taps(model, owners, batch, loss_fn, report)
+        taps = measure_with_taps(checked, batch, report)
     findings.enter_errors(taps)
     findings.refuse_unaccounted(float((weights * ratios).sum() / weights.sum()))
     findings.refuse_wrong()
@@ -129,11 +116,9 @@ def _check(
     return report
 
 
-def _first_trial(
-    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction
-) -> PassRecord:
+def _first_trial(checked: CheckedModel, batch: Batch) -> PassRecord:
     try:
-        return run_trial(model, owners, batch, loss_fn)
+        return run_trial(checked, batch)
     except TypeError as error:
         if tensors(batch):
             raise
@@ -141,10 +126,11 @@ def _first_trial(
                         "pass one batch as the loader gives it, next(iter(loader))") from error
 
 
-def _check_loss_fn(model: nn.Module, batch: Any, loss_fn: Any) -> None:
+def _check_loss_fn(model: nn.Module, batch: Batch, loss_fn: object) -> None:
     """Refuse what is not a function of model and batch, such as a criterion of outputs."""
-    criterion, function = isinstance(loss_fn, nn.modules.loss._Loss), inspect.isfunction(loss_fn)
-    of_outputs = criterion or (function and loss_fn.__module__ == "torch.nn.functional")
+    criterion = isinstance(loss_fn, nn.modules.loss._Loss)
+    of_outputs = criterion or (
+        inspect.isfunction(loss_fn) and loss_fn.__module__ == "torch.nn.functional")
     reason = ", a function of outputs and targets" if of_outputs else ""
     if callable(loss_fn) and not of_outputs:
         try:
@@ -154,7 +140,7 @@ def _check_loss_fn(model: nn.Module, batch: Any, loss_fn: Any) -> None:
             return
         except TypeError as error:
             reason = f", which cannot be called in this way: {error}"
-    name = loss_fn.__qualname__ if function else repr(loss_fn)
+    name = loss_fn.__qualname__ if inspect.isfunction(loss_fn) else repr(loss_fn)
     name = type(loss_fn).__name__ if criterion else name
     raise TypeError("loss_fn must be a function (model, batch) -> the losses of the batch's "
                     f"samples [N], got {name}{reason}. For instance {EXAMPLE}")

@@ -10,14 +10,15 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from adabatch._types import Batch
 from adabatch.check.isolate import no_gradients_yet, restored
 from adabatch.check.layouts import LayoutResult
-from adabatch.check.passes import LossFunction, ParameterOwner, PassRecord
+from adabatch.check.passes import CheckedModel, ParameterOwner, PassRecord
 from adabatch.check.report import CheckReport, CheckRow
 from adabatch.grad_sample.cost import called_shapes, layer_cost
 from adabatch.grad_sample.hooks import GradSampleHooks
@@ -48,20 +49,17 @@ class ExactNorms(NamedTuple):
     variance_trace: dict[str, float]
 
 
-def exact_norms(
-    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction,
-    n_samples: int,
-) -> ExactNorms:
+def exact_norms(checked: CheckedModel, batch: Batch, n_samples: int) -> ExactNorms:
     """Norms of ∇l_i for the first samples: a pass each, over the whole batch, so that a model that
     mixes samples is seen as it is."""
-    parameters = {name: each for owner in owners for name, each in owner.parameters.items()}
+    parameters = checked.parameters
     n_compared = min(n_samples, MAX_COMPARED)
     norms: dict[str, list[float]] = {name: [] for name in parameters}
     totals = {name: each.new_zeros(each.shape, dtype=torch.float64)
               for name, each in parameters.items()}
     for sample in range(n_compared):
-        with restored(model):
-            loss = loss_fn(model, batch)[sample]
+        with restored(checked.model):
+            loss = checked.loss_fn(checked.model, batch)[sample]
             grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, grad in zip(parameters, grads, strict=True):
             value = torch.zeros(()) if grad is None else grad.to_dense().double()
@@ -82,32 +80,30 @@ class TapResults(NamedTuple):
     problem: str
 
 
-def measure_with_taps(
-    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction,
-    report: CheckReport,
-) -> TapResults:
+def measure_with_taps(checked: CheckedModel, batch: Batch, report: CheckReport) -> TapResults:
     """Measure the batch with the hooks; layers that an error names are ignored in the next try."""
     refused: dict[str, str] = {}
     while True:
-        found, problem = _measure(model, batch, loss_fn, ignore=list(refused), layout=report)
+        found, problem = _measure(checked, batch, list(refused), report)
         before = len(refused)
-        for owner in owners:
+        for owner in checked.owners:
             lines = lines_about([owner.name or "the model itself", *owner.parameters], problem)
             if lines and owner.name not in refused:
                 refused[owner.name] = lines
         if len(refused) == before:
-            return TapResults(found, refused, "" if len(refused) == len(owners) else problem)
+            return TapResults(found, refused, "" if len(refused) == len(checked.owners) else problem)
 
 
 def _measure(
-    model: nn.Module, batch: Any, loss_fn: LossFunction, **options: Any
+    checked: CheckedModel, batch: Batch, ignore: list[str], report: CheckReport
 ) -> tuple[dict[str, Tensor], str]:
-    hooks = None
+    model, hooks = checked.model, None
     try:
         with restored(model), no_gradients_yet(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            hooks = GradSampleHooks(model, loss_reduction="sum", per_parameter=True, **options)
-            loss_fn(model, batch).sum().backward()
+            hooks = GradSampleHooks(
+                model, loss_reduction="sum", per_parameter=True, ignore=ignore, layout=report)
+            checked.loss_fn(model, batch).sum().backward()
             return hooks.collect().by_parameter, ""
     except Exception as error:  # every reason belongs into the report
         return {}, str(error) or type(error).__name__
@@ -206,14 +202,12 @@ class Findings:
             pairs = [(self._exact.sq_norms[name], taps.sq_norms[name].cpu().double())
                      for name in self._own(owner) if name in taps.sq_norms]
             if pairs:
-                norms, errors = torch.zeros(()), torch.zeros(())
-                for exact, found in pairs:
-                    found = found[:len(exact)]
-                    errors = errors + (found - exact if len(found) == len(exact) else
-                                       exact + math.inf).abs()
-                    norms = norms + exact
+                errors = torch.stack([
+                    (found[:len(exact)] - exact if len(found) >= len(exact) else exact + math.inf)
+                    for exact, found in pairs]).abs().sum(0)
+                norm = float(torch.stack([exact for exact, _ in pairs]).sum(0).max())
                 floor = (1e-3 if owner.is_narrow else 1e-6) * total
-                row.error = float(errors.max()) / max(float(norms.max()), floor, 1e-300)
+                row.error = float(errors.max()) / max(norm, floor, 1e-300)
             if row.rule == "none" and row.error <= AGREEMENT:
                 # Tapped inside the module: the order of its output does not matter.
                 row.rule, row.status, row.reason = "generic", "exact", ""

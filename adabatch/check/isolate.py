@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from adabatch.data.rng import generators_restored
 
 # Recurrent layers run on these lists, which a functional call rebuilds from its own tensors.
 _FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
@@ -33,7 +33,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     flat_weights = [(own, {key: own[key] for key in _FLAT_WEIGHTS if key in own})
                     for own in attributes]
     devices = {each.device for each in (*kept, *model.parameters()) if each.device.type == "cuda"}
-    with _random_state_restored(devices):
+    with generators_restored(), torch.random.fork_rng(list(devices), device_type="cuda"):
         try:
             yield
         finally:
@@ -106,14 +106,3 @@ def no_gradients_yet(model: nn.Module) -> Iterator[None]:
     finally:
         for own, functions in zip(hooks, before, strict=True):
             own.update(functions)
-
-
-@contextmanager
-def _random_state_restored(devices: set[torch.device]) -> Iterator[None]:
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global generator)
-    with torch.random.fork_rng(list(devices), device_type="cuda"):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)  # noqa: NPY002

@@ -17,13 +17,13 @@ from __future__ import annotations
 import inspect
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adabatch._tree import Path, map_tensors, tensors
-from adabatch.check.passes import Call, LossFunction, ParameterOwner, PassRecord, run_trial
+from adabatch._types import Batch
+from adabatch.check.passes import Call, CheckedModel, ParameterOwner, PassRecord, run_trial
 from adabatch.grad_sample.layout import BatchSizeSource, Layout
 
 MAX_SAMPLES, MAX_GUESSES = 8, 64
@@ -196,11 +196,9 @@ def _layouts_of_output(
         return layouts
     if rows_are_pure(first, second, ratios):
         return UNKNOWN_ORDER
-    if dims is None and first.dim() and first.shape[0] > 1:
-        carries_samples = bool(layouts_by_shape(first.shape, len(ratios), None))
-    else:
-        carries_samples = bool(dims)
-    return MIXES if carries_samples or not first.dim() else [Layout.SHARED]
+    guessed = dims is None and first.dim() > 0 and first.shape[0] > 1
+    has_samples = layouts_by_shape(first.shape, len(ratios), None) if guessed else dims
+    return MIXES if has_samples or not first.dim() else [Layout.SHARED]
 
 
 def _without_gradient(calls: list[Call], ratios: Tensor, dims: BatchDims | None) -> LayoutResult:
@@ -218,9 +216,8 @@ def _listed(possible: list[list[Layout]]) -> str:
 
 
 def smaller_batch(
-    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction,
-    full: PassRecord, n_samples: int,
-) -> tuple[Any, PassRecord] | None:
+    checked: CheckedModel, batch: Batch, full: PassRecord, n_samples: int
+) -> tuple[Batch, PassRecord] | None:
     """The first n_samples of a batch and a trial of them, with the losses they had in the batch.
 
     Every tensor is cut along a dimension as long as the batch, or not at all; the first dimension
@@ -237,7 +234,7 @@ def smaller_batch(
 
         part = map_tensors(batch, cut)
         try:
-            trial = run_trial(model, owners, part, loss_fn) if guess else None
+            trial = run_trial(checked, part) if guess else None
         except Exception:  # a wrong guess may fail anywhere in the user's code
             continue
         if trial is not None and _same(trial.losses, full.losses[:n_samples]):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,11 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from adabatch._engine import running_backward
-from adabatch._tree import holds_packed_sequence, map_tensors, tensors
+from adabatch._tree import Path, holds_packed_sequence, map_tensors, tensors
+from adabatch._types import Args, Batch, Inputs, Kwargs, LossFn
 from adabatch.check.isolate import restored
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.plan import clean_name
-
-LossFunction = Callable[[nn.Module, Any], Tensor]
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,20 @@ class ParameterOwner:
     def is_narrow(self) -> bool:
         """Whether a parameter has a type of fewer than 32 bits."""
         return any(torch.finfo(slot.parameter.dtype).bits < 32 for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model, its layers with trainable parameters, and the function of its per-sample losses."""
+
+    model: nn.Module
+    owners: list[ParameterOwner]
+    loss_fn: LossFn
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """{name in the model: parameter} of all owners."""
+        return {name: each for owner in self.owners for name, each in owner.parameters.items()}
 
 
 def find_owners(model: nn.Module) -> list[ParameterOwner]:
@@ -150,12 +161,13 @@ class PassRecord:
         self._undo: dict[str, list[Callable[[], None]]] = {owner.name: [] for owner in owners}
 
     def __enter__(self) -> PassRecord:
-        first: dict[str, Any] = {"prepend": True, "with_kwargs": True}
-        self._handles = [self._model.register_forward_pre_hook(self._take_inputs, **first)]
+        self._handles = [self._model.register_forward_pre_hook(
+            self._take_inputs, prepend=True, with_kwargs=True)]
         for owner in self._owners:
             before, after = partial(self._before, owner), partial(self._after, owner)
             self._handles.append(owner.module.register_forward_pre_hook(before, prepend=True))
-            self._handles.append(owner.module.register_forward_hook(after, **first))
+            self._handles.append(owner.module.register_forward_hook(
+                after, prepend=True, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -167,11 +179,11 @@ class PassRecord:
             for slot in owner.slots:
                 slot.holder._parameters[slot.key] = slot.parameter  # type: ignore[assignment]
 
-    def _take_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _take_inputs(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if self.inputs is None:
             self.inputs = args, kwargs
 
-    def _before(self, owner: ParameterOwner, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before(self, owner: ParameterOwner, module: nn.Module, args: Args) -> None:
         """Put aliases in place of the layer's parameters."""
         if not torch.is_grad_enabled():
             self._undo[owner.name].append(lambda: None)
@@ -189,8 +201,8 @@ class PassRecord:
             return
         current = [(slot, slot.holder._parameters[slot.key]) for slot in owner.slots]
         for slot in owner.slots:
-            alias: Any = aliases[id(slot.parameter)]
-            slot.holder._parameters[slot.key] = alias
+            own: dict[str, Tensor] = slot.holder._parameters  # type: ignore[assignment]
+            own[slot.key] = aliases[id(slot.parameter)]
 
         def undo() -> None:
             for slot, tensor in current:
@@ -205,8 +217,8 @@ class PassRecord:
         self.uses[name] = self.uses.get(name, 0) + 1
 
     def _after(
-        self, owner: ParameterOwner, module: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> Any:
+        self, owner: ParameterOwner, module: nn.Module, args: Args, kwargs: Kwargs, output: Batch
+    ) -> Batch:
         """Put the parameters back, and record the call."""
         self._undo[owner.name].pop()()
         if not torch.is_grad_enabled():
@@ -216,7 +228,7 @@ class PassRecord:
         if not _recomputing():
             self.calls[owner.name].append(call)
 
-        def tap(path: Any, tensor: Tensor) -> Tensor:
+        def tap(path: Path, tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
             index = len(call.shapes)
@@ -235,37 +247,33 @@ def _recomputing() -> bool:
     return running_backward() != -1
 
 
-def record_pass(
-    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction,
-    weights: Tensor,
-) -> PassRecord:
+def record_pass(checked: CheckedModel, batch: Batch, weights: Tensor) -> PassRecord:
     """Run loss_fn(model, batch) and the backward pass of Σ w_i l_i; the model's state is restored.
 
     Args:
         weights: w, [N], converted to the losses' device and type.
     """
-    named = {name: parameter for owner in owners for name, parameter in owner.parameters.items()}
-    with restored(model), PassRecord(model, owners) as record:
-        losses = loss_fn(model, batch)
+    model, named = checked.model, checked.parameters
+    with restored(model), PassRecord(model, checked.owners) as record:
+        losses = checked.loss_fn(model, batch)
         weights = weights.to(losses)
         grads = torch.autograd.grad(losses, list(named.values()), weights, allow_unused=True)
     record.losses, record.grads = losses.detach(), dict(zip(named, grads, strict=True))
     return record
 
 
-def run_trial(
-    model: nn.Module, owners: list[ParameterOwner], batch: Any, loss_fn: LossFunction
-) -> PassRecord:
+def run_trial(checked: CheckedModel, batch: Batch) -> PassRecord:
     """A forward pass with the whole model in evaluation mode, so that losses can be compared.
 
     Raises:
         TypeError: loss_fn does not return a tensor.
         ValueError: it does not return one loss per sample, with a gradient.
     """
-    with restored(model), PassRecord(model, owners) as record:
+    model = checked.model
+    with restored(model), PassRecord(model, checked.owners) as record:
         for module in model.modules():
             module.training = False
-        losses = loss_fn(model, batch)
+        losses = checked.loss_fn(model, batch)
     if not isinstance(losses, Tensor):
         raise TypeError("loss_fn must return a tensor of per-sample losses, got "
                         f"{type(losses).__name__}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from adabatch._table import aligned, html
 from adabatch.grad_sample.layout import BatchSizeSource, Layout
+from adabatch.interfaces import State
 
 STATUSES = ("exact", "contribution", "refused")
 _HEAD = ("layer", "type", "rule", "parameters", "layout", "variance", "cost", "error", "status")
@@ -108,7 +108,7 @@ class CheckReport:
         names = [row.name for row in self.rows]
         raise KeyError(f"no layer {name!r} with trainable parameters; there are {names}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> State:
         """Plain values, with a version."""
         rows = [{**asdict(row), "layout": row.layout and row.layout.value} for row in self.rows]
         source = self.batch_size_source and self.batch_size_source.to_dict()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from adabatch._engine import at_backward_end
+from adabatch._types import Argument, LossFn
 from adabatch.distributed.grad_norms import is_sharded
 from adabatch.interfaces import Estimator, State
 from adabatch.micro_batches.batches import BatchSplit
-from adabatch.micro_batches.search import LossFn, find_micro_batch_size
+from adabatch.micro_batches.search import find_micro_batch_size
 
 if TYPE_CHECKING:
     from adabatch.data.loader import AdaptiveDataLoader
@@ -130,7 +131,7 @@ class AccumulatingOptimizer(Optimizer):
         split.accumulates = True
         split.listeners.append(self._start)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Argument:
         if name == "optimizer":
             raise AttributeError(name)
         return getattr(self.optimizer, name)
@@ -153,7 +154,7 @@ class AccumulatingOptimizer(Optimizer):
         if not self._pending:
             self.optimizer.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
         """Step if the batch is complete.
 
         Raises:

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
+from adabatch._types import Batch, LossFn, Sample, Source
 from adabatch.data.rng import generators_restored
 from adabatch.micro_batches.batches import free_memory, is_out_of_memory
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 # large batch could take long.
 _SAMPLES = 16
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def find_micro_batch_size(
@@ -71,7 +71,7 @@ def find_micro_batch_size(
         few = _few_samples(loader.dataset, samples)
 
         def fits(size: int) -> bool:
-            def make_batch() -> Any:
+            def make_batch() -> Batch:
                 return loader.collate_fn(list(islice(cycle(few), size)))
 
             return _fits(model, optimizer, loss_fn, make_batch)
@@ -102,7 +102,7 @@ def find_micro_batch_size(
     return max(1, int(fitted * (1 - margin)))
 
 
-def _few_samples(dataset: Any, count: int) -> list[Any]:
+def _few_samples(dataset: Source, count: int) -> list[Sample]:
     if isinstance(dataset, IterableDataset):
         # A copy, because reading may move the data set's own position.
         few = list(islice(iter(copy.deepcopy(dataset)), count))
@@ -114,7 +114,7 @@ def _few_samples(dataset: Any, count: int) -> list[Any]:
 
 
 def _fits(
-    model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, make_batch: Callable[[], Any]
+    model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, make_batch: Callable[[], Batch]
 ) -> bool:
     fitted = False
     try:
