@@ -59,7 +59,7 @@ class BatchSizeScheduler:
 
     Args:
         optimizer: its step hooks carry the lr factors. A controller that needs an effective lr
-            accepts SGD, or any optimizer if it has an effective_lr of its own.
+            accepts SGD, or any optimizer if the controller has an effective_lr.
         loader: what takes the batch size: an AdaptiveDataLoader or a ResizableBatchSampler. A
             sampler under a DataLoader with workers runs ahead of the training loop; with
             AdaptiveDataLoader the short-batch rule always meets the right batch.
@@ -104,7 +104,7 @@ class BatchSizeScheduler:
         self,
         optimizer: Optimizer,
         loader: BatchSource,
-        estimator: Estimator | None,
+        estimator: Estimator | None = None,
         controller: Any = None,
         *,
         batch_sizes: BatchSizes | tuple[int, int] = BatchSizes(),  # noqa: B008

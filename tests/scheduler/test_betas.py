@@ -1,4 +1,5 @@
-"""Betas to the power of the batch: Adam's averages after batches of any sizes are those of single samples' decay, bias correction included."""
+"""Betas to the power of the batch: Adam's averages after batches of any sizes are those of single
+samples' decay, bias correction included."""
 
 import copy
 
@@ -14,7 +15,8 @@ BETAS, LR, EPS = (0.9, 0.99), 0.1, 1e-8
 
 
 def reference(grads, ratios, betas=BETAS):
-    """Adam by its definition in float64, with β^r for each step and the true sum of the weights as bias correction."""
+    """Adam by its definition in float64, with β^r for each step and the true sum of the weights as
+    bias correction."""
     weight, first, second, rest = 0.0, 0.0, 0.0, [1.0, 1.0]
     path = []
     for grad, ratio in zip(grads, ratios, strict=True):
@@ -46,11 +48,15 @@ def make(kind=Adam, **options):
     return parameter, optimizer, ratio, BetaRescaler(optimizer, lambda: ratio[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"capturable": False, "amsgrad": False}], ids=["plain", "foreach", "explicit"])
+@pytest.mark.parametrize("options", [
+    {}, {"foreach": True}, {"capturable": False, "amsgrad": False}
+], ids=["plain", "foreach", "explicit"])
 @pytest.mark.parametrize("kind", [Adam, AdamW])
 def test_against_the_definition(kind, options):
     parameter, optimizer, ratio, _ = make(kind, weight_decay=0.0, **options)
-    assert run(optimizer, parameter, RATIOS, ratio, grads_of(7)) == pytest.approx(reference(grads_of(7), RATIOS), rel=1e-5)
+    assert run(optimizer, parameter, RATIOS, ratio, grads_of(7)) == pytest.approx(
+        reference(grads_of(7), RATIOS), rel=1e-5
+    )
     assert optimizer.param_groups[0]["betas"] == BETAS
     assert optimizer.state[parameter]["step"].item() == 7
 
@@ -59,7 +65,8 @@ def test_a_batch_of_the_base_size_changes_nothing_bit_for_bit():
     parameter, optimizer, ratio, horizon = make()
     plain = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     other = Adam([plain], lr=LR, betas=BETAS, eps=EPS)
-    assert run(optimizer, parameter, [1.0] * 6, ratio, grads_of(6)) == run(other, plain, [1.0] * 6, [1.0], grads_of(6))
+    assert run(optimizer, parameter, [1.0] * 6, ratio, grads_of(6)) == run(other, plain, [1.0] * 6,
+                                                                           [1.0], grads_of(6))
     assert (horizon.steps, horizon.exponents) == (6, 6.0)
 
 
@@ -81,12 +88,14 @@ def test_resumed():
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     fresh.load_state_dict(horizon.state_dict())
     rest = grads_of(7)[4:]
-    assert run(other, again, RATIOS[4:], other_ratio, rest) == run(optimizer, parameter, RATIOS[4:], ratio, rest)
+    assert run(other, again, RATIOS[4:], other_ratio, rest) == run(optimizer, parameter, RATIOS[4:],
+                                                                   ratio, rest)
 
 
 def test_a_parameter_left_out_of_steps_keeps_its_count():
     one, two = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
-    optimizer = Adam([{"params": [one]}, {"params": [two], "betas": (0.5, 0.9)}], lr=LR, betas=BETAS)
+    optimizer = Adam([{"params": [one]}, {"params": [two], "betas": (0.5, 0.9)}], lr=LR,
+                     betas=BETAS)
     BetaRescaler(optimizer, lambda: 3.0)
     for step in range(5):
         one.grad = torch.ones_like(one)

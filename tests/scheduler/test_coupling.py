@@ -11,11 +11,13 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAda
 from adabatch.estimators.null import NullEstimator
 from adabatch import GradientMoments
 from adabatch.controllers import CABS
-from adabatch.scheduler.coupling import AdaScaleGain, coupling_for, linear, none, rule_of_optimizer, square_root
+from adabatch.scheduler.coupling import (AdaScaleGain, coupling_for, linear, none,
+                                         rule_of_optimizer, square_root)
 from tests.scripted import Wishes, slope_run, steps
 
 sizes = st.integers(1, 10_000)
-both_orders = pytest.mark.parametrize("scheduler_first", [False, True], ids=["step-then-measure", "measure-then-step"])
+both_orders = pytest.mark.parametrize("scheduler_first", [False, True],
+                                      ids=["step-then-measure", "measure-then-step"])
 
 
 @given(sizes, sizes, st.floats(0, 1e6), st.floats(1e-6, 1e6))
@@ -41,7 +43,9 @@ def test_adams_family_takes_the_square_root(kind):
 
 def test_unknown_rules_and_optimizers():
     optimizer = Rprop([torch.zeros(1)])
-    with pytest.raises(ValueError, match=r"coupling must be one of \['none', 'linear', 'sqrt', 'adascale', 'seesaw'\] or a callable.*got 'cubic'"):
+    with pytest.raises(ValueError,
+                       match=r"coupling must be one of \['none', 'linear', 'sqrt', 'adascale', "
+                             r"'seesaw'\] or a callable.*got 'cubic'"):
         coupling_for("cubic", optimizer)
     with pytest.raises(ValueError, match="Rprop is not known: pass coupling='linear' or 'sqrt'"):
         coupling_for("seesaw", optimizer)
@@ -52,13 +56,16 @@ def test_unknown_rules_and_optimizers():
 
 @both_orders
 @pytest.mark.parametrize("lr", [lambda: 1.0, lambda: torch.tensor(1.0)], ids=["float", "tensor"])
-@pytest.mark.parametrize(("coupling", "power"), [("none", 0), ("linear", 1), ("sqrt", 0.5), ("seesaw", 1), (lambda size, base, noise: (size / base) ** 2, 2)])
+@pytest.mark.parametrize(("coupling", "power"),
+                         [("none", 0), ("linear", 1), ("sqrt", 0.5), ("seesaw", 1),
+                          (lambda size, base, noise: (size / base) ** 2, 2)])
 def test_each_batch_steps_with_the_factor_of_its_own_size(coupling, power, lr, scheduler_first):
     run = slope_run(Wishes(40, 8, 64, 16), n=16 + 40 + 8 + 64 + 4, coupling=coupling, lr=lr())
-    asked, delivered = [16, 40, 8, 64, 16], [16, 40, 8, 64, 4]
+    requested, delivered = [16, 40, 8, 64, 16], [16, 40, 8, 64, 4]
     moved = list(steps(*run, scheduler_first=scheduler_first))
     assert [rows for rows, _ in moved] == delivered
-    expected = [(size / 16) ** power * rows / size for size, rows in zip(asked, delivered, strict=True)]
+    expected = [(size / 16) ** power * rows / size for size,
+                rows in zip(requested, delivered, strict=True)]
     assert [move for _, move in moved] == pytest.approx(expected, rel=1e-5)
     assert {told["lr"] for told in run[3].controller.told} == {1.0}
     assert float(run[1].param_groups[0]["lr"]) == 1.0
@@ -73,15 +80,18 @@ def test_the_base_can_be_given():
 @both_orders
 def test_coupling_spill_and_short_batch_multiply(scheduler_first):
     run = slope_run(Wishes(128), n=16 + 64 + 32, on_limit="lower_lr", coupling="linear")
-    assert [move for _, move in steps(*run, scheduler_first=scheduler_first)] == pytest.approx([1.0, 4 * 0.5, 4 * 0.5 * 0.5], rel=1e-5)
+    assert [
+        move for _, move in steps(*run, scheduler_first=scheduler_first)
+    ] == pytest.approx([1.0, 4 * 0.5, 4 * 0.5 * 0.5], rel=1e-5)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_of_workers_step_with_the_factor_of_what_was_asked_for(workers):
-    run = slope_run(Wishes(40, 30, 20, 50), n=200, loader_options={"num_workers": workers}, coupling="linear", short_batch="keep")
+    run = slope_run(Wishes(40, 30, 20, 50), n=200, loader_options={"num_workers": workers},
+                    coupling="linear", short_batch="keep")
     moved = [move for _, move in steps(*run)]
-    asked = [size for size, _ in run[2].recent]
-    assert moved == pytest.approx([size / 16 for size in asked], rel=1e-5)
+    requested = [size for size, _ in run[2].recent]
+    assert moved == pytest.approx([size / 16 for size in requested], rel=1e-5)
 
 
 class Moments(NullEstimator):
@@ -91,18 +101,19 @@ class Moments(NullEstimator):
 
     def __init__(self, loader, pairs):
         super().__init__()
-        self.loader, self.pairs, self.asked = loader, pairs, 0
+        self.loader, self.pairs, self.requested = loader, pairs, 0
 
     def observe(self, **options):
         return self
 
     def moments(self):
-        trace, signal = self.pairs[min(self.asked, len(self.pairs) - 1)]
+        trace, signal = self.pairs[min(self.requested, len(self.pairs) - 1)]
         size = self.loader.recent[-1][1]
-        self.asked += 1
+        self.requested += 1
         grad_sq_norm = signal + trace / size
         mean = trace * (1 - 1 / size) + grad_sq_norm
-        return GradientMoments(batch_size=size, sq_norms=torch.full((size,), mean, dtype=torch.float64), grad_sq_norm=grad_sq_norm)
+        norms = torch.full((size,), mean, dtype=torch.float64)
+        return GradientMoments(batch_size=size, sq_norms=norms, grad_sq_norm=grad_sq_norm)
 
     def state_dict(self):
         return {}
@@ -127,26 +138,30 @@ def test_adascale_smooths_both_moments_before_it_divides():
     run[3].estimator = Moments(run[2], pairs)
     moved = [move for _, move in steps(*run, 4)]
     weights = [16 * 0.95**2, 64 * 0.95, 64]
-    trace, signal = (sum(w * pair[i] for w, pair in zip(weights, pairs, strict=True)) / sum(weights) for i in (0, 1))
+    trace, signal = (sum(w * pair[i] for w,
+                         pair in zip(weights, pairs, strict=True)) / sum(weights) for i in (0, 1))
     assert moved[3] == pytest.approx((trace / 16 + signal) / (trace / 64 + signal), rel=1e-5)
 
 
 def test_what_cannot_be_coupled_is_refused_and_leaves_no_hook():
     with pytest.raises(ValueError, match="coupling='linear' is for a loss that is a mean"):
         slope_run(Wishes(40), loss_reduction="sum", coupling="linear")
-    with pytest.raises(ValueError, match="base_batch_size must be a positive integer or None, got 0"):
+    with pytest.raises(ValueError,
+                       match="base_batch_size must be a positive integer or None, got 0"):
         slope_run(Wishes(40), coupling="linear", base_batch_size=0)
     optimizer = SGD([torch.zeros(1)], lr=1.0)
-    with pytest.raises(ValueError, match=r"scale_betas=True needs an optimizer with betas.*SGD has none"):
+    with pytest.raises(ValueError,
+                       match=r"scale_betas=True needs an optimizer with betas.*SGD has none"):
         slope_run(Wishes(40), optimizer=lambda *args, **kwargs: optimizer, scale_betas=True)
     assert not optimizer._optimizer_step_pre_hooks
     run = slope_run(Wishes(40), coupling=lambda size, base, noise: math.nan)
-    with pytest.raises(ValueError, match="the coupling gave the factor nan for a batch of 16 and a base of 16"):
+    with pytest.raises(ValueError,
+                       match="the coupling gave the factor nan for a batch of 16 and a base of 16"):
         next(steps(*run))
 
 
 def test_a_coupled_lr_does_not_run_away():
-    """CABS is told the base lr: with T and the loss constant its proposal is, too."""
+    """CABS gets the base lr: with T and the loss constant its proposal is, too."""
     run = slope_run(CABS(), max_batch_size=4096, n=50_000, lr=0.5, coupling="linear")
     run[3].estimator.remove()
     run[3].estimator = Moments(run[2], [(320.0, 1.0)])

@@ -3,14 +3,12 @@
 import math
 from fractions import Fraction
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from adabatch.scheduler.decision import CurrentBatchSize
 from adabatch.scheduler.decision import SizeRule
 
 proposals = st.floats(allow_nan=False)
@@ -33,11 +31,14 @@ def test_sizes_are_multiples_within_the_bounds(rule, proposal):
 
 
 @given(rules(), st.floats(-1e4, 2e4))
-def test_no_allowed_size_is_nearer_to_the_wish(rule, proposal):
+def test_no_allowed_size_is_nearer_to_the_proposal(rule, proposal):
     allowed = range(rule.lowest, rule.highest + 1, rule.multiple_of)
-    # proposal / multiple is a float: where it rounds to a tie, the tie's even side may lie farther away by that rounding.
+    # proposal / multiple is a float: where it rounds to a tie, the tie's even side may lie farther
+    # away by that rounding.
     slack = Fraction(proposal) * Fraction(2) ** -52
-    assert abs(rule.size_for(proposal) - Fraction(proposal)) <= min(abs(size - Fraction(proposal)) for size in allowed) + abs(slack)
+    assert abs(rule.size_for(proposal) - Fraction(proposal)) <= min(
+        abs(size - Fraction(proposal)) for size in allowed
+    ) + abs(slack)
 
 
 @given(st.floats(-100, 3000))
@@ -49,11 +50,12 @@ def test_rounds_half_to_even_then_clips(proposal):
 def test_ties_go_to_even_multiples(k, multiple_of):
     tie = (k + 0.5) * multiple_of
     nearest = k + k % 2
-    assert SizeRule(1, 10**6, multiple_of=multiple_of).size_for(tie) == max(nearest, 1) * multiple_of
+    assert SizeRule(1, 10**6, multiple_of=multiple_of).size_for(tie) == max(nearest,
+                                                                            1) * multiple_of
 
 
 @given(rules(), proposals, proposals)
-def test_a_larger_wish_never_gets_a_smaller_size(rule, one, other):
+def test_a_larger_proposal_never_gets_a_smaller_size(rule, one, other):
     low, high = sorted((one, other))
     assert rule.size_for(low) <= rule.size_for(high)
 
@@ -66,16 +68,18 @@ def test_an_allowed_size_is_kept_as_it_is(rule):
     assert rule.size_for(-math.inf) == rule.lowest
 
 
-def test_a_nan_wish_is_an_error():
+def test_a_nan_proposal_is_an_error():
     with pytest.raises(ValueError, match="NaN"):
         SizeRule(1, 2).size_for(math.nan)
 
 
 @given(rules(), proposals, proposals)
-def test_a_wish_is_met_by_its_own_size_unless_the_maximum_lies_below(rule, proposal, other):
+def test_a_proposal_is_met_by_its_own_size_unless_the_maximum_lies_below(rule, proposal, other):
     assert rule.is_met(proposal, rule.size_for(proposal)) == (proposal <= rule.highest)
     held = rule.size_for(other)
-    assert rule.is_met(proposal, held) == (proposal <= rule.highest and held >= rule.size_for(proposal))
+    assert rule.is_met(proposal, held) == (
+        proposal <= rule.highest and held >= rule.size_for(proposal)
+    )
 
 
 @given(rules(cooldown=3), proposals, st.integers(0, 10))
@@ -88,12 +92,15 @@ def test_dwell_holds_the_size_for_so_many_steps(rule, proposal, waited):
 def test_hysteresis_keeps_the_size_within_the_relative_change(present, proposal, hysteresis):
     rule = SizeRule(16, 2048, hysteresis=hysteresis)
     size, plain = rule.next_size(proposal, present, 0), SizeRule(16, 2048).size_for(proposal)
-    assert size == (present if Fraction(abs(plain - present), present) <= Fraction(hysteresis) else plain) or math.isclose(
+    assert size == (
+        present if Fraction(abs(plain - present), present) <= Fraction(hysteresis) else plain
+    ) or math.isclose(
         abs(plain - present), hysteresis * present
     )
 
 
-@pytest.mark.parametrize(("proposal", "size"), [(100, 100), (109, 100), (110, 100), (111, 111), (90, 100), (89, 89)])
+@pytest.mark.parametrize(("proposal", "size"),
+                         [(100, 100), (109, 100), (110, 100), (111, 111), (90, 100), (89, 89)])
 def test_hysteresis_by_hand(proposal, size):
     assert SizeRule(1, 1000, hysteresis=0.1).next_size(proposal, 100, 0) == size
 
@@ -112,7 +119,8 @@ def test_a_present_size_that_is_not_allowed_is_left_at_once(rule, present, propo
         ({"maximum": True}, "maximum must be a positive integer, got True"),
         ({"minimum": 32, "maximum": 16}, r"minimum \(32\) must not exceed maximum \(16\)"),
         ({"multiple_of": 0}, "multiple_of must be a positive integer, got 0"),
-        ({"minimum": 17, "maximum": 31, "multiple_of": 16}, "no multiple of 16 lies between minimum \(17\) and maximum \(31\)"),
+        ({"minimum": 17, "maximum": 31, "multiple_of": 16},
+         r"no multiple of 16 lies between minimum \(17\) and maximum \(31\)"),
         ({"cooldown": -1}, "cooldown must be an integer >= 0, got -1"),
         ({"cooldown": 1.5}, "cooldown must be an integer >= 0, got 1.5"),
         ({"cooldown": math.nan}, "cooldown must be an integer >= 0, got nan"),

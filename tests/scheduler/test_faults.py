@@ -1,4 +1,5 @@
-"""BatchSizeScheduler where things go wrong: measurements that are dropped while the run goes on, and errors that say what to do."""
+"""BatchSizeScheduler where things go wrong: measurements that are dropped while the run continues,
+and errors that say what to do."""
 
 import math
 
@@ -14,12 +15,15 @@ from tests.options import make_scheduler
 
 
 def train(faults, n_steps=6, batch_size=16, **options):
-    """Trains a linear model with CABS; faults = {step: function of (inputs, loss) that returns the loss}. Steps with a fault leave out optimizer.step()."""
+    """Trains a linear model with CABS; faults = {step: function of (inputs, loss) that returns the
+    loss}. Steps with a fault leave out optimizer.step()."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    optimizer, loader = SGD(model.parameters(), lr=0.3), AdaptiveDataLoader(regression(4000), batch_size)
+    optimizer, loader = SGD(model.parameters(), lr=0.3), AdaptiveDataLoader(regression(4000),
+                                                                            batch_size)
     hooks = GradSampleHooks(model, **options)
-    scheduler = make_scheduler(optimizer, loader, hooks, CABS(), min_batch_size=2, max_batch_size=64)
+    scheduler = make_scheduler(optimizer, loader, hooks, CABS(), min_batch_size=2,
+                               max_batch_size=64)
     for step, (inputs, targets) in zip(range(n_steps), loader, strict=False):
         optimizer.zero_grad()
         loss = squared_error(model(inputs), targets)
@@ -36,7 +40,8 @@ FAULTS = {
     "nan-loss": (lambda loss: loss * math.nan, "non-finite loss"),
     "inf-loss": (lambda loss: loss + math.inf, "non-finite loss"),
     "minus-inf-loss": (lambda loss: loss - math.inf, "non-finite loss"),
-    "nan-gradient": (lambda loss: loss + (loss * math.nan - loss.detach() * math.nan).nan_to_num(), "non-finite gradient"),
+    "nan-gradient": (lambda loss: loss + (loss * math.nan - loss.detach() * math.nan).nan_to_num(),
+                     "non-finite gradient"),
     "overflowing-norms": (lambda loss: loss * 1e25, "non-finite gradient"),
 }
 
@@ -53,7 +58,8 @@ def test_what_is_not_finite_is_dropped_counted_and_forgotten(fault, reason, samp
     assert math.isnan(record.variance_trace)
     assert record.next_batch_size == record.batch_size == history[2].next_batch_size
     assert record.variance_trace_ema == history[2].variance_trace_ema
-    assert all(other.measured and math.isfinite(other.proposed_batch_size) for other in history if other.step != 3)
+    assert all(other.measured and math.isfinite(other.proposed_batch_size)
+               for other in history if other.step != 3)
     # The controller and the averages must be as if the step had not been.
     _, twin = train({}, n_steps=3, samples=samples)
     _, stopped = train({3: fault}, n_steps=4, samples=samples)
@@ -68,7 +74,7 @@ def test_the_first_step_may_be_dropped():
     assert math.isfinite(scheduler.diagnostics.latest.proposed_batch_size)
 
 
-def test_a_run_of_nothing_but_faults_goes_on():
+def test_a_run_of_nothing_but_faults_continues():
     _, scheduler = train(dict.fromkeys(range(6), FAULTS["nan-gradient"][0]))
     assert scheduler.diagnostics.n_dropped == scheduler.diagnostics.n_steps == 6
     assert scheduler.get_last_batch_size() == 16
@@ -90,7 +96,8 @@ def test_a_batch_of_one_has_no_variance(scheduler_first):
 
 def test_accumulated_batches_of_one_do_have_one():
     controller = Wishes(2)
-    model, _, loader, scheduler = slope_run(controller, accumulate=2, batch_size=1, max_batch_size=2)
+    model, _, loader, scheduler = slope_run(controller, accumulate=2, batch_size=1,
+                                            max_batch_size=2)
     for _, (inputs,) in zip(range(2), loader, strict=False):
         (model(inputs).mean() / 2).backward()
     scheduler.step(0.0)
@@ -111,7 +118,7 @@ def test_an_empty_batch_is_dropped_where_the_loader_cannot_tell():
     assert scheduler.diagnostics.latest.measured
 
 
-def test_a_wish_of_nan_is_dropped():
+def test_a_proposal_of_nan_is_dropped():
     run = slope_run(Wishes(20, math.nan, 30))
     assert [rows for rows, _ in steps(*run, 4)] == [16, 20, 20, 30]
     assert run[3].diagnostics.dropped == {"the controller's proposal is NaN": 1}
@@ -128,7 +135,8 @@ def test_a_step_without_a_backward_pass():
     assert scheduler.step_count == len(scheduler.diagnostics) == 0
     loss.backward()
     scheduler.step(loss)
-    with pytest.raises(RuntimeError, match=r"since the last collect\(\).*backward\(\) was not called"):
+    with pytest.raises(RuntimeError,
+                       match=r"since the last collect\(\).*backward\(\) was not called"):
         scheduler.step(loss)
     assert scheduler.step_count == len(scheduler.diagnostics) == 1
     assert scheduler.samples_seen == 16
@@ -151,7 +159,9 @@ def test_layers_that_see_another_number_of_rows_than_was_delivered(inputs, rows)
     model, _, loader, scheduler = slope_run(Wishes(16))
     next(iter(loader))
     model(inputs).mean().backward()
-    with pytest.raises(RuntimeError, match=rf"layers saw {rows} rows in this step, but the loader delivered 16 samples.*adabatch\.check\("):
+    with pytest.raises(RuntimeError,
+                       match=rf"layers saw {rows} rows in this step, but the loader delivered "
+                             r"16 samples.*adabatch\.check\("):
         scheduler.step(0.0)
 
 
@@ -166,7 +176,9 @@ def test_evaluation_between_steps_disturbs_nothing():
                 model.train()
                 model(torch.ones(7, 1)).mean()
 
-        return list(steps(model, optimizer, loader, scheduler, 5, after=look)), scheduler.controller.told[-1]["moments"].sq_norms
+        return list(
+            steps(model, optimizer, loader, scheduler, 5, after=look)
+        ), scheduler.controller.told[-1]["moments"].sq_norms
 
     (plain, norms), (disturbed, same) = run(False), run(True)
     assert disturbed == plain
@@ -176,7 +188,8 @@ def test_evaluation_between_steps_disturbs_nothing():
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (torch.ones(3), ValueError, r"scalar loss of the step, got a tensor of shape \(3,\): reduce it first"),
+        (torch.ones(3), ValueError,
+         r"scalar loss of the step, got a tensor of shape \(3,\): reduce it first"),
         (torch.ones(0), ValueError, r"got a tensor of shape \(0,\)"),
         (None, TypeError, "got None"),
         ("0.5 apples", TypeError, "got '0.5 apples'"),
@@ -202,12 +215,13 @@ def test_a_loss_that_touches_no_measured_layer_is_no_backward_pass():
     assert model.layer.weight.grad is None
 
 
-def test_a_data_set_whose_samples_hold_several_rows_is_told_apart_at_the_first_step():
+def test_a_data_set_whose_samples_hold_several_rows_is_recognised_at_the_first_step():
     model = nn.Linear(2, 1)
     loader = AdaptiveDataLoader(TensorDataset(torch.ones(64, 5, 2)), 16)
     scheduler = make_scheduler(SGD(model.parameters(), lr=1.0), loader, GradSampleHooks(model))
     (inputs,) = next(iter(loader))
     loss = model(inputs.flatten(0, 1)).mean()
     loss.backward()
-    with pytest.raises(RuntimeError, match="layers saw 80 rows in this step, but the loader delivered 16"):
+    with pytest.raises(RuntimeError,
+                       match="layers saw 80 rows in this step, but the loader delivered 16"):
         scheduler.step(loss)

@@ -1,4 +1,5 @@
-"""What the scheduler is told of a step's loss: GradScaler's factor, numbers of tokens, and sums that a rule cannot use."""
+"""What the scheduler learns of a step's loss: GradScaler's factor, numbers of tokens, and sums
+that a rule cannot use."""
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def run(controller=None, inner_products=False, loss_reduction="mean", grad_scale
     statistics = ["inner_products"] if inner_products else []
     hooks = GradSampleHooks(model, statistics=statistics, loss_reduction=loss_reduction)
     options = {"min_batch_size": 8, "max_batch_size": 8, "every": every, "grad_scaler": grad_scaler}
-    return model, optimizer, loader, make_scheduler(optimizer, loader, hooks, controller or Wishes(8), **options)
+    return model, optimizer, loader, make_scheduler(optimizer, loader, hooks,
+                                                    controller or Wishes(8), **options)
 
 
 def true_trace(model, batch):
@@ -40,7 +42,9 @@ def test_a_loss_scale_is_undone(inner_products):
         loss = squared_error(model(inputs), targets)
         (512 * loss).backward()
         scheduler.step(loss, loss_scale=512)
-        assert scheduler.diagnostics.latest.variance_trace == pytest.approx(true_trace(model, (inputs, targets)), rel=1e-4)
+        assert scheduler.diagnostics.latest.variance_trace == pytest.approx(
+            true_trace(model, (inputs, targets)), rel=1e-4
+        )
         assert scheduler.diagnostics.latest.loss == pytest.approx(loss.item())
 
 
@@ -52,7 +56,9 @@ def test_a_grad_scaler_given_to_wrap_is_read_while_its_scale_holds(inner_product
     model = nn.Linear(3, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
     options = {"controller": Wishes(8), "batch_sizes": (8, 8), "measure": "all"}
-    wrapped = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8), estimator=adabatch.PerSample(inner_products=inner_products), grad_scaler=scaler, **options)
+    estimator = adabatch.PerSample(inner_products=inner_products)
+    wrapped = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8),
+                            estimator=estimator, grad_scaler=scaler, **options)
     optimizer, loader, scheduler = wrapped
     for inputs, targets in loader:
         expected = true_trace(model, (inputs, targets))
@@ -92,17 +98,20 @@ def test_the_scaler_itself_is_refused_where_its_scale_may_have_changed():
     inputs, targets = next(iter(loader))
     loss = squared_error(model(inputs), targets)
     loss.backward()
-    with pytest.raises(ValueError, match=r"loss_scale must be a positive number.*pass a GradScaler to wrap\(grad_scaler=\)"):
+    with pytest.raises(ValueError,
+                       match=r"loss_scale must be a positive number.*"
+                             r"pass a GradScaler to wrap\(grad_scaler=\)"):
         scheduler.step(loss, loss_scale=torch.amp.GradScaler("cpu"))
 
 
-def scaled(scaler, told=None, fused=False, **options):
+def scaled(scaler, known=None, fused=False, **options):
     """A linear model, and a function that takes one step scaled by `scaler`."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     options = {"controller": Wishes(8), "batch_sizes": (8, 8), "measure": "all", **options}
     optimizer = SGD(model.parameters(), lr=0.01, fused=fused)
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(regression(64), 8), grad_scaler=told, **options)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(regression(64), 8),
+                                                 grad_scaler=known, **options)
 
     def step(inputs, targets, **given):
         optimizer.zero_grad()
@@ -124,14 +133,16 @@ FORGOTTEN = {
 
 
 @pytest.mark.parametrize("options", FORGOTTEN.values(), ids=FORGOTTEN)
-def test_a_grad_scaler_that_wrap_was_not_told_of_is_noticed(options):
+def test_a_grad_scaler_that_wrap_does_not_know_is_detected(options):
     loader, _, step = scaled(torch.amp.GradScaler("cpu", init_scale=64.0), **options)
 
     def epoch():
         for inputs, targets in loader:
             step(inputs, targets)
 
-    with pytest.raises(RuntimeError, match="divided by 64 .*as a GradScaler does.*Pass grad_scaler=scaler to adabatch.wrap"):
+    with pytest.raises(RuntimeError,
+                       match=r"divided by 64 .*as a GradScaler does.*"
+                             "Pass grad_scaler=scaler to adabatch.wrap"):
         epoch()
 
 
@@ -140,24 +151,26 @@ def test_a_scheduler_made_by_hand_notices_a_grad_scaler_too():
     model, scaler = nn.Linear(3, 1), torch.amp.GradScaler("cpu", init_scale=64.0)
     optimizer = SGD(model.parameters(), lr=0.01)
     loader = adabatch.AdaptiveDataLoader(regression(64), 8)
-    scheduler = make_scheduler(optimizer, loader, adabatch.GradSampleHooks(model), Wishes(8), min_batch_size=8, max_batch_size=8)
+    scheduler = make_scheduler(optimizer, loader, adabatch.GradSampleHooks(model), Wishes(8),
+                               min_batch_size=8, max_batch_size=8)
     inputs, targets = next(iter(loader))
     loss = squared_error(model(inputs), targets)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
-    with pytest.raises(RuntimeError, match="divided by 64 .*as a GradScaler does"):
+    with pytest.raises(RuntimeError, match=r"divided by 64 .*as a GradScaler does"):
         scheduler.step(loss)
 
 
-def test_a_grad_scaler_whose_scale_is_told_at_each_step_or_that_is_off_will_do():
+def test_a_grad_scaler_whose_scale_is_passed_at_each_step_or_that_is_off():
     loader, scheduler, step = scaled(torch.amp.GradScaler("cpu", init_scale=64.0))
     for inputs, targets in loader:
         step(inputs, targets, loss_scale=64)
-    told = scheduler.diagnostics.column("variance_trace")
+    passed = scheduler.diagnostics.column("variance_trace")
     loader, scheduler, step = scaled(torch.amp.GradScaler("cpu", enabled=False))
     for inputs, targets in loader:
         step(inputs, targets)
-    assert told.tolist() == pytest.approx(scheduler.diagnostics.column("variance_trace").tolist(), rel=1e-4)
+    assert passed.tolist() == pytest.approx(scheduler.diagnostics.column("variance_trace").tolist(),
+                                          rel=1e-4)
     scheduler.remove()
     assert not scheduler.optimizer._optimizer_step_pre_hooks
 
@@ -170,12 +183,16 @@ def test_token_counts_reach_the_moments():
         shares = counts.double() / counts.sum()
         bare = nn.Linear(3, 1)
         bare.load_state_dict(model.state_dict())
-        grads = torch.cat([rows.flatten(1) for rows in oracle.per_sample_grads(bare, per_sample_loss, (inputs, targets)).values()], 1)
+        grads = torch.cat([rows.flatten(1) for rows in oracle.per_sample_grads(
+            bare, per_sample_loss, (inputs, targets)
+        ).values()], 1)
         optimizer.zero_grad()
         loss = (per_sample_loss(model, (inputs, targets)) * counts).sum() / counts.sum()
         loss.backward()
         scheduler.step(loss, weights=counts)
-        expected = 8 / 7 * float((8 * shares.unsqueeze(1) * (grads - shares @ grads)).square().sum(1).mean())
+        expected = 8 / 7 * float(
+            (8 * shares.unsqueeze(1) * (grads - shares @ grads)).square().sum(1).mean()
+        )
         assert scheduler.diagnostics.latest.variance_trace == pytest.approx(expected, rel=1e-4)
         assert proposals.told[-1]["moments"].weights is not None
 
@@ -187,19 +204,23 @@ def test_weights_need_dots_on_measuring_steps():
         model.zero_grad()
         loss.backward()
         if step == 0:
-            with pytest.raises(ValueError, match='statistics=."inner_products".'):
+            with pytest.raises(ValueError, match=r'statistics=\["inner_products"\]'):
                 scheduler.step(loss, weights=torch.ones(8))
             return
 
 
-@pytest.mark.parametrize("controller", [CABS(), CABS.reference(), Wishes(8, needs_effective_lr=True), None])
-def test_a_summed_loss_is_refused_by_rules_that_need_the_step_per_unit_of_the_mean_gradient(controller):
-    with pytest.raises(ValueError, match=r"With loss_reduction='sum' that is lr times the batch size.*divide the loss by the batch size"):
+@pytest.mark.parametrize("controller",
+                         [CABS(), CABS.reference(), Wishes(8, needs_effective_lr=True), None])
+def test_a_summed_loss_is_refused_by_rules_that_need_an_effective_lr(controller):
+    with pytest.raises(ValueError,
+                       match=r"With loss_reduction='sum' that is lr times the batch size.*"
+                             "divide the loss by the batch size"):
         slope_run(controller, loss_reduction="sum")
     model = nn.Linear(3, 1)
     options = {"loss_reduction": "sum", "batch_sizes": (8, 16)}
     with pytest.raises(ValueError, match="divide the loss by the batch size"):
-        adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(regression(64), 8), controller=controller, **options)
+        adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(regression(64), 8),
+                      controller=controller, **options)
     assert not model._forward_hooks
 
 

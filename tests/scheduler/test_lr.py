@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, ExponentialLR, LambdaLR, LinearLR, MultiplicativeLR, OneCycleLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import (CosineAnnealingLR, CyclicLR, ExponentialLR, LambdaLR,
+                                      LinearLR, MultiplicativeLR, OneCycleLR, SequentialLR, StepLR)
 
 from adabatch import schedules
 from adabatch.scheduler.lr import (DelayedValue, StepFactor, effective_lr_for, read_lrs,
@@ -22,7 +23,9 @@ SCHEDULES = {
     "LinearLR": lambda optimizer: LinearLR(optimizer, 0.1, total_iters=8),
     "OneCycleLR": lambda optimizer: OneCycleLR(optimizer, 2.0, total_steps=12),
     "CyclicLR": lambda optimizer: CyclicLR(optimizer, 0.1, 1.0, step_size_up=3),
-    "SequentialLR": lambda optimizer: SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=4), ExponentialLR(optimizer, 0.9)], [4]),
+    "SequentialLR": lambda optimizer: SequentialLR(
+        optimizer, [LinearLR(optimizer, 0.1, total_iters=4), ExponentialLR(optimizer, 0.9)], [4]
+    ),
     "schedules.LinearLR": lambda optimizer: schedules.LinearLR(optimizer, 20),
 }
 LRS = {"float": lambda: 0.5, "tensor": lambda: torch.tensor(0.5)}
@@ -53,7 +56,8 @@ def test_the_factor_scales_the_step_and_is_gone_after_it(lr, groups):
         assert factor.last_lrs == [0.125] * groups
         assert read_lrs(optimizer) == [0.5] * groups
     if torch.is_tensor(objects[0]):
-        assert all(group["lr"] is before for group, before in zip(optimizer.param_groups, objects, strict=True))
+        assert all(group["lr"] is before for group,
+                   before in zip(optimizer.param_groups, objects, strict=True))
 
 
 def test_groups_with_lrs_of_their_own():
@@ -61,7 +65,8 @@ def test_groups_with_lrs_of_their_own():
     two, three = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     for parameter in (one, two, three):
         parameter.grad = torch.ones(1)
-    optimizer = SGD([{"params": [one], "lr": 1.0}, {"params": [two]}, {"params": [three]}], lr=shared)
+    optimizer = SGD([{"params": [one], "lr": 1.0}, {"params": [two]}, {"params": [three]}],
+                    lr=shared)
     factor = StepFactor(optimizer, lambda: 0.5)
     optimizer.step()
     assert factor.last_lrs == [0.5, 0.25, 0.25]
@@ -81,7 +86,8 @@ def test_lr_schedulers_do_not_see_it(make, lr, groups):
         applied = (0.5, 1.0, 0.3, 2.0, 0.0)[step % 5]
         ours.step()
         theirs.step()
-        assert watched.last_lrs == pytest.approx([value * applied for value in read_lrs(theirs)], rel=1e-6)
+        assert watched.last_lrs == pytest.approx([value * applied for value in read_lrs(theirs)],
+                                                 rel=1e-6)
         assert read_lrs(ours) == read_lrs(theirs)
         schedule.step()
         reference.step()
@@ -129,14 +135,14 @@ def test_an_lr_set_after_a_step_that_raised_stays(lr):
 def test_skipped_steps_leave_everything_as_it_was():
     """A GradScaler leaves out optimizer.step() where gradients overflowed."""
     optimizer = make_optimizer(1.0)
-    asked = []
-    factor = StepFactor(optimizer, lambda: asked.append(None) or 0.5)
+    calls = []
+    factor = StepFactor(optimizer, lambda: calls.append(None) or 0.5)
     schedule = ExponentialLR(optimizer, 0.5)
     for step in range(4):
         if step % 2 == 0:
             optimizer.step()
         schedule.step()
-    assert len(asked) == 2
+    assert len(calls) == 2
     assert weights(optimizer) == [-0.5 * (1 + 0.25)]
     assert factor.last_lrs == [0.125]
     assert read_lrs(optimizer) == [0.0625]
@@ -221,7 +227,9 @@ def test_the_effective_lr_of_nesterov_momentum():
     for _ in range(300):
         before = weights(optimizer)[0]
         optimizer.step()
-    assert sgd_effective_lr(optimizer.param_groups[0]) == pytest.approx(before - weights(optimizer)[0], rel=1e-4)
+    assert sgd_effective_lr(optimizer.param_groups[0]) == pytest.approx(
+        before - weights(optimizer)[0], rel=1e-4
+    )
 
 
 def test_effective_lr_for():

@@ -1,4 +1,5 @@
-"""Nothing on the step path waits for an accelerator: its numbers are read one step later. Played on the CPU, and, where there is a GPU, under its watch."""
+"""Nothing on the step path waits for an accelerator: its numbers are read one step later. Played
+on the CPU, and, where there is a GPU, under its watch."""
 
 import math
 
@@ -16,7 +17,8 @@ from adabatch.scheduler.pipeline import HostTransferStage
 from tests.options import grouped, make_scheduler
 from tests.scripted import Wishes, regression, squared_error
 
-READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::item")
+READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero",
+         "aten::item")
 
 
 class NoReads(TorchDispatchMode):
@@ -52,14 +54,18 @@ def watched(lag, monkeypatch):
 class Run:
     """A small network with a repeated layer, trained by the loop of the README."""
 
-    def __init__(self, controller=None, device="cpu", model=None, grad_scaler=None, loss_of=squared_error, **options):
+    def __init__(self, controller=None, device="cpu", model=None, grad_scaler=None,
+                 loss_of=squared_error, **options):
         torch.manual_seed(0)
-        own = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 1)) if model is None else model
-        self.model, self.device, self.scaler, self.loss_of = own.to(device), device, grad_scaler, loss_of
+        own = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.LayerNorm(8),
+                            nn.Linear(8, 1)) if model is None else model
+        self.model, self.device = own.to(device), device
+        self.scaler, self.loss_of = grad_scaler, loss_of
         loader = DataLoader(regression(400), batch_size=16)
         every_step = {} if "samples" in options else {"measure": "all"}
         options = {"batch_sizes": (4, 64), **every_step, "grad_scaler": grad_scaler, **options}
-        parts = adabatch.wrap(self.model, SGD(self.model.parameters(), lr=1e-3), loader, controller=controller or Wishes(20, 24, 12, 16), **grouped(**options))
+        parts = adabatch.wrap(self.model, SGD(self.model.parameters(), lr=1e-3), loader,
+                              controller=controller or Wishes(20, 24, 12, 16), **grouped(**options))
         self.optimizer, self.loader, self.scheduler = parts
         self.batches = iter(self.loader)
 
@@ -88,7 +94,8 @@ OPTIONS = {
     "micro-batches": {"max_micro_batch_size": 6},
     "micro-batch estimator": {"estimator": "micro_batch"},
     "per parameter": {"per_parameter": True},
-    "summed": {"loss_reduction": "sum", "loss_of": lambda outputs, targets: (outputs - targets).square().sum() / 2},
+    "summed": {"loss_reduction": "sum", "loss_of": lambda outputs,
+               targets: (outputs - targets).square().sum() / 2},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -123,14 +130,16 @@ def test_the_numbers_are_the_same_one_step_later(options, monkeypatch):
     late.scheduler.flush()
     assert len(late.history) == len(expected.history)
     for name in ("step", "batch_size", "samples_seen", "measured", "loss", "lr", "next_batch_size"):
-        assert list(late.history.column(name)) == pytest.approx(list(expected.history.column(name)), rel=1e-6), name
+        assert list(late.history.column(name)) == pytest.approx(list(expected.history.column(name)),
+                                                                rel=1e-6), name
     for name in ("variance_trace", "grad_sq_norm"):
-        assert list(late.history.column(name)) == pytest.approx(list(expected.history.column(name)), rel=1e-5, nan_ok=True), name
+        assert list(late.history.column(name)) == pytest.approx(list(expected.history.column(name)),
+                                                                rel=1e-5, nan_ok=True), name
     told = [[entry["lr"] for entry in run.scheduler.controller.told] for run in (late, expected)]
     assert told[0] == told[1]
 
 
-def test_sizes_follow_the_wishes_one_step_later(lag):
+def test_sizes_follow_the_proposals_one_step_later(lag):
     assert Run().train(6) == [16, 16, 20, 24, 12, 16]
 
 
@@ -192,7 +201,9 @@ def test_a_grad_scalers_scale_is_read_while_it_holds(lag):
     host_copies.LAGS_ON_CPU = False
     expected = Run(controller=Wishes(16))
     expected.train(4)
-    assert list(late.history.column("variance_trace")) == pytest.approx(list(expected.history.column("variance_trace")), rel=1e-5)
+    assert list(late.history.column("variance_trace")) == pytest.approx(
+        list(expected.history.column("variance_trace")), rel=1e-5
+    )
 
 
 def test_checks_of_a_pass_raise_one_step_later(lag):
@@ -206,12 +217,14 @@ def test_checks_of_a_pass_raise_one_step_later(lag):
         def forward(self, inputs):
             self.steps += 1
             output = self.first(inputs)
-            return output if self.steps < 3 else output + nn.functional.linear(inputs, self.second.weight)
+            return output if self.steps < 3 else output + nn.functional.linear(inputs,
+                                                                               self.second.weight)
 
     run = Run(model=Sometimes(), controller=Wishes(16))
     run.scheduler.estimator.check_loss = lambda loss: None  # which would find it at once
     run.train(3)
-    with pytest.raises(RuntimeError, match=r"these parameters have a gradient that no tap saw: second.weight"):
+    with pytest.raises(RuntimeError,
+                       match=r"these parameters have a gradient that no tap saw: second.weight"):
         run.step()
 
 
@@ -274,7 +287,8 @@ def test_a_bare_scheduler_lags_too(lag):
     model = nn.Linear(3, 1)
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = AdaptiveDataLoader(regression(64), 8)
-    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model), Wishes(16), min_batch_size=4)
+    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model), Wishes(16),
+                               min_batch_size=4)
     for number, (inputs, targets) in enumerate(loader):
         optimizer.zero_grad()
         loss = squared_error(model(inputs), targets)

@@ -1,4 +1,5 @@
-"""The measuring plan: the average cost, the first steps, warnings, and which of wrap's arguments wins."""
+"""The measuring plan: the average cost, the first steps, warnings, and which of wrap's arguments
+wins."""
 
 import math
 import warnings
@@ -55,11 +56,12 @@ def test_the_average_cost_is_within_the_budget(share, measure):
         warnings.simplefilter("ignore")
         measured, spent = run(plan, hooks, n_steps)
     assert all(measured[:WARM_UP])
-    one = plan.measurement.share * plan.measurement.every  # the run may end just after a measurement
+    one = plan.measurement.share * plan.measurement.every  # it may end with one
     assert spent <= measure * n_steps + one or plan.measurement.every == 100
     assert spent >= 0.6 * min(measure, share) * n_steps
     gaps = [later - earlier for earlier, later in zip(at(measured), at(measured)[1:], strict=False)]
-    assert set(gaps[WARM_UP - 1 :]) <= {plan.measurement.every, math.ceil(STRETCH * plan.measurement.every)}
+    assert set(gaps[WARM_UP - 1 :]) <= {plan.measurement.every,
+                                        math.ceil(STRETCH * plan.measurement.every)}
     assert set(gaps[-3:]) == {plan.measurement.every}  # the debt of the first steps is repaid
 
 
@@ -80,7 +82,9 @@ def test_the_plan_follows_the_size_beyond_a_factor():
         seen.append((size, plan.measurement))
     assert len({measurement for size, measurement in seen if size <= 23}) == 1
     assert seen[-1][1] != seen[0][1]
-    assert seen[-1][1].share == pytest.approx(hooks.cost().share(160, seen[-1][1].samples) / seen[-1][1].every)
+    assert seen[-1][1].share == pytest.approx(
+        hooks.cost().share(160, seen[-1][1].samples) / seen[-1][1].every
+    )
 
 
 def test_accumulated_passes_are_what_is_planned_for():
@@ -98,7 +102,9 @@ def test_accumulated_passes_are_what_is_planned_for():
 def test_a_budget_that_nothing_fits_is_warned_about_at_once():
     hooks = Priced(100.0)
     plan = Budget(hooks, 0.01)
-    with pytest.warns(UserWarning, match=r"measure=0.01 is too small for this model: measuring 8 of 64 samples at one step in 20 costs 0.75[0-9]* of a step"):
+    with pytest.warns(UserWarning,
+                      match=r"measure=0.01 is too small for this model: measuring 8 of 64 samples "
+                            r"at one step in 20 costs 0.75[0-9]* of a step"):
         plan.next_step(1, True, 64)
     assert plan.measurement.every > 20
 
@@ -113,7 +119,9 @@ def test_a_trace_that_is_not_known_well_enough_is_warned_about_once():
             plan.judge(trace)
     trace.update(-99.0, 1)
     error = trace.std_error() / abs(trace.average)
-    with pytest.warns(UserWarning, match=rf"measure=0.05 is too small: after 20 measurements .* error of {error:.2f}, above 0.5. Raise"):
+    with pytest.warns(UserWarning,
+                      match=r"measure=0.05 is too small: after 20 measurements .* "
+                            rf"error of {error:.2f}, above 0.5. Raise"):
         plan.judge(trace)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -138,11 +146,13 @@ def test_the_scheduler_measures_what_the_plan_says():
     assert measured[:WARM_UP] == [True] * WARM_UP
     assert every > 1
     assert at(measured)[WARM_UP] == WARM_UP - 1 + math.ceil(STRETCH * every)
-    assert scheduler.measurement_plan.share == pytest.approx(scheduler.estimator.cost().share(16) / every)
+    assert scheduler.measurement_plan.share == pytest.approx(
+        scheduler.estimator.cost().share(16) / every
+    )
     assert scheduler.measurement_plan.share <= 0.05
 
 
-def test_the_share_of_a_fixed_interval_is_told_once_it_is_known():
+def test_the_share_of_a_fixed_interval_is_reported_once_it_is_known():
     model, optimizer, loader, scheduler = slope_run(Wishes(16), every=4)
     assert math.isnan(scheduler.measurement_plan.share)
     list(steps(model, optimizer, loader, scheduler, 1))
@@ -159,17 +169,20 @@ def test_off_steps_touch_nothing():
     def fail(*args, **kwargs):
         raise AssertionError("a step that is not measured looked at its layer")
 
-    hooks._placer._measures = hooks._placer._tap_layer = hooks._placer._count_call = hooks._placer._samples_in = fail
+    for name in ("_measures", "_tap_layer", "_count_call", "_samples_in"):
+        setattr(hooks._placer, name, fail)
     inputs = torch.randn(5, 1, 3)
     plain = torch.nn.functional.layer_norm
     output = model[1](model[0](inputs))
-    assert output.grad_fn.name() == plain(output, (4,), model[1].weight, model[1].bias).grad_fn.name()
+    assert output.grad_fn.name() == plain(output, (4,), model[1].weight,
+                                          model[1].bias).grad_fn.name()
 
 
 def wrapped(**options):
     torch.manual_seed(0)
     model = nn.Linear(1, 1)
-    return adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(640), 16), **options)[2]
+    return adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(640), 16),
+                         **options)[2]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +202,8 @@ def test_a_budget_is_the_default():
 
 def test_a_controller_without_need_of_moments_is_measured_only_if_a_budget_is_given():
     assert not wrapped(controller=Scheduled("0:8"), batch_sizes=(1, 2048)).estimator.parameters
-    assert wrapped(controller=Scheduled("0:8"), batch_sizes=(1, 2048), measure=0.05).estimator.parameters
+    assert wrapped(controller=Scheduled("0:8"), batch_sizes=(1, 2048),
+                   measure=0.05).estimator.parameters
 
 
 def test_a_share_needs_samples_to_choose_among():
@@ -198,18 +212,19 @@ def test_a_share_needs_samples_to_choose_among():
 
 
 def test_a_controller_that_needs_moments_cannot_go_without():
-    with pytest.raises(ValueError, match="CABS or .* needs gradient moments, got measure=None"):
+    with pytest.raises(ValueError, match=r"CABS or .* needs gradient moments, got measure=None"):
         wrapped(measure=None)
 
 
 def test_the_schedulers_own_arguments():
     model = nn.Linear(1, 1)
-    parts = SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(ones(64), 8), GradSampleHooks(model, samples=4)
+    hooks = GradSampleHooks(model, samples=4)
+    parts = SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(ones(64), 8), hooks
     with pytest.raises(ValueError, match="the estimator measures samples=4"):
         make_scheduler(*parts, measure=0.1)
 
 
-def test_another_overhead_after_resuming_is_planned_for_anew():
+def test_another_overhead_after_resuming_is_planned_for_again():
     model, optimizer, loader, scheduler = slope_run(Wishes(16), n=4000, measure=0.05)
     list(steps(model, optimizer, loader, scheduler, 30))
     again = slope_run(Wishes(16), n=4000, measure=0.4)

@@ -1,4 +1,5 @@
-"""Resumed from any position, a run ends as if it had never stopped: the same samples, sizes, rates and weights, bit for bit."""
+"""Resumed from any position, a run ends as if it had never stopped: the same samples, sizes, rates
+and weights, bit for bit."""
 
 import copy
 import math
@@ -14,7 +15,8 @@ from tests.data.streams import through_a_file
 
 
 class Noisy(Dataset):
-    """Rows of 20 bytes, so that batches cut out of others do not begin where those begin that are made on their own."""
+    """Rows of 20 bytes, so that batches cut out of others do not begin where those begin that are
+    made on their own."""
 
     def __init__(self, n=150):
         generator = torch.Generator().manual_seed(1)
@@ -50,17 +52,23 @@ def build(workers, limit, collate_in):
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Dropout(0.1), nn.Linear(7, 2))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    loader = adabatch.AdaptiveDataLoader(Noisy(), 16, True, num_workers=workers, collate_in=collate_in,
+    loader = adabatch.AdaptiveDataLoader(Noisy(), 16, True, num_workers=workers,
+                                         collate_in=collate_in,
         seed_samples=True)
     schedule = ExponentialLR(optimizer, 0.97)
-    options = {"batch_sizes": (4, 32), "micro_batches": adabatch.MicroBatches(limit, lr_scheduler=schedule), "coupling": "sqrt"}
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=Growing(), **options)
-    return {"model": model, "optimizer": optimizer, "lr_scheduler": schedule, "loader": loader, "scheduler": scheduler}
+    micro_batches = adabatch.MicroBatches(limit, lr_scheduler=schedule)
+    options = {"batch_sizes": (4, 32), "micro_batches": micro_batches, "coupling": "sqrt"}
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=Growing(),
+                                                 **options)
+    return {"model": model, "optimizer": optimizer, "lr_scheduler": schedule, "loader": loader,
+            "scheduler": scheduler}
 
 
 def run(parts, seen, states=None):
-    """Two epochs; states is given the state before the first step, after each step, and after each epoch."""
-    model, optimizer, loader, scheduler = (parts[name] for name in ("model", "optimizer", "loader", "scheduler"))
+    """Two epochs; states is given the state before the first step, after each step, and after each
+    epoch."""
+    model, optimizer, loader, scheduler = (parts[name] for name in ("model", "optimizer", "loader",
+                                                                    "scheduler"))
 
     def keep():
         if states is not None:
@@ -86,9 +94,11 @@ def run(parts, seen, states=None):
 
 def differences(one, other, path=""):
     if isinstance(one, dict) and one.keys() == other.keys():
-        return [found for key in one if key != "seconds" for found in differences(one[key], other[key], f"{path}.{key}")]
+        return [found for key in one if key != "seconds"
+                for found in differences(one[key], other[key], f"{path}.{key}")]
     if isinstance(one, (list, tuple)) and len(one) == len(other):
-        return [found for index, pair in enumerate(zip(one, other, strict=True)) for found in differences(*pair, f"{path}[{index}]")]
+        return [found for index, pair in enumerate(zip(one, other, strict=True))
+                for found in differences(*pair, f"{path}[{index}]")]
     if isinstance(one, Tensor):
         return [] if torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) else [path]
     return [] if one == other or (one != one and other != other) else [path]
@@ -97,7 +107,9 @@ def differences(one, other, path=""):
 def check(workers, limit, collate_in, every):
     states = []
     expected = run(build(0, limit, collate_in), [], states)
-    assert sorted(index for batch, _ in expected["seen"] for index in batch) == sorted([*range(150)] * 2)
+    assert sorted(
+        index for batch, _ in expected["seen"] for index in batch
+    ) == sorted([*range(150)] * 2)
     assert len({len(batch) for batch, _ in expected["seen"]}) > 5
     for position in range(0, len(states), every):
         parts, state = build(workers, limit, collate_in), copy.deepcopy(states[position])

@@ -1,4 +1,5 @@
-"""BatchSizeScheduler: from proposals to the sizes of the batches delivered, and the record of it."""
+"""BatchSizeScheduler: from proposals to the sizes of the batches delivered, and the record of
+it."""
 
 import math
 
@@ -10,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from adabatch import CABS, AdaptiveDataLoader, Diagnostics, GradSampleHooks, ResizableBatchSampler
 from tests import oracle
-from tests.scripted import Slope, Wishes, ones, per_sample_loss, regression, slope_run, squared_error, steps
+from tests.scripted import (Slope, Wishes, ones, per_sample_loss, regression, slope_run,
+                            squared_error, steps)
 from tests.options import make_scheduler
 
 
@@ -19,7 +21,7 @@ def sizes(run, n_steps=None, **options):
 
 
 @pytest.mark.parametrize("scheduler_first", [False, True])
-def test_sizes_follow_the_wishes_from_the_next_batch(scheduler_first):
+def test_sizes_follow_the_proposals_from_the_next_batch(scheduler_first):
     run = slope_run(Wishes(40, 20.5, 21.5, 3, 1, math.inf, 17.2, -math.inf))
     assert sizes(run, 9, scheduler_first=scheduler_first) == [16, 40, 20, 22, 3, 2, 64, 17, 2]
     assert run[3].get_last_batch_size() == 2
@@ -34,17 +36,20 @@ def test_the_first_batch_has_the_loaders_size_within_the_bounds():
 
 
 def test_multiples():
-    assert sizes(slope_run(Wishes(3, 20, 28, 1000), multiple_of=8, max_batch_size=60), 5) == [16, 8, 16, 32, 56]
+    assert sizes(slope_run(Wishes(3, 20, 28, 1000), multiple_of=8, max_batch_size=60),
+                 5) == [16, 8, 16, 32, 56]
 
 
 def test_dwell_waits_and_counts_steps_that_did_not_measure():
     assert sizes(slope_run(Wishes(20, 30, 40, 50, 60), cooldown=2), 6) == [16, 20, 20, 20, 50, 50]
     assert sizes(slope_run(Wishes(20, 30), cooldown=3, every=2), 6) == [16, 20, 20, 20, 20, 30]
-    assert sizes(slope_run(Wishes(20, math.nan, math.nan, 30), cooldown=2), 5) == [16, 20, 20, 20, 30]
+    assert sizes(slope_run(Wishes(20, math.nan, math.nan, 30), cooldown=2),
+                 5) == [16, 20, 20, 20, 30]
 
 
 def test_hysteresis_keeps_small_changes_out():
-    assert sizes(slope_run(Wishes(17, 18, 14, 19, 20, 24), hysteresis=0.125), 7) == [16, 16, 16, 16, 19, 19, 24]
+    assert sizes(slope_run(Wishes(17, 18, 14, 19, 20, 24), hysteresis=0.125), 7) == [16, 16, 16, 16,
+                                                                                     19, 19, 24]
 
 
 @pytest.mark.parametrize("every", [2, 3])
@@ -52,7 +57,8 @@ def test_every_measures_at_every_so_many_steps_only(every):
     run = slope_run(Wishes(20, 30, 40), every=every)
     model, scheduler = run[0], run[3]
     nodes = []
-    hook = model.register_forward_hook(lambda module, args, output: nodes.append(output.grad_fn.name()))
+    hook = model.register_forward_hook(lambda module, args,
+                                       output: nodes.append(output.grad_fn.name()))
     delivered = sizes(run, 2 * every + 1)
     hook.remove()
     expected = [16] + [20] * every + [30] * every
@@ -61,7 +67,8 @@ def test_every_measures_at_every_so_many_steps_only(every):
     assert ["Tap" in node for node in nodes] == measured
     assert list(scheduler.diagnostics.column("measured")) == measured
     for record in scheduler.diagnostics:
-        fields = (record.proposed_batch_size, record.variance_trace, record.grad_sq_norm, record.true_grad_sq_norm, record.noise_scale)
+        fields = (record.proposed_batch_size, record.variance_trace, record.grad_sq_norm,
+                  record.true_grad_sq_norm, record.noise_scale)
         assert [math.isnan(field) for field in fields] == [not record.measured] * len(fields)
     assert list(scheduler.diagnostics.column("batch_size")) == expected
     assert not scheduler.diagnostics.n_dropped
@@ -72,7 +79,8 @@ def test_a_plain_loader_around_a_bare_sampler(workers):
     sampler = ResizableBatchSampler(200, 16)
     model = Slope()
     optimizer = SGD(model.parameters(), lr=1.0)
-    scheduler = make_scheduler(optimizer, sampler, GradSampleHooks(model), Wishes(20, 30), min_batch_size=2, max_batch_size=64)
+    scheduler = make_scheduler(optimizer, sampler, GradSampleHooks(model), Wishes(20, 30),
+                               min_batch_size=2, max_batch_size=64)
     loader = DataLoader(ones(200), batch_sampler=sampler, num_workers=workers)
     delivered = [rows for rows, _ in steps(model, optimizer, loader, scheduler)]
     assert delivered[:2] == [16, 16 if workers else 20]
@@ -88,7 +96,8 @@ def test_the_controller_gets_raw_moments_and_the_record_shows_them():
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = AdaptiveDataLoader(data, 16)
     expected = []
-    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model), controller, min_batch_size=2)
+    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model), controller,
+                               min_batch_size=2)
     for inputs, targets in loader:
         scheduler.estimator.enabled = False
         grads = oracle.per_sample_grads(model, per_sample_loss, (inputs, targets))
@@ -100,7 +109,8 @@ def test_the_controller_gets_raw_moments_and_the_record_shows_them():
         optimizer.step()
         scheduler.step(loss)
         assert controller.told[-1]["loss"] == loss.item()
-    assert [told["moments"].variance_trace for told in controller.told] == pytest.approx(expected, rel=1e-5)
+    assert [told["moments"].variance_trace for told in controller.told] == pytest.approx(expected,
+                                                                                         rel=1e-5)
     history = scheduler.diagnostics
     assert list(history.column("variance_trace")) == pytest.approx(expected, rel=1e-5)
     assert list(history.column("samples_seen")) == [16, 32, 48, 60]
@@ -122,7 +132,8 @@ def test_accumulated_passes_are_one_step_of_all_their_samples(accumulate):
     optimizer = SGD(model.parameters(), lr=0.0)
     controller = Wishes(30.0)
     hooks = GradSampleHooks(model, accumulate=accumulate)
-    scheduler = make_scheduler(optimizer, loader, hooks, controller, min_batch_size=2, max_batch_size=64)
+    scheduler = make_scheduler(optimizer, loader, hooks, controller, min_batch_size=2,
+                               max_batch_size=64)
     assert scheduler.get_last_batch_size() == 8 * accumulate
     groups, total = [[]], 0.0
     for inputs, targets in loader:
@@ -142,12 +153,18 @@ def test_accumulated_passes_are_one_step_of_all_their_samples(accumulate):
         batch = tuple(torch.cat(parts) for parts in zip(*group, strict=True))
         grads = oracle.per_sample_grads(model, per_sample_loss, batch)
         assert told["moments"].batch_size == record.batch_size == len(batch[0])
-        # The step's gradient is Σ a_i g_i with a_i = 1/(k m_j); equal passes make it the mean and this the variance with divisor m - 1.
-        weights = torch.cat([torch.full((len(inputs),), 1 / (accumulate * len(inputs)), dtype=torch.float64) for inputs, _ in group])
+        # The step's gradient is Σ a_i g_i with a_i = 1/(k m_j); equal passes make it the mean, and
+        # this the variance with divisor m - 1.
+        weights = torch.cat([torch.full((len(inputs),), 1 / (accumulate * len(inputs)),
+                                        dtype=torch.float64) for inputs, _ in group])
         flat = torch.cat([grad.flatten(1) for grad in grads.values()], dim=1)
         spread = flat.square().sum(1).mean() - (weights @ flat).square().sum()
-        assert told["moments"].variance_trace == pytest.approx(float(spread / (1 - weights.square().sum())), rel=1e-5)
-        assert told["loss"] == pytest.approx(float(weights @ per_sample_loss(model, batch).double().detach()), rel=1e-5)
+        assert told["moments"].variance_trace == pytest.approx(
+            float(spread / (1 - weights.square().sum())), rel=1e-5
+        )
+        assert told["loss"] == pytest.approx(
+            float(weights @ per_sample_loss(model, batch).double().detach()), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -172,15 +189,19 @@ def test_a_summed_loss_is_recorded_as_its_mean(every):
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_no_batch_is_larger_than_an_epoch(drop_last):
-    run = slope_run(Wishes(1000), n=40, batch_size=4, max_batch_size=2048, short_batch="drop" if drop_last else "scale")
+    run = slope_run(Wishes(1000), n=40, batch_size=4, max_batch_size=2048,
+                    short_batch="drop" if drop_last else "scale")
     moves = list(steps(*run, 4))
     assert [rows for rows, _ in moves] == ([4, 40, 40, 40] if drop_last else [4, 36, 40, 40])
-    assert [move for _, move in moves] == pytest.approx([1.0, 1.0 if drop_last else 0.9, 1.0, 1.0], rel=1e-5)
+    assert [move for _, move in moves] == pytest.approx([1.0, 1.0 if drop_last else 0.9, 1.0, 1.0],
+                                                        rel=1e-5)
     assert run[3].get_last_batch_size() == 40
 
 
 def test_a_smallest_batch_that_could_never_be_drawn():
-    with pytest.raises(ValueError, match=r"smallest batch \(64 samples\) is larger than an epoch \(40\).*lower the minimum"):
+    with pytest.raises(ValueError,
+                       match=r"smallest batch \(64 samples\) is larger than an epoch \(40\).*"
+                             "lower the minimum"):
         slope_run(Wishes(1), n=40, min_batch_size=64, short_batch="drop")
     assert sizes(slope_run(Wishes(1), n=40, min_batch_size=64), 2) == [40, 40]
 
@@ -193,7 +214,8 @@ def test_a_sampler_without_a_length_has_no_epoch_to_bound_it():
     assert sizes(slope_run(Wishes(64), loader_options={"sampler": Endless()}), 3) == [16, 64, 64]
 
 
-@pytest.mark.parametrize("form", [lambda loss: loss, lambda loss: loss.item(), lambda loss: loss.reshape(1), lambda loss: loss.detach().numpy()])
+@pytest.mark.parametrize("form", [lambda loss: loss, lambda loss: loss.item(),
+                                  lambda loss: loss.reshape(1), lambda loss: loss.detach().numpy()])
 def test_forms_of_the_loss(form):
     model, _, loader, scheduler = slope_run(Wishes(16))
     (inputs,) = next(iter(loader))
@@ -217,7 +239,8 @@ def test_a_given_history_is_used():
         ({"every": 0}, "k must be a positive integer, got 0"),
         ({"every": True}, "k must be a positive integer, got True"),
         ({"on_limit": "batch"}, r"on_limit must be one of \('keep', 'lower_lr'\), got 'batch'"),
-        ({"short_batch": None}, r"short_batch must be one of \('scale', 'keep', 'drop'\), got None"),
+        ({"short_batch": None},
+         r"short_batch must be one of \('scale', 'keep', 'drop'\), got None"),
         ({"short_batch": 1, "on_limit": 1}, "on_limit must be .* short_batch must be"),
         ({"min_batch_size": 65}, r"minimum \(65\) must not exceed maximum \(64\)"),
     ],
@@ -230,10 +253,14 @@ def test_options_out_of_range(options, message):
 def test_wrong_parts():
     model = Slope()
     hooks, optimizer = GradSampleHooks(model), SGD(model.parameters(), lr=1.0)
-    with pytest.raises(TypeError, match=r"got DataLoader without .*: pass a plain DataLoader to adabatch\.wrap"):
+    with pytest.raises(
+        TypeError, match=r"got DataLoader without .*: pass a plain DataLoader to adabatch\.wrap"
+    ):
         make_scheduler(optimizer, DataLoader(ones(8)), hooks)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got Slope"):
         make_scheduler(model, AdaptiveDataLoader(ones(8)), hooks)
-    with pytest.raises(ValueError, match=r"CABS with this optimizer needs preconditioned_trace.*statistics.*effective_lr="):
+    with pytest.raises(ValueError,
+                       match=r"CABS with this optimizer needs preconditioned_trace.*statistics.*"
+                             "effective_lr="):
         make_scheduler(Adam(model.parameters()), AdaptiveDataLoader(ones(80)), hooks, CABS())
     assert not optimizer._optimizer_step_pre_hooks

@@ -19,16 +19,19 @@ DATA = regression(700, width=5)
 
 
 class Run:
-    """A training run of a two-layer network with two param groups, an lr schedule and CABS; checkpoints as a user would write them."""
+    """A training run of a two-layer network with two param groups, an lr schedule and CABS;
+    checkpoints as a user would write them."""
 
     def __init__(self, seed=0, controller=CABS, samples=None, **options):
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
-        groups = [{"params": list(self.model[0].parameters())}, {"params": list(self.model[2].parameters()), "lr": 0.2}]
+        groups = [{"params": list(self.model[0].parameters())},
+                  {"params": list(self.model[2].parameters()), "lr": 0.2}]
         self.optimizer = SGD(groups, lr=0.5, momentum=0.5)
         self.schedule = OneCycleLR(self.optimizer, [2.0, 1.0], total_steps=100)
         self.loader = AdaptiveDataLoader(DATA, 16, shuffle=True, seed=seed)
-        hooks = GradSampleHooks(self.model, samples=samples, param_groups=[group["params"] for group in groups])
+        hooks = GradSampleHooks(self.model, samples=samples,
+                                param_groups=[group["params"] for group in groups])
         options = {"min_batch_size": 4, "max_batch_size": 96, "on_limit": "lower_lr", **options}
         self.scheduler = make_scheduler(self.optimizer, self.loader, hooks, controller(), **options)
 
@@ -70,7 +73,9 @@ class Run:
     def records(self, since=0):
         """The history without its wall-clock times."""
         timed = ("seconds", "samples_per_second")
-        return [{name: value for name, value in asdict(record).items() if name not in timed} for record in list(self.scheduler.diagnostics)[since:]]
+        return [{
+            name: value for name, value in asdict(record).items() if name not in timed
+        } for record in list(self.scheduler.diagnostics)[since:]]
 
 
 OPTIONS = {
@@ -98,7 +103,8 @@ def test_resumed_runs_are_the_same_bit_for_bit(options, k):
     np.testing.assert_equal(resumed.records(), whole.records(since=k))  # NaN equals NaN
     assert resumed.scheduler.get_last_lr() == whole.scheduler.get_last_lr()
     assert resumed.loader.batch_size == whole.loader.batch_size
-    np.testing.assert_equal(plain(resumed.scheduler.state_dict()), plain(whole.scheduler.state_dict()))
+    np.testing.assert_equal(plain(resumed.scheduler.state_dict()),
+                            plain(whole.scheduler.state_dict()))
     assert resumed.loader.batch_sampler.state_dict() == whole.loader.batch_sampler.state_dict()
 
 
@@ -120,7 +126,9 @@ def test_the_runs_above_move_spill_and_cross_epochs():
 def test_the_same_seed_gives_the_same_sizes(options):
     first, second = (Run(**options).train(25) for _ in range(2))
     np.testing.assert_equal(first.records(), second.records())
-    sizes = [list(Run(seed=seed, **options).train(25).scheduler.diagnostics.column("batch_size")) for seed in (0, 1)]
+    sizes = [list(
+        Run(seed=seed, **options).train(25).scheduler.diagnostics.column("batch_size")
+    ) for seed in (0, 1)]
     assert sizes[0] == list(first.scheduler.diagnostics.column("batch_size"))
     assert sizes[0] != sizes[1]
 
@@ -134,7 +142,8 @@ def test_the_state_is_small_and_does_not_grow(options):
 
 
 def saved_bytes(scheduler):
-    """Without the layers' history, which has a bound of its own (tests/diagnostics/test_layers.py)."""
+    """Without the layers' history, which has its own bound
+    (tests/diagnostics/test_layers.py)."""
     file, state = io.BytesIO(), scheduler.state_dict()
     state["diagnostics"].pop("layers", None)
     torch.save(state, file)
@@ -174,7 +183,8 @@ def test_a_state_that_is_not_whole_is_an_error():
     del state["controller"], state["batch_size"]
     with pytest.raises(ValueError, match=r"lacks \['batch_size', 'controller'\]"):
         scheduler.load_state_dict(state)
-    with pytest.raises(TypeError, match=r"must be the dict that its state_dict.. returned, got list"):
+    with pytest.raises(TypeError,
+                       match=r"must be the dict that its state_dict.. returned, got list"):
         scheduler.load_state_dict([1])
 
 
@@ -190,7 +200,9 @@ def test_loading_sets_the_loaders_size_at_once():
     assert math.isnan(resumed[3].diagnostics[0].seconds)
 
 
-@pytest.mark.parametrize(("options", "size"), [({"max_batch_size": 24}, 24), ({"min_batch_size": 50}, 50), ({"multiple_of": 16}, 32)])
+@pytest.mark.parametrize(("options", "size"), [
+    ({"max_batch_size": 24}, 24), ({"min_batch_size": 50}, 50), ({"multiple_of": 16}, 32)
+])
 def test_a_state_from_other_bounds_keeps_to_the_present_ones(options, size):
     saved = slope_run(Wishes(40))
     list(steps(*saved, 2))
