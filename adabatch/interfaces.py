@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from adabatch.grad_sample.factors.base import Factor
 
 State = dict[str, Any]
-EffectiveLr = Callable[[dict[str, Any]], float]
+ParamGroup = dict[str, Any]
+EffectiveLr = Callable[[ParamGroup], float]
 NO_INTERVAL = (math.nan, math.nan)
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.estimators.moments import GradientMoments
+from adabatch.interfaces import ParamGroup, State
 
-Preconditioner = Callable[[dict[str, Any], dict[str, Any]], Tensor]
-NextState = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+Preconditioner = Callable[[State, ParamGroup], Tensor]
+NextState = Callable[[State, ParamGroup], State]
 PRECONDITIONERS: dict[type[Optimizer], Preconditioner] = {}
 NEXT_STATES: dict[Preconditioner, NextState] = {}
 
@@ -89,7 +89,7 @@ def _expected_square(mean_squares: Tensor) -> Tensor:
 
 
 @register_preconditioner(torch.optim.Adam, torch.optim.AdamW)
-def adam(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def adam(state: State, group: ParamGroup) -> Tensor:
     """P = 1/(√v̂ + ε), v̂ = v/(1 − β₂^t), with amsgrad its maximum so far. β₁ spreads a gradient
     over steps and leaves their sum as it is."""
     beta, step = group["betas"][1], _steps(state)
@@ -98,7 +98,7 @@ def adam(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
 
 
 @register_lookahead(adam)
-def adam_lookahead(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def adam_lookahead(state: State, group: ParamGroup) -> State:
     """v ← β₂v + (1 − β₂)g², t ← t + 1."""
     beta, step, average = group["betas"][1], _steps(state), state["exp_avg_sq"]
     average = beta * average + (1 - beta) * _expected_square(average / (1 - beta**step))
@@ -109,7 +109,7 @@ def adam_lookahead(state: dict[str, Any], group: dict[str, Any]) -> dict[str, An
 
 
 @register_preconditioner(torch.optim.RMSprop)
-def rmsprop(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def rmsprop(state: State, group: ParamGroup) -> Tensor:
     """P = 1/((√v + ε)(1 − momentum)), v − ḡ² for v where it is centered."""
     average = state["square_avg"]
     if group["centered"]:
@@ -118,7 +118,7 @@ def rmsprop(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
 
 
 @register_lookahead(rmsprop)
-def rmsprop_lookahead(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def rmsprop_lookahead(state: State, group: ParamGroup) -> State:
     """v ← αv + (1 − α)g², ḡ as it is."""
     keep, average = group["alpha"], state["square_avg"]
     square = _expected_square(average / (1 - keep ** _steps(state)))
@@ -126,20 +126,20 @@ def rmsprop_lookahead(state: dict[str, Any], group: dict[str, Any]) -> dict[str,
 
 
 @register_preconditioner(torch.optim.Adagrad)
-def adagrad(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def adagrad(state: State, group: ParamGroup) -> Tensor:
     """P = 1/((√Σg² + ε)(1 + (t − 1)·lr_decay))."""
     decay = 1 + (_steps(state) - 1) * group["lr_decay"]
     return 1 / ((state["sum"].sqrt() + group["eps"]) * decay)
 
 
 @register_lookahead(adagrad)
-def adagrad_lookahead(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def adagrad_lookahead(state: State, group: ParamGroup) -> State:
     """Σg² ← Σg² + g², t ← t + 1."""
     step, total = _steps(state), state["sum"]
     return {"step": step + 1, "sum": total + _expected_square(total / step)}
 
 
-def _steps(state: dict[str, Any]) -> Tensor | float:
+def _steps(state: State) -> Tensor | float:
     """The count of steps on its device, in float64: reading it would wait for the device."""
     return state["step"].double() if isinstance(state["step"], Tensor) else float(state["step"])
 

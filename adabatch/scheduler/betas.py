@@ -9,12 +9,24 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch.interfaces import State
+from adabatch.interfaces import ParamGroup, State
+
+Betas = tuple[float, ...]
+Count = Tensor | float
+
+
+def held_weakly(function: Callable[[], float]) -> Callable[[], Callable[[], float] | None]:
+    """A reference to a function: weak for a bound method, so that hooks keep no owner alive.
+
+    Example:
+        >>> held_weakly(float)()()
+        0.0
+    """
+    return weakref.WeakMethod(function) if inspect.ismethod(function) else lambda: function
 
 
 class BetaRescaler:
@@ -54,11 +66,10 @@ class BetaRescaler:
         if not any("betas" in group for group in optimizer.param_groups):
             raise ValueError("scale_betas=True needs an optimizer with betas, such as "
                              f"torch.optim.AdamW; {type(optimizer).__name__} has none")
-        bound = inspect.ismethod(exponent)
-        self._exponent = weakref.WeakMethod(exponent) if bound else lambda: exponent
+        self._exponent = held_weakly(exponent)
         self.steps, self.exponents, self._applied, self._stepping = 0, 0.0, 1.0, False
-        self._betas: list[tuple[dict[str, Any], Any, Any]] = []
-        self._counts: list[tuple[dict[str, Any], Any, Any]] = []
+        self._betas: list[tuple[ParamGroup, Betas, Betas]] = []
+        self._counts: list[tuple[State, Count, Count]] = []
         self._handles = [optimizer.register_step_pre_hook(self._before),
                          optimizer.register_step_post_hook(self._after)]
 
@@ -88,7 +99,7 @@ class BetaRescaler:
         """Continue from a state_dict()."""
         self.steps, self.exponents = state["steps"], state["exponents"]
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, *_: object) -> None:
         self.restore()
         exponent = self._exponent()
         self._applied, self._stepping = 1.0 if exponent is None else exponent(), True
@@ -102,7 +113,7 @@ class BetaRescaler:
                 for parameter in group["params"]:
                     self._replace_count(optimizer.state.get(parameter, {}))
 
-    def _replace_count(self, state: dict[str, Any]) -> None:
+    def _replace_count(self, state: State) -> None:
         if "step" not in state:
             return
         count, mean = state["step"], self.exponents / self.steps if self.steps else 1.0
@@ -114,7 +125,7 @@ class BetaRescaler:
         _set_count(state, past / self._applied)
         self._counts.append((state, count, past / self._applied))
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, *_: object) -> None:
         self.restore()
         # torch runs the hooks around each step() of a class: twice where a subclass calls super().
         self.steps += self._stepping
@@ -122,7 +133,7 @@ class BetaRescaler:
         self._stepping = False
 
 
-def _set_count(state: dict[str, Any], count: Any) -> None:
+def _set_count(state: State, count: Count) -> None:
     if isinstance(count, Tensor):
         state["step"].copy_(count)
     else:

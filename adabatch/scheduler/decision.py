@@ -6,16 +6,16 @@ from __future__ import annotations
 import bisect
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from adabatch.config import BatchSizes
 from adabatch.estimators.moments import GradientMoments
-from adabatch.interfaces import (NO_INTERVAL, BatchSource, Controller, EffectiveLr, RunContext,
-                                 State)
+from adabatch.interfaces import BatchSource, Controller
 from adabatch.scheduler.pipeline import StepRecord
+
+MISSING: Any = object()
 
 
 @dataclass(frozen=True)
@@ -213,61 +213,21 @@ def call_controller(
 
 
 class PlainController(Controller):
-    """A user's object with propose(), with the defaults for every method that it lacks."""
+    """A user's object with propose(): what it has is used, the rest are a Controller's defaults."""
 
     def __init__(self, given: Any):
         self.given = given
 
-    def _call(self, name: str, default: Any, *args: Any, **kwargs: Any) -> Any:
-        method = getattr(self.given, name, None)
-        return default if method is None else method(*args, **kwargs)
-
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset(getattr(self.given, "requires", ()))
-
-    @property
-    def needs_moments(self) -> bool:
-        return bool(getattr(self.given, "needs_moments", True))
-
-    @property
-    def needs_effective_lr(self) -> bool:
-        return bool(getattr(self.given, "needs_effective_lr", False))
-
-    @property
-    def effective_lr(self) -> EffectiveLr | None:
-        return getattr(self.given, "effective_lr", None)
-
-    @property
-    def first_batch_size(self) -> float | None:
-        return getattr(self.given, "first_batch_size", None)
-
-    def bind(self, context: RunContext) -> None:
-        self._call("bind", None, context)
-
-    def on_step(self, *, samples: int, epoch: int) -> None:
-        self._call("on_step", None, samples=samples, epoch=epoch)
-
-    def on_optimizer_step(self, lr: float) -> None:
-        self._call("on_optimizer_step", None, lr)
+    def __getattribute__(self, name: str) -> Any:
+        if name == "given" or name.startswith("_"):
+            return super().__getattribute__(name)
+        value = getattr(self.given, name, MISSING)
+        if value is MISSING:
+            return super().__getattribute__(name)
+        return frozenset(value) if name == "requires" else value
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         return float(self.given.propose(moments, loss=loss, lr=lr))
-
-    def interval(self, level: float = 0.9) -> tuple[float, float]:
-        return self._call("interval", NO_INTERVAL, level)
-
-    def metrics(self) -> dict[str, float]:
-        return self._call("metrics", {})
-
-    def lr_factor(self) -> Callable[[int], float] | None:
-        return self._call("lr_factor", None)
-
-    def state_dict(self) -> State:
-        return self._call("state_dict", {"version": 1})
-
-    def load_state_dict(self, state: State) -> None:
-        self._call("load_state_dict", None, state)
 
 
 def as_controller(given: Any) -> Controller:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,7 +183,7 @@ class GradScalerDetector:
         few = [parameter for parameter, _ in zip(dense, range(WATCHED_GRADIENTS), strict=False)]
         self._norms = {parameter: _norm(parameter) for parameter in few}
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         norms, self._norms = self._norms, {}
         if not norms or torch.compiler.is_compiling():
             return

@@ -9,12 +9,11 @@ schedulers, which compute the next lr from the one in param_groups, never see it
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,15 +24,16 @@ from adabatch.scheduler.coupling import coupling_for, smoothing_of
 from adabatch.diagnostics.record import noise_scale
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
-from adabatch.interfaces import BatchSource, Controller, EffectiveLr, State
-from adabatch.scheduler.betas import BetaRescaler
+from adabatch.interfaces import BatchSource, Controller, EffectiveLr, ParamGroup, State
+from adabatch.scheduler.betas import BetaRescaler, held_weakly
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
+Lr = Tensor | float
 _live: weakref.WeakSet[StepFactor] = weakref.WeakSet()
 
 
-def sgd_effective_lr(group: dict[str, Any]) -> float:
+def sgd_effective_lr(group: ParamGroup) -> float:
     """lr·(1 − dampening)/(1 − momentum): how far a constant gradient moves a parameter per step in
     the long run; lr without momentum (SGD then ignores the dampening).
 
@@ -163,7 +163,7 @@ class StepFactor:
     def __init__(self, optimizer: Optimizer, factor: Callable[[], float]):
         self._factor, self._optimizer = held_weakly(factor), weakref.ref(optimizer)
         self._applied = 1.0
-        self._saved: list[tuple[dict[str, Any], Any]] = []
+        self._saved: list[tuple[ParamGroup, Lr]] = []
         self.last_lrs = read_lrs(optimizer)
         self._handles = [optimizer.register_step_pre_hook(self._before),
                          optimizer.register_step_post_hook(self._after)]
@@ -187,7 +187,7 @@ class StepFactor:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, *_: object) -> None:
         self.restore()
         factor = self._factor()
         self._applied = 1.0 if factor is None else factor()
@@ -195,7 +195,7 @@ class StepFactor:
             self._saved = _scale(optimizer.param_groups, self._applied)
         self.last_lrs = read_lrs(optimizer)
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, *_: object) -> None:
         for group, lr in self._saved:
             _put(group, lr)
         self._saved = []
@@ -392,24 +392,14 @@ class LrAdjuster:
         return self._requested_and_delivered()[1] / self.base_batch_size
 
 
-def held_weakly(function: Callable[[], float]) -> Callable[[], Callable[[], float] | None]:
-    """A reference to a function: weak for a bound method, so that hooks keep no owner alive.
-
-    Example:
-        >>> held_weakly(float)()()
-        0.0
-    """
-    return weakref.WeakMethod(function) if inspect.ismethod(function) else lambda: function
-
-
 def read_lrs(optimizer: Optimizer) -> list[float]:
     """The lr of each param group, as numbers."""
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def _scale(groups: list[dict[str, Any]], factor: float) -> list[tuple[dict[str, Any], Any]]:
+def _scale(groups: list[ParamGroup], factor: float) -> list[tuple[ParamGroup, Lr]]:
     """Scale the groups' lrs; return what they were."""
-    saved: list[tuple[dict[str, Any], Any]] = []
+    saved: list[tuple[ParamGroup, Lr]] = []
     scaled: set[int] = set()
     for group in groups:
         lr = group["lr"]
@@ -423,7 +413,7 @@ def _scale(groups: list[dict[str, Any]], factor: float) -> list[tuple[dict[str, 
     return saved
 
 
-def _put(group: dict[str, Any], lr: Any) -> None:
+def _put(group: ParamGroup, lr: Lr) -> None:
     if isinstance(lr, Tensor):
         group["lr"].copy_(lr)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -138,15 +138,15 @@ class Pipeline:
 
     def __init__(self, stages: list[Stage] | None = None):
         self.stages: list[Stage] = [] if stages is None else stages
-        self._waiting: list[tuple[Any, int]] = []  # with the stage of each, oldest first
+        self._waiting: list[tuple[StepRecord, int]] = []  # with the stage of each, oldest first
 
-    def push(self, record: Any) -> Iterator[Any]:
+    def push(self, record: StepRecord) -> Iterator[StepRecord]:
         """Take this step's record; those that have reached the end, oldest first."""
         self._advance()
         self._enter(record, 0)
         return self._finished()
 
-    def flush(self) -> Iterator[Any]:
+    def flush(self) -> Iterator[StepRecord]:
         """Wait for all that are under way."""
         while self._waiting:
             yield from self._finished()
@@ -163,11 +163,11 @@ class Pipeline:
                 self.stages[at].finish(record)
             self._enter(record, at + 1)
 
-    def _enter(self, record: Any, at: int) -> None:
+    def _enter(self, record: StepRecord, at: int) -> None:
         while at < len(self.stages) and not self.stages[at].start(record):
             at += 1
         self._waiting.append((record, at))
 
-    def _finished(self) -> Iterator[Any]:
+    def _finished(self) -> Iterator[StepRecord]:
         while self._waiting and self._waiting[0][1] >= len(self.stages):
             yield self._waiting.pop(0)[0]

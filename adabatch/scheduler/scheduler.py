@@ -277,22 +277,22 @@ class BatchSizeScheduler:
         self._pipeline.stages.append(stage)
 
     def __repr__(self) -> str:
-        return f"BatchSizeScheduler({', '.join(self._description().values())})"
+        name, *rows = self._description()
+        return f"{name[0]}({', '.join([name[1], *map(' '.join, rows)])})"
 
     def _repr_html_(self) -> str:
-        return html([("BatchSizeScheduler", ""), *self._description().items()])
+        return html(self._description())
 
-    def _description(self) -> dict[str, str]:
-        rule, size = self.size_rule, str(self._size.size)
-        text = {"controller": name_of(self._controller)}
+    def _description(self) -> list[tuple[str, str]]:
+        (lowest, highest), size = self.size_rule.bounds, f"{self._size.size}"
         latest = self.diagnostics.latest if len(self.diagnostics) else None
         if latest is not None and latest.batch_size != self._size.size:
             size = f"{latest.batch_size} → {size}"
-        text |= {"batch": f"batch {size} in [{rule.lowest}, {rule.highest}]",
-                 "step": f"step {self.step_count}"}
+        rows = [("BatchSizeScheduler", name_of(self._controller)),
+                ("batch", f"{size} in [{lowest}, {highest}]"), ("step", f"{self.step_count}")]
         if latest is not None and not math.isnan(latest.noise_scale_ema):
-            text["noise scale"] = f"noise scale {shown(latest, 'noise_scale_ema')}"
-        return text
+            rows.append(("noise scale", shown(latest, "noise_scale_ema")))
+        return rows
 
     def _parts(self) -> dict[str, Any]:
         """What has a state; the plan before the estimator, whose samples it sets, and the

@@ -9,7 +9,10 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
-from adabatch import CABS, AdaptiveDataLoader, Diagnostics, GradSampleHooks, ResizableBatchSampler
+from adabatch import (CABS, AdaptiveDataLoader, BatchSizeScheduler, Diagnostics, GradSampleHooks,
+                      ResizableBatchSampler)
+from adabatch.controllers import Scheduled
+from adabatch.diagnostics.layers import LayerStatistics
 from tests import oracle
 from tests.scripted import (Slope, Wishes, ones, per_sample_loss, regression, slope_run,
                             squared_error, steps)
@@ -264,3 +267,65 @@ def test_wrong_parts():
                              "effective_lr="):
         make_scheduler(Adam(model.parameters()), AdaptiveDataLoader(ones(80)), hooks, CABS())
     assert not optimizer._optimizer_step_pre_hooks
+
+
+class Doubling:
+    """A user's object that knows no base class."""
+
+    requires, needs_moments = ["inner_products"], False
+
+    def __init__(self):
+        self.samples = 0
+
+    def on_step(self, *, samples, epoch):
+        self.samples += samples
+
+    def propose(self, moments, *, loss, lr):
+        return 2 * self.samples
+
+
+def test_a_plain_object_with_propose_is_a_controller():
+    model = Slope()
+    optimizer, loader = SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(ones(400), 4)
+    with pytest.raises(ValueError, match="Doubling with this optimizer needs inner_products"):
+        BatchSizeScheduler(optimizer, loader, GradSampleHooks(model), Doubling())
+    given = Doubling()
+    scheduler = BatchSizeScheduler(optimizer, loader, None, given, batch_sizes=(2, 64))
+    assert scheduler.controller is given
+    rows = [len(inputs) for (inputs,) in loader if scheduler.step(1.0) is None]
+    assert rows[:5] == [4, 8, 24, 64, 64]
+    assert scheduler.state_dict()["controller"] == {"version": 1}
+    for wrong in (Doubling, object()):
+        with pytest.raises(TypeError, match="an object with propose"):
+            BatchSizeScheduler(optimizer, loader, None, wrong)
+
+
+def test_without_an_estimator():
+    model = Slope()
+    optimizer, loader = SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(ones(40), 4)
+    scheduler = BatchSizeScheduler(optimizer, loader, controller=Scheduled("0:8"))
+    assert scheduler.get_last_batch_size() == loader.batch_size
+    with pytest.raises(TypeError, match=r"got list without batch_size, drop_last, .*micro_batches"):
+        BatchSizeScheduler(optimizer, [], GradSampleHooks(model))
+    with pytest.raises(TypeError, match=r"got Slope without observe, cost, .*on_backward_end"):
+        BatchSizeScheduler(optimizer, loader, model)
+
+
+def test_the_repr_says_what_it_does():
+    run = slope_run(Wishes(20, 24), n=400)
+    assert repr(run[3]) == "BatchSizeScheduler(Wishes, batch 16 in [2, 64], step 0)"
+    list(steps(*run, 2))
+    text = repr(run[3])
+    assert text.startswith("BatchSizeScheduler(Wishes, batch 20 → 24 in [2, 64], step 2, noise ")
+    table = run[3]._repr_html_()
+    assert "<td>20 → 24 in [2, 64]</td>" in table
+    assert "<th>Wishes</th>" in table
+
+
+def test_layers_are_looked_at_only_where_they_are_measured(monkeypatch):
+    def fail(moments):
+        raise AssertionError("no layer was measured alone")
+
+    monkeypatch.setattr(LayerStatistics, "of_step", fail)
+    run = slope_run(Wishes(16), n=64)
+    assert len(list(steps(*run, 3))) == 3
