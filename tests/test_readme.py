@@ -1,7 +1,10 @@
-"""The README's snippets run, its commands name scripts and options that exist, and its screen of the API names arguments that exist."""
+"""READMEs: their snippets run, their commands, links and paths exist.
+
+A Python block is run after the ones above it in the same README, with what `surroundings` takes
+for granted; one with an ellipsis `(...)` or `# ... train ...` is filled in first.
+"""
 
 import ast
-import inspect
 import re
 import textwrap
 import warnings
@@ -15,96 +18,142 @@ from torch.utils.data import DataLoader, TensorDataset
 import adabatch
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n(?:\n(?=    ))?)+", README, re.MULTILINE)]
+FOLDERS = ["controllers", "schedules", "data", "grad_sample", "diagnostics", "distributed"]
+NAMES = ["README.md", *(f"adabatch/{folder}/README.md" for folder in FOLDERS),
+         "kernels/README.md", "examples/README.md", "examples/benchmarks/README.md"]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+COMMANDS = ("pip ", "python ", "torchrun ", "srun ", "--", "TRITON")
 
-# What runs, by a line of it, with what it takes for granted.
-SNIPPETS = {
-    "scheduler.diagnostics.latest.noise_scale_ema": "",
-    "schedule = StepBS(loader, step_size=30)": "",
-    "clock = adabatch.schedules.SampleClock": "start",
-    "step = online_step(": "",
-    "loader.batch_size = 96": "",
-    'torch.save(state, "checkpoint.part")': "start",
-    "scaler = torch.amp.GradScaler(device)": "",
-    "max_micro_batch_size=32": "",
-    "with loader.retrying():": "micro",
-    "layers = scheduler.diagnostics.layers()": "layers",
-    "Scheduled(StepBS(None, 30": "scheduled",
-}
+# Blocks that only compile, by a line of them: they need several processes.
+FRAGMENTS = ("torch.distributed.init_process_group",)
+TRAINING = """
+for inputs, targets in loader:
+    optimizer.zero_grad()
+    loss = criterion(model(inputs), targets)
+    loss.backward()
+    optimizer.step()
+    scheduler.step(loss)
+"""
+
+
+def python_blocks(text):
+    """Fenced blocks marked python, and indented ones that are not commands."""
+    fenced = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"(?<=\n\n)(?:^    .*\n(?:\n(?=    ))?)+", outside, re.MULTILINE)
+    indented = [textwrap.dedent(block) for block in indented]
+    return fenced + [block for block in indented if not block.startswith(COMMANDS)]
 
 
 def surroundings():
-    """What the snippets take for granted."""
+    """What the snippets take for granted: a model, data, an optimizer that is not wrapped yet."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     dataset = TensorDataset(torch.randn(300, 6), torch.randint(3, (300,)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    given = {"adabatch": adabatch, "torch": torch, "os": __import__("os"), "nn": nn, "model": model, "optimizer": optimizer, "dataset": dataset}
-    given |= {"criterion": nn.CrossEntropyLoss(), "loader": DataLoader(dataset, 64, shuffle=True), "device": "cpu", "budget": 700}
-    given["lr_scheduler"] = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    given["loss_fn"] = lambda model, batch: given["criterion"](model(batch[0]), batch[1])
-    return given
+    criterion = nn.CrossEntropyLoss()
+    return {
+        "adabatch": adabatch, "torch": torch, "nn": nn, "__name__": "readme", "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "dataset": dataset,
+        "criterion": criterion, "loader": DataLoader(dataset, 64, shuffle=True), "budget": 700,
+        "loss_fn": lambda model, batch: criterion(model(batch[0]), batch[1]),
+    }
 
 
-def block_with(line):
-    found = [block for block in BLOCKS if line in block]
-    assert len(found) == 1, f"{line!r} stands in {len(found)} snippets of the README"
-    return found[0]
-
-
-LOOP = block_with("scheduler.diagnostics.latest.noise_scale_ema")
-
-
-@pytest.mark.parametrize("line", SNIPPETS)
-def test_snippet(line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    given, block = surroundings(), block_with(line)
-    kind = SNIPPETS[line]
-    if kind == "start":
-        given["optimizer"], given["loader"], given["scheduler"] = adabatch.wrap(given["model"], given["optimizer"], given["loader"])
-    if kind == "micro":
-        exec(block_with("max_micro_batch_size=32"), given)
-    if kind == "scheduled":
-        given["StepBS"] = adabatch.schedules.StepBS
-        block = block.replace("Scheduled(...)", 'Scheduled("0:64 100K:128", unit="samples")')
-    if kind == "layers":
-        training = LOOP[LOOP.index("for ") : LOOP.index("scheduler.diagnostics")].strip()
-        block = block.replace("# ... train ...", training)
+def run(name, block, scope):
+    """Run one block; fresh surroundings where it wraps or monitors, a wrapped run where it reads
+    one."""
+    if "adabatch.wrap(" in block or "adabatch.monitor(" in block or "online_step(" in block:
+        scope |= surroundings()
+        scope.pop("scheduler", None)
+    elif "scheduler" in block and "scheduler" not in scope:
+        scope |= surroundings()
+        wrapped = adabatch.wrap(scope["model"], scope["optimizer"], scope["loader"])
+        scope |= dict(zip(("optimizer", "loader", "scheduler"), wrapped, strict=True))
+        if "diagnostics" in block:
+            exec(TRAINING, scope)
+    block = block.replace("Scheduled(...)", 'Scheduled("0:64 100K:128", unit="samples")')
+    block = block.replace("# ... train ...", TRAINING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create 2 worker")
-        exec(compile(block, "README.md", "exec"), given)
-    if "scheduler" in given and "scheduler.step(loss)" in block:
-        assert given["scheduler"].samples_seen >= 300
-    if kind == "layers":
-        assert (tmp_path / "layers.png").exists()
+        exec(compile(block, name, "exec"), scope)
 
 
-def test_python_blocks_parse():
-    starts = ("pip ", "torchrun ", "srun ", "variance trace ", "now: ", "adabatch.wrap(model, optimizer, loader, controller=...,")
-    for block in BLOCKS:
-        if not block.startswith(starts):
+@pytest.mark.parametrize("name", NAMES)
+def test_snippets_run(name, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    scope = surroundings()
+    for block in python_blocks(TEXTS[name]):
+        if any(line in block for line in FRAGMENTS):
             ast.parse(block)
+        else:
+            run(name, block, scope)
+    check = CHECKS.get(name, lambda *_: None)
+    check(scope, capsys.readouterr().out, {path.name for path in tmp_path.iterdir()})
 
 
-def test_commands_name_what_exists():
-    """Scripts, and options that stand in their own source or in that of the options they share."""
-    kernels = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"(examples/[\w/]+\.py)((?: (?:--[\w-]+|[\w./'\"^()-]+))*)", README + kernels)
-    assert len(commands) > 15
-    shared = "".join((ROOT / "examples" / name).read_text(encoding="utf-8") for name in ("options.py", "either_data.py"))
+def quickstart(scope, printed, files):
+    """The counts and averages of the summary are those that the README shows."""
+    shown = re.search(r"```text\n(395.*?)```", TEXTS["README.md"], re.DOTALL)[1]
+    assert shown.split(" s\n")[0].rsplit(",", 1)[0] in printed  # without the seconds
+    assert "measured 40, dropped 0" in printed
+    assert files == {"checkpoints"}
+
+
+def grad_sample(scope, printed, files):
+    assert "torch.Size([32])" in printed
+    assert "set layer.sparse = False" in printed
+
+
+def diagnostics(scope, printed, files):
+    assert scope["noisiest"] in ("0", "2")
+    assert files == {"run.csv", "run.jsonl", "run.png", "layers.csv", "layers.png"}
+
+
+CHECKS = {"README.md": quickstart, "adabatch/grad_sample/README.md": grad_sample,
+          "adabatch/diagnostics/README.md": diagnostics}
+
+
+def test_the_front_page_is_short():
+    lines = TEXTS["README.md"].splitlines()
+    assert len(lines) <= 160
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_name_what_exists(name):
+    """Scripts, and options that stand in their own source or in that of what they share."""
+    commands = re.findall(r"(examples/[\w/]+\.py)((?: (?:--[\w-]+|[\w./'\"^()-]+))*)", TEXTS[name])
+    shared = "".join((ROOT / "examples" / each).read_text(encoding="utf-8")
+                     for each in ("options.py", "either_data.py"))
     for script, options in commands:
         source = (ROOT / script).read_text(encoding="utf-8") + shared
         for option in re.findall(r"--[\w-]+", options):
             assert f'"{option}"' in source, f"{script} has no {option}"
-    for path in re.findall(r"pytest (?:-m slow )?(tests/[\w/]+\.py)", README):
-        assert (ROOT / path).exists()
+    for path in re.findall(r"pytest (?:-[\w ]+ )*(tests/[\w/]+\.py)", TEXTS[name]):
+        assert (ROOT / path).exists(), path
 
 
-def test_the_screen_of_the_api_names_arguments_that_exist():
-    screen = block_with("adabatch.wrap(model, optimizer, loader, controller=...,")
-    for name, takes in (("wrap", (adabatch.wrap, adabatch.BatchSizeScheduler)), ("GradSampleHooks", (adabatch.GradSampleHooks,)), ("CABS", (adabatch.CABS,))):
-        call = re.search(rf"adabatch\.{name}\((.*?)\)(?:\s|$)", screen, re.DOTALL)[1]
-        known = {parameter for each in takes for parameter in inspect.signature(each).parameters}
-        for argument in re.findall(r"(\w+)=", re.sub(r"#.*", "", call)):
-            assert argument in known, f"{name} takes no {argument}"
+@pytest.mark.parametrize("name", NAMES)
+def test_links_and_paths_exist(name):
+    here = (ROOT / name).parent
+    roots = here, ROOT, ROOT / "tests" / here.name
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXTS[name]):
+        assert (here / path).exists(), path
+    for path in re.findall(r"`(\w+/|\w+(?:/\w+)*\.py)`", TEXTS[name]):
+        assert any((root / path).exists() for root in roots), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_old_names(name):
+    """Of arguments and attributes that are gone."""
+    old = (r"get_last_coupling|spill=|dwell|ladder|\bdots\b|overhead=|confidence=|"
+           r"max_micro_batch_size|get_last_batch_size|scheduler\.measurement\b")
+    assert not re.findall(old, TEXTS[name])
+
+
+@pytest.mark.parametrize("folder", ["diagnostics"])
+def test_every_file_is_listed(folder):
+    listed = re.findall(r"\w+\.py", TEXTS[f"adabatch/{folder}/README.md"].split("## Files")[1])
+    modules = {path.name for path in (ROOT / "adabatch" / folder).glob("*.py")} - {"__init__.py"}
+    assert set(listed) == modules

@@ -20,9 +20,9 @@ import adabatch
 from adabatch.grad_sample.cost import within_budget
 
 MODELS = ("gpt", "cnn", "vit")
-# What is measured: None for nothing, else the overhead= of wrap.
+# What is measured: None for nothing, else the measure= of wrap.
 WAYS: dict[str, tuple[bool, float | None]] = {
-    "plain": (False, None), "all samples": (True, None), "overhead=0.05": (True, 0.05),
+    "plain": (False, None), "all samples": (True, None), "measure=0.05": (True, 0.05),
 }
 FEWEST = 5  # repeats, however short the time
 

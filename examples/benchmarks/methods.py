@@ -71,9 +71,9 @@ class Exact(Plain):
 
 
 class Budget(Exact):
-    """Ours with overhead=0.05: the first step measures all samples and shows the shapes, then the budget's plan holds."""
+    """Ours with measure=0.05: the first step measures all samples and shows the shapes, then the budget's plan holds."""
 
-    title = "adabatch, overhead=0.05"
+    title = "adabatch, measure=0.05"
     overhead = 0.05
     plan: Measurement | None = None
 

@@ -118,7 +118,7 @@ def test_all_parts_in_one_run(tmp_path, monkeypatch, capsys):
     memory = {**row, "kernel": "affine_sq_norms", "case": "LayerNorm float32", "unit": "B/s"}
     memory |= {"share": 0.81, "weight_grad": None, "materialised": None}
     steps = {"low": 1.0, "high": 1.1, "ms": 2.0, "trace": 1.0}
-    medians = {"all samples: 8": 1.05, "overhead=0.05: 8": 1.04}
+    medians = {"all samples: 8": 1.05, "measure=0.05: 8": 1.04}
     ways = [{"way": way, "median": median, **steps} for way, median in medians.items()]
     parts = {
         "kernels": {"rows": [row, memory], "peaks": {"copy": 4e12}, "left_out": [], "next": None},
@@ -135,7 +135,7 @@ def test_all_parts_in_one_run(tmp_path, monkeypatch, capsys):
         "| largest error of bfloat16 against float64: at most 0.01 | 5.0e-03 | yes |",
         "| largest error of float32 against float64: at most 0.0001 | 5.0e-03 | no |",
         "| GPT's step over a plain one, all samples: at most 1.1 | 1.050 | yes |",
-        "| GPT's step over a plain one, overhead=0.05: at most 1.03 | 1.040 | no |",
+        "| GPT's step over a plain one, measure=0.05: at most 1.03 | 1.040 | no |",
         "| compute-sanitizer: clean | not run: no GPU | no |",
         "cnn: stopped after 40 s; last line",
     ):
