@@ -41,7 +41,7 @@ def test_the_statistics_of_each_parameter_are_the_oracles(inner_products, loss_r
             batch,
             loss_reduction=loss_reduction,
             per_parameter=True,
-            inner_products=inner_products,
+            statistics=["inner_products"] if inner_products else [],
         )
     )
     assert found.names == tuple(truth)
@@ -55,7 +55,7 @@ def test_parameters_and_groups_add_up_to_the_model(inner_products):
     model, batch = make_mlp(torch.float64), make_batch(9, torch.float64)
     groups = [list(model[0].parameters()), list(model[2].parameters())]
     for options in ({"per_parameter": True}, {"param_groups": groups}):
-        moments = measure(model, batch, samples=5, inner_products=inner_products, **options)
+        moments = measure(model, batch, samples=5, statistics=["inner_products"] if inner_products else [], **options)
         found = LayerStatistics.of_step(moments)
         close(found.traces.sum(), moments.variance_trace, 1e-9)
         close(found.signals.sum(), moments.true_grad_sq_norm, 1e-9)

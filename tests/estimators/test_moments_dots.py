@@ -91,7 +91,7 @@ def test_what_cannot_be_said_raises():
         moments_of(torch.randn(2, 2)).interval()
     plain = GradientMoments(4, sq_norms=torch.ones(4), grad_sq_norm=0.5)
     for read in (lambda: plain.std_error, plain.interval, lambda: plain.centred_sq_norms):
-        with pytest.raises(ValueError, match=r"spread of the norms alone is not the error.*GradSampleHooks\(model, inner_products=True\).*variance_trace_std_error"):
+        with pytest.raises(ValueError, match=r"spread of the norms alone is not the error.*GradSampleHooks\(model, statistics=.*inner_products.*variance_trace_std_error"):
             read()
 
 
@@ -133,7 +133,7 @@ def test_unbiased_also_for_unequal_passes(sizes, samples):
         for part in grads.split(sizes):
             rows = None if samples is None else torch.randperm(len(part), generator=regression.generator)[:samples]
             shares = (part if rows is None else part[rows]) / (k * len(part))
-            passes.append(BackwardPass(len(part), [shares.square().sum(1)], rows, inner_products=[shares @ mean]))
+            passes.append(BackwardPass(len(part), {"sq_norms": [shares.square().sum(1)], "inner_products": [shares @ mean]}, rows))
         moments = pool_passes(passes, (mean @ mean).unsqueeze(0))
         traces.append(moments.variance_trace)
         true.append(moments.true_grad_sq_norm)

@@ -4,9 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from adabatch.estimators.pooling import BackwardPass, pool_passes
+from adabatch.estimators.pooling import BackwardPass, PoolOptions
+from adabatch.estimators.pooling import pool_passes as pool
+from adabatch.grad_sample.statistics import SecondMoment
 
 SHAPES = {"a": (3,), "b": (2, 2)}
+
+
+def pool_passes(passes, grad_sq_norms, loss_scale=1.0, **options):
+    options = PoolOptions(statistics=[SecondMoment()], **options)
+    return pool(passes, grad_sq_norms, loss_scale=loss_scale, options=options)
+
+
+def step(size, norms, indices=None, moments=None):
+    values = {} if moments is None else {"second_moment": moments}
+    return BackwardPass(size, {"sq_norms": norms}, indices, values)
 
 
 def autograd_passes(sizes, loss_reduction, loss_scale, rows=None):
@@ -23,7 +35,7 @@ def autograd_passes(sizes, loss_reduction, loss_scale, rows=None):
         indices = None if rows is None or rows >= size else torch.arange(size - 1, size - 1 - rows, -1)
         norms = [torch.tensor(np.square(value).reshape(len(value), -1).sum(1)) for value in measured.values()]
         moments = {name: torch.tensor(np.square(value).sum(0)) for name, value in measured.items()}
-        passes.append(BackwardPass(size, norms, indices, moments))
+        passes.append(step(size, norms, indices, moments))
         start += size
     return grads, passes, torch.tensor([np.square(value).sum() for value in finished.values()])
 
@@ -70,22 +82,22 @@ def test_rows_of_one_group_add_up(row_names):
 
 
 def test_a_row_without_a_report_in_some_pass_counts_zero_there():
-    first = BackwardPass(2, [torch.tensor([1.0, 2.0]), None], None)
-    second = BackwardPass(2, [torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0])], None)
+    first = step(2, [torch.tensor([1.0, 2.0]), None], None)
+    second = step(2, [torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0])], None)
     moments = pool_passes([first, second], torch.tensor([1.0, 1.0]), loss_reduction="sum", group_of_row=(0, 1), row_names=("a", "b"))
     assert moments.by_parameter["b"].tolist() == [0, 0, 5, 6]
     assert moments.sq_norms.tolist() == [1, 2, 8, 10]
 
 
 def test_a_second_moment_missing_in_one_pass():
-    passes = [BackwardPass(2, [torch.ones(2)], None, {"a": torch.ones(3)}), BackwardPass(2, [torch.ones(2)], None)]
+    passes = [step(2, [torch.ones(2)], None, {"a": torch.ones(3)}), step(2, [torch.ones(2)])]
     moments = pool_passes(passes, torch.ones(1), loss_reduction="mean")
     assert moments.second_moment["a"].tolist() == [16.0] * 3
 
 
 def test_an_empty_pass():
     for reduction in ("mean", "sum"):
-        moments = pool_passes([BackwardPass(0, [torch.ones(0)], None)], torch.zeros(1), loss_reduction=reduction)
+        moments = pool_passes([step(0, [torch.ones(0)])], torch.zeros(1), loss_reduction=reduction)
         assert (moments.batch_size, moments.n_measured, moments.grad_sq_norm) == (0, 0, 0.0)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adabatch import GradSampleHooks
+from adabatch.estimators.loss_scale import LossScale
 from tests import oracle
 from tests.cases import CASES
 from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, squared_error
@@ -141,7 +142,7 @@ def test_norms_of_parameters_and_second_moments_of_accumulated_passes(sizes, sam
     grads = oracle.per_sample_grads(model, squared_error, batch)
     for inner_products in (False, True):
         model.zero_grad()
-        hooks = GradSampleHooks(model, accumulate=k, samples=samples, per_parameter=True, statistics=["second_moment"], inner_products=inner_products)
+        hooks = GradSampleHooks(model, accumulate=k, samples=samples, per_parameter=True, statistics=["second_moment", *["inner_products"] * inner_products])
         for part in zip(*(tensor.split(sizes) for tensor in batch), strict=True):
             backward(model, part, divisor=k)
         moments = hooks.collect()
@@ -180,7 +181,9 @@ def test_the_scale_of_a_grad_scaler_is_read_before_it_changes(accumulate):
     grads = oracle.per_sample_grads(model, squared_error, batch)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    hooks = GradSampleHooks(model, statistics=["inner_products"], grad_scaler=scaler, accumulate=accumulate)
+    hooks = GradSampleHooks(model, statistics=["inner_products"], accumulate=accumulate)
+    scale = LossScale(scaler)
+    hooks.on_backward_end.append(scale.record)
     for step in range(3):
         optimizer.zero_grad()
         for part in zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True):
@@ -188,7 +191,7 @@ def test_the_scale_of_a_grad_scaler_is_read_before_it_changes(accumulate):
         scaler.step(optimizer)
         scaler.update()
         assert scaler.get_scale() == 256 * 2 ** (step + 1)
-        moments = hooks.collect()
+        moments = hooks.collect(loss_scale=scale.take())
         dots_agree(moments, grads)
         agrees(moments, grads)
 
@@ -197,32 +200,35 @@ def test_a_disabled_grad_scaler_scales_nothing():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    hooks = GradSampleHooks(model, grad_scaler=scaler)
+    hooks, scale = GradSampleHooks(model), LossScale(scaler)
+    hooks.on_backward_end.append(scale.record)
     scaler.scale(squared_error(model, batch).mean()).backward()
-    agrees(hooks.collect(), grads)
+    agrees(hooks.collect(loss_scale=scale.take()), grads)
 
 
 def test_scales_that_do_not_fit_are_explained():
     model, batch = make_mlp(), make_batch()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with pytest.raises(TypeError, match=r"grad_scaler must be a torch\.amp\.GradScaler, got float; a number goes to collect\(loss_scale=\)"):
-        GradSampleHooks(model, grad_scaler=4.0)
-    plain, scaled = GradSampleHooks(make_mlp()), GradSampleHooks(model, accumulate=2, grad_scaler=scaler)
+    with pytest.raises(TypeError, match=r"grad_scaler must be a torch\.amp\.GradScaler, got float; a number goes to step"):
+        LossScale(4.0)
+    plain, scaled = GradSampleHooks(make_mlp()), GradSampleHooks(model, accumulate=2)
+    recorded = LossScale(scaler)
+    scaled.on_backward_end.append(recorded.record)
     for scale in (0, -1.0, float("nan"), float("inf"), scaler, True):
         other = make_mlp()
         plain = GradSampleHooks(other)
         backward(other, batch)
-        with pytest.raises(ValueError, match=r"loss_scale must be a positive number.*GradSampleHooks\(grad_scaler=\)"):
+        with pytest.raises(ValueError, match=r"loss_scale must be a positive number.*wrap\(grad_scaler=\)"):
             plain.collect(loss_scale=scale)
     for _ in range(2):
         scaler.scale(squared_error(model, batch).mean() / 2).backward()
         scaler.update(new_scale=8.0)
     with pytest.raises(RuntimeError, match=r"loss scale changed between the backward passes of a step \(\[4\.0, 8\.0\]\)"):
-        scaled.collect()
+        scaled.collect(loss_scale=recorded.take())
     for _ in range(2):
         scaler.scale(squared_error(model, batch).mean() / 2).backward()
-    with pytest.raises(ValueError, match="leave loss_scale= away"):
-        scaled.collect(loss_scale=8.0)
+    with pytest.raises(ValueError, match="omit loss_scale="):
+        recorded.take(8.0)
 
 
 def test_non_reentrant_checkpointing_and_autocast():
@@ -300,12 +306,12 @@ def test_nothing_is_held_when_the_step_has_ended(accumulate):
         backward(model, make_batch(), divisor=accumulate)
     handle.remove()
     assert len(seen) == accumulate
-    assert not hooks._held  # factors go when the last pass ends, not when they are collected
+    assert not hooks._kept  # factors go when the last pass ends, not when they are collected
     assert hooks.collect().inner_products is not None
     assert all(storage() is None for storage in seen)
 
 
-COMPILED = r"(?s)inner_products=True cannot measure a compiled model.*leave inner_products=True away, or do not compile"
+COMPILED = r"(?s)inner_products cannot be measured on a compiled model.*do not compile"
 
 
 @pytest.mark.parametrize("compiled", [lambda model: torch.compile(model, backend="eager"), lambda model: model.compile(backend="eager") or model])
@@ -330,7 +336,7 @@ def test_a_compiled_part_is_refused_by_name_unless_nothing_in_it_is_measured():
 def test_a_model_compiled_after_attaching_is_refused():
     model = make_mlp()
     GradSampleHooks(model, statistics=["inner_products"])
-    with pytest.raises(Exception, match="measured with statistics=["inner_products"], which a compiled graph cannot do: do not compile the model, or leave inner_products=True away"):
+    with pytest.raises(Exception, match="needs the finished gradient, which a compiled graph cannot do"):
         backward(torch.compile(model, backend="aot_eager", fullgraph=True), make_batch())
     torch._dynamo.reset()
 
@@ -342,7 +348,7 @@ def test_without_dots_nothing_changes():
     moments = hooks.collect()
     assert moments.inner_products is None
     for name in ("std_error", "centred_sq_norms"):
-        with pytest.raises(ValueError, match=rf"{name} needs the inner products.*inner_products=True.*residuals"):
+        with pytest.raises(ValueError, match=rf"{name} needs the inner products.*inner_products.*residuals"):
             getattr(moments, name)
     with pytest.raises(ValueError, match="inner_products=True"):
         moments.interval(0.9)
