@@ -137,11 +137,14 @@ def test_commands_name_what_exists(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_links_and_paths_exist(name):
     here = (ROOT / name).parent
-    roots = here, ROOT, ROOT / "tests" / here.name
     for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXTS[name]):
         assert (here / path).exists(), path
     for path in re.findall(r"`(\w+/|\w+(?:/\w+)*\.py)`", TEXTS[name]):
-        assert any((root / path).exists() for root in roots), path
+        assert (ROOT / path).exists() or any(
+            (folder / path).exists()
+            for root in (here, ROOT / "tests" / here.name, ROOT / "kernels")
+            for folder in (root, *root.glob("**/"))
+        ), path
 
 
 @pytest.mark.parametrize("name", NAMES)
