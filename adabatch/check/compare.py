@@ -32,13 +32,11 @@ AGREEMENT = 1e-4
 ADDED_TERM = (
     "part of its gradient does not depend on the samples: a penalty on the weights inside the "
     "loss, which the per-sample norms cannot contain. Take it out of the loss and use the "
-    "optimizer's weight_decay"
-)
+    "optimizer's weight_decay")
 OUTSIDE = (
     "part of its gradient comes from a use outside the layer's own forward pass, such as "
     "F.linear(x, layer.weight), or from reentrant checkpointing. Call the layer instead, or pass "
-    "ignore=[...]"
-)
+    "ignore=[...]")
 
 
 class ExactNorms(NamedTuple):
@@ -113,8 +111,7 @@ def _measure(
 
 
 def lines_about(names: Iterable[str], message: str) -> str:
-    """The lines of an error message about a layer or its parameters: 'Type (layer)', 'layer (...)'
-    or a parameter's name.
+    """The lines of a message that name 'Type (layer)', 'layer (...)' or a parameter.
 
     Example:
         >>> message = "these fail:\\n  - Foo (block.0): no rule\\n  - Foo (block.0.fc): no rule"
@@ -155,8 +152,7 @@ class Findings:
             owner.name, type(owner.module).__name__, "rule" if sampler else "generic",
             sum(owner.parameters[name].numel() for name in own), found.layout,
             variance_share=trace / self._total if self._total else math.nan,
-            cost=self._cost(owner, sampler, found.layout, n_samples), reason=found.reason,
-        )
+            cost=self._cost(owner, sampler, found.layout, n_samples), reason=found.reason)
         if found.refused or unsupported:
             row.rule = row.rule if found.refused and sampler and not unsupported else "none"
             row.refuse(unsupported or found.reason)
@@ -190,8 +186,7 @@ class Findings:
     def enter_errors(self, taps: TapResults) -> None:
         """Enter the errors of the taps' norms, and refuse the layers that cannot be measured.
 
-        A parameter whose gradient is zero but for rounding has no relative error: the divisor is at
-        least a small part of the whole model's norm.
+        The divisor is at least a small part of the whole model's norm: a gradient may be zero.
         """
         total = float(sum(self._exact.sq_norms.values(), torch.zeros(())).max())
         for owner in self._owners:
@@ -213,11 +208,7 @@ class Findings:
                 row.rule, row.status, row.reason = "generic", "exact", ""
 
     def refuse_unaccounted(self, growth: float) -> None:
-        """Refuse layers of parameters whose gradient did not come through their calls alone.
-
-        Args:
-            growth: Σw'/Σw of the two passes' weights.
-        """
+        """Refuse layers whose gradients did not come through their calls alone; growth: Σw'/Σw."""
         reasons: dict[str, list[str]] = {}
         for name, home in self._homes.items():
             reason = self._unaccounted(name, growth)

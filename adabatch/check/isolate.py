@@ -17,10 +17,8 @@ _FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Restore, bit for bit, training flags, buffers, .grad, flat weights and every random state.
-
-    Parameters are not copied, except tables of embeddings with max_norm, which shrink in place.
-    """
+    """Restore, bit for bit, training flags, buffers, .grad, flat weights and every random state;
+    of the parameters only tables of embeddings with max_norm, which shrink in place."""
     modules = list(model.modules())
     flags = [(module, module.training) for module in modules]
     buffers = [(module, dict(module._buffers)) for module in modules]

@@ -73,8 +73,7 @@ def layouts_by_shape(
 ) -> list[Layout]:
     """The layouts that a shape allows; with one position per sample a flat one is batch_first.
 
-    Args:
-        dims: the dimensions that grow with the number of samples; None: not known.
+    dims: the dimensions that grow with the number of samples; None: not known.
 
     Example:
         >>> [str(layout) for layout in layouts_by_shape(torch.Size((6, 3)), 3, None)]
@@ -94,10 +93,7 @@ def consistent_layouts(
 ) -> list[Layout]:
     """The layouts in which each sample's part of `second` is its ratio times that of `first`.
 
-    Args:
-        first, second: an output's gradient in the two passes.
-        ratios: ρ, [N].
-        dims: as for layouts_by_shape.
+    first, second: an output's gradient in the two passes; ratios: ρ, [N].
 
     Example:
         >>> rows, ratios = torch.ones(2, 3, 1), torch.tensor([1.0, 2.0, 4.0])
@@ -220,8 +216,7 @@ def smaller_batch(
 ) -> tuple[Batch, PassRecord] | None:
     """The first n_samples of a batch and a trial of them, with the losses they had in the batch.
 
-    Every tensor is cut along a dimension as long as the batch, or not at all; the first dimension
-    is tried first. None where no way of cutting gives these losses.
+    Tensors are cut along a dimension as long as the batch, or not; None where no way fits.
     """
     size, leaves = len(full.losses), tensors(batch)
     choices = [[*(dim for dim, length in enumerate(tensor.shape) if length == size), None]
@@ -271,8 +266,7 @@ def find_batch_size_source(
 ) -> BatchSizeSource | None:
     """Where the model's inputs count samples: the first dimension with N and n in the two trials.
 
-    Without a small trial, the only dimension of length N of some input; None where no input has
-    one, or the model itself is not called.
+    Without a small trial, the only dimension of length N of some input; else None.
     """
     if large.inputs is None or (small is not None and small.inputs is None):
         return None

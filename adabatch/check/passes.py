@@ -38,13 +38,8 @@ class ParameterSlot:
 @dataclass(eq=False)
 class ParameterOwner:
     """A layer that owns trainable parameters, itself or through parts that are never called: its
-    parametrizations, lists of parameters, what nn.MultiheadAttention holds.
-
-    Attributes:
-        name: its name in the model, '' for the model itself.
-        module: the layer.
-        slots: where its parameters are.
-    """
+    parametrizations, lists of parameters, what nn.MultiheadAttention holds. `name` is '' for the
+    model itself."""
 
     name: str
     module: nn.Module
@@ -76,10 +71,7 @@ class CheckedModel:
 
 
 def find_owners(model: nn.Module) -> list[ParameterOwner]:
-    """Every layer that owns trainable parameters, in the order of named_modules.
-
-    Raises:
-        ValueError: there is none, or a lazy module has no shape yet.
+    """Every layer that owns trainable parameters; ValueError: none, or a lazy one without shape.
 
     Example:
         >>> attention = nn.MultiheadAttention(4, 1, bias=False)
@@ -125,8 +117,7 @@ class Call:
 
     Attributes:
         inputs, output: the first tensor that went in, and the first with a gradient that came out.
-        shapes: of the outputs that need a gradient.
-        backprops: {index of the output: its gradient}.
+        shapes, backprops: of the outputs that need a gradient; {index of the output: its gradient}.
         packed: whether a PackedSequence went in or out.
     """
 
@@ -248,11 +239,7 @@ def _recomputing() -> bool:
 
 
 def record_pass(checked: CheckedModel, batch: Batch, weights: Tensor) -> PassRecord:
-    """Run loss_fn(model, batch) and the backward pass of Σ w_i l_i; the model's state is restored.
-
-    Args:
-        weights: w, [N], converted to the losses' device and type.
-    """
+    """Run loss_fn(model, batch) and the backward pass of Σ w_i l_i; the model's state is restored."""
     model, named = checked.model, checked.parameters
     with restored(model), PassRecord(model, checked.owners) as record:
         losses = checked.loss_fn(model, batch)
@@ -263,12 +250,7 @@ def record_pass(checked: CheckedModel, batch: Batch, weights: Tensor) -> PassRec
 
 
 def run_trial(checked: CheckedModel, batch: Batch) -> PassRecord:
-    """A forward pass with the whole model in evaluation mode, so that losses can be compared.
-
-    Raises:
-        TypeError: loss_fn does not return a tensor.
-        ValueError: it does not return one loss per sample, with a gradient.
-    """
+    """A forward pass in evaluation mode; TypeError, ValueError: no losses [N] with a gradient."""
     model = checked.model
     with restored(model), PassRecord(model, checked.owners) as record:
         for module in model.modules():

@@ -27,8 +27,7 @@ Layout: TypeAlias = "int | str | list[Layout] | None"
 JoinFn = Callable[..., Batch]
 _FIX = (
     "Let collate_fn give every chunk the same shapes, pass join_fn= (adabatch.data.pad_right "
-    "pads), or collate whole batches: collate_in='consumer'."
-)
+    "pads), or collate whole batches: collate_in='consumer'.")
 
 
 class UnknownAxis(str):
@@ -50,8 +49,7 @@ def learn_layout(collate_fn: CollateFn, sample: Sample) -> Layout:
     except Exception as error:
         return UnknownAxis(
             f"collate_fn raised {type(error).__name__} ({error}) on a batch of one or two samples, "
-            "from which its layout is learnt"
-        )
+            "from which its layout is learnt")
     return _compare(one, two)
 
 
@@ -232,8 +230,7 @@ def _join(
     columns = zip(*(_parts(batch, layout, path)[0] for batch in batches), strict=True)
     return rebuild([
         _join([part for part, _, _ in column], column[0][1], join_fn, pin, column[0][2])
-        for column in columns
-    ])
+        for column in columns])
 
 
 def _join_arrays(

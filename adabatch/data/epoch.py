@@ -32,8 +32,7 @@ _PLANNED = 16
 _CHANGED_IN_PLACE = (
     "the batch cannot be tried again, because its tensors were changed in place. Write "
     "inputs = inputs / 255 instead of inputs /= 255, or set a lower limit of micro-batches to "
-    "begin with."
-)
+    "begin with.")
 
 # (start, size, sizes of the rest) -> a piece of the next batch.
 Pieces = Callable[[int, int, list[int]], Batch]
@@ -54,14 +53,7 @@ class _Drawn:
 
 
 class Epoch:
-    """An epoch of a map-style data set.
-
-    Args:
-        sampler: keeps the position, in samples delivered.
-        iterator_id: of the sampler's newest iterator.
-        plan: sizes of the chunks.
-        progress: what state() gave in the run that is resumed.
-    """
+    """An epoch of a map-style data set; progress: what state() gave in the run that is resumed."""
 
     # The last chunk's state is kept when it is delivered: that of an exhausted sampler may already
     # be the next epoch's.
@@ -133,8 +125,7 @@ def check_same_streams(progress: State, **here: int) -> None:
         if saved != number:
             raise ValueError(
                 "the order of an iterable data set depends on the number of workers and "
-                f"processes: saved with {saved}, here {number}. Resume with the same {name}."
-            )
+                f"processes: saved with {saved}, here {number}. Resume with the same {name}.")
 
 
 class StreamEpoch(Epoch):
@@ -172,9 +163,8 @@ class StreamEpoch(Epoch):
             worker, real = turn % self._workers, turn >= self._turn
             if real and len(self._ended) == self._workers:
                 return
-            size = 0
-            if real:
-                size = self._again.pop(0) if self._again else self.plan.next_size()
+            again = self._again
+            size = (again.pop(0) if again else self.plan.next_size()) if real else 0
             drawn = _Drawn(size, worker)
             self._awaited.append((drawn, size))
             if real:
@@ -204,25 +194,17 @@ class StreamEpoch(Epoch):
             name = type(self._sampler.sampler.dataset).__name__
             raise TypeError(
                 f"{name} cannot be resumed in the middle of an epoch: give the iterable data set, "
-                "or its iterator, state_dict and load_state_dict."
-            )
+                "or its iterator, state_dict and load_state_dict.")
         front = self._outstanding[0] if self._outstanding else None
         return sampler_state, {
             "num_workers": self._num_workers, "world_size": self._sampler.shard.world_size,
             "states": [*self._states], "worker": 0 if front is None else front.worker,
             "chunks": [drawn.size for drawn in self._outstanding], "offset": self._offset,
-            "requested": self.plan.requested, "drawn": self.plan.drawn,
-        }
+            "requested": self.plan.requested, "drawn": self.plan.drawn}
 
 
 class EpochIterator:
-    """The batches of one epoch, of the size that is current when each is drawn.
-
-    Args:
-        loader: gives sampler, engine, collate_fn and micro-batches.
-        iterator_id: of the sampler's newest iterator.
-        progress: what Epoch.state() gave in the run that is resumed.
-    """
+    """The batches of one epoch, of the size that is current when each is drawn."""
 
     def __init__(self, loader: AdaptiveDataLoader, iterator_id: int, progress: State | None):
         self._loader, self._sampler = loader, loader.batch_sampler
@@ -237,8 +219,7 @@ class EpochIterator:
         progress = progress if self._sampler.position else None
         self.epoch = (
             StreamEpoch(self._sampler, iterator_id, self._plan, progress, loader.num_workers)
-            if loader.is_stream else Epoch(self._sampler, iterator_id, self._plan, progress)
-        )
+            if loader.is_stream else Epoch(self._sampler, iterator_id, self._plan, progress))
         self._buffer: ChunkBuffer | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -347,8 +328,7 @@ class EpochIterator:
         got = buffer.fill(size)
         if got < size:
             raise RuntimeError(
-                f"the sampler gave only {got} of the {size} samples that its length promised"
-            )
+                f"the sampler gave only {got} of the {size} samples that its length promised")
         return buffer.take(size)
 
     def _request(self, size: int, rest: Sequence[int]) -> ChunkBuffer:

@@ -6,12 +6,7 @@ import logging
 
 import torch
 from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+    DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler)
 
 from adabatch._types import Kwargs, Source
 from adabatch.data.sampler import ResizableBatchSampler
@@ -20,8 +15,7 @@ logger = logging.getLogger(__name__)
 KEPT = (
     "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
     "multiprocessing_context", "generator", "prefetch_factor", "persistent_workers",
-    "pin_memory_device", "in_order",
-)
+    "pin_memory_device", "in_order")
 
 
 def dataloader_kwargs(loader: DataLoader) -> tuple[Kwargs, ResizableBatchSampler | None]:
@@ -37,8 +31,7 @@ def dataloader_kwargs(loader: DataLoader) -> tuple[Kwargs, ResizableBatchSampler
     if not isinstance(loader, DataLoader):
         raise TypeError(
             "loader must be a torch.utils.data.DataLoader or an adabatch.AdaptiveDataLoader, got "
-            f"{type(loader).__name__}"
-        )
+            f"{type(loader).__name__}")
     # Which of them a loader has depends on the release of torch.
     kwargs = {name: value for name, value in vars(loader).items() if name in KEPT}
     kwargs["multiprocessing_context"] = loader.multiprocessing_context
@@ -48,8 +41,7 @@ def dataloader_kwargs(loader: DataLoader) -> tuple[Kwargs, ResizableBatchSampler
     if batch_sampler is None:
         raise ValueError(
             "the loader has no batch sampler (batch_size=None), so there is no batch size to set. "
-            "Build it with a batch_size."
-        )
+            "Build it with a batch_size.")
     if isinstance(batch_sampler, ResizableBatchSampler):
         sizes = {"batch_size": batch_sampler.batch_size, "drop_last": batch_sampler.drop_last}
         return kwargs | sizes, batch_sampler
@@ -57,8 +49,7 @@ def dataloader_kwargs(loader: DataLoader) -> tuple[Kwargs, ResizableBatchSampler
         raise ValueError(
             f"the batch size of the loader's batch sampler ({type(batch_sampler).__name__}) cannot "
             "be set. Build the loader with batch_size= and sampler=, or pass a "
-            "ResizableBatchSampler."
-        )
+            "ResizableBatchSampler.")
     kwargs |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
     if isinstance(loader.dataset, IterableDataset):
         return kwargs, None
@@ -84,15 +75,12 @@ def _of_distributed(loader: DataLoader, sampler: DistributedSampler) -> Kwargs:
         raise ValueError(
             f"the loader's sampler ({type(sampler).__name__}) divides samples among processes by "
             "rules of its own, or those of another data set. Omit it: the processes then share one "
-            "order (rank= and world_size=)."
-        )
+            "order (rank= and world_size=).")
     logger.info(
         "DistributedSampler is replaced: %s processes of global batches of %s x %s samples share "
         "one order, in which each sample comes once an epoch",
-        *(sampler.num_replicas, sampler.num_replicas, loader.batch_size),
-    )
+        *(sampler.num_replicas, sampler.num_replicas, loader.batch_size))
     return {
         "batch_size": (loader.batch_size or 1) * sampler.num_replicas,
         "shuffle": sampler.shuffle, "seed": sampler.seed,
-        "rank": sampler.rank, "world_size": sampler.num_replicas,
-    }
+        "rank": sampler.rank, "world_size": sampler.num_replicas}

@@ -102,23 +102,18 @@ class AdaptiveDataLoader(BatchSource):
         if self.is_stream and (shuffle or sampler is not None):
             raise ValueError(
                 f"the data set is iterable-style ({type(dataset).__name__}) and decides the order: "
-                "omit shuffle and sampler."
-            )
-        if sampler is not None and shuffle:
-            raise ValueError("a sampler decides the order: pass sampler= or shuffle=True, not both")
+                "omit shuffle and sampler.")
         if kwargs.get("in_order") is False:
             raise ValueError(
                 "in_order=False lets batches overtake each other, so that the size of the one "
-                "delivered is not known. Leave in_order at True."
-            )
+                "delivered is not known. Leave in_order at True.")
         if collate_in not in COLLATE_IN:
             raise ValueError(f"collate_in must be one of {COLLATE_IN}, got {collate_in!r}")
         self.dataset, self.sampler = dataset, sampler
         self.batch_sampler = ResizableBatchSampler(
             dataset, batch_size, shuffle=shuffle,  # type: ignore[arg-type]
             sampler=StreamOrder(dataset) if isinstance(dataset, IterableDataset) else sampler,
-            seed=seed, drop_last=drop_last, rank=rank, world_size=world_size,
-        )
+            seed=seed, drop_last=drop_last, rank=rank, world_size=world_size)
         self.collate_fn = default_collate if collate_fn is None else collate_fn
         self.collate_in, self.join_fn = collate_in, join_fn
         self.num_workers: int = kwargs.get("num_workers", 0)
@@ -130,8 +125,8 @@ class AdaptiveDataLoader(BatchSource):
         self.layout: Layout = None
         self._requests = _Requests()
         self._engine = self._new_engine(**kwargs)
-        # Chunks grow only where batches are the same whatever chunks they are cut from: not where
-        # a collate_fn pads, or workers divide an iterable data set by chunks.
+        # Chunks grow only where batches do not depend on the chunks they are cut from: not where a
+        # collate_fn pads, or workers divide an iterable data set by chunks.
         alike = collate_in == "consumer" or self.collate_fn is default_collate
         grows = self.num_workers > 0 and not self.is_stream and alike
         self.chunk_sizer = ChunkSizer() if grows else None
@@ -146,16 +141,14 @@ class AdaptiveDataLoader(BatchSource):
             kwargs["pin_memory"] = False  # samples are not what is delivered
         self._fetcher = (StreamFetcher if self.is_stream else Fetcher)(
             self.dataset, None if consumer else self.collate_fn, learns=self.num_workers > 0,
-            seeded=self.seed_samples, shard=self.batch_sampler.shard,
-        )
-        # A DataLoader draws a number at each iter(). From torch's generator a resumed run would
-        # draw once more, and continue with other dropout masks: the engine has a generator.
+            seeded=self.seed_samples, shard=self.batch_sampler.shard)
+        # A DataLoader draws a number at each iter(): from torch's generator a resumed run would
+        # draw once more, and continue with other dropout masks.
         self._engine_generator = torch.Generator() if generator is None else generator
         engine = DataLoader(
             self._fetcher, batch_size=None, sampler=self._requests,
             collate_fn=_identity, worker_init_fn=WorkerStart(worker_init_fn),
-            generator=self._engine_generator, **kwargs,
-        )
+            generator=self._engine_generator, **kwargs)
         self.timeout, self.multiprocessing_context = engine.timeout, engine.multiprocessing_context
         self.prefetch_factor = engine.prefetch_factor
         self.persistent_workers = engine.persistent_workers
@@ -171,8 +164,8 @@ class AdaptiveDataLoader(BatchSource):
 
         Args:
             loader: the plain one.
-            options: further arguments of AdaptiveDataLoader, which take precedence: with
-                world_size= also seed=, which must be the same in all processes.
+            options: arguments of AdaptiveDataLoader that take precedence: with world_size= also
+                seed=, the same in all processes.
 
         Raises:
             ValueError: batching switched off, a user's batch sampler, or a sampler that divides
@@ -254,8 +247,7 @@ class AdaptiveDataLoader(BatchSource):
         if not self.is_last_micro_batch:
             raise RuntimeError(
                 "a checkpoint between two micro-batches would lose their gradients: save where "
-                "loader.is_last_micro_batch is True, after the step"
-            )
+                "loader.is_last_micro_batch is True, after the step")
         sampler_state, progress = self.batch_sampler.state_dict(), self._progress
         if self._epoch is not None:
             sampler_state, progress = self._epoch.state(sampler_state)
@@ -303,10 +295,8 @@ class AdaptiveDataLoader(BatchSource):
         attempt added to the gradients is dropped; running statistics of batch norm keep theirs.
 
         Raises:
-            RuntimeError: the optimizer does not wait for the last micro-batch: use the one that
-                adabatch.wrap(..., micro_batches=) returns. Or there are other processes, which
-                would wait for this one.
-            The error itself: micro-batches of one sample fail too, or the step was already taken.
+            RuntimeError: not with the optimizer of adabatch.wrap(..., micro_batches=), or several
+                processes. The error itself: one sample fails too, or the step was taken.
         """
         return retrying(self.micro_batches, self.batch_sampler.shard.world_size)
 

@@ -11,12 +11,7 @@ from typing import Protocol, overload, runtime_checkable
 import numpy as np
 import torch
 from torch.utils.data import (
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+    IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler)
 
 from adabatch._checks import checked_int
 from adabatch._types import SavedState, Source
@@ -25,8 +20,7 @@ from adabatch.data.rng import GOLDEN, splitmix64, words
 MAX_SAMPLES, MAX_WORD = 2**62, 2**64 - 1
 # With 16 rounds all 720 orders of six samples are equally likely; large n would do with eight.
 _ROUNDS = 16
-# Indices computed at a time: few for the first batch to come at once, then enough to make NumPy's
-# cost per call small.
+# Indices computed at a time: few for the first batch to come at once, then NumPy is cheaper.
 _FIRST_BLOCK, _BLOCK = 1024, 8192
 # Samplers of torch that draw a new order each time.
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -35,13 +29,11 @@ SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 class KeyedPermutation:
     """A pseudo-random permutation π of 0 … n−1 with the key (seed, epoch), at any position.
 
-    Memory is constant and any position can be computed alone: an order of 10¹⁰ samples costs no
-    more than one of ten, a run resumes from a position, and processes read disjoint parts of one
-    order without communication.
+    Memory is constant and any position can be computed alone, so that a run resumes from a position
+    and processes read disjoint parts of one order without communication.
 
-    The order is part of the checkpoint format: 64-bit integer arithmetic only, the same on every
-    platform, never to be changed within a format version. Modulo 2⁶⁴, with
-    φ = 0x9E3779B97F4A7C15 and the finalizer of splitmix64::
+    The order is part of the checkpoint format: 64-bit integer arithmetic, the same on every
+    platform. Modulo 2⁶⁴, with φ = 0x9E3779B97F4A7C15 and the finalizer of splitmix64::
 
         mix(z):  z ← (z ^ z>>30)·0xBF58476D1CE4E5B9
                  z ← (z ^ z>>27)·0x94D049BB133111EB;  z ^ z>>31
@@ -58,12 +50,10 @@ class KeyedPermutation:
 
     Args:
         n: number of samples, 0 … 2⁶².
-        seed: 0 … 2⁶⁴ − 1.
-        epoch: 0 … 2⁶⁴ − 1; each epoch has its own order.
+        seed, epoch: 0 … 2⁶⁴ − 1.
 
     Raises:
-        TypeError: an argument is not an integer.
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument is not an integer, or out of range.
 
     Example:
         >>> order = KeyedPermutation(10, seed=0, epoch=0)
@@ -75,9 +65,8 @@ class KeyedPermutation:
         64
 
     References:
-        Black, Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002 (cycle walking,
-        Feistel networks on rectangles). Steele, Lea, Flood, "Fast splittable pseudorandom number
-        generators", OOPSLA 2014 (splitmix64).
+        Black, Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002. Steele, Lea, Flood,
+        "Fast splittable pseudorandom number generators", OOPSLA 2014 (splitmix64).
     """
 
     def __init__(self, n: int, seed: int, epoch: int = 0) -> None:
@@ -204,13 +193,11 @@ def check_shared(sampler: object) -> int:
     if isinstance(sampler, SHUFFLING) and generator_of(sampler) is None:
         raise ValueError(
             f"{name} has no generator, so each process would draw another order. Give it a "
-            "generator with the same seed in all processes, or use shuffle=True."
-        )
+            "generator with the same seed in all processes, or use shuffle=True.")
     if length is None:
         raise ValueError(
             f"the sampler ({name}) has no length, so processes could have different numbers of "
-            "batches: give it __len__."
-        )
+            "batches: give it __len__.")
     return length
 
 
@@ -235,12 +222,7 @@ class Shard:
     a global batch. The batch at p covers p … p + m − 1, and this process draws those positions q
     with q mod W = r. They do not depend on later sizes, so workers may fetch them ahead of time.
 
-    Args:
-        rank: of this process, 0 … world_size − 1.
-        world_size: number of processes.
-
-    Raises:
-        TypeError, ValueError: not integers, or out of range.
+    TypeError, ValueError unless 0 <= rank < world_size are integers.
 
     Example:
         >>> [Shard(rank, 3).local_size(10, 8) for rank in range(3)]
@@ -327,8 +309,7 @@ class Shard:
         if self.world_size > 1 and num_samples < self.world_size:
             raise ValueError(
                 f"an epoch of {num_samples} samples cannot give each of {self.world_size} "
-                "processes a sample: use fewer processes or more data"
-            )
+                "processes a sample: use fewer processes or more data")
 
     def check_batch_size(self, batch_size: int) -> int:
         """`batch_size` as an int; TypeError, ValueError unless each process gets a sample."""
@@ -337,6 +318,8 @@ class Shard:
             raise ValueError(
                 f"batch_size is that of the global batch, and each of the {self.world_size} "
                 f"processes needs a sample of it: it must be an integer >= {self.world_size}, "
-                f"got {batch_size!r}."
-            )
+                f"got {batch_size!r}.")
         return size
+
+
+ONE_PROCESS = Shard()

@@ -22,11 +22,7 @@ def words(*values: int) -> np.ndarray:
 def splitmix64(z: np.ndarray) -> np.ndarray:
     """splitmix64's finalizer, in place: z ^= z>>30, z *= m₁, z ^= z>>27, z *= m₂, z ^= z>>31.
 
-    Args:
-        z: uint64, with a dimension at least: NumPy warns of overflow in scalars.
-
-    References:
-        Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    z: uint64, not a scalar, of which NumPy would warn. Steele, Lea, Flood, OOPSLA 2014.
     """
     shifted = z >> np.uint64(30)
     z ^= shifted

@@ -10,34 +10,21 @@ from itertools import islice
 from torch import Tensor
 from torch.utils.data import BatchSampler, IterableDataset, Sampler
 
-from adabatch._checks import checked_int
+from adabatch._checks import check_version, checked_int
 from adabatch._types import Source
 from adabatch.data.order import (
-    MAX_SAMPLES,
-    MAX_WORD,
-    SHUFFLING,
-    EpochAware,
-    KeyedPermutation,
-    Shard,
-    Stateful,
-    StreamOrder,
-    check_shared,
-    generator_of,
-    indices,
-    length_of,
-)
+    MAX_SAMPLES, MAX_WORD, SHUFFLING, EpochAware, KeyedPermutation, Shard, Stateful, StreamOrder,
+    check_shared, generator_of, indices, length_of)
 from adabatch.interfaces import BatchSource, State
 
 VERSION = 1
 _KEYS = {
     "version", "epoch", "position", "batch_size", "num_samples", "shuffle", "seed", "sampler",
-    "generator",
-}
+    "generator"}
 _OUTDATED = (
     "This iterator of a ResizableBatchSampler is out of date: iter(), set_epoch() or "
     "load_state_dict() came after it, and the sampler keeps one position. For two loops at once "
-    "build two samplers (and two loaders)."
-)
+    "build two samplers (and two loaders).")
 
 
 class ResizableBatchSampler(Sampler[list[int]], BatchSource):
@@ -47,13 +34,10 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     or dropped with ``drop_last``. An epoch has one order and one position in it, counted in
     samples: (epoch, position) resumes a run, whatever sizes came before.
 
-    Each ``iter()`` starts the next epoch: 0, 1, … An epoch left by ``break`` counts as begun.
-    After ``set_epoch`` or ``load_state_dict`` the next ``iter()`` starts there; an iterator that
-    drew nothing leaves its epoch to the next one. Only the newest iterator may be drawn from.
-
-    In a plain ``DataLoader(dataset, batch_sampler=...)`` a new size holds from the next batch if
-    ``num_workers=0``. Workers have ``num_workers · prefetch_factor`` batches of the old size drawn
-    ahead, which ``position`` and ``len()`` count.
+    Each ``iter()`` starts the next epoch: 0, 1, … An epoch left by ``break`` counts as begun; an
+    iterator that drew nothing leaves its epoch to the next one. Only the newest one may be drawn
+    from. In a plain ``DataLoader`` with workers a new size lags by the ``num_workers ·
+    prefetch_factor`` batches drawn ahead, which ``position`` and ``len()`` count.
 
     Args:
         data_source: a data set with a length, or the number of samples; or, as in torch's
@@ -76,12 +60,10 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         n_batches: batches drawn so far, over all epochs.
         recent: (size requested, size drawn) of the latest batches, newest last.
         last_local_size: samples of the latest batch drawn in this process.
-        runs_ahead: True: a DataLoader with workers draws batches before it delivers them.
-        n_iterations, micro_batches: None, see BatchSource.
+        runs_ahead, n_iterations, micro_batches: see BatchSource.
 
     Raises:
-        TypeError: an argument of the wrong type, a data set without length, an iterator (used up
-            after one epoch), a batch sampler.
+        TypeError: a wrong type, a data set without length, an iterator, a batch sampler.
         ValueError: a number out of range, a sampler together with ``shuffle``, fewer samples than
             processes, or a sampler that processes cannot share.
 
@@ -121,10 +103,8 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
                 kind = type(flag).__name__
                 raise TypeError(f"{name} must be True or False, got {flag!r} of type {kind}.")
         if sampler is not None and shuffle:
-            raise ValueError(
-                f"shuffle=True, but the sampler ({type(sampler).__name__}) decides the order. "
-                "Pass either a sampler or shuffle=True."
-            )
+            name = type(sampler).__name__
+            raise ValueError(f"the sampler ({name}) decides the order: omit it or shuffle=True.")
         self.sampler: Source = None if sampler is None else _checked_sampler(sampler)
         self._num_samples = _sample_count(data_source) if sampler is None else None
         self.shard = Shard(rank, world_size)
@@ -140,8 +120,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         self.recent = deque(maxlen=4096)
         # Which iterator is the newest, and whether it drew anything.
         self._iterator_id, self._begun = 0, False
-        # Of the generator of a user's sampler: the state to begin the epoch from (set by
-        # load_state_dict), and the one that it began from.
+        # States of a user's generator: a loaded one to begin from, and the one the epoch began from.
         self._restore: Tensor | None = None
         self._begun_from: Tensor | None = None
 
@@ -178,10 +157,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         return None if total is None else max(0, total - self.position)
 
     def __len__(self) -> int:
-        """Batches still to come in the present epoch at the present batch size.
-
-        Before and after an epoch, those of a whole one. TypeError where the length is not known.
-        """
+        """Batches left in this epoch at the present size; TypeError where that is not known."""
         whole, others = self.sizes_to_come()
         return whole + len(others)
 
@@ -204,10 +180,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     def set_epoch(self, epoch: int) -> None:
         """Let the next ``iter()`` start ``epoch``: at a position loaded for it, or its beginning.
 
-        The ``set_epoch`` of a user's sampler is called too.
-
-        Raises:
-            TypeError, ValueError: ``epoch`` is not an integer >= 0.
+        Calls the ``set_epoch`` of a user's sampler too. TypeError, ValueError: not an int >= 0.
         """
         epoch = checked_int("epoch", epoch, 0, MAX_WORD)
         if self._begun or epoch != self._epoch:
@@ -218,8 +191,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     def state_dict(self) -> State:
         """Where the next batch begins: plain numbers, readable with ``weights_only=True``.
 
-        Of a user's sampler it holds the ``state_dict()`` if it has one, otherwise the state that
-        its ``generator`` had at the beginning of the epoch if it has one.
+        Of a user's sampler its ``state_dict()``, else the state of its ``generator``, if any.
         """
         generator = self._begun_from if self._begun else self._restore
         source = generator_of(self.sampler)
@@ -230,22 +202,20 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             "batch_size": self.batch_size, "num_samples": self._num_samples,
             "shuffle": self.shuffle, "seed": self.seed,
             "sampler": self.sampler.state_dict() if isinstance(self.sampler, Stateful) else None,
-            "generator": generator,
-        }
+            "generator": generator}
 
     def load_state_dict(self, state: State) -> None:
         """Let the next ``iter()`` continue where ``state`` was saved, with any number of processes.
 
         Batch size (at least one sample for each process) and seed become the saved ones;
-        ``drop_last`` stays. The built-in orders resume exactly. A user's sampler with
-        ``state_dict`` and ``load_state_dict`` resumes itself; any other starts its epoch again,
-        from the saved state of its ``generator`` if it has one, and ``position`` indices are
-        skipped: the same samples remain only if it repeats its order.
+        ``drop_last`` stays. A user's sampler with a ``state_dict`` resumes itself; any other
+        starts its epoch again, from the saved state of its ``generator`` if it has one, and
+        ``position`` indices are skipped: right only if it repeats its order.
 
-        Raises:
+        Raises (and changes nothing):
             ValueError: an unknown version, missing or unknown entries, or a state of another data
-                set or kind of order. Nothing is changed then.
-            TypeError: an entry that must be an integer is not. Nothing is changed then.
+                set or kind of order.
+            TypeError: an entry that must be an integer is not.
 
         Warns:
             UserWarning: a random sampler of torch without a generator cannot repeat its order.
@@ -266,43 +236,31 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
                 warnings.warn(
                     f"{type(self.sampler).__name__} has no generator, so its order cannot be "
                     f"repeated: resumed at position {position} of a new order, the epoch repeats "
-                    "some samples and omits others. Give the sampler a generator, or use "
-                    "shuffle=True of ResizableBatchSampler.",
-                    stacklevel=2,
-                )
+                    "some samples and omits others. Give it a generator, or use shuffle=True.",
+                    stacklevel=2)
 
     def _checked(self, state: State) -> tuple[int, int, int, int]:
         """(epoch, position, batch_size, seed) of a state that belongs to an order of this kind."""
-        if state.get("version") != VERSION:
-            raise ValueError(
-                f"Unknown version of the sampler's state: got {state.get('version')!r}, this "
-                f"adabatch reads {VERSION}."
-            )
+        check_version(state, VERSION, "ResizableBatchSampler")
         if state.keys() != _KEYS:
             raise ValueError(
-                f"The sampler's state must have the entries {sorted(_KEYS)}, got {sorted(state)}."
-            )
-        pairs = {
-            "num_samples": (state["num_samples"], self._num_samples),
-            "shuffle": (state["shuffle"], self.shuffle),
-            "sampler with a state_dict":
-                (state["sampler"] is not None, isinstance(self.sampler, Stateful)),
-            "sampler with a generator":
-                (state["generator"] is not None, generator_of(self.sampler) is not None),
-        }
-        wrong = [f"{name}: saved {saved}, here {here}"
-                 for name, (saved, here) in pairs.items() if saved != here]
+                f"The sampler's state must have the entries {sorted(_KEYS)}, got {sorted(state)}.")
+        stateful, generated = (state[name] is not None for name in ("sampler", "generator"))
+        wrong = [f"{name}: saved {saved}, here {here}" for name, saved, here in (
+            ("num_samples", state["num_samples"], self._num_samples),
+            ("shuffle", state["shuffle"], self.shuffle),
+            ("sampler with a state_dict", stateful, isinstance(self.sampler, Stateful)),
+            ("sampler with a generator", generated, generator_of(self.sampler) is not None),
+        ) if saved != here]
         if wrong:
             raise ValueError(
                 f"The state belongs to another order of samples ({', '.join(wrong)}). Build the "
-                "sampler as in the run that saved it."
-            )
+                "sampler as in the run that saved it.")
         return (
             checked_int("epoch", state["epoch"], 0, MAX_WORD),
             checked_int("position", state["position"], 0),
             checked_int("batch_size", state["batch_size"], 1),
-            checked_int("seed", state["seed"], 0, MAX_WORD),
-        )
+            checked_int("seed", state["seed"], 0, MAX_WORD))
 
     def _batches(self, iterator_id: int) -> Iterator[list[int]]:
         order = self.open_order(iterator_id)
@@ -347,9 +305,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     def open_order(self, iterator_id: int, skip: int = 0) -> Iterator[int]:
         """This process's indices of the present epoch from the present position on.
 
-        Args:
-            iterator_id: from new_iterator().
-            skip: samples between the state of a user's sampler and the position.
+        skip: samples between the state of a user's sampler and the position.
         """
         self.check_current(iterator_id)
         # Not before: iterators that draw nothing begin no epoch.
@@ -374,8 +330,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         if left is None:
             raise TypeError(
                 f"The length is unknown: the sampler ({type(self.sampler).__name__}) has no "
-                "__len__. Give it one, or count the batches as they come."
-            )
+                "__len__. Give it one, or count the batches as they come.")
         return self.shard.sizes_to_come(self.batch_size, left, self.drop_last)
 
     def upcoming(self, requested: int) -> int:
@@ -409,13 +364,11 @@ def _checked_sampler(sampler: object) -> Iterable[int]:
     if isinstance(sampler, Iterator):
         raise TypeError(
             f"sampler must start again at each iter(), got an iterator ({kind}), which is used up "
-            "after one epoch. Pass a list or a Sampler."
-        )
+            "after one epoch. Pass a list or a Sampler.")
     if isinstance(sampler, BatchSampler):
         raise TypeError(
             f"sampler must yield indices, got a batch sampler ({kind}), which yields lists of "
-            "them. Pass the sampler inside it."
-        )
+            "them. Pass the sampler inside it.")
     return sampler
 
 
@@ -423,8 +376,7 @@ def _sample_count(source: object) -> int:
     if isinstance(source, IterableDataset):
         raise TypeError(
             f"{type(source).__name__} is an iterable-style data set, which has no indices to "
-            "sample. Pass a map-style data set."
-        )
+            "sample. Pass a map-style data set.")
     if isinstance(source, Sized):
         return len(source)
     return checked_int("data_source must have a length, or", source, 0, MAX_SAMPLES)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 from adabatch._types import CollateFn, Sample, Source
 from adabatch.data.batches import PER_SAMPLE, Layout, learn_layout
 from adabatch.data.chunks import Reply, Request
-from adabatch.data.order import EpochAware, Shard, Stateful
+from adabatch.data.order import ONE_PROCESS, EpochAware, Shard, Stateful
 from adabatch.data.rng import generators_restored, mix, sample_keys, seed_generators
 from adabatch.interfaces import State
 
@@ -44,7 +44,7 @@ class Fetcher(Dataset):
 
     def __init__(
         self, dataset: Source, collate_fn: CollateFn | None, *, learns: bool, seeded: bool,
-        shard: Shard = Shard(),
+        shard: Shard = ONE_PROCESS,
     ):
         self.dataset, self._collate_fn = dataset, collate_fn
         self.learns, self._seeded, self.shard = learns, seeded, shard
@@ -64,8 +64,7 @@ class Fetcher(Dataset):
         if len(samples) != len(indices):
             raise ValueError(
                 f"{type(dataset).__name__}.__getitems__ gave {len(samples)} samples for "
-                f"{len(indices)} indices; one for each is needed."
-            )
+                f"{len(indices)} indices; one for each is needed.")
         return samples
 
     @staticmethod
@@ -95,9 +94,7 @@ class StreamFetcher(Fetcher):
     """The same for an iterable data set: a request takes samples from this process's iterator.
 
     Each of many processes reads all samples and keeps one of every world_size; those after the
-    last full round are dropped, because all processes must end together.
-
-    Random augmentation is seeded per request, by (seed, epoch, worker, samples taken before).
+    last full round are dropped. Requests are seeded by (seed, epoch, worker, samples before).
     """
 
     _run = -1

@@ -14,9 +14,8 @@ import torch
 
 from adabatch._checks import checked_int
 from adabatch.data.chunks import split_into
-from adabatch.data.order import Shard
+from adabatch.data.order import ONE_PROCESS, Shard
 
-ONE_PROCESS = Shard()
 _ALLOCATION_FAILED = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
@@ -78,8 +77,7 @@ class BatchSplit:
     ) -> list[int]:
         """Sizes of this process's micro-batches: as few as the limit allows, equal to within 1.
 
-        Every process has equally many, as many as the largest local batch needs. (With a limit of
-        1 and unequal local batches some have one of two samples.)
+        Every process has as many as the largest local batch needs.
 
         Args:
             batch_size: of the batch, of all processes together.
@@ -151,13 +149,11 @@ def retrying(split: BatchSplit, world_size: int) -> Iterator[None]:
     if not split.accumulates:
         raise RuntimeError(
             "retrying() needs an optimizer that steps on the last micro-batch: the one that "
-            "adabatch.wrap(..., micro_batches=...) returns"
-        )
+            "adabatch.wrap(..., micro_batches=...) returns")
     if world_size > 1:
         raise RuntimeError(
             f"retrying() in one of {world_size} processes would leave the others waiting for it: "
-            "set a low enough limit of micro-batches, or 'auto'"
-        )
+            "set a low enough limit of micro-batches, or 'auto'")
     try:
         yield
     except Exception as error:

@@ -3,11 +3,9 @@
 Legend: m_j samples in micro-batch j of k, m = Σ m_j samples in the batch, g_j the gradient of
 micro-batch j's loss.
 
-If the loss is a mean, loss.backward() adds g_j, and the batch's gradient is Σ_j (m_j/m) g_j. A
-tensor hook multiplies each parameter's gradient by m_j/m before it is accumulated. So p.grad is
-right as soon as the last backward pass has ended, for equal and unequal micro-batches alike, and
-clipping, a GradScaler and measurements see the gradient of the whole batch. A loss that is a sum
-needs no weights.
+If the loss is a mean, the batch's gradient is Σ_j (m_j/m) g_j: a tensor hook multiplies each
+parameter's gradient by m_j/m before it is accumulated, so that clipping, a GradScaler and
+measurements see the gradient of the whole batch. A loss that is a sum needs no weights.
 """
 
 from __future__ import annotations
@@ -37,30 +35,24 @@ ESTIMATORS = ("per_sample", "micro_batch", "cross_rank")
 CHANGED = (
     "the gradients were changed between two micro-batches of one batch: by clipping, or "
     "model.zero_grad(). Clip by max_grad_norm=, clear gradients with optimizer.zero_grad(); or do "
-    "it only if loader.is_last_micro_batch."
-)
+    "it only if loader.is_last_micro_batch.")
 LR_CHANGED = (
     "the learning rate changed between two micro-batches of one batch: an lr_scheduler that is "
     "stepped for each of them moves too fast. Pass it as lr_scheduler=, or step it only if "
-    "loader.is_last_micro_batch."
-)
+    "loader.is_last_micro_batch.")
 CLOSURE = (
     "step(closure) would evaluate one micro-batch only: call loss.backward() and optimizer.step() "
-    "in the loop, or train without micro-batches"
-)
+    "in the loop, or train without micro-batches")
 SCALER = (
     "scaler.step on a micro-batch that is not the batch's last: pass the scaler as grad_scaler= "
-    "and call optimizer.step()"
-)
+    "and call optimizer.step()")
 TWO_SCALERS = (
     "optimizer.step() runs the scaler that was passed as grad_scaler=, its unscale_ and update() "
-    "too: omit scaler.step(optimizer) and them"
-)
+    "too: omit scaler.step(optimizer) and them")
 UNWEIGHTED = (
     "no gradient passed the hooks that weight each micro-batch: backward() was not called, or "
     "gradients do not go through the parameters' autograd nodes (fully_shard). Train without "
-    "micro-batches."
-)
+    "micro-batches.")
 
 
 class AccumulatingOptimizer(Optimizer):
@@ -70,11 +62,8 @@ class AccumulatingOptimizer(Optimizer):
     while gradients are accumulated, so it may stand before backward() or after step(). The last
     step() runs, in this order: grad_scaler.unscale_, clipping, the step, grad_scaler.update,
     lr_scheduler.step (unless the scaler skipped the step). Each of these is either passed here, or
-    called in the loop where loader.is_last_micro_batch is True: never on another micro-batch.
-
-    param_groups, state and defaults are the inner optimizer's. So lr schedulers may be built with
-    either of the two. torch.autograd.grad with respect to parameters is weighted too while a batch
-    is accumulated.
+    called in the loop where loader.is_last_micro_batch is True. torch.autograd.grad with respect
+    to parameters is weighted too while a batch is accumulated.
 
     Args:
         optimizer: the one that steps.
@@ -83,9 +72,6 @@ class AccumulatingOptimizer(Optimizer):
         grad_scaler: a torch.amp.GradScaler; the loop calls scaler.scale(loss).backward().
         lr_scheduler: stepped after each step of the optimizer.
         max_grad_norm: clips the whole batch's gradient to this norm.
-
-    Attributes:
-        optimizer: the inner one.
 
     Raises:
         TypeError: not an lr_scheduler, or one that needs a metric.
@@ -113,8 +99,7 @@ class AccumulatingOptimizer(Optimizer):
         if lr_scheduler is not None and (not plain or isinstance(lr_scheduler, ReduceLROnPlateau)):
             raise TypeError(
                 "lr_scheduler must be a torch LRScheduler whose step() takes no metric, got "
-                f"{type(lr_scheduler).__name__}: step ReduceLROnPlateau in your loop"
-            )
+                f"{type(lr_scheduler).__name__}: step ReduceLROnPlateau in your loop")
         norm = max_grad_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
             raise ValueError(f"max_grad_norm must be a number > 0 or None, got {norm!r}")
@@ -157,8 +142,7 @@ class AccumulatingOptimizer(Optimizer):
     def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
         """Step if the batch is complete.
 
-        Raises:
-            RuntimeError: a closure; gradients or learning rates changed between micro-batches.
+        RuntimeError: a closure; gradients or learning rates changed between micro-batches.
         """
         if closure is not None:
             raise RuntimeError(CLOSURE)
@@ -195,8 +179,6 @@ class AccumulatingOptimizer(Optimizer):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    # -- parts of a step
 
     def _step(self) -> None:
         scaler, skipped = self._grad_scaler, False
@@ -235,8 +217,7 @@ class AccumulatingOptimizer(Optimizer):
     def _watch(self, parameters: list[Tensor]) -> None:
         self._handles += [
             parameter.register_hook(functools.partial(self._weight, parameter))
-            for parameter in parameters if parameter.requires_grad
-        ]
+            for parameter in parameters if parameter.requires_grad]
 
     def _weight(self, parameter: Tensor, grad: Tensor) -> Tensor | None:
         if self._split.count == 1:
@@ -299,18 +280,15 @@ class MicroBatching:
             raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
         if isinstance(limit, str) and limit != "auto":
             raise ValueError(
-                f"the micro-batch limit must be a positive integer, 'auto' or None, got {limit!r}"
-            )
+                f"the micro-batch limit must be a positive integer, 'auto' or None, got {limit!r}")
         self._wanted = limit is not None or estimator == "micro_batch"
         if self._wanted and accumulate != 1:
             raise ValueError(
-                f"micro-batches are accumulated already: leave accumulate at 1, got {accumulate}"
-            )
+                f"micro-batches are accumulated already: leave accumulate at 1, got {accumulate}")
         if limit == "auto" and loss_fn is None:
             raise ValueError(
                 "micro-batches 'auto' tries steps: pass loss_fn=, (model, batch) -> the loss that "
-                "you differentiate"
-            )
+                "you differentiate")
         # Checked here, before hooks are placed anywhere.
         self._limit = "auto" if isinstance(limit, str) else BatchSplit(limit).limit
         self._loader, self._loss_fn, self._accumulate = loader, loss_fn, accumulate
@@ -320,10 +298,7 @@ class MicroBatching:
     def find_limit(
         self, model: nn.Module, optimizer: Optimizer, hooks: Estimator, largest: int
     ) -> None:
-        """Set the limit; "auto" searches for it while the hooks' memory is in use.
-
-        Processes may find different limits: `DistributedSetup.agree_on_limit` takes the smallest.
-        """
+        """Set the limit; "auto" searches for it while the hooks' memory is in use."""
         limit = self._limit
         if isinstance(limit, str):
             state = hooks.state_dict()
@@ -333,20 +308,16 @@ class MicroBatching:
         self._loader.micro_batches.limit = limit
 
     def _search(self, model: nn.Module, optimizer: Optimizer, largest: int) -> int:
-        loader, loss_fn = self._loader, self._loss_fn
-        assert loss_fn is not None
-        world_size = loader.batch_sampler.shard.world_size
-        if world_size == 1:
-            return find_micro_batch_size(model, optimizer, loader, loss_fn, largest=largest)
-        if any(is_sharded(parameter) for parameter in model.parameters()):
+        loader, world_size = self._loader, self._loader.batch_sampler.shard.world_size
+        assert self._loss_fn is not None
+        if world_size > 1 and any(is_sharded(parameter) for parameter in model.parameters()):
             raise ValueError(
                 "micro-batches 'auto' cannot try sizes on a sharded model, whose processes wait "
-                "for each other: pass a number"
-            )
-        # No process waits for another whose memory ran out.
+                "for each other: pass a number")
         largest = -(-largest // world_size)
+        # No process waits for another whose memory ran out.
         with getattr(model, "no_sync", nullcontext)():
-            return find_micro_batch_size(model, optimizer, loader, loss_fn, largest=largest)
+            return find_micro_batch_size(model, optimizer, loader, self._loss_fn, largest=largest)
 
     def accumulating(
         self, optimizer: Optimizer, hooks: Estimator, *, grad_scaler: torch.amp.GradScaler | None,
@@ -358,29 +329,23 @@ class MicroBatching:
         split = self._loader.micro_batches
         proxy = AccumulatingOptimizer(
             optimizer, split, loss_reduction=hooks.loss_reduction, grad_scaler=grad_scaler,
-            lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm,
-        )
+            lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)
         if self._accumulate != 1:
             split.accumulates = False  # a user's own accumulation: batches come whole
             return proxy
         self._loader.learn_layout()
         hooks.by_samples = True
-        split.listeners.append(_PassesOfBatch(hooks, split))
+
+        def begin() -> None:
+            """Set the batch's backward passes; discard those of a failed attempt."""
+            if split.is_retry:
+                hooks.reset()
+            hooks.accumulate = split.count
+
+        split.listeners.append(begin)
         return proxy
 
     def undo(self) -> None:
         """Leave the loader as it was."""
         split = self._loader.micro_batches
         split.limit, split.at_least, split.accumulates, split.listeners = self._before
-
-
-class _PassesOfBatch:
-    """Sets the number of backward passes of each batch, and discards those of a failed attempt."""
-
-    def __init__(self, hooks: Estimator, split: BatchSplit):
-        self._hooks, self._split = hooks, split
-
-    def __call__(self) -> None:
-        if self._split.is_retry:
-            self._hooks.reset()
-        self._hooks.accumulate = self._split.count

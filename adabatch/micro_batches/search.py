@@ -20,8 +20,7 @@ from adabatch.micro_batches.batches import free_memory, is_out_of_memory
 if TYPE_CHECKING:
     from adabatch.data.loader import AdaptiveDataLoader
 
-# Different samples that are repeated to fill a batch: memory depends on shapes, and reading a
-# large batch could take long.
+# Repeated to fill a batch: memory depends on shapes, and reading a large batch could take long.
 _SAMPLES = 16
 
 
@@ -32,10 +31,9 @@ def find_micro_batch_size(
 ) -> int:
     """The largest size that fits, less a margin: 2, 4, 8, … until memory runs out, then bisection.
 
-    A trial is a whole step, forward, backward and optimizer.step(), because the optimizer's state
-    takes memory too. Model, gradients, optimizer and the random states of torch, NumPy and Python
-    are restored. Where samples differ in length, memory depends on the longest: put
-    loader.retrying() around the loop too.
+    A trial is a whole step, because the optimizer's state takes memory too. Model, gradients,
+    optimizer and random states are restored. Where samples differ in length, put loader.retrying()
+    around the loop too.
 
     Args:
         model, optimizer: as they will be trained.
@@ -91,8 +89,7 @@ def find_micro_batch_size(
         if fitted == 0:
             raise RuntimeError(
                 "memory runs out with a micro-batch of one sample: the model, its gradients and "
-                "the optimizer's state leave no room for it"
-            )
+                "the optimizer's state leave no room for it")
         while failed - fitted > 1 + fitted // 32:
             middle = (fitted + failed) // 2
             if fits(middle):

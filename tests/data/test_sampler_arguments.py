@@ -47,7 +47,7 @@ class Endless(IterableDataset):
         ({"sampler": iter([1, 2])}, TypeError, "used up"),
         ({"sampler": 5}, TypeError, "got 5 of type int"),
         ({"sampler": BatchSampler(SequentialSampler(range(4)), 2, False)}, TypeError, "batch sam"),
-        ({"sampler": [1, 2], "shuffle": True}, ValueError, "either a sampler or shuffle"),
+        ({"sampler": [1, 2], "shuffle": True}, ValueError, "decides the order: omit it or shuffle"),
         ({"seed": -3}, ValueError, "seed .* got -3"),
         ({"seed": 2**64}, ValueError, "seed"),
         ({"shuffle": 1}, TypeError, "shuffle must be True or False, got 1"),
@@ -84,7 +84,7 @@ def test_the_state_is_plain_numbers():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"version": 2}, ValueError, "version.*got 2.*reads 1"),
+        ({"version": 2}, ValueError, "has version 2.*reads version 1"),
         ({"num_samples": 11}, ValueError, "num_samples: saved 11, here 10"),
         ({"shuffle": True}, ValueError, "shuffle: saved True, here False"),
         ({"sampler": {}}, ValueError, "sampler with a state_dict: saved True"),
@@ -107,7 +107,7 @@ def test_a_foreign_state_is_refused_and_changes_nothing(change, error, text):
 
 def test_a_state_without_version_or_with_entries_missing_is_refused():
     sampler = ResizableBatchSampler(10, 4)
-    with pytest.raises(ValueError, match="got None"):
+    with pytest.raises(ValueError, match="has version None"):
         sampler.load_state_dict({})
     with pytest.raises(ValueError, match="must have the entries"):
         sampler.load_state_dict({"version": 1})
