@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import adabatch
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ["controllers", "schedules", "data", "grad_sample", "diagnostics", "distributed"]
+FOLDERS = ["controllers", "schedules", "scheduler", "data", "micro_batches", "grad_sample",
+           "diagnostics", "distributed"]
 NAMES = ["README.md", *(f"adabatch/{folder}/README.md" for folder in FOLDERS),
          "kernels/README.md", "examples/README.md", "examples/benchmarks/README.md"]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
@@ -55,6 +56,7 @@ def surroundings():
         "adabatch": adabatch, "torch": torch, "nn": nn, "__name__": "readme", "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "dataset": dataset,
         "criterion": criterion, "loader": DataLoader(dataset, 64, shuffle=True), "budget": 700,
+        "device": "cpu",
         "loss_fn": lambda model, batch: criterion(model(batch[0]), batch[1]),
     }
 
