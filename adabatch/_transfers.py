@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 LAGS_ON_CPU = False
 
 
-def is_remote(value: Any) -> bool:
+def is_remote(value: object) -> bool:
     """Whether reading the value, or what lies on a device, makes the host wait for an accelerator.
 
     Example:
         >>> is_remote(torch.zeros(1)), is_remote(0.5)
         (False, False)
     """
-    device = value if isinstance(value, torch.device) else getattr(value, "device", None)
+    device = value.device if isinstance(value, Tensor) else value
     return isinstance(device, torch.device) and (device.type != "cpu" or LAGS_ON_CPU)
 
 
@@ -39,7 +39,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self.under_way = False
-        self._events: dict[torch.device, Any] = {}
+        self._events: dict[torch.device, torch.cuda.Event] = {}
 
     def add(self, value: Any) -> Any:
         """The value on the host, valid after wait(); what is there already, or is no tensor, as it

@@ -91,7 +91,7 @@ def same_with_a_budget(folder: Path) -> None:
     run = train("ddp", measure=0.05, samples=1999, max_batch_size=400, steps=60)
     measured = [record.measured for record in run["records"]]
     assert 5 <= sum(measured) < 60
-    measurement = run["scheduler"].measurement
+    measurement = run["scheduler"].measurement_plan
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (measured, measurement.samples, measurement.every))
     assert all(each == gathered[0] for each in gathered)

@@ -64,8 +64,8 @@ def test_each_batch_steps_with_the_factor_of_its_own_size(coupling, power, lr, s
     requested, delivered = [16, 40, 8, 64, 16], [16, 40, 8, 64, 4]
     moved = list(steps(*run, scheduler_first=scheduler_first))
     assert [rows for rows, _ in moved] == delivered
-    expected = [(size / 16) ** power * rows / size for size,
-                rows in zip(requested, delivered, strict=True)]
+    expected = [(size / 16) ** power * rows / size
+                for size, rows in zip(requested, delivered, strict=True)]
     assert [move for _, move in moved] == pytest.approx(expected, rel=1e-5)
     assert {told["lr"] for told in run[3].controller.told} == {1.0}
     assert float(run[1].param_groups[0]["lr"]) == 1.0
@@ -138,8 +138,8 @@ def test_adascale_smooths_both_moments_before_it_divides():
     run[3].estimator = Moments(run[2], pairs)
     moved = [move for _, move in steps(*run, 4)]
     weights = [16 * 0.95**2, 64 * 0.95, 64]
-    trace, signal = (sum(w * pair[i] for w,
-                         pair in zip(weights, pairs, strict=True)) / sum(weights) for i in (0, 1))
+    trace, signal = (sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
+                     for values in zip(*pairs, strict=True))
     assert moved[3] == pytest.approx((trace / 16 + signal) / (trace / 64 + signal), rel=1e-5)
 
 

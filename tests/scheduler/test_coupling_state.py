@@ -56,8 +56,8 @@ class Run:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
         lrs = [torch.tensor(value) for value in (0.03, 0.01)] if tensor else [0.03, 0.01]
-        groups = [{"params": list(layer.parameters()), "lr": lr} for layer,
-                  lr in zip((self.model[0], self.model[2]), lrs, strict=True)]
+        groups = [{"params": list(layer.parameters()), "lr": lr}
+                  for layer, lr in zip((self.model[0], self.model[2]), lrs, strict=True)]
         self.optimizer = AdamW(groups) if adam else SGD(groups, lr=0.1, momentum=0.5)
         self.schedule = LR_SCHEDULES[lr_schedule](self.optimizer)
         self.loader = AdaptiveDataLoader(DATA, 8, shuffle=True, seed=seed)

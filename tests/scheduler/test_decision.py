@@ -83,7 +83,7 @@ def test_a_proposal_is_met_by_its_own_size_unless_the_maximum_lies_below(rule, p
 
 
 @given(rules(cooldown=3), proposals, st.integers(0, 10))
-def test_dwell_holds_the_size_for_so_many_steps(rule, proposal, waited):
+def test_cooldown_holds_the_size(rule, proposal, waited):
     expected = rule.lowest if waited < 3 else rule.size_for(proposal)
     assert rule.next_size(proposal, rule.lowest, waited) == expected
 

@@ -56,8 +56,8 @@ def test_the_factor_scales_the_step_and_is_gone_after_it(lr, groups):
         assert factor.last_lrs == [0.125] * groups
         assert read_lrs(optimizer) == [0.5] * groups
     if torch.is_tensor(objects[0]):
-        assert all(group["lr"] is before for group,
-                   before in zip(optimizer.param_groups, objects, strict=True))
+        assert all(group["lr"] is before
+                   for group, before in zip(optimizer.param_groups, objects, strict=True))
 
 
 def test_groups_with_lrs_of_their_own():

@@ -166,8 +166,8 @@ def test_the_proposal_is_computed_from_the_base_lr_so_it_cannot_run_away(schedul
         moved.append(move)
         expected.append(base)
     proposals = [0.0, *(320 * base for base in expected)]
-    assert moved == pytest.approx([base * min(1.0, 64 / max(proposal, 1)) for base,
-                                   proposal in zip(expected, proposals, strict=False)], rel=1e-4)
+    assert moved == pytest.approx([base * min(1.0, 64 / max(proposal, 1))
+        for base, proposal in zip(expected, proposals, strict=False)], rel=1e-4)
 
 
 def test_momentum_counts_in_full_and_is_read_at_every_step():

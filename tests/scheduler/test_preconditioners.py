@@ -70,8 +70,8 @@ def update_per_gradient(optimizer, parameter, coming=False):
     group = next(group for group in optimizer.param_groups if any(
         parameter is one for one in group["params"]
     ))
-    state = {name: value.double() if isinstance(value, torch.Tensor) else value for name,
-             value in optimizer.state[parameter].items()}
+    state = {name: value.double() if isinstance(value, torch.Tensor) else value
+             for name, value in optimizer.state[parameter].items()}
     step = float(state["step"])
 
     def followed(kept, keep):

@@ -43,7 +43,7 @@ def test_multiples():
                  5) == [16, 8, 16, 32, 56]
 
 
-def test_dwell_waits_and_counts_steps_that_did_not_measure():
+def test_cooldown_waits_and_counts_steps_that_did_not_measure():
     assert sizes(slope_run(Wishes(20, 30, 40, 50, 60), cooldown=2), 6) == [16, 20, 20, 20, 50, 50]
     assert sizes(slope_run(Wishes(20, 30), cooldown=3, every=2), 6) == [16, 20, 20, 20, 20, 30]
     assert sizes(slope_run(Wishes(20, math.nan, math.nan, 30), cooldown=2),
@@ -56,7 +56,7 @@ def test_hysteresis_keeps_small_changes_out():
 
 
 @pytest.mark.parametrize("every", [2, 3])
-def test_every_measures_at_every_so_many_steps_only(every):
+def test_every_measures_at_one_step_in_k_only(every):
     run = slope_run(Wishes(20, 30, 40), every=every)
     model, scheduler = run[0], run[3]
     nodes = []
