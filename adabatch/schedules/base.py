@@ -1,25 +1,37 @@
 """What every batch-size schedule shares: bounds, the step, the state."""
 
+from __future__ import annotations
+
 import inspect
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sized
+from typing import TypedDict, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
 from adabatch._checks import check_version, integer, suggest_keywords
-from adabatch.schedules.managers import BatchSizeManager, has_settable_batch_size, manager_for
+from adabatch.schedules.managers import (
+    BatchSizeManager, Loader, has_settable_batch_size, manager_for,
+)
 
 STATE_VERSION = 1
-_PLAIN = {bool, int, float, str, type(None), torch.Tensor}
+UNBOUNDED = sys.maxsize  # the upper bound over a data set of unknown length
+N = TypeVar("N", int, float)
+
+
+class Bounds(TypedDict, total=False):
+    """The keyword arguments that every schedule hands to :class:`BSScheduler`, documented there."""
+
+    batch_size_manager: BatchSizeManager | None
+    max_batch_size: int | None
+    min_batch_size: int
+    verbose: bool
 
 
 def rounded(size: float) -> int:
-    """The nearest integer, halves to even.
-
-    Raises:
-        ValueError: ``size`` is not a number.
-        OverflowError: ``size`` is infinite.
+    """The nearest integer, halves to even; ValueError for NaN, OverflowError for infinity.
 
     Example:
         >>> rounded(2.5), rounded(3.5)
@@ -27,66 +39,62 @@ def rounded(size: float) -> int:
     """
     if not math.isfinite(size):
         error = ValueError if math.isnan(size) else OverflowError
-        raise error(f"The schedule computed a batch size of {size}; it must be finite. Check its factors and functions.")
+        raise error(f"the schedule computed a batch size of {size}, which must be finite: "
+                    "check its factors and functions")
     return round(float(size))
 
 
-def clipped(size: float, low: float, high: float) -> float:
-    """``size``, or the bound it exceeds.
-
-    Example:
-        >>> clipped(300, 1, 256)
-        256
-    """
+def clipped(size: N, low: N, high: N) -> N:
+    """``size``, or the bound it exceeds."""
     return min(max(size, low), high)
 
 
 def is_plain(value: object) -> bool:
-    """Whether ``torch.load(weights_only=True)`` reads ``value`` back: numbers, strings, None, tensors, and lists, tuples and dicts of them.
+    """Whether ``torch.load(weights_only=True)`` reads ``value`` back.
 
     Example:
         >>> is_plain([1, {"a": 2.0}]), is_plain(print)
         (True, False)
     """
-    if type(value) in (list, tuple):
-        return all(map(is_plain, value))
-    if type(value) is dict:
-        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
-    return type(value) in _PLAIN
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(is_plain, value))
+    if isinstance(value, dict):
+        return type(value) is dict and is_plain([*value, *value.values()])
+    return type(value) in (bool, int, float, str, type(None), torch.Tensor)
 
 
-def callable_state(call: Callable | None) -> dict:
-    """The plain attributes of a callable object; empty for a function, whose closure cannot be saved.
+def callable_state(call: Callable | None) -> dict[str, object]:
+    """The plain attributes of a callable object; empty for a function (closures cannot be saved).
 
     Example:
-        >>> class Doubling:
-        ...     def __init__(self):
-        ...         self.calls = 3
-        ...     def __call__(self, epoch):
-        ...         return 2 ** epoch
-        >>> callable_state(Doubling()), callable_state(abs)
-        ({'calls': 3}, {})
+        >>> callable_state(abs)
+        {}
     """
-    return {name: value for name, value in getattr(call, "__dict__", {}).items() if is_plain(value)}
+    return {key: x for key, x in getattr(call, "__dict__", {}).items() if is_plain(x)}
 
 
 class BSScheduler:
     """Base of all batch-size schedules. A subclass computes the next size in :meth:`get_new_bs`.
 
-    Building a schedule does its zeroth step. Each further step computes a size, clips it to [min_batch_size, max_batch_size] and writes it where the
-    batch size lives. A size out of bounds finishes the schedule, except in the zeroth step. Epochs are whatever the caller steps by: epochs or batches.
+    The constructor takes the zeroth step. Each further step computes a size, clips it to
+    [min_batch_size, max_batch_size] and writes it to the loader. A size out of bounds finishes the
+    schedule, except in the zeroth step. "Epoch" stands for whatever the caller steps by.
 
     Args:
-        dataloader: the loader whose batch size is scheduled, torch's or adabatch's; None with a ``batch_size_manager`` of your own.
-        batch_size_manager: where to read and write the size; None chooses by the loader. :class:`~adabatch.schedules.VirtualBatchSize` writes nowhere.
-        max_batch_size: upper bound in samples; None: the data set's length + 1, or no bound if the length is unknown.
+        dataloader: torch's loader or adabatch's; None with a ``batch_size_manager`` of yours.
+        batch_size_manager: where to read and write the size; None chooses by the loader.
+            :class:`~adabatch.schedules.VirtualBatchSize` writes nowhere.
+        max_batch_size: upper bound in samples; None: the data set's length + 1, or no bound if the
+            length is unknown.
         min_batch_size: lower bound in samples.
         verbose: print each change.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: a bound is below 1, min_batch_size exceeds max_batch_size, or there is neither a loader nor a manager.
-        KeyError: the loader leaves batching to its data set, which has no ``get_batch_size`` and ``change_batch_size``.
+        ValueError: a bound is below 1, min_batch_size exceeds max_batch_size, or there is neither a
+            loader nor a manager.
+        KeyError: the loader leaves batching to its data set, which has no ``get_batch_size`` and
+            ``change_batch_size``.
 
     Example:
         >>> class Odd(BSScheduler):
@@ -98,35 +106,34 @@ class BSScheduler:
         3
     """
 
-    unsaved = ("dataloader", "batch_size_manager", "schedulers", "verbose")  # what a state leaves out, whatever its type
+    # Attributes that a state omits, whatever their type; callable ones whose attributes it holds.
+    unsaved: tuple[str, ...] = ("dataloader", "batch_size_manager", "schedulers", "verbose")
+    callables: tuple[str, ...] = ()
+    schedulers: tuple[BSScheduler, ...] = ()  # the members of a composition
 
     @suggest_keywords
     def __init__(
-        self,
-        dataloader: DataLoader | None,
-        *,
-        batch_size_manager: BatchSizeManager | None = None,
-        max_batch_size: int | None = None,
-        min_batch_size: int = 1,
-        verbose: bool = False,
+        self, dataloader: Loader | None, *, batch_size_manager: BatchSizeManager | None = None,
+        max_batch_size: int | None = None, min_batch_size: int = 1, verbose: bool = False,
     ):
-        if dataloader is not None and not isinstance(dataloader, DataLoader) and not has_settable_batch_size(dataloader):
-            raise TypeError(f"dataloader must be a torch.utils.data.DataLoader or have a batch_size that may be set, got {type(dataloader).__name__}.")
-        if batch_size_manager is not None and not isinstance(batch_size_manager, BatchSizeManager):
-            raise TypeError(f"batch_size_manager must be a BatchSizeManager, got {type(batch_size_manager).__name__}.")
+        known = dataloader is None or isinstance(dataloader, DataLoader)
+        if not known and not has_settable_batch_size(dataloader):
+            raise TypeError("dataloader must be a torch.utils.data.DataLoader or have a batch_size "
+                            f"that can be set, got {type(dataloader).__name__}")
+        if not isinstance(batch_size_manager, (BatchSizeManager, type(None))):
+            raise TypeError("batch_size_manager must be a BatchSizeManager, "
+                            f"got {type(batch_size_manager).__name__}")
         if dataloader is None and batch_size_manager is None:
-            raise ValueError("dataloader and batch_size_manager are both None. Pass a loader, or batch_size_manager=VirtualBatchSize(n) to compute sizes only.")
-        self.dataloader = dataloader
-        self.verbose = verbose
+            raise ValueError("dataloader and batch_size_manager are both None: pass a loader, or "
+                             "batch_size_manager=VirtualBatchSize(n) to compute sizes only")
+        self.dataloader, self.verbose = dataloader, verbose
         self.min_batch_size = integer("min_batch_size", min_batch_size, at_least=1)
         self.max_batch_size = _upper_bound(dataloader, max_batch_size)
         if self.min_batch_size > self.max_batch_size:
-            raise ValueError(f"min_batch_size must be at most max_batch_size ({self.max_batch_size}), got {self.min_batch_size}.")
-        self.batch_size_manager = manager_for(dataloader) if batch_size_manager is None else batch_size_manager
-        # Schedules that share a manager share the size it had before the first of them changed it.
-        if not hasattr(self.batch_size_manager, "_base_batch_size"):
-            self.batch_size_manager._base_batch_size = self.batch_size
-        self._last_bs = self.batch_size_manager._base_batch_size
+            raise ValueError("min_batch_size must be at most max_batch_size "
+                             f"({self.max_batch_size}), got {self.min_batch_size}")
+        self.batch_size_manager = batch_size_manager or manager_for(dataloader)
+        self._last_bs = self.batch_size_manager.base_batch_size
         self.last_epoch = -1
         self._finished = False
         self._prepare()
@@ -134,7 +141,7 @@ class BSScheduler:
         self._finished = False
 
     def _prepare(self) -> None:
-        """Check what needs the bounds and the size in use, before anything is changed."""
+        """Check what depends on the bounds and the size in use, before anything is changed."""
 
     @property
     def batch_size(self) -> int:
@@ -148,31 +155,35 @@ class BSScheduler:
 
     @property
     def finished(self) -> bool:
-        """Whether the schedule will change nothing any more: it is at its end, or a size exceeded a bound."""
+        """Whether nothing will change any more: at the end, or after a size out of bounds."""
         return self._finished
 
     def get_new_bs(self) -> int:
-        """The size for ``self.last_epoch``, in samples, unclipped. A subclass that declares ``**kwargs`` gets those given to :meth:`step`."""
+        """The size for ``self.last_epoch``, in samples, unclipped. A subclass that declares
+        ``**kwargs`` gets those given to :meth:`step`."""
         raise NotImplementedError
 
     def set_batch_size(self, new_bs: int) -> None:
-        """Write a batch size (samples), unchecked, to the manager and to what the loader reports."""
+        """Write a batch size (samples), unchecked, where the manager and the loader keep it."""
         loader = self.dataloader
-        if isinstance(loader, DataLoader) and not has_settable_batch_size(loader) and loader.batch_size is not None:
-            # DataLoader.__setattr__ refuses batch_size once built; len() over an iterable data set reads it.
+        plain = not has_settable_batch_size(loader)
+        if plain and isinstance(loader, DataLoader) and loader.batch_size is not None:
+            # DataLoader.__setattr__ refuses it; len() over an iterable data set reads it.
             object.__setattr__(loader, "batch_size", new_bs)
         self.batch_size_manager.set_batch_size(new_bs)
 
-    def step(self, **kwargs) -> None:
-        """Go on by one epoch, or batch, and set the batch size. Does nothing once finished.
+    def step(self, **kwargs: object) -> None:
+        """Advance by one epoch, or batch, and set the batch size; nothing happens once finished.
 
         Args:
-            **kwargs: handed to :meth:`get_new_bs` if that takes any, for example ``metrics=loss``.
+            **kwargs: passed to :meth:`get_new_bs` if it takes any, for example ``metrics=loss``.
         """
         if self.finished:
             return
         self.last_epoch += 1
-        wanted = self.get_new_bs(**kwargs) if _takes_kwargs(self.get_new_bs) else self.get_new_bs()
+        parameters = inspect.signature(self.get_new_bs).parameters.values()
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        wanted = self.get_new_bs(**kwargs) if takes_any else self.get_new_bs()
         new_bs = clipped(wanted, self.min_batch_size, self.max_batch_size)
         if new_bs != wanted:
             self._finished = True
@@ -183,27 +194,46 @@ class BSScheduler:
         self._last_bs = new_bs
 
     def state_dict(self) -> dict:
-        """Counters, hyperparameters and sizes as plain values: every attribute of plain type not in ``unsaved``. No loader, no manager, no function."""
-        kept = {name: value for name, value in vars(self).items() if name not in self.unsaved and is_plain(value)}
-        sizes = {"batch_size": int(self.batch_size), "base_batch_size": int(self.batch_size_manager._base_batch_size)}
-        return {"version": STATE_VERSION, "schedule": type(self).__name__, "sizes": sizes, "attributes": kept}
+        """Counters, hyperparameters and sizes: every attribute of plain type not in ``unsaved``,
+        and the plain attributes of callable objects. No loader, no manager, no function."""
+        attributes = vars(self)
+        kept = {name: x for name, x in attributes.items()
+                if name not in self.unsaved and is_plain(x)}
+        base = self.batch_size_manager.base_batch_size
+        state = {"version": STATE_VERSION, "schedule": type(self).__name__, "attributes": kept,
+                 "sizes": {"batch_size": int(self.batch_size), "base_batch_size": int(base)}}
+        state |= {name: callable_state(attributes[name]) for name in self.callables}
+        if self.schedulers:
+            state["schedulers"] = [schedule.state_dict() for schedule in self.schedulers]
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a state, hyperparameters included, and set the batch size of THIS schedule's loader to the saved one. The argument is not changed.
+        """Take over a state, hyperparameters included, and set the batch size of THIS schedule's
+        loader to the saved one. The argument is not changed.
 
         Raises:
             ValueError: the state is of another version or of another kind of schedule.
         """
         check_version(state_dict, STATE_VERSION, type(self).__name__)
+        members = state_dict.get("schedulers", [])
+        if len(members) != len(self.schedulers):
+            raise ValueError(f"the state holds {len(members)} schedules, this one "
+                             f"{len(self.schedulers)}: build the schedule that was saved")
         if state_dict["schedule"] != type(self).__name__:
-            raise ValueError(f"The state belongs to {state_dict['schedule']!r}, this schedule is {type(self).__name__!r}. Build the schedule that was saved.")
+            raise ValueError(f"the state belongs to {state_dict['schedule']!r}, this schedule is "
+                             f"{type(self).__name__!r}: build the schedule that was saved")
+        for schedule, state in zip(self.schedulers, members, strict=True):
+            schedule.load_state_dict(state)
         vars(self).update(state_dict["attributes"])
-        self.batch_size_manager._base_batch_size = state_dict["sizes"]["base_batch_size"]
+        for name in self.callables:
+            if state_dict[name]:
+                vars(vars(self)[name]).update(state_dict[name])
+        self.batch_size_manager.base_batch_size = state_dict["sizes"]["base_batch_size"]
         self.set_batch_size(state_dict["sizes"]["batch_size"])
 
     def _rewind(self) -> None:
-        """Take the zeroth step back, for a SequentialBS that does it again later."""
-        self._last_bs = self.batch_size_manager._base_batch_size
+        """Undo the zeroth step, which a SequentialBS repeats later."""
+        self._last_bs = self.batch_size_manager.base_batch_size
         self.last_epoch -= 1
 
     def _restart(self) -> None:
@@ -211,12 +241,8 @@ class BSScheduler:
         self.last_epoch = 0
 
 
-def _takes_kwargs(method: Callable) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(method).parameters.values())
-
-
-def _upper_bound(dataloader: DataLoader | None, max_batch_size: int | None) -> float:
+def _upper_bound(dataloader: Loader | None, max_batch_size: int | None) -> int:
     if max_batch_size is not None:
         return integer("max_batch_size", max_batch_size, at_least=1)
     dataset = getattr(dataloader, "dataset", None)
-    return len(dataset) + 1 if hasattr(dataset, "__len__") else math.inf
+    return len(dataset) + 1 if isinstance(dataset, Sized) else UNBOUNDED

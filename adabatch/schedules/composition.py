@@ -1,4 +1,6 @@
-"""Several schedules over one loader: one after the other (SequentialBS), or all at each step (ChainedBSScheduler)."""
+"""Several schedules over one loader: in sequence or all at once."""
+
+from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -7,41 +9,15 @@ from adabatch._checks import integers
 from adabatch.schedules.base import BSScheduler
 
 
-def check_members(kind: str, schedulers: object) -> tuple[BSScheduler, ...]:
-    """Check that at least two schedules write to the same loader in the same way.
-
-    Raises:
-        TypeError: ``schedulers`` is no list or tuple of schedules.
-        ValueError: there are fewer than two, or their loaders or the classes of their managers differ.
-
-    Example:
-        >>> check_members("SequentialBS", [])
-        Traceback (most recent call last):
-        ValueError: SequentialBS needs at least two schedules, got 0.
-    """
-    if not isinstance(schedulers, (list, tuple)):
-        raise TypeError(f"{kind} needs a list or tuple of schedules, got {type(schedulers).__name__}.")
-    for i, schedule in enumerate(schedulers):
-        if not isinstance(schedule, BSScheduler):
-            raise TypeError(f"schedulers[{i}] must be a batch-size schedule, got {type(schedule).__name__}.")
-    if len(schedulers) < 2:
-        raise ValueError(f"{kind} needs at least two schedules, got {len(schedulers)}.")
-    first = schedulers[0]
-    for i, schedule in enumerate(schedulers):
-        if schedule.dataloader is not first.dataloader:
-            raise ValueError(f"{kind} needs schedules of one loader; schedulers[{i}] has another than schedulers[0].")
-        if not isinstance(schedule.batch_size_manager, type(first.batch_size_manager)):
-            names = f"{type(schedule.batch_size_manager).__name__}, schedulers[0] {type(first.batch_size_manager).__name__}"
-            raise ValueError(f"{kind} needs schedules with managers of one class; schedulers[{i}] has {names}.")
-    return tuple(schedulers)
-
-
 class SequentialBS(BSScheduler):
-    """Run one schedule after the other: schedulers[i] from milestones[i - 1] on. Build the first schedule first.
+    """Run one schedule after the other: schedulers[i] from milestones[i - 1] on. Build the first
+    schedule first.
 
-    The loader goes back to its size at the start, and the first schedule does its zeroth step again. At its milestone a schedule goes on from the size in
-    use with its first step, not its zeroth: a ConstantBS that comes second only divides. Finished when the last milestone is behind and the last
-    schedule finished. Right after the construction ``last_bs`` is the size at the start; ``batch_size`` is the size in use.
+    The loader returns to its first size, and the first schedule repeats its zeroth step. At its
+    milestone a schedule continues from the size in use with its first step, not its zeroth: a
+    ConstantBS that comes second only divides. Finished when the last milestone has passed and the
+    last schedule is finished. Right after construction ``last_bs`` is the first size;
+    ``batch_size`` is the size in use.
 
     Args:
         schedulers: at least two, over one loader.
@@ -53,8 +29,10 @@ class SequentialBS(BSScheduler):
 
     Example:
         >>> from adabatch.schedules import ConstantBS, ExponentialBS, VirtualBatchSize
-        >>> size = {"dataloader": None, "batch_size_manager": VirtualBatchSize(10), "max_batch_size": 999}
-        >>> schedule = SequentialBS([ConstantBS(factor=10, milestone=2, **size), ExponentialBS(gamma=2.0, **size)], milestones=[3])
+        >>> bounds = {"batch_size_manager": VirtualBatchSize(10), "max_batch_size": 999}
+        >>> first = ConstantBS(None, factor=10, milestone=2, **bounds)
+        >>> second = ExponentialBS(None, gamma=2.0, **bounds)
+        >>> schedule = SequentialBS([first, second], milestones=[3])
         >>> sizes = []
         >>> for _ in range(5):
         ...     sizes.append(schedule.batch_size)
@@ -64,26 +42,27 @@ class SequentialBS(BSScheduler):
     """
 
     def __init__(self, schedulers: Sequence[BSScheduler], milestones: Sequence[int]):
-        schedulers = check_members("SequentialBS", schedulers)
-        milestones = integers("milestones", milestones, at_least=1)
-        if milestones != sorted(milestones):
-            raise ValueError(f"milestones must not fall from one to the next, got {milestones}.")
-        if len(milestones) != len(schedulers) - 1:
-            raise ValueError(f"{len(schedulers)} schedules need {len(schedulers) - 1} milestones, got {len(milestones)}.")
-        _adopt(self, schedulers)
-        self.milestones = milestones
-        self._last_bs = self.batch_size_manager._base_batch_size
-        for schedule in schedulers:
+        members = _checked_members("SequentialBS", schedulers)
+        self.milestones = integers("milestones", milestones, at_least=1)
+        if self.milestones != sorted(self.milestones):
+            raise ValueError(f"milestones must be sorted, got {self.milestones}")
+        if len(self.milestones) != len(members) - 1:
+            raise ValueError(f"{len(members)} schedules need {len(members) - 1} milestones, "
+                             f"got {len(self.milestones)}")
+        _adopt(self, members)
+        self._last_bs = self.batch_size_manager.base_batch_size
+        for schedule in members:
             schedule._rewind()
-        self.set_batch_size(self.batch_size_manager._base_batch_size)
-        schedulers[0].step()
+        self.set_batch_size(self.batch_size_manager.base_batch_size)
+        members[0].step()
 
     @property
     def finished(self) -> bool:
-        """Whether the last milestone is behind and the last schedule finished."""
-        return self._finished or (self.last_epoch > self.milestones[-1] and self.schedulers[-1].finished)
+        """Whether the last milestone has passed and the last schedule is finished."""
+        past = self.last_epoch > self.milestones[-1]
+        return self._finished or (past and self.schedulers[-1].finished)
 
-    def step(self, **kwargs) -> None:
+    def step(self, **kwargs: object) -> None:
         """Step the schedule whose turn it is, with the keyword arguments."""
         self.last_epoch += 1
         if self.finished:
@@ -95,13 +74,6 @@ class SequentialBS(BSScheduler):
         if not schedule.finished:
             schedule.step(**kwargs)
             self._last_bs = schedule.last_bs
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"schedulers": [schedule.state_dict() for schedule in self.schedulers]}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        _load_members(self.schedulers, state_dict)
-        super().load_state_dict(state_dict)
 
     def _rewind(self) -> None:
         super()._rewind()
@@ -119,20 +91,21 @@ class ChainedBSScheduler(BSScheduler):
         schedulers: at least two, over one loader.
 
     Raises:
-        TypeError: ``schedulers`` is no list or tuple of schedules.
+        TypeError: ``schedulers`` is not a list or tuple of schedules.
         ValueError: there are fewer than two, or their loaders differ.
 
     Example:
         >>> from adabatch.schedules import ConstantBS, ExponentialBS, VirtualBatchSize
-        >>> size = {"dataloader": None, "batch_size_manager": VirtualBatchSize(10), "max_batch_size": 999}
-        >>> schedule = ChainedBSScheduler([ConstantBS(factor=10, milestone=2, **size), ExponentialBS(gamma=1.1, **size)])
+        >>> bounds = {"batch_size_manager": VirtualBatchSize(10), "max_batch_size": 999}
+        >>> first = ConstantBS(None, factor=10, milestone=2, **bounds)
+        >>> schedule = ChainedBSScheduler([first, ExponentialBS(None, gamma=1.1, **bounds)])
         >>> schedule.step(); schedule.step()
         >>> schedule.batch_size
         12
     """
 
     def __init__(self, schedulers: Sequence[BSScheduler]):
-        _adopt(self, check_members("ChainedBSScheduler", schedulers))
+        _adopt(self, _checked_members("ChainedBSScheduler", schedulers))
         self._last_bs = self.schedulers[-1].last_bs
 
     @property
@@ -140,19 +113,12 @@ class ChainedBSScheduler(BSScheduler):
         """Whether all schedules are finished."""
         return all(schedule.finished for schedule in self.schedulers)
 
-    def step(self, **kwargs) -> None:
+    def step(self, **kwargs: object) -> None:
         """Step every schedule with the keyword arguments."""
         self.last_epoch += 1
         for schedule in self.schedulers:
             schedule.step(**kwargs)
         self._last_bs = self.schedulers[-1].last_bs
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"schedulers": [schedule.state_dict() for schedule in self.schedulers]}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        _load_members(self.schedulers, state_dict)
-        super().load_state_dict(state_dict)
 
     def _rewind(self) -> None:
         super()._rewind()
@@ -165,21 +131,34 @@ class ChainedBSScheduler(BSScheduler):
             schedule._restart()
 
 
+def _checked_members(kind: str, schedulers: object) -> tuple[BSScheduler, ...]:
+    """At least two schedules that write to the same loader in the same way."""
+    if not isinstance(schedulers, (list, tuple)):
+        raise TypeError(f"{kind} needs a list or tuple of schedules, "
+                        f"got {type(schedulers).__name__}")
+    for i, schedule in enumerate(schedulers):
+        if not isinstance(schedule, BSScheduler):
+            raise TypeError(f"schedulers[{i}] must be a batch-size schedule, "
+                            f"got {type(schedule).__name__}")
+    if len(schedulers) < 2:
+        raise ValueError(f"{kind} needs at least two schedules, got {len(schedulers)}")
+    first, kinds = schedulers[0], [type(each.batch_size_manager) for each in schedulers]
+    for i, schedule in enumerate(schedulers):
+        if schedule.dataloader is not first.dataloader:
+            raise ValueError(f"{kind} needs schedules of one loader, but that of schedulers[{i}] "
+                             "differs from that of schedulers[0]")
+        if not issubclass(kinds[i], kinds[0]):
+            raise ValueError(f"{kind} needs managers of one class, got {kinds[0].__name__} in "
+                             f"schedulers[0] and {kinds[i].__name__} in schedulers[{i}]")
+    return tuple(schedulers)
+
+
 def _adopt(composition: BSScheduler, schedulers: tuple[BSScheduler, ...]) -> None:
-    """What BSScheduler's constructor sets, taken from the schedules: they have done their zeroth step and checked their bounds."""
+    """Set what BSScheduler's constructor sets, from schedules past their zeroth step."""
     composition.schedulers = schedulers
     composition.dataloader = schedulers[0].dataloader
     composition.batch_size_manager = schedulers[0].batch_size_manager
     composition.max_batch_size = max(schedule.max_batch_size for schedule in schedulers)
     composition.min_batch_size = min(schedule.min_batch_size for schedule in schedulers)
-    composition.verbose = False
+    composition.verbose = composition._finished = False
     composition.last_epoch = 0
-    composition._finished = False
-
-
-def _load_members(schedulers: tuple[BSScheduler, ...], state_dict: dict) -> None:
-    states = state_dict.get("schedulers", [])
-    if len(states) != len(schedulers):
-        raise ValueError(f"The state holds {len(states)} schedules, this one {len(schedulers)}. Build the schedule that was saved.")
-    for schedule, state in zip(schedulers, states, strict=True):
-        schedule.load_state_dict(state)

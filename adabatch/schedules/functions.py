@@ -1,65 +1,55 @@
 """Batch sizes from a function of the user's: LambdaBS and MultiplicativeBS."""
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
-from torch.utils.data import DataLoader
+from collections.abc import Callable
+
+from typing_extensions import Unpack
 
 from adabatch._checks import function
-from adabatch.schedules.base import BSScheduler, callable_state, rounded
+from adabatch.schedules.base import Bounds, BSScheduler, rounded
+from adabatch.schedules.managers import Loader
 
 
 class LambdaBS(BSScheduler):
-    """batch_size(epoch) = round(base · bs_lambda(epoch)), base being the size at the start.
+    """batch_size(epoch) = round(base · bs_lambda(epoch)), base being the first size.
 
     Args:
         dataloader, **bounds: see :class:`BSScheduler`.
-        bs_lambda: epoch -> factor. If it is an object, its plain attributes are saved with the state; a function is not.
+        bs_lambda: epoch -> factor. The state holds the plain attributes of an object, but no
+            function.
 
     Raises:
         TypeError: ``bs_lambda`` is not callable.
         ValueError, OverflowError: in a step whose factor is not finite.
 
     Example:
-        >>> loader = DataLoader(range(1000), batch_size=10)
-        >>> schedule = LambdaBS(loader, lambda epoch: 1 + 0.5 * epoch)
+        >>> from torch.utils.data import DataLoader
+        >>> schedule = LambdaBS(DataLoader(range(1000), batch_size=10), lambda epoch: 1 + epoch / 2)
         >>> schedule.step()
         >>> schedule.batch_size
         15
     """
 
+    callables = ("bs_lambda",)
+
     def __init__(
-        self,
-        dataloader: DataLoader | None,
-        bs_lambda: Callable[[int], float],
-        **bounds: Any,
+        self, dataloader: Loader | None, bs_lambda: Callable[[int], float],
+        **bounds: Unpack[Bounds],
     ):
         self.bs_lambda = function("bs_lambda", bs_lambda)
         super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
-        return rounded(self.batch_size_manager._base_batch_size * self.bs_lambda(self.last_epoch))
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"bs_lambda": callable_state(self.bs_lambda)}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        restore_callable(self.bs_lambda, state_dict["bs_lambda"])
+        return rounded(self.batch_size_manager.base_batch_size * self.bs_lambda(self.last_epoch))
 
 
 class MultiplicativeBS(BSScheduler):
-    """batch_size(epoch) = round(batch_size(epoch - 1) · bs_lambda(epoch)); the zeroth factor applies to the size at the start.
-
-    Args:
-        dataloader, **bounds: see :class:`BSScheduler`.
-        bs_lambda: epoch -> factor. If it is an object, its plain attributes are saved with the state; a function is not.
-
-    Raises:
-        TypeError: ``bs_lambda`` is not callable.
-        ValueError, OverflowError: in a step whose factor is not finite.
+    """batch_size(epoch) = round(batch_size(epoch - 1) · bs_lambda(epoch)); the zeroth factor
+    applies to the first size. Arguments and errors as in :class:`LambdaBS`.
 
     Example:
+        >>> from torch.utils.data import DataLoader
         >>> loader = DataLoader(range(1000), batch_size=10)
         >>> schedule = MultiplicativeBS(loader, lambda epoch: 2 if epoch else 1)
         >>> schedule.step()
@@ -67,31 +57,14 @@ class MultiplicativeBS(BSScheduler):
         20
     """
 
+    callables = ("bs_lambda",)
+
     def __init__(
-        self,
-        dataloader: DataLoader | None,
-        bs_lambda: Callable[[int], float],
-        **bounds: Any,
+        self, dataloader: Loader | None, bs_lambda: Callable[[int], float],
+        **bounds: Unpack[Bounds],
     ):
         self.bs_lambda = function("bs_lambda", bs_lambda)
         super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
         return rounded(self.batch_size * self.bs_lambda(self.last_epoch))
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"bs_lambda": callable_state(self.bs_lambda)}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        restore_callable(self.bs_lambda, state_dict["bs_lambda"])
-
-
-def restore_callable(call: Callable | None, state: dict) -> None:
-    """Write saved attributes back into a callable object.
-
-    Example:
-        >>> restore_callable(abs, {})
-    """
-    if state:
-        vars(call).update(state)

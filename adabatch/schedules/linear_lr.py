@@ -1,12 +1,15 @@
 """The linear budget schedule of the learning rate, counted in steps or in samples.
 
-Reference: Li, Yumer, Ramanan, "Budgeted Training: Rethinking Deep Neural Network Training Under Resource Constraints", 2020, arXiv 1905.04753.
+Reference: Li, Yumer, Ramanan (2020), "Budgeted training: Rethinking deep neural network training
+under resource constraints", arXiv 1905.04753.
 """
+
+from __future__ import annotations
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from adabatch._checks import real
+from adabatch._checks import positive, real
 
 
 def linear_decay(position: float, budget: float) -> float:
@@ -20,7 +23,7 @@ def linear_decay(position: float, budget: float) -> float:
 
 
 def mean_linear_decay(position: float, samples: float, budget: float) -> float:
-    """The mean of linear_decay over [position, position + samples]; linear_decay(position) if samples is 0.
+    """The mean of linear_decay over [position, position + samples]; its value where samples is 0.
 
     Example:
         >>> mean_linear_decay(0, 100, 100), mean_linear_decay(50, 100, 100)
@@ -33,25 +36,33 @@ def mean_linear_decay(position: float, samples: float, budget: float) -> float:
 
 
 class LinearLR(LRScheduler):
-    """lr = lr₀ · (1 - t / T) with t in steps, or lr₀ · (1 - samples_seen / budget_samples), and 0 beyond the end.
+    """lr = lr₀ · (1 - t / T) with t in steps, or lr₀ · (1 - samples_seen / budget_samples), and 0
+    beyond the end.
 
-    ``LinearLR(optimizer, T)`` is linearlr's class: call :meth:`step` after each of T steps (or epochs). With an adaptive batch the number of steps is not
-    known; then give ``budget_samples`` and call ``step(samples)`` with the size of the batch just stepped.
+    Not torch's ``LinearLR`` of the same name, which by default warms up: its factor on lr₀ rises
+    from 1/3 to 1 within total_iters=5 steps, and stays at end_factor. This one is linearlr's class:
+    its second argument is T, it decays from 1 to 0, and it computes each lr from lr₀, so that it
+    overwrites what other schedulers of the same optimizer set, where torch's multiplies it.
+    ``torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=T)`` has the same lrs.
 
-    The lr is a function of the samples seen, whatever the batch sizes were; its integral over the budget is lr₀ · budget / 2. A step of m samples uses the
-    lr of its first sample, so Σ lr · m exceeds that by lr₀ · Σ m² / (2 · budget). Where the sum itself must not depend on the batch sizes, announce them:
-    with ``batch_size`` (of the first batch) and ``step(samples, next_samples=...)`` each lr is the mean over its own batch, and Σ lr · m is
+    Call :meth:`step` after each of T steps (or epochs). With an adaptive batch the number of steps
+    is unknown; then give ``budget_samples``, and call ``step(samples)`` with the size of the batch
+    just stepped. A step of m samples uses the lr of its first sample, so Σ lr · m exceeds the
+    integral lr₀ · budget / 2 by lr₀ · Σ m² / (2 · budget). Where that sum must not depend on the
+    batch sizes, announce them: with ``batch_size`` (of the first batch) and
+    ``step(samples, next_samples=...)`` each lr is the mean over its own batch, and Σ lr · m is
     lr₀ · budget / 2 for every sequence of sizes that ends at the budget.
 
     Args:
         optimizer: its lrs are the lr₀ of each group; tensor lrs are written in place.
         T: steps (or epochs), greater than 0.
-        last_epoch: as in torch's schedulers; -1 to start anew.
+        last_epoch: as in torch's schedulers; -1 for a new run.
         budget_samples: samples (or tokens) in all, greater than 0; instead of T.
         batch_size: size of the first batch, to give it its mean lr; only with budget_samples.
 
     Raises:
-        TypeError: ``optimizer`` is no Optimizer, or a number is none; in :meth:`step`: no samples given.
+        TypeError: ``optimizer`` is not an Optimizer, or an argument not a number; in :meth:`step`:
+            no samples given.
         ValueError: a number is not positive, or not exactly one of T and budget_samples is given.
 
     Example:
@@ -66,46 +77,50 @@ class LinearLR(LRScheduler):
     """
 
     def __init__(
-        self, optimizer: Optimizer, T: float | None = None, last_epoch: int = -1, *, budget_samples: float | None = None, batch_size: int | None = None
+        self, optimizer: Optimizer, T: float | None = None, last_epoch: int = -1, *,
+        budget_samples: float | None = None, batch_size: int | None = None,
     ):
         if (T is None) == (budget_samples is None):
-            raise ValueError(f"Give either T (steps) or budget_samples, got T={T} and budget_samples={budget_samples}.")
+            raise ValueError("give either T (steps) or budget_samples, "
+                             f"got T={T} and budget_samples={budget_samples}")
         if batch_size is not None and budget_samples is None:
-            raise ValueError(f"batch_size ({batch_size}) needs budget_samples: steps have no size.")
-        self.T = None if T is None else float(real("T", T, above=0))
-        self.budget_samples = None if budget_samples is None else real("budget_samples", budget_samples, above=0)
-        self.samples_seen = 0
-        self.next_samples = 0 if batch_size is None else real("batch_size", batch_size, above=0)
+            raise ValueError(f"batch_size ({batch_size}) needs budget_samples: steps have no size")
+        self.T, self.budget_samples = T, budget_samples
+        self._budget = (
+            float(positive("T", T)) if budget_samples is None
+            else positive("budget_samples", budget_samples)
+        )
+        self.samples_seen: float = 0
+        self.next_samples: float = 0 if batch_size is None else positive("batch_size", batch_size)
         self._begun = False
         super().__init__(optimizer, last_epoch)
         self._begun = True
 
     def get_lr(self) -> list:
         """The lr of each group at the present position."""
-        by_steps = self.T is not None
-        factor = linear_decay(self.last_epoch, self.T) if by_steps else mean_linear_decay(self.samples_seen, self.next_samples, self.budget_samples)
+        factor = (
+            mean_linear_decay(self.samples_seen, self.next_samples, self._budget)
+            if self.T is None else linear_decay(self.last_epoch, self._budget)
+        )
         return [factor * base_lr for base_lr in self.base_lrs]
 
     def _get_closed_form_lr(self) -> list:
         return self.get_lr()
 
-    def step(self, samples: float | None = None, *, next_samples: float | None = None) -> None:
-        """Go on by one step, or by the samples of the batch just stepped.
+    def step(self, samples: int | None = None, *, next_samples: int | None = None) -> None:
+        """Advance by one step, or by the samples of the batch just stepped.
 
         Args:
-            samples: with budget_samples: the size of that batch. With T: torch's deprecated ``epoch``.
+            samples: with budget_samples: the size of that batch. With T: torch's deprecated
+                ``epoch``.
             next_samples: the size of the batch to come, if known, to give it its mean lr.
         """
         if self.T is not None or not self._begun:
             return super().step(samples)
         if samples is None:
-            raise TypeError("LinearLR with budget_samples is stepped by samples: call step(samples) with the size of the batch just stepped.")
-        self.samples_seen += _not_negative("samples", samples)
-        self.next_samples = 0 if next_samples is None else _not_negative("next_samples", next_samples)
+            raise TypeError("LinearLR with budget_samples is stepped by samples: call "
+                            "step(samples) with the size of the batch just stepped")
+        self.samples_seen += real("samples", samples, at_least=0)
+        known = next_samples is not None
+        self.next_samples = real("next_samples", next_samples, at_least=0) if known else 0
         return super().step()
-
-
-def _not_negative(name: str, value: float) -> float:
-    if real(name, value) < 0:
-        raise ValueError(f"{name} must not be negative, got {value}.")
-    return real(name, value)

@@ -1,4 +1,8 @@
-"""Where a schedule reads and writes the batch size: a loader's batch sampler, a data set, or nothing but a number."""
+"""Where a schedule reads and writes the batch size: a loader, a data set, or only a number."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
@@ -6,8 +10,37 @@ from adabatch._checks import integer
 from adabatch.data.sampler import ResizableBatchSampler
 
 
+@runtime_checkable
+class HasBatchSize(Protocol):
+    """A loader or sampler whose ``batch_size`` can be assigned."""
+
+    batch_size: int
+
+
+@runtime_checkable
+class _SizesItsBatches(Protocol):
+    def get_batch_size(self) -> int: ...
+    def change_batch_size(self, size: int, /) -> object: ...
+
+
+Loader: TypeAlias = DataLoader | HasBatchSize
+
+
 class BatchSizeManager:
-    """Reads and writes one batch size. Subclass it, with both methods, for a batch size kept somewhere else."""
+    """Reads and writes one batch size. Subclass it, with both methods, for one kept elsewhere."""
+
+    _base: int | None = None
+
+    @property
+    def base_batch_size(self) -> int:
+        """The size in use before the first schedule over this manager changed it, in samples."""
+        if self._base is None:
+            self._base = self.get_current_batch_size()
+        return self._base
+
+    @base_batch_size.setter
+    def base_batch_size(self, size: int) -> None:
+        self._base = size
 
     def get_current_batch_size(self) -> int:
         """The batch size in use, in samples."""
@@ -18,19 +51,35 @@ class BatchSizeManager:
         raise NotImplementedError
 
 
-class DefaultBatchSizeManager(BatchSizeManager):
-    """The batch size of a plain torch ``DataLoader``: that of its batch sampler. A change holds from the next batch drawn.
+class _Attribute(BatchSizeManager):
+    """The ``batch_size`` attribute of a loader or sampler."""
 
-    torch's own BatchSampler with drop_last=True reads its size once an epoch, so it is replaced, in the loader and over the same sampler, by a
-    :class:`~adabatch.data.sampler.ResizableBatchSampler`. A batch sampler of another class is kept, and its ``batch_size`` attribute is set.
-    Batches that workers have been asked for already (``prefetch_factor * num_workers``) keep their size. That sampler keeps one position: ``len(loader)``
-    within an epoch counts the batches to come, and of two iterators over the loader only the newer may be drawn from.
+    def __init__(self, owner: HasBatchSize):
+        self.owner = owner
+
+    def get_current_batch_size(self) -> int:
+        return self.owner.batch_size
+
+    def set_batch_size(self, new_bs: int) -> None:
+        self.owner.batch_size = new_bs
+
+
+class DefaultBatchSizeManager(BatchSizeManager):
+    """The batch size of a torch ``DataLoader``'s batch sampler; a change holds from the next batch
+    drawn.
+
+    torch's BatchSampler with drop_last=True reads its size once an epoch, so it is replaced, over
+    the same sampler, by a :class:`~adabatch.data.sampler.ResizableBatchSampler`. A batch sampler of
+    another class is kept, and its ``batch_size`` attribute is set. Batches that workers have
+    already been given (``prefetch_factor * num_workers``) keep their size. The new sampler has one
+    position: ``len(loader)`` within an epoch counts the batches to come, and of two iterators over
+    the loader only the newer may be drawn from.
 
     Args:
         dataloader: a loader that has a batch sampler.
 
     Raises:
-        TypeError: ``dataloader`` is no ``DataLoader``.
+        TypeError: ``dataloader`` is not a ``DataLoader``.
         ValueError: it has no batch sampler (it was built with batch_size=None).
         AttributeError: its batch sampler has no ``batch_size``.
 
@@ -46,37 +95,41 @@ class DefaultBatchSizeManager(BatchSizeManager):
 
     def __init__(self, dataloader: DataLoader):
         if not isinstance(dataloader, DataLoader):
-            raise TypeError(f"dataloader must be a torch.utils.data.DataLoader, got {type(dataloader).__name__}.")
+            raise TypeError("dataloader must be a torch.utils.data.DataLoader, "
+                            f"got {type(dataloader).__name__}")
         sampler = dataloader.batch_sampler
         if sampler is None:
-            raise ValueError("dataloader has no batch sampler (batch_size=None), so its data set makes the batches. Use CustomBatchSizeManager(dataset).")
+            raise ValueError("dataloader has no batch sampler (batch_size=None), so its data set "
+                             "makes the batches: use CustomBatchSizeManager(dataset)")
         if type(sampler) is BatchSampler:
-            sampler = ResizableBatchSampler(None, sampler.batch_size, sampler=sampler.sampler, drop_last=sampler.drop_last)
-            # DataLoader.__setattr__ refuses this attribute once the loader is built, for fear of a size that no longer matches; ours always does.
+            size, indices, drop_last = sampler.batch_size, sampler.sampler, sampler.drop_last
+            sampler = ResizableBatchSampler(None, size, sampler=indices, drop_last=drop_last)
+            # DataLoader.__setattr__ refuses to replace it, for fear of a size that does not match.
             object.__setattr__(dataloader, "batch_sampler", sampler)
-            # Persistent workers keep an iterator over the old batch sampler from epoch to epoch.
+            # Persistent workers keep an iterator over the old batch sampler between epochs.
             dataloader._iterator = None
-        if not hasattr(sampler, "batch_size"):
-            raise AttributeError(f"The batch sampler ({type(sampler).__name__}) has no batch_size to set. Give it that attribute, or pass batch_size_manager=.")
-        self.dataloader = dataloader
+        if not isinstance(sampler, HasBatchSize):
+            raise AttributeError(f"the batch sampler ({type(sampler).__name__}) has no batch_size "
+                                 "to set: give it that attribute, or pass batch_size_manager=")
+        self.dataloader, self.sampler = dataloader, sampler
 
     def get_current_batch_size(self) -> int:
         """The batch sampler's batch size, in samples."""
-        return self.dataloader.batch_sampler.batch_size
+        return self.sampler.batch_size
 
     def set_batch_size(self, new_bs: int) -> None:
         """Set the batch sampler's batch size (samples); it holds from the next batch drawn."""
-        self.dataloader.batch_sampler.batch_size = new_bs
+        self.sampler.batch_size = new_bs
 
 
 class CustomBatchSizeManager(BatchSizeManager):
     """The batch size of a data set that makes its own batches (the loader has batch_size=None).
 
     Args:
-        dataset: a data set with the methods ``get_batch_size() -> int`` and ``change_batch_size(int)``.
+        dataset: has the methods ``get_batch_size() -> int`` and ``change_batch_size(int)``.
 
     Raises:
-        TypeError: ``dataset`` is no ``torch.utils.data.Dataset``.
+        TypeError: ``dataset`` is not a ``torch.utils.data.Dataset``.
         KeyError: it lacks one of the two methods.
 
     Example:
@@ -93,15 +146,16 @@ class CustomBatchSizeManager(BatchSizeManager):
     """
 
     def __init__(self, dataset: Dataset):
+        kind = type(dataset).__name__
         if not isinstance(dataset, Dataset):
-            raise TypeError(f"dataset must be a torch.utils.data.Dataset, got {type(dataset).__name__}.")
-        missing = [name for name in ("change_batch_size", "get_batch_size") if not hasattr(dataset, name)]
-        if missing:
-            raise KeyError(f"Without a batch sampler the data set ({type(dataset).__name__}) must size the batches: add {' and '.join(missing)} to it.")
+            raise TypeError(f"dataset must be a torch.utils.data.Dataset, got {kind}")
+        if not isinstance(dataset, _SizesItsBatches):
+            raise KeyError(f"without a batch sampler the data set ({kind}) must size the batches: "
+                           "give it get_batch_size() and change_batch_size(size)")
         self.dataset = dataset
 
     def get_current_batch_size(self) -> int:
-        """What the data set's ``get_batch_size()`` says, in samples."""
+        """What the data set's ``get_batch_size()`` returns, in samples."""
         return self.dataset.get_batch_size()
 
     def set_batch_size(self, new_bs: int) -> None:
@@ -110,21 +164,17 @@ class CustomBatchSizeManager(BatchSizeManager):
 
 
 class VirtualBatchSize(BatchSizeManager):
-    """A batch size that is only remembered: a schedule over it proposes sizes and changes no loader.
-
-    With it a schedule serves as a controller, a plan to print, or a plot: ``StepBS(None, 30, batch_size_manager=VirtualBatchSize(64))``.
+    """A number that stands for a batch size: a schedule over it proposes sizes and changes no
+    loader, as a controller, a plan to print or a plot needs:
+    ``StepBS(None, 30, batch_size_manager=VirtualBatchSize(64))``.
 
     Args:
-        batch_size: the size to start from, in samples.
-
-    Raises:
-        TypeError: ``batch_size`` is no integer.
-        ValueError: it is below 1.
+        batch_size: the first size, an integer of at least 1, in samples.
 
     Example:
-        >>> held = VirtualBatchSize(64)
-        >>> held.set_batch_size(128)
-        >>> held.get_current_batch_size()
+        >>> size = VirtualBatchSize(64)
+        >>> size.set_batch_size(128)
+        >>> size.get_current_batch_size()
         128
     """
 
@@ -140,42 +190,25 @@ class VirtualBatchSize(BatchSizeManager):
         self._batch_size = new_bs
 
 
-class _SettableBatchSize(BatchSizeManager):
-    """The ``batch_size`` property of a loader or sampler of ours, which may be assigned at any time."""
-
-    def __init__(self, owner: object):
-        self.owner = owner
-
-    def get_current_batch_size(self) -> int:
-        return self.owner.batch_size
-
-    def set_batch_size(self, new_bs: int) -> None:
-        self.owner.batch_size = new_bs
+def has_settable_batch_size(loader: object) -> TypeGuard[HasBatchSize]:
+    """Whether the class of ``loader`` has a ``batch_size`` property with a setter, as
+    AdaptiveDataLoader and ResizableBatchSampler have."""
+    attribute = getattr(type(loader), "batch_size", None)
+    return isinstance(attribute, property) and attribute.fset is not None
 
 
-def has_settable_batch_size(loader: object) -> bool:
-    """Whether the class of ``loader`` has a ``batch_size`` property with a setter, as AdaptiveDataLoader and ResizableBatchSampler have.
-
-    Example:
-        >>> has_settable_batch_size(DataLoader(range(4)))
-        False
-    """
-    return getattr(getattr(type(loader), "batch_size", None), "fset", None) is not None
-
-
-def manager_for(loader: object) -> BatchSizeManager:
-    """The batch-size manager that fits a loader.
-
-    Raises:
-        TypeError: ``loader`` is no torch ``DataLoader`` and has no ``batch_size`` that may be set.
-        KeyError: the data set must make the batches and lacks the methods for it.
+def manager_for(loader: Loader | None) -> BatchSizeManager:
+    """The batch-size manager that fits a loader; errors as in the managers' constructors.
 
     Example:
         >>> type(manager_for(DataLoader(range(4), batch_size=2))).__name__
         'DefaultBatchSizeManager'
     """
     if has_settable_batch_size(loader):
-        return _SettableBatchSize(loader)
-    if isinstance(loader, DataLoader) and loader.batch_sampler is None:
+        return _Attribute(loader)
+    if not isinstance(loader, DataLoader):
+        raise TypeError("dataloader must be a torch.utils.data.DataLoader or have a batch_size "
+                        f"that can be set, got {type(loader).__name__}")
+    if loader.batch_sampler is None:
         return CustomBatchSizeManager(loader.dataset)
     return DefaultBatchSizeManager(loader)

@@ -1,26 +1,19 @@
 """Sizes that change at set epochs: StepBS, MultiStepBS, ConstantBS.
 
-Reference: Smith, Kindermans, Ying, Le, "Don't Decay the Learning Rate, Increase the Batch Size", 2018, arXiv 1711.00489.
+Reference: Smith, Kindermans, Ying, Le (2018), "Don't decay the learning rate, increase the batch
+size", arXiv 1711.00489.
 """
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-from torch.utils.data import DataLoader
+from typing_extensions import Unpack
 
-from adabatch._checks import integer, integers, real
-from adabatch.schedules.base import BSScheduler, clipped, rounded
-
-
-def every(epoch: int, batch_size: int, step_size: int, gamma: float) -> float:
-    """batch_size · gamma at every multiple of step_size but 0, else batch_size.
-
-    Example:
-        >>> [every(epoch, 10, 2, 3.0) for epoch in range(4)]
-        [10, 10, 30.0, 10]
-    """
-    return batch_size * gamma if epoch and epoch % step_size == 0 else batch_size
+from adabatch._checks import integer, integers, positive
+from adabatch.schedules.base import Bounds, BSScheduler, clipped, rounded
+from adabatch.schedules.managers import Loader
 
 
 class StepBS(BSScheduler):
@@ -32,9 +25,10 @@ class StepBS(BSScheduler):
         gamma: factor, greater than 0; below 1 the batch shrinks.
 
     Raises:
-        TypeError, ValueError: step_size is no positive integer, or gamma no positive number.
+        TypeError, ValueError: an argument is of the wrong type or out of range.
 
     Example:
+        >>> from torch.utils.data import DataLoader
         >>> schedule = StepBS(DataLoader(range(1000), batch_size=10), step_size=2)
         >>> schedule.step(); schedule.step()
         >>> schedule.batch_size
@@ -42,22 +36,21 @@ class StepBS(BSScheduler):
     """
 
     def __init__(
-        self,
-        dataloader: DataLoader | None,
-        step_size: int,
-        gamma: float = 2.0,
-        **bounds: Any,
+        self, dataloader: Loader | None, step_size: int, gamma: float = 2.0,
+        **bounds: Unpack[Bounds],
     ):
         self.step_size = integer("step_size", step_size, at_least=1)
-        self.gamma = real("gamma", gamma, above=0)
+        self.gamma = positive("gamma", gamma)
         super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
-        return rounded(every(self.last_epoch, self.batch_size, self.step_size, self.gamma))
+        due = self.last_epoch and self.last_epoch % self.step_size == 0
+        return rounded(self.batch_size * self.gamma if due else self.batch_size)
 
 
 class MultiStepBS(BSScheduler):
-    """Multiply the batch size by gamma at each milestone; by gamma^n at one named n times. Finished after the last one.
+    """Multiply the batch size by gamma at each milestone; by gamma^n at one named n times. Finished
+    after the last one.
 
     Args:
         dataloader, **bounds: see :class:`BSScheduler`.
@@ -65,9 +58,10 @@ class MultiStepBS(BSScheduler):
         gamma: factor, greater than 0; below 1 the batch shrinks.
 
     Raises:
-        TypeError, ValueError: milestones is no filled list or tuple of positive integers, or gamma no positive number.
+        TypeError, ValueError: an argument is of the wrong type or out of range.
 
     Example:
+        >>> from torch.utils.data import DataLoader
         >>> schedule = MultiStepBS(DataLoader(range(1000), batch_size=10), milestones=[1, 2, 2])
         >>> schedule.step(); schedule.step()
         >>> schedule.batch_size
@@ -75,19 +69,16 @@ class MultiStepBS(BSScheduler):
     """
 
     def __init__(
-        self,
-        dataloader: DataLoader | None,
-        milestones: Sequence[int],
-        gamma: float = 2.0,
-        **bounds: Any,
+        self, dataloader: Loader | None, milestones: Sequence[int], gamma: float = 2.0,
+        **bounds: Unpack[Bounds],
     ):
         self.milestones = dict(Counter(integers("milestones", milestones, at_least=1)))
-        self.gamma = real("gamma", gamma, above=0)
+        self.gamma = positive("gamma", gamma)
         super().__init__(dataloader, **bounds)
 
     @property
     def finished(self) -> bool:
-        """Whether a size exceeded a bound, or the last milestone lies behind."""
+        """Whether a size exceeded a bound, or the last milestone has passed."""
         return self._finished or self.last_epoch > max(self.milestones)
 
     def get_new_bs(self) -> int:
@@ -95,9 +86,8 @@ class MultiStepBS(BSScheduler):
 
 
 class ConstantBS(BSScheduler):
-    """Multiply the batch size by factor at the start, and by 1/factor at the milestone, which finishes the schedule.
-
-    The factor is clipped, once, so that the first size is within bounds.
+    """Multiply the batch size by factor at the start, and by 1/factor at the milestone, which
+    finishes the schedule. The factor is clipped, once, so that the first size is within bounds.
 
     Args:
         dataloader, **bounds: see :class:`BSScheduler`.
@@ -105,9 +95,10 @@ class ConstantBS(BSScheduler):
         milestone: the epoch at which the first size ends, at least 1.
 
     Raises:
-        TypeError, ValueError: factor is no positive number, or milestone no positive integer.
+        TypeError, ValueError: an argument is of the wrong type or out of range.
 
     Example:
+        >>> from torch.utils.data import DataLoader
         >>> schedule = ConstantBS(DataLoader(range(1000), batch_size=10), factor=5, milestone=1)
         >>> schedule.batch_size
         50
@@ -117,21 +108,20 @@ class ConstantBS(BSScheduler):
     """
 
     def __init__(
-        self,
-        dataloader: DataLoader | None,
-        factor: float,
-        milestone: int = 5,
-        **bounds: Any,
+        self, dataloader: Loader | None, factor: float, milestone: int = 5,
+        **bounds: Unpack[Bounds],
     ):
-        self.factor = real("factor", factor, above=0)
+        self.factor = positive("factor", factor)
         self.milestone = integer("milestone", milestone, at_least=1)
         super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
+        size = self.batch_size
         if self.last_epoch == 0:
-            self.factor = clipped(self.factor, self.min_batch_size / self.batch_size, self.max_batch_size / self.batch_size)
-            return rounded(self.batch_size * self.factor)
+            low, high = self.min_batch_size / size, self.max_batch_size / size
+            self.factor = clipped(self.factor, low, high)
+            return rounded(size * self.factor)
         if self.last_epoch == self.milestone:
             self._finished = True
-            return rounded(self.batch_size * (1.0 / self.factor))
-        return self.batch_size
+            return rounded(size * (1.0 / self.factor))
+        return size

@@ -1,16 +1,18 @@
-"""Batch-size ramps as large trainers write them: pure functions samples_seen -> batch size, and RampBS that follows one."""
+"""Batch-size ramps as large trainers write them: functions samples -> batch size, and RampBS."""
+
+from __future__ import annotations
 
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from itertools import pairwise
-from typing import Any
 
-from torch.utils.data import DataLoader
+from typing_extensions import Unpack
 
 from adabatch._checks import function, integer, integers
-from adabatch.schedules.base import BSScheduler, clipped
+from adabatch.schedules.base import Bounds, BSScheduler, clipped
+from adabatch.schedules.managers import Loader
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?)", re.IGNORECASE)
@@ -19,10 +21,8 @@ Ramp = Callable[[int], int]
 
 
 def parse_count(text: str) -> int:
-    """A whole number with an optional suffix K, M, B or T (10³, 10⁶, 10⁹, 10¹²), in either case; decimals if the result is whole.
-
-    Raises:
-        ValueError: the text is not of that form, or the number not whole.
+    """A whole number with an optional suffix K, M, B or T (10³, 10⁶, 10⁹, 10¹²), in either case;
+    decimals if the result is whole. Anything else is a ValueError.
 
     Example:
         >>> parse_count("1.5B"), parse_count("768")
@@ -31,7 +31,8 @@ def parse_count(text: str) -> int:
     match = _COUNT.fullmatch(text.strip())
     count = Decimal(match[1]) * UNITS[match[2].upper()] if match else None
     if count is None or count != int(count):
-        raise ValueError(f"A count must be a whole number, with a suffix K, M, B or T if need be, got {text!r}.")
+        raise ValueError("a count must be a whole number, with an optional suffix K, M, B or T, "
+                         f"got {text!r}")
     return int(count)
 
 
@@ -39,10 +40,11 @@ def parse_ramp(text: str) -> list[tuple[int, int]]:
     """The (samples seen, batch size) pairs of a ramp, such as "0:768 250B:1536 500B:3072".
 
     Args:
-        text: ``from:size`` pairs separated by spaces or commas. The first starts at 0, each at more than the one before.
+        text: ``from:size`` pairs separated by spaces or commas. The first starts at 0, each at more
+            than the one before.
 
     Raises:
-        TypeError: ``text`` is no string.
+        TypeError: ``text`` is not a string.
         ValueError: it is not of that form.
 
     Example:
@@ -50,21 +52,25 @@ def parse_ramp(text: str) -> list[tuple[int, int]]:
         [(0, 768), (1500, 1536)]
     """
     if not isinstance(text, str):
-        raise TypeError(f'A ramp must be a string such as "0:768 250B:1536", got {text!r} ({type(text).__name__}).')
+        raise TypeError('a ramp must be a string such as "0:768 250B:1536", '
+                        f"got {text!r} ({type(text).__name__})")
     pairs = []
     for item in text.replace(",", " ").split():
         start, colon, size = item.partition(":")
         if not colon:
-            raise ValueError(f'A ramp is made of from:size pairs such as "250B:1536", got {item!r} in {text!r}.')
-        pairs.append((parse_count(start), integer(f"The batch size of {item!r}", parse_count(size), at_least=1)))
+            raise ValueError('a ramp must consist of from:size pairs such as "250B:1536", '
+                             f"got {item!r} in {text!r}")
+        batch_size = integer(f"the batch size of {item!r}", parse_count(size), at_least=1)
+        pairs.append((parse_count(start), batch_size))
     starts = [start for start, _ in pairs]
     if not pairs or starts[0] != 0 or any(later <= start for start, later in pairwise(starts)):
-        raise ValueError(f"A ramp must start at 0 and go on at ever larger counts, got {text!r}.")
+        raise ValueError(f"a ramp must start at 0, with increasing counts, got {text!r}")
     return pairs
 
 
 def stepwise_ramp(text: str) -> Ramp:
-    """The ramp of a string: the size of the last pair whose start has been reached. Arguments and errors as in :func:`parse_ramp`.
+    """The ramp of a string: the size of the last pair whose start has been reached. Errors as in
+    :func:`parse_ramp`.
 
     Example:
         >>> ramp = stepwise_ramp("0:768 250B:1536")
@@ -76,15 +82,15 @@ def stepwise_ramp(text: str) -> Ramp:
 
 
 def increment_ramp(start: int, increment: int, samples: int, final: int) -> Ramp:
-    """From start to final in equal steps of increment, spread evenly over samples: start + increment · ⌊seen · steps / samples⌋, at most final.
+    """From start to final in equal steps of increment, spread evenly over samples:
+    start + increment · ⌊seen · steps / samples⌋, at most final.
 
     Args:
         start, increment, final: samples per batch; final - start is a multiple of increment.
         samples: the count at which final is reached, at least 1.
 
     Raises:
-        TypeError: an argument is no integer.
-        ValueError: one is out of range, or final not start plus a multiple of increment.
+        TypeError, ValueError: an argument is not an integer, or out of range.
 
     Example:
         >>> ramp = increment_ramp(start=32, increment=16, samples=1000, final=64)
@@ -96,7 +102,8 @@ def increment_ramp(start: int, increment: int, samples: int, final: int) -> Ramp
     samples = integer("samples", samples, at_least=1)
     final = integer("final", final, at_least=start)
     if (final - start) % increment:
-        raise ValueError(f"final - start must be a multiple of increment ({increment}), got {final} - {start} = {final - start}.")
+        raise ValueError(f"final - start must be a multiple of increment ({increment}), "
+                         f"got {final} - {start} = {final - start}")
     steps = (final - start) // increment
     return lambda seen: min(final, start + increment * (seen * steps // samples))
 
@@ -110,25 +117,21 @@ def doubling_ramp(start: int, milestones: Sequence[int], factor: int = 2) -> Ram
         factor: at least 1.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: one is out of range.
+        TypeError, ValueError: an argument is of the wrong type or out of range.
 
     Example:
         >>> ramp = doubling_ramp(64, milestones=[1000, 3000])
         >>> ramp(0), ramp(1000), ramp(3000)
         (64, 128, 256)
     """
-    start = integer("start", start, at_least=1)
-    milestones = sorted(integers("milestones", milestones, at_least=1))
-    factor = integer("factor", factor, at_least=1)
-    return lambda seen: start * factor ** bisect_right(milestones, seen)
+    start, factor = integer("start", start, at_least=1), integer("factor", factor, at_least=1)
+    reached = sorted(integers("milestones", milestones, at_least=1))
+    return lambda seen: start * factor ** bisect_right(reached, seen)
 
 
 def check_divisible(batch_size: int, world_size: int = 1, micro_batch_size: int = 1) -> int:
-    """The batch size, if world_size processes can share it in whole micro-batches.
-
-    Raises:
-        ValueError: it is no multiple of world_size · micro_batch_size.
+    """The batch size, if world_size processes can share it in whole micro-batches; otherwise a
+    ValueError.
 
     Example:
         >>> check_divisible(768, world_size=8, micro_batch_size=4)
@@ -137,29 +140,34 @@ def check_divisible(batch_size: int, world_size: int = 1, micro_batch_size: int 
     unit = world_size * micro_batch_size
     if batch_size % unit:
         below = batch_size // unit * unit
+        nearest = f"{below}, {below + unit}" if below else f"{unit}"
         raise ValueError(
-            f"Batch size {batch_size} is no multiple of {unit} = world size {world_size} x micro-batch size {micro_batch_size}; "
-            f"the nearest that are: {f'{below}, ' if below else ''}{below + unit}."
+            f"batch size {batch_size} is not a multiple of {unit} = world size {world_size} x "
+            f"micro-batch size {micro_batch_size}; the nearest are: {nearest}"
         )
     return batch_size
 
 
 class RampBS(BSScheduler):
-    """Follow a ramp by samples seen: call ``step(samples=n)`` with the size of the batch just stepped. Never finished, unless a size exceeds a bound.
+    """Follow a ramp by samples seen: call ``step(samples=n)`` with the size of the batch just
+    stepped. Finished only after a size out of bounds.
 
-    Divisibility is checked when a size comes into use, not before: a run resumed on other machines need not divide the sizes it has left behind.
+    Divisibility is checked when a size comes into use: a run resumed on other machines need not
+    divide earlier sizes.
 
     Args:
         dataloader, **bounds: see :class:`BSScheduler`.
         ramp: a string as in :func:`parse_ramp`, or a function samples_seen -> batch size.
-        tokens_per_sample: where the ramp counts tokens: the length of a sample; the batch sizes stay in samples.
+        tokens_per_sample: where the ramp counts tokens: the length of a sample; the batch sizes
+            stay in samples.
         world_size, micro_batch_size: every size in use must be a multiple of their product.
 
     Raises:
         TypeError: an argument is of the wrong type; in :meth:`step`: ``samples`` is missing.
-        ValueError: an argument is out of range; when a size is used that is not divisible.
+        ValueError: an argument is out of range; a size is used that is not divisible.
 
     Example:
+        >>> from torch.utils.data import DataLoader
         >>> schedule = RampBS(DataLoader(range(4000), batch_size=1), "0:64 1K:128")
         >>> schedule.step(samples=64)
         >>> schedule.batch_size
@@ -172,13 +180,8 @@ class RampBS(BSScheduler):
     unsaved = (*BSScheduler.unsaved, "world_size", "micro_batch_size")
 
     def __init__(
-        self,
-        dataloader: DataLoader | None,
-        ramp: str | Ramp,
-        tokens_per_sample: int = 1,
-        world_size: int = 1,
-        micro_batch_size: int = 1,
-        **bounds: Any,
+        self, dataloader: Loader | None, ramp: str | Ramp, tokens_per_sample: int = 1,
+        world_size: int = 1, micro_batch_size: int = 1, **bounds: Unpack[Bounds],
     ):
         self.ramp = function("ramp", ramp) if callable(ramp) else stepwise_ramp(ramp)
         self.tokens_per_sample = integer("tokens_per_sample", tokens_per_sample, at_least=1)
@@ -187,26 +190,26 @@ class RampBS(BSScheduler):
         self.samples_seen = 0
         super().__init__(dataloader, **bounds)
 
-    def get_new_bs(self, **kwargs) -> int:
-        """The ramp's size after the keyword argument ``samples`` more.
-
-        Raises:
-            TypeError: ``samples`` is missing.
-            ValueError: the size is not divisible.
-        """
+    def get_new_bs(self, *, samples: int | None = None, **kwargs: object) -> int:
+        """The ramp's size after ``samples`` more; TypeError where they are missing, ValueError for
+        a size that is not divisible."""
         if self.last_epoch > 0:
-            if kwargs.get("samples") is None:
-                raise TypeError("RampBS is stepped by samples: call step(samples=n) with the size of the batch just stepped.")
-            self.samples_seen += integer("samples", kwargs["samples"], at_least=0)
+            if samples is None:
+                raise TypeError("RampBS is stepped by samples: call step(samples=n) with the size "
+                                "of the batch just stepped")
+            self.samples_seen += integer("samples", samples, at_least=0)
         new_bs = self.ramp(self.samples_seen * self.tokens_per_sample)
-        check_divisible(clipped(new_bs, self.min_batch_size, self.max_batch_size), self.world_size, self.micro_batch_size)
+        used = clipped(new_bs, self.min_batch_size, self.max_batch_size)
+        check_divisible(used, self.world_size, self.micro_batch_size)
         return new_bs
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As in :class:`BSScheduler`; world_size and micro_batch_size stay those given here.
 
         Raises:
-            ValueError: the size in use is not divisible here, or the state is of another version or kind.
+            ValueError: the size in use is not divisible here, or the state is of another version or
+                kind.
         """
-        check_divisible(state_dict["sizes"]["batch_size"], self.world_size, self.micro_batch_size)
+        size = state_dict["sizes"]["batch_size"]
+        check_divisible(size, self.world_size, self.micro_batch_size)
         super().load_state_dict(state_dict)

@@ -1,5 +1,8 @@
 """Any torch lr scheduler, advanced by samples seen instead of steps."""
 
+from __future__ import annotations
+
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from adabatch._checks import check_version, integer
@@ -7,36 +10,30 @@ from adabatch._checks import check_version, integer
 STATE_VERSION = 1
 
 
-def steps_due(samples_seen: int, samples_per_step: int, steps_taken: int) -> int:
-    """⌊samples_seen / samples_per_step⌋ - steps_taken, at least 0.
-
-    Example:
-        >>> steps_due(250, 100, 1)
-        1
-    """
-    return max(0, samples_seen // samples_per_step - steps_taken)
-
-
 class SampleClock:
-    """Steps an lr scheduler once per samples_per_step samples: after n samples it has taken ⌊n / samples_per_step⌋ steps, whatever the batch sizes.
+    """Steps an lr scheduler once per samples_per_step samples: after n samples it has taken
+    ⌊n / samples_per_step⌋ steps, whatever the batch sizes.
 
-    Build the scheduler in units of samples_per_step: a cosine over a budget is ``CosineAnnealingLR(optimizer, T_max=budget // samples_per_step)``, a
-    warm-up over w samples ``LinearLR(optimizer, total_iters=w // samples_per_step)``; both in a SequentialLR are wrapped once, as a whole.
-    A smaller unit follows the curve closer; a batch of many units takes as many calls of the scheduler, so a unit far below the batch size is slow.
-    The smallest batch size is a good unit: with a constant batch of that size the lrs are those without the clock.
+    Build the scheduler in units of samples_per_step: a cosine over a budget is
+    ``CosineAnnealingLR(optimizer, T_max=budget // samples_per_step)``, a warm-up over w samples
+    torch's ``LinearLR(optimizer, total_iters=w // samples_per_step)``; both in a SequentialLR are
+    wrapped once, as a whole. A smaller unit follows the curve closer, but a batch of many units
+    takes as many calls of the scheduler. The smallest batch size is a good unit: with a constant
+    batch of that size the lrs are those without the clock.
 
     Args:
         scheduler: any scheduler of torch.optim.lr_scheduler, chained and sequential ones included.
         samples_per_step: samples (or tokens) for one of its steps, at least 1.
 
     Raises:
-        TypeError: ``scheduler`` is no torch lr scheduler, or samples_per_step no integer.
+        TypeError: ``scheduler`` is not a torch lr scheduler, or samples_per_step not an integer.
         ValueError: samples_per_step is below 1.
 
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        >>> clock = SampleClock(torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5), samples_per_step=100)
+        >>> halving = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        >>> clock = SampleClock(halving, samples_per_step=100)
         >>> for samples in (70, 70, 160):
         ...     optimizer.step()
         ...     clock.step(samples)
@@ -46,14 +43,14 @@ class SampleClock:
 
     def __init__(self, scheduler: LRScheduler | ReduceLROnPlateau, samples_per_step: int):
         if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
-            raise TypeError(f"scheduler must be a torch.optim.lr_scheduler scheduler, got {type(scheduler).__name__}.")
+            raise TypeError("scheduler must be a torch.optim.lr_scheduler scheduler, "
+                            f"got {type(scheduler).__name__}")
         self.scheduler = scheduler
         self.samples_per_step = integer("samples_per_step", samples_per_step, at_least=1)
-        self.samples_seen = 0
-        self.steps_taken = 0
+        self.samples_seen = self.steps_taken = 0
 
     @property
-    def optimizer(self):
+    def optimizer(self) -> Optimizer:
         """The optimizer of the wrapped scheduler."""
         return self.scheduler.optimizer
 
@@ -65,11 +62,11 @@ class SampleClock:
             **kwargs: for each step of the wrapped scheduler, such as ``metrics=loss``.
 
         Raises:
-            TypeError: ``samples`` is no integer.
+            TypeError: ``samples`` is not an integer.
             ValueError: it is negative.
         """
         self.samples_seen += integer("samples", samples, at_least=0)
-        for _ in range(steps_due(self.samples_seen, self.samples_per_step, self.steps_taken)):
+        for _ in range(self.samples_seen // self.samples_per_step - self.steps_taken):
             self.scheduler.step(**kwargs)
             self.steps_taken += 1
 
@@ -79,16 +76,19 @@ class SampleClock:
 
     def state_dict(self) -> dict:
         """The count of samples and the wrapped scheduler's state."""
-        names = ("samples_per_step", "samples_seen", "steps_taken")
-        return {"version": STATE_VERSION, **{name: getattr(self, name) for name in names}, "scheduler": self.scheduler.state_dict()}
+        return {"version": STATE_VERSION, "samples_per_step": self.samples_per_step,
+                "samples_seen": self.samples_seen, "steps_taken": self.steps_taken,
+                "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a state, the unit samples_per_step included. The lrs themselves are in the optimizer's state.
+        """Take over a state, the unit samples_per_step included. The lrs themselves are in the
+        optimizer's state.
 
         Raises:
             ValueError: the state is of another version.
         """
         check_version(state_dict, STATE_VERSION, "SampleClock")
-        for name in ("samples_per_step", "samples_seen", "steps_taken"):
-            setattr(self, name, state_dict[name])
+        self.samples_per_step = state_dict["samples_per_step"]
+        self.samples_seen = state_dict["samples_seen"]
+        self.steps_taken = state_dict["steps_taken"]
         self.scheduler.load_state_dict(state_dict["scheduler"])

@@ -177,7 +177,7 @@ def test_divisibility_is_checked_when_a_size_is_used():
     controller = Scheduled(schedules.RampBS(None, "0:8 16:12", micro_batch_size=8, batch_size_manager=schedules.VirtualBatchSize(8)), unit="samples")
     run = Run(controller)
     run.train(1)
-    with pytest.raises(ValueError, match=r"Batch size 12 is no multiple of 8"):
+    with pytest.raises(ValueError, match=r"batch size 12 is not a multiple of 8"):
         run.train(1)
 
 

@@ -78,8 +78,8 @@ def test_doubling():
         (lambda: doubling_ramp(0, [5]), ValueError, "start"),
         (lambda: doubling_ramp(4, [0]), ValueError, "got 0"),
         (lambda: doubling_ramp(4, 5), TypeError, "5"),
-        (lambda: check_divisible(100, 8, 4), ValueError, "no multiple of 32.*96, 128"),
-        (lambda: check_divisible(20, 8, 4), ValueError, "that are: 32"),
+        (lambda: check_divisible(100, 8, 4), ValueError, "not a multiple of 32.*96, 128"),
+        (lambda: check_divisible(20, 8, 4), ValueError, "nearest are: 32"),
     ],
 )
 def test_bad_arguments(build, error, text):
@@ -92,7 +92,7 @@ def test_divisibility_is_checked_when_a_size_is_used():
     held = VirtualBatchSize(64)
     schedule = RampBS(None, "0:64 1K:100 2K:128", world_size=8, batch_size_manager=held)
     schedule.step(samples=999)
-    with pytest.raises(ValueError, match="100 is no multiple of 8"):
+    with pytest.raises(ValueError, match="100 is not a multiple of 8"):
         schedule.step(samples=1)
     schedule.step(samples=1000)
     assert held.get_current_batch_size() == 128
@@ -100,7 +100,7 @@ def test_divisibility_is_checked_when_a_size_is_used():
     on_four = RampBS(None, "0:64 1K:100 2K:128", world_size=4, batch_size_manager=VirtualBatchSize(64))
     on_four.step(samples=1500)
     on_eight = RampBS(None, "0:64 1K:100 2K:128", world_size=8, batch_size_manager=VirtualBatchSize(64))
-    with pytest.raises(ValueError, match="100 is no multiple of 8"):
+    with pytest.raises(ValueError, match="100 is not a multiple of 8"):
         on_eight.load_state_dict(on_four.state_dict())
     on_four.step(samples=500)
     on_eight.load_state_dict(on_four.state_dict())
@@ -108,7 +108,7 @@ def test_divisibility_is_checked_when_a_size_is_used():
 
 
 def test_a_clipped_size_is_the_one_checked():
-    with pytest.raises(ValueError, match="90 is no multiple of 8"):
+    with pytest.raises(ValueError, match="90 is not a multiple of 8"):
         RampBS(None, "0:96", world_size=8, batch_size_manager=VirtualBatchSize(64), max_batch_size=90)
 
 
