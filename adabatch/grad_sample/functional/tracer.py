@@ -134,9 +134,9 @@ class ParameterTracer(TorchFunctionMode):
         whole = call is not RecomputedCall
         if whole:
             dim = call.samples_dim(layer, index)
-        if tuple(tensor.shape[dim : dim + 1]) == (self._n_samples,):
-            if whole or dim or self._expressions[id(tensor)][0].expanded:
-                return dim
+        fits = tuple(tensor.shape[dim : dim + 1]) == (self._n_samples,)
+        if fits and (whole or dim or self._expressions[id(tensor)][0].expanded):
+            return dim
         if whole:
             raise RuntimeError(
                 f"{name} is given a tensor of shape {tuple(tensor.shape)} that was computed from "
@@ -396,7 +396,7 @@ def _out_of_place(
         return _with_item, True
     if name in IN_PLACE_OPERATORS:
         return getattr(Tensor, name.replace("__i", "__", 1)), True
-    if name.endswith("_") and not name.startswith("_") and args:
-        if hasattr(Tensor, name[:-1]) and getattr(Tensor, name, None) is function:
-            return getattr(Tensor, name[:-1]), True
+    is_in_place = name.endswith("_") and not name.startswith("_") and args
+    if is_in_place and hasattr(Tensor, name[:-1]) and getattr(Tensor, name, None) is function:
+        return getattr(Tensor, name[:-1]), True
     return function, False

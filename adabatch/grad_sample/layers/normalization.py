@@ -297,7 +297,8 @@ def _by_running_statistics(
     layer: BatchNorm | InstanceNorm, activations: Tensor, backprops: Tensor
 ) -> Factors:
     dtype, (mean, var) = accumulation_dtype(activations), (layer.running_mean, layer.running_var)
-    assert mean is not None and var is not None  # as torch itself demands
+    assert mean is not None, layer  # as torch itself demands
+    assert var is not None, layer
     mean, var = mean.to(dtype), var.to(dtype)
     if takes_statistics(activations):
         rstd = (var + layer.eps).rsqrt()

@@ -39,18 +39,20 @@ class RecurrentCall(RecomputedCall):
         own = dict(self.layer.named_parameters())
         measured = [own[name] for name in self.parameters]
 
-        def alone(values: list[Tensor], layouts: Sequence[Layout | None]) -> list[Tensor]:
+        def alone(
+            values: list[Tensor], layouts: Sequence[Layout | None], sample: int
+        ) -> list[Tensor]:
             return [(layout or Layout.BATCH_FIRST).single(value[sample]).to(measured[0].dtype)
                     for value, layout in zip(values, layouts, strict=True)]
 
         grads = []
         for sample in range(outer[0].shape[0]):
             with torch.enable_grad():
-                args, kwargs = self._arguments(alone(inputs, self._input_layouts))
+                args, kwargs = self._arguments(alone(inputs, self._input_layouts, sample))
                 # Not called: its hooks would measure it again.
                 outputs = tree_flatten(self.layer.forward(*args, **kwargs))[0]
             tapped = [outputs[index] for index in self.tapped]
-            cotangents = alone(outer, self._output_layouts)
+            cotangents = alone(outer, self._output_layouts, sample)
             grads.append(torch.autograd.grad(tapped, measured, cotangents))
         parts = zip(*grads, strict=True)
         return {name: Dense(torch.stack(each))

@@ -452,7 +452,8 @@ def fuse(
 ) -> Tensor:
     """The layer's output behind a FusedBackwardTap."""
     layer, sampler = site.layer, site.sampler
-    assert sampler is not None and sampler.fused is not None
+    assert sampler is not None
+    assert sampler.fused is not None
     saved = sampler.fused.saved_tensors(layer, inputs, output)
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     layout = site.layout
