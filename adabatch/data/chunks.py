@@ -17,45 +17,26 @@ Cut = Callable[[Batch, int, int], Batch]
 
 
 class Request(NamedTuple):
-    """A chunk to fetch.
+    """A chunk to fetch."""
 
-    Attributes:
-        run: number of the pass through the data; a new one restarts an iterable data set.
-        epoch: of the sampler.
-        stream: 64-bit key of (seed, epoch) for random augmentation.
-        start: position in the order of the first sample.
-        indices: of the samples; of an iterable data set only their number counts.
-        stride: from each sample's position to the next one's, the number of processes.
-        restore: state that an iterable data set continues from.
-    """
-
-    run: int
-    epoch: int
-    stream: int
-    start: int
-    indices: Sequence[int]
-    stride: int = 1
-    restore: State | None = None
+    run: int  # number of the pass through the data; a new one restarts an iterable data set
+    epoch: int  # of the sampler
+    stream: int  # 64-bit key of (seed, epoch) for random augmentation
+    start: int  # position in the order of the first sample
+    indices: Sequence[int]  # of the samples; of an iterable data set only their number counts
+    stride: int = 1  # from each sample's position to the next one's: the number of processes
+    restore: State | None = None  # that an iterable data set continues from
 
 
 class Reply(NamedTuple):
-    """A fetched chunk; a named tuple, so that torch's pin-memory thread reaches the batch.
+    """A fetched chunk; a named tuple, so that torch's pin-memory thread reaches the batch."""
 
-    Attributes:
-        batch: collated, or the list of samples where the consumer collates.
-        n: samples in it.
-        layout: how such batches are cut and joined; in the first reply of a process.
-        ended: an iterable data set has no more samples in this worker.
-        state: of an iterable data set after this chunk.
-        seconds: taken by fetching and collating.
-    """
-
-    batch: Batch
-    n: int
-    layout: Layout = None
-    ended: bool = False
-    state: State | None = None
-    seconds: float = 0.0
+    batch: Batch  # collated, or the list of samples where the consumer collates
+    n: int  # samples in it
+    layout: Layout = None  # how such batches are cut and joined; in a process's first reply
+    ended: bool = False  # an iterable data set has no more samples in this worker
+    state: State | None = None  # of an iterable data set after this chunk
+    seconds: float = 0.0  # taken by fetching and collating
 
 
 def split_into(total: int, parts: int) -> list[int]:

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
@@ -103,19 +104,18 @@ class Epoch:
             self._offset -= drawn.size
             self._passed(drawn)
 
-    def _passed(self, drawn: _Drawn) -> None:
-        pass
+    def _passed(self, drawn: _Drawn) -> None: ...
 
     def state(self, sampler_state: State) -> tuple[State, State | None]:
         """(the sampler's state, what else is needed to resume), at the samples delivered."""
         current = self._sampler.is_current(self._iterator_id)
         if sampler_state["sampler"] is None or not current:
             return sampler_state, None
+        start = self._reached
         if self._outstanding:
-            front = self._outstanding[0]
-            skip = sampler_state["position"] - front.start
-            return {**sampler_state, "sampler": front.state}, {"skip": skip}
-        return sampler_state, {"skip": sampler_state["position"] - self._reached}
+            start, state = self._outstanding[0].start, self._outstanding[0].state
+            sampler_state = {**sampler_state, "sampler": state}
+        return sampler_state, {"skip": sampler_state["position"] - start}
 
 
 def check_same_streams(progress: State, **here: int) -> None:
@@ -213,7 +213,8 @@ class EpochIterator:
             loader.learn_layout()
         self._whole, self._sized = loader.collate_in == "consumer", self._sampler.is_sized
         parts = self._micro if self._sized and not self._whole else None
-        cycle = SizesAhead(self._sampler, parts)
+        # Not a method: the plan, which outlives the epoch, must hold no loader.
+        cycle = partial(_sizes_ahead, self._sampler, parts)
         self._plan = ChunkPlan(loader.num_workers, cycle, loader.chunk_sizer)
         # A position from a loaded state is not this epoch's where set_epoch chose another since.
         progress = progress if self._sampler.position else None
@@ -357,27 +358,15 @@ class EpochIterator:
         return join(parts, self._layout, self._loader.join_fn, self._loader.pin_memory)
 
 
-class SizesAhead:
-    """Local sizes of the next batches, or of their micro-batches, if the batch size stays.
-
-    Holds no loader: the plan outlives the epoch.
-    """
-
-    def __init__(self, sampler: ResizableBatchSampler, micro: BatchSplit | None):
-        self._sampler, self._micro = sampler, micro
-
-    def __call__(self) -> list[int]:
-        sampler, shard = self._sampler, self._sampler.shard
-        size, world = sampler.batch_size, shard.world_size
-        if not sampler.is_sized or size % world == 0:
-            local = [size // world]
-        else:
-            at, batches = sampler.position + sampler.last_size, world // math.gcd(size, world)
-            local = [shard.local_size(at + batch * size, size)
-                     for batch in range(min(batches, _PLANNED))]
-        if self._micro is None:
-            return local
-        return [part for n in local for part in self._micro.sizes(size, shard, n)]
+def _sizes_ahead(sampler: ResizableBatchSampler, micro: BatchSplit | None) -> list[int]:
+    """Local sizes of the next batches, or of their micro-batches, if the batch size stays."""
+    size, shard = sampler.batch_size, sampler.shard
+    local = [size // shard.world_size]
+    if sampler.is_sized and size % shard.world_size:
+        at = sampler.position + sampler.last_size
+        batches = min(shard.world_size // math.gcd(size, shard.world_size), _PLANNED)
+        local = [shard.local_size(at + batch * size, size) for batch in range(batches)]
+    return local if micro is None else [part for n in local for part in micro.sizes(size, shard, n)]
 
 
 def _versions(batch: Batch) -> list[int]:

@@ -39,9 +39,7 @@ def dataloader_kwargs(loader: DataLoader) -> tuple[Kwargs, ResizableBatchSampler
         kwargs.pop("pin_memory_device", None)
     batch_sampler, sampler = loader.batch_sampler, loader.sampler
     if batch_sampler is None:
-        raise ValueError(
-            "the loader has no batch sampler (batch_size=None), so there is no batch size to set. "
-            "Build it with a batch_size.")
+        raise ValueError("the loader has no batch sampler: build it with a batch_size, not None")
     if isinstance(batch_sampler, ResizableBatchSampler):
         sizes = {"batch_size": batch_sampler.batch_size, "drop_last": batch_sampler.drop_last}
         return kwargs | sizes, batch_sampler

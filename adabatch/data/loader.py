@@ -94,9 +94,8 @@ class AdaptiveDataLoader(BatchSource):
     def __init__(
         self, dataset: Dataset, batch_size: int = 1, shuffle: bool = False, *,
         sampler: Sampler | None = None, seed: int = 0, drop_last: bool = False, rank: int = 0,
-        world_size: int = 1, collate_fn: CollateFn | None = None,
-        collate_in: str = "worker", join_fn: JoinFn | None = None,
-        seed_samples: bool = False, **kwargs: Argument,
+        world_size: int = 1, collate_fn: CollateFn | None = None, collate_in: str = "worker",
+        join_fn: JoinFn | None = None, seed_samples: bool = False, **kwargs: Argument,
     ):
         self.is_stream = isinstance(dataset, IterableDataset)
         if self.is_stream and (shuffle or sampler is not None):
@@ -302,7 +301,7 @@ class AdaptiveDataLoader(BatchSource):
 
 
 class _Requests:
-    """The engine's sampler: the requests of the present epoch, made when there is room for one."""
+    """The engine's sampler: the requests of the present epoch."""
 
     epoch: Iterator[Request] = iter(())
 

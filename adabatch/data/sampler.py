@@ -89,7 +89,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     micro_batches: None = None
     n_batches: int = 0
     position: int = 0
-    recent: deque[tuple[int, int]] = deque(maxlen=0)
+    recent: deque[tuple[int, int]] = deque(maxlen=0)  # noqa: RUF012 replaced by __init__
 
     def __init__(
         self, data_source: int | Sized | Iterable[int] | None, batch_size: int, *,
@@ -120,7 +120,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         self.recent = deque(maxlen=4096)
         # Which iterator is the newest, and whether it drew anything.
         self._iterator_id, self._begun = 0, False
-        # States of a user's generator: a loaded one to begin from, and the one the epoch began from.
+        # A user's generator: a loaded state to begin from, and the one the epoch began from.
         self._restore: Tensor | None = None
         self._begun_from: Tensor | None = None
 

@@ -30,7 +30,6 @@ class Fetcher(Dataset):
     """Answers Requests for samples of a map-style data set.
 
     Args:
-        dataset: map-style.
         collate_fn: of a chunk; None hands over the list of samples.
         learns: whether the layout of batches will be needed.
         seeded: seed the global generators for each sample, and fetch samples one by one.
