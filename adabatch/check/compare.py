@@ -89,7 +89,8 @@ def measure_with_taps(checked: CheckedModel, batch: Batch, report: CheckReport) 
             if lines and owner.name not in refused:
                 refused[owner.name] = lines
         if len(refused) == before:
-            return TapResults(found, refused, "" if len(refused) == len(checked.owners) else problem)
+            all_refused = len(refused) == len(checked.owners)
+            return TapResults(found, refused, "" if all_refused else problem)
 
 
 def _measure(

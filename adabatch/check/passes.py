@@ -239,7 +239,7 @@ def _recomputing() -> bool:
 
 
 def record_pass(checked: CheckedModel, batch: Batch, weights: Tensor) -> PassRecord:
-    """Run loss_fn(model, batch) and the backward pass of Σ w_i l_i; the model's state is restored."""
+    """Run loss_fn(model, batch) and the backward pass of Σ w_i l_i; the model is restored."""
     model, named = checked.model, checked.parameters
     with restored(model), PassRecord(model, checked.owners) as record:
         losses = checked.loss_fn(model, batch)

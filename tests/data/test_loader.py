@@ -119,7 +119,7 @@ class Stream(IterableDataset):
         (lambda: AdaptiveDataLoader(Stream(), shuffle=True), ValueError,
          r"iterable-style \(Stream\).*omit shuffle and sampler"),
         (lambda: AdaptiveDataLoader(Numbers(3), shuffle=True, sampler=[1]), ValueError,
-         "sampler= or shuffle=True, not both"),
+         "omit it or shuffle=True"),
         (lambda: AdaptiveDataLoader(Numbers(3), num_workers=1, in_order=False), ValueError,
          "in_order=False lets batches overtake"),
         (lambda: AdaptiveDataLoader(Numbers(3), batch_size=0), ValueError,
