@@ -1,13 +1,16 @@
-"""Chooses the batch size online: of one loaded batch the losses in parts of 256, 128 and 64 are compared, and the best size steps, beside a fixed batch.
+"""Chooses the batch size online: the losses of one loaded batch, in parts of 256, 128 and 64, are
+compared, and the best size takes its steps. Fixed batches for comparison.
 
     python examples/online_selection.py
     python examples/online_selection.py --network batchnorm
     python examples/online_selection.py --budget 20epochs --candidates 128 64 32
 
-The form of a published experiment (AlexNet on CIFAR-10), on scikit-learn's digits with a small network. The parts of any size make up the same batch, so that
-their losses differ only by what is drawn anew for each (dropout, as in AlexNet: chance decides) or by what looks at the whole part (batch normalisation: the
-larger part nearly always has the smaller loss). Every run loads batches of the largest candidate and sees as many samples; parts of n samples step with
-lr · n / largest. The curves are means over repeats, each with its own weights and order.
+The form of a published experiment (AlexNet on CIFAR-10), on scikit-learn's digits with a small
+network. The parts of any size make up the same batch, so that their losses differ only through what
+is drawn for each part (dropout, as in AlexNet: chance decides) or depends on the whole part (batch
+norm: the larger part nearly always has the smaller loss). Every run loads batches of the largest
+candidate and sees as many samples; parts of n samples step with lr · n / largest. The curves are
+means over repeats, each with different weights and order.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ FIXED_COLOURS = ("#4878b0", "#5aa469", "#b08a48", "#6b6b6b")
 
 @dataclass
 class Curve:
-    """Samples seen, mean loss since the entry before, and held-out accuracy, at `EVALUATIONS` points; the chosen size of every loaded batch."""
+    """Samples seen, mean loss since the entry before, and held-out accuracy, at `EVALUATIONS`
+    points; the chosen size of every loaded batch."""
 
     samples: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
@@ -45,16 +49,18 @@ def dropout() -> nn.Module:
     """Conv 3×3×16 and a hidden layer of 64 with dropout, for 8 × 8 images."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Dropout(0.25), nn.Linear(16 * 4 * 4, 64), nn.ReLU(), nn.Dropout(0.25), nn.Linear(64, 10),
-    )  # fmt: skip
+        nn.Flatten(), nn.Dropout(0.25), nn.Linear(16 * 4 * 4, 64), nn.ReLU(),
+        nn.Dropout(0.25), nn.Linear(64, 10),
+    )
 
 
 def batchnorm() -> nn.Module:
     """The same, batch-normalised in place of dropout."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(16 * 4 * 4, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
+        nn.Flatten(), nn.Linear(16 * 4 * 4, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),
+        nn.Linear(64, 10),
+    )
 
 
 NETWORKS = {"dropout": dropout, "batchnorm": batchnorm}
@@ -67,7 +73,8 @@ def loss_fn(model: nn.Module, batch: list[Tensor]) -> Tensor:
 
 def batches(data: TensorDataset, size: int, budget: int, seed: int) -> Iterator[list[Tensor]]:
     """Shuffled batches of this size, epoch after epoch, until the budget of samples is spent."""
-    loader = DataLoader(data, size, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(data, size, shuffle=True, drop_last=True, generator=generator)
     left = budget // size
     while left > 0:
         for _, batch in zip(range(left), loader, strict=False):
@@ -75,7 +82,10 @@ def batches(data: TensorDataset, size: int, budget: int, seed: int) -> Iterator[
             yield batch
 
 
-def train(make: Callable[[], nn.Module], candidates: list[int], largest: int, pick: str, data, *, lr: float, budget: int, seed: int) -> Curve:
+def train(
+    make: Callable[[], nn.Module], candidates: list[int], largest: int, pick: str, data, *,
+    lr: float, budget: int, seed: int,
+) -> Curve:
     """A run; with one candidate that size is fixed."""
     torch.manual_seed(seed)
     model = make()
@@ -97,27 +107,33 @@ def train(make: Callable[[], nn.Module], candidates: list[int], largest: int, pi
 
 
 def mean(curves: list[Curve], name: str) -> list[float]:
-    return [sum(values) / len(values) for values in zip(*(getattr(curve, name) for curve in curves), strict=True)]
+    columns = zip(*(getattr(curve, name) for curve in curves), strict=True)
+    return [sum(values) / len(values) for values in columns]
 
 
 def draw(runs: dict[str, list[Curve]], candidates: list[int]) -> Figure:
     """Loss, accuracy, and for the online runs how often each size was chosen."""
     online = [name for name in runs if name in COLOURS]
     figure = Figure(figsize=(14, 4.4), layout="constrained")
-    loss, held_out, *chosen = figure.subplots(1, 2 + len(online), width_ratios=[1.5, 1.5, *[1] * len(online)])
+    widths = [1.5, 1.5, *[1] * len(online)]
+    loss, held_out, *chosen = figure.subplots(1, len(widths), width_ratios=widths)
     fixed = iter(FIXED_COLOURS * len(runs))
     for name, curves in runs.items():
-        style = {"color": COLOURS[name], "linewidth": 2.0, "zorder": 3} if name in COLOURS else {"color": next(fixed), "linewidth": 1.3}
+        style = ({"color": COLOURS[name], "linewidth": 2.0, "zorder": 3} if name in COLOURS
+                 else {"color": next(fixed), "linewidth": 1.3})
+        percent = [100 * share for share in mean(curves, "accuracy")]
         loss.plot(curves[0].samples, mean(curves, "loss"), label=name, **style)
-        held_out.plot(curves[0].samples, [100 * share for share in mean(curves, "accuracy")], label=name, **style)
+        held_out.plot(curves[0].samples, percent, label=name, **style)
     loss.set(yscale="log", ylabel="training loss", xlabel="samples seen")
     held_out.set(ylabel="held-out accuracy (%)", xlabel="samples seen", ylim=(80, 100))
     held_out.legend(frameon=False, fontsize=9, loc="lower right")
     for panel, name in zip(chosen, online, strict=True):
-        shares = [100 * sum(curve.sizes.count(size) for curve in runs[name]) / sum(len(curve.sizes) for curve in runs[name]) for size in candidates]
+        sizes = [size for curve in runs[name] for size in curve.sizes]
+        shares = [100 * sizes.count(size) / len(sizes) for size in candidates]
         bars = panel.bar([str(size) for size in candidates], shares, color=COLOURS[name], width=0.6)
         panel.bar_label(bars, fmt="%.0f %%", fontsize=9)
-        panel.set(title=f"chosen: {name}", xlabel="batch size", ylabel="share of loaded batches (%)", ylim=(0, 105))
+        panel.set(title=f"chosen: {name}", xlabel="batch size",
+                  ylabel="share of loaded batches (%)", ylim=(0, 105))
     for panel in (loss, held_out, *chosen):
         panel.grid(alpha=0.3)
         panel.set_axisbelow(True)
@@ -130,26 +146,33 @@ def table(runs: dict[str, list[Curve]]) -> str:
     lines = [f"{'run':<16}{'loss':>10}{'accuracy':>10}{'steps':>9}"]
     for name, curves in runs.items():
         steps = sum(curve.steps for curve in curves) / len(curves)
-        lines.append(f"{name:<16}{mean(curves, 'loss')[-1]:>10.4f}{mean(curves, 'accuracy')[-1]:>10.2%}{steps:>9,.0f}")
+        lines.append(f"{name:<16}{mean(curves, 'loss')[-1]:>10.4f}"
+                     f"{mean(curves, 'accuracy')[-1]:>10.2%}{steps:>9,.0f}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = shared_options(__doc__, budget="20epochs", out="out/online_selection")
-    parser.add_argument("--candidates", type=positive_int, nargs="+", default=[256, 128, 64], metavar="N", help="batch sizes (default 256 128 64)")
-    parser.add_argument("--network", choices=tuple(NETWORKS), default="dropout", help="what makes the losses of the candidates differ (default dropout)")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="runs of each kind, whose mean is drawn (default 3)")
+    parser.add_argument("--candidates", type=positive_int, nargs="+", default=[256, 128, 64],
+                        metavar="N", help="batch sizes (default 256 128 64)")
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="dropout",
+                        help="what makes the candidates' losses differ (default dropout)")
+    parser.add_argument("--repeats", type=positive_int, default=3,
+                        help="runs of each kind, whose mean is drawn (default 3)")
     parser.set_defaults(lr=0.2)
     options = parser.parse_args(arguments)
     data, candidates = digits.load_data(), sorted(options.candidates, reverse=True)
     budget = options.budget.samples(len(data[0]))
     if budget < candidates[0] or len(data[0]) < candidates[0]:
-        parser.error(f"the largest candidate ({candidates[0]}) must fit the budget ({budget} samples) and the training set ({len(data[0])})")
+        parser.error(f"the largest candidate ({candidates[0]}) must fit the budget "
+                     f"({budget} samples) and the training set ({len(data[0])})")
     torch.set_num_threads(1)
-    kinds = {f"{pick} loss": (candidates, pick) for pick in ("smallest", "largest")} | {f"fixed {size}": ([size], "smallest") for size in candidates}
+    kinds = {f"{pick} loss": (candidates, pick) for pick in ("smallest", "largest")}
+    kinds |= {f"fixed {size}": ([size], "smallest") for size in candidates}
     seeds, make = range(options.seed, options.seed + options.repeats), NETWORKS[options.network]
     runs = {
-        name: [train(make, sizes, candidates[0], pick, data, lr=options.lr, budget=budget, seed=seed) for seed in seeds]
+        name: [train(make, sizes, candidates[0], pick, data, lr=options.lr, budget=budget,
+                     seed=seed) for seed in seeds]
         for name, (sizes, pick) in kinds.items()
     }
     options.out.mkdir(parents=True, exist_ok=True)
