@@ -47,6 +47,7 @@ class Fetcher(Dataset):
     ):
         self.dataset, self._collate_fn = dataset, collate_fn
         self.learns, self._seeded, self.shard = learns, seeded, shard
+        self._fetches_lists = isinstance(dataset, FetchesLists)
 
     def __getitem__(self, request: Request) -> Reply:
         began = time.perf_counter()
@@ -57,7 +58,7 @@ class Fetcher(Dataset):
         if self._seeded:
             keys = sample_keys(request.stream, request.start, len(indices), request.stride)
             return self._seeded_draw(keys, lambda at: dataset[indices[at]])
-        if not isinstance(dataset, FetchesLists):
+        if not self._fetches_lists:
             return [dataset[index] for index in indices]
         samples = dataset.__getitems__(indices)
         if len(samples) != len(indices):
