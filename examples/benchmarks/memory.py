@@ -1,4 +1,7 @@
-"""Peak memory of one training step. Linux: the peak of the resident set, reset by /proc/self/clear_refs before the step."""
+"""Peak memory of one training step.
+
+On Linux: the peak of the resident set, reset by /proc/self/clear_refs before the step.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # torch's optimizers import it at their first step: not a part of the step's memory
+import torch._dynamo  # optimizers import it at their first step: not a part of the step's memory
 from methods import OURS
 from models import Workload
 
@@ -17,10 +20,11 @@ WARM_UP = 3
 
 
 def peak_memory(work: Workload, method: Callable[..., Any], device: str) -> dict[str, float]:
-    """Bytes in use before the model was made, and at the peak of a step after some steps to warm up.
+    """Bytes in use before the model was made, and at the peak of a step after some to warm up.
 
-    On a CPU one step is rehearsed on another copy before: the code that it pages in (3 MB of torch's library for a norm) is no memory of the step. On CUDA
-    devices the bytes are those that torch's allocator has handed out.
+    On a CPU one step is rehearsed on another copy first: the code that it pages in (3 MB of torch's
+    library for a norm) does not count as the step's memory. On CUDA devices the bytes are those
+    that torch's allocator has handed out.
 
     Raises:
         OSError: no /proc/self/clear_refs (not Linux), on the CPU.
@@ -46,14 +50,17 @@ def peak_memory(work: Workload, method: Callable[..., Any], device: str) -> dict
         else:
             torch.cuda.reset_peak_memory_stats()
         running.step(batch)
-        peaks.append(_status("VmHWM") if device == "cpu" else float(torch.cuda.max_memory_allocated()))
+        peaks.append(
+            _status("VmHWM") if device == "cpu" else float(torch.cuda.max_memory_allocated()))
     return {"before": before, "peak": sorted(peaks)[1]}
 
 
 def compile_ours(work: Workload, method: Any) -> None:
-    """Run a method's further steps under torch.compile, if the workload asks for it and the method is the plain step or one of ours.
+    """Compile a method's further steps, if the workload is compiled and the method is the plain
+    step or one of ours.
 
-    Between models that differ in their hooks alone the compiler must look at the hooks, or it would run the one by the other's code.
+    Between models that differ only in their hooks the compiler must look at the hooks, or it would
+    run one by the other's code.
     """
     if work.compiled and type(method) in OURS:
         torch._dynamo.config.skip_nnmodule_hook_guards = False

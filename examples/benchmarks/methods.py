@@ -1,7 +1,9 @@
-"""Ways to train a step with the variance trace of its gradient: ours, and those of others where they are installed.
+"""Ways to train a step with the variance trace of its gradient: ours, and those of other tools
+where they are installed.
 
-A method is made from a workload's model and answers step(batch) -> trace, or None for a step that measures nothing. The step is a whole one:
-zero_grad, forward, backward, measurement, optimizer.step (plain SGD with lr 0.01).
+A method is made from a workload's model and answers step(batch) -> trace, or None for a step that
+measures nothing. The step is a whole one: zero_grad, forward, backward, measurement, optimizer.step
+(plain SGD with lr 0.01).
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Plain:
         return seconds(self, batch)
 
     def predicted(self, samples: int) -> float | None:
-        """The share of a step that the cost model expects, for a batch of so many samples; None where there is no model."""
+        """The share of a step that the cost model expects for a batch of `samples`, or None."""
         return None
 
 
@@ -71,7 +73,8 @@ class Exact(Plain):
 
 
 class Budget(Exact):
-    """Ours with measure=0.05: the first step measures all samples and shows the shapes, then the budget's plan holds."""
+    """Ours with measure=0.05: the first step measures all samples and shows the shapes, then the
+    budget's plan holds."""
 
     title = "adabatch, measure=0.05"
     overhead = 0.05
@@ -88,7 +91,8 @@ class Budget(Exact):
         return self.hooks.collect().variance_trace if self.hooks.enabled else None
 
     def cycle(self, batch: Batch, seconds: Callable[[Plain, Batch], float]) -> float:
-        """The mean over one measured step and those up to the next one, which carry the hooks and measure nothing."""
+        """The mean over one measured step and those up to the next one, which carry the hooks and
+        measure nothing."""
         spent = 0.0
         for step in range(self.plan.every):
             self.hooks.enabled = step == 0
@@ -101,7 +105,7 @@ class Budget(Exact):
 
 
 class Vmap(Plain):
-    """torch.func: vmap of grad, all per-sample gradients at once; the batch gradient is their mean."""
+    """torch.func: vmap of grad, all per-sample gradients at once, whose mean is the gradient."""
 
     title = "vmap"
 
@@ -111,7 +115,8 @@ class Vmap(Plain):
         parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
         def loss(parameters: dict[str, Tensor], sample: Tensor, target: Tensor) -> Tensor:
-            return self.work.losses(functional_call(self.model, parameters, (sample.unsqueeze(0),)), target.unsqueeze(0)).mean()
+            outputs = functional_call(self.model, parameters, (sample.unsqueeze(0),))
+            return self.work.losses(outputs, target.unsqueeze(0)).mean()
 
         grads = vmap(grad(loss), (None, 0, 0))(parameters, *batch)
         sq_norms, mean_sq_norm = 0.0, 0.0
@@ -155,18 +160,22 @@ class OpacusExpandedWeights(Opacus):
 
 
 class OpacusGhost(Plain):
-    """Opacus's fast gradient clipping with ghost norms, one backward pass of it: no clipping, so that the gradient is the plain one."""
+    """Opacus's fast gradient clipping with ghost norms, one backward pass of it: no clipping, so
+    that the gradient is the plain one."""
 
     title = "Opacus, ghost"
 
     def prepare(self) -> None:
         from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
-        self.model = GradSampleModuleFastGradientClipping(self.model, batch_first=True, loss_reduction="mean", max_grad_norm=1.0, use_ghost_clipping=True)
+        self.model = GradSampleModuleFastGradientClipping(
+            self.model, batch_first=True, loss_reduction="mean", max_grad_norm=1.0,
+            use_ghost_clipping=True)
 
     def trace(self) -> float:
         norms = [parameter._norm_sample for parameter in self.model.parameters()]
-        return _trace(torch.stack(norms).square().sum(0), sum(parameter.grad.square().sum() for parameter in self.model.parameters()))
+        mean_sq_norm = sum(parameter.grad.square().sum() for parameter in self.model.parameters())
+        return _trace(torch.stack(norms).square().sum(0), mean_sq_norm)
 
 
 class BackpackExtension(Plain):
@@ -213,7 +222,8 @@ class BackpackNorms(BackpackExtension):
 
 
 class CockpitCabs(BackpackExtension):
-    """Cockpit's CABS quantity, lr · trace / loss with the trace by the divisor m, at every step; it comes with BackPACK's limits."""
+    """Cockpit's CABS quantity, lr · trace / loss with the trace by the divisor m, at every step; it
+    has BackPACK's limits."""
 
     title = "Cockpit, CABS"
 
@@ -230,7 +240,8 @@ class CockpitCabs(BackpackExtension):
         inputs, targets = batch
         losses = self.work.losses(self.model(inputs), targets)
         loss = losses.mean()
-        info = {"batch_size": len(inputs), "individual_losses": losses.detach(), "loss": loss, "optimizer": self.optimizer}
+        info = {"batch_size": len(inputs), "individual_losses": losses.detach(), "loss": loss,
+                "optimizer": self.optimizer}
         with self.cockpit(self.steps, info=info):
             loss.backward(create_graph=self.cockpit.create_graph(self.steps))
         proposal = self.quantity.get_output().pop(self.steps)
@@ -244,5 +255,6 @@ def _trace(sq_norms: Tensor, grad_sq_norm: Tensor) -> float:
 
 
 OURS: tuple[Callable[..., Plain], ...] = (Plain, Exact, Budget)
-PEERS: tuple[Callable[..., Plain], ...] = (Vmap, Opacus, OpacusGhost, OpacusExpandedWeights, BackpackExtension, BackpackNorms, CockpitCabs)
+PEERS: tuple[Callable[..., Plain], ...] = (
+    Vmap, Opacus, OpacusGhost, OpacusExpandedWeights, BackpackExtension, BackpackNorms, CockpitCabs)
 METHODS = {method.__name__: method for method in (*OURS, *PEERS)}

@@ -1,14 +1,18 @@
-"""What the variance trace costs: the time of a training step that measures it over that of a plain one, extra peak memory, and the error of the trace.
+"""What the variance trace costs: the time of a training step that measures it over that of a plain
+one, extra peak memory, and the error of the trace.
 
-    python examples/benchmarks/overhead.py                                 # all models, ours and the peers that are installed
+    python examples/benchmarks/overhead.py              # all models, ours and the installed peers
     python examples/benchmarks/overhead.py --models b,c --repeats 41 --peers ""
     python examples/benchmarks/overhead.py --device cuda                   # models f, g and h
 
-The peers come with pip install 'adabatch[bench]'; those that are absent, or refuse a model, are skipped with a word.
+The peers come with pip install 'adabatch[bench]'; those that are absent, or refuse a model, are
+skipped, and listed with the reason.
 
-All methods are interleaved in one run, so that a slow minute of the machine hits them alike; ratios are of steps that follow each other. Memory is
-the peak resident set of one step, in a process of its own for each method, in which freed memory goes back to the system at once
-(MALLOC_MMAP_THRESHOLD_): else the heap's holes count, tens of MB more or less from one run to the next. Writes overhead.json and overhead.md into --out.
+All methods are interleaved in one run, so that a slow minute of the machine affects them alike;
+ratios are of steps that follow each other. Memory is the peak resident set of one step, in a
+separate process for each method, in which freed memory is returned to the system at once
+(MALLOC_MMAP_THRESHOLD_): otherwise the heap's holes count, tens of MB more or less from one run to
+the next. Writes overhead.json and overhead.md into --out.
 """
 
 from __future__ import annotations
@@ -34,22 +38,26 @@ EVERY = {**WORKLOADS, **GPU_WORKLOADS}
 
 
 def exact_trace(work: Workload, device: str = "cpu") -> float:
-    """tr Cov of the per-sample gradients in float64, divisor m − 1, one backward pass per sample."""
+    """tr Cov of the per-sample gradients, float64, divisor m − 1, one backward pass per sample."""
     model, (inputs, targets) = work.setting()
     model, inputs, targets = model.to(device).double(), inputs.to(device), targets.to(device)
+    parameters = list(model.parameters())
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     targets = targets.double() if targets.is_floating_point() else targets
     samples, sq_norms = len(inputs), 0.0
     total = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for row in range(samples):
-        grads = torch.autograd.grad(work.losses(model(inputs[row : row + 1]), targets[row : row + 1]).sum(), list(model.parameters()))
+        losses = work.losses(model(inputs[row : row + 1]), targets[row : row + 1])
+        grads = torch.autograd.grad(losses.sum(), parameters)
         sq_norms += sum(float(grad.square().sum()) for grad in grads)
         total = [sums + grad for sums, grad in zip(total, grads, strict=True)]
     return (sq_norms - sum(float(sums.square().sum()) for sums in total) / samples) / (samples - 1)
 
 
-def start(work: Workload, names: list[str], device: str) -> tuple[dict[str, Plain], dict[str, str]]:
-    """Each method on a model of its own, and why those that are missing are."""
+def start(
+    work: Workload, names: list[str], device: str
+) -> tuple[dict[str, Plain], dict[str, str]]:
+    """Each method on its copy of the model, and the reasons of those that are missing."""
     methods, skipped = {}, {}
     model, batch = work.setting()
     batch = tuple(tensor.to(device) for tensor in batch)
@@ -58,10 +66,11 @@ def start(work: Workload, names: list[str], device: str) -> tuple[dict[str, Plai
         try:
             method = METHODS[name](work, own)
             method.first_trace = method.step(batch)
-        except Exception as error:  # a peer that is absent, or refuses the model, must not end the run
+        except Exception as error:  # a peer that is absent or refuses must not end the run
             if name in {ours.__name__ for ours in OURS}:
                 raise
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+            reason = str(error).splitlines()[0] if str(error) else ""
+            skipped[name] = f"{type(error).__name__}: {reason}"[:120]
         else:
             methods[name] = method
             compile_ours(work, method)
@@ -95,18 +104,23 @@ def measure(work: Workload, names: list[str], repeats: int, device: str) -> dict
     rows = []
     for name, method in methods.items():
         ratios = [own / plain for own, plain in zip(times[name], times["Plain"], strict=True)]
-        error = None if method.first_trace is None or truth is None else abs(method.first_trace / truth - 1)
-        figures = {"ms": 1e3 * sorted(times[name])[repeats // 2], **median_interval(ratios), "predicted": method.predicted(len(batch[0]))}
+        found = method.first_trace
+        error = None if found is None or truth is None else abs(found / truth - 1)
+        figures = {"ms": 1e3 * sorted(times[name])[repeats // 2], **median_interval(ratios),
+                   "predicted": method.predicted(len(batch[0]))}
         rows.append({"method": name, "title": method.title, **figures, "error": error})
-    return {"model": work.name, "title": work.title, "rows": rows, "skipped": skipped, "trace": truth}
+    return {"model": work.name, "title": work.title, "rows": rows, "skipped": skipped,
+            "trace": truth}
 
 
 def add_memory(result: dict, device: str, threads: int) -> None:
-    """Peak memory of each method, of one step in a process of its own."""
+    """Peak memory of one step of each method, in a separate process."""
     for row in result["rows"]:
-        command = [sys.executable, __file__, "--memory-of", row["method"], "--models", result["model"], "--device", device, "--threads", str(threads)]
+        command = [sys.executable, __file__, "--memory-of", row["method"],
+                   "--models", result["model"], "--device", device, "--threads", str(threads)]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        answer = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment)
         row["memory"] = json.loads(answer.stdout) if answer.returncode == 0 else None
     plain = result["rows"][0]["memory"]
     for row in result["rows"]:
@@ -116,18 +130,22 @@ def add_memory(result: dict, device: str, threads: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", help="letters with commas between (default a to e on a CPU, f to h elsewhere)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", help="comma-separated letters (default a to e on a CPU, f to h "
+                        "elsewhere)")
     parser.add_argument("--repeats", type=int, default=41, help="steps of each method (default 41)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--peers", default=",".join(peer.__name__ for peer in PEERS), help="with commas between; '' for none")
+    parser.add_argument("--peers", default=",".join(peer.__name__ for peer in PEERS),
+                        help="comma-separated; '' for none")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--out", type=Path, default=Path("out/overhead"))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    letters = options.models.split(",") if options.models else WORKLOADS if options.device == "cpu" else GPU_WORKLOADS
+    letters = WORKLOADS if options.device == "cpu" else GPU_WORKLOADS
+    letters = options.models.split(",") if options.models else letters
     works = [EVERY[letter] for letter in letters]
     if options.memory_of:
         print(json.dumps(peak_memory(works[0], METHODS[options.memory_of], options.device)))
@@ -141,8 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
             add_memory(result, options.device, options.threads)
         results.append(result)
         print(table([result]), flush=True)
-        setting = {"torch": torch.__version__, "threads": options.threads, "device": options.device, "repeats": options.repeats}
-        (options.out / "overhead.json").write_text(json.dumps({"setting": setting, "results": results}, indent=1))
+        setting = {"torch": torch.__version__, "threads": options.threads,
+                   "device": options.device, "repeats": options.repeats}
+        (options.out / "overhead.json").write_text(
+            json.dumps({"setting": setting, "results": results}, indent=1))
         (options.out / "overhead.md").write_text(table(results))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
-HEADER = ("method", "step, ms", "time / plain", "model", "90 % interval", "min to max", "extra peak memory", "relative error")
+HEADER = ("method", "step, ms", "time / plain", "model", "90 % interval", "min to max",
+          "extra peak memory", "relative error")
 
 
 def median_interval(values: list[float], level: float = 0.9) -> dict[str, float]:
-    """Median, its interval by the sign test (no assumption on the distribution), minimum and maximum.
+    """Median, its interval by the sign test (for any distribution), minimum and maximum.
 
-    The interval is [x_(k), x_(n+1−k)] with the largest k for which P(Binomial(n, ½) < k) <= (1 − level)/2; with too few values, the whole range.
+    The interval is [x_(k), x_(n+1−k)] with the largest k for which P(Binomial(n, ½) < k) <=
+    (1 − level)/2; with too few values, the whole range.
 
     Example:
         >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -26,14 +28,16 @@ def median_interval(values: list[float], level: float = 0.9) -> dict[str, float]
         rank += 1
     rank = max(rank, 1)
     middle = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
-    return {"median": middle, "low": ordered[rank - 1], "high": ordered[count - rank], "min": ordered[0], "max": ordered[-1]}
+    return {"median": middle, "low": ordered[rank - 1], "high": ordered[count - rank],
+            "min": ordered[0], "max": ordered[-1]}
 
 
 def table(results: list[dict]) -> str:
     """A Markdown table for each model; peers that were skipped are named below it."""
     parts = []
     for result in results:
-        lines = [f"**{result['model']}: {result['title']}**", "", _line(HEADER), _line(["---"] * len(HEADER))]
+        lines = [f"**{result['model']}: {result['title']}**", ""]
+        lines += [_line(HEADER), _line(["---"] * len(HEADER))]
         lines += [_line(_cells(row)) for row in result["rows"]]
         lines += [f"\nskipped: {name} ({reason})" for name, reason in result["skipped"].items()]
         parts.append("\n".join(lines) + "\n")
@@ -45,8 +49,11 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 
 def _cells(row: dict) -> list[str]:
-    memory = "" if row.get("extra_mb") is None else f"{row['extra_mb']:+.0f} MB ({100 * row['extra_share']:+.0f} %)"
+    memory = ("" if row.get("extra_mb") is None
+              else f"{row['extra_mb']:+.0f} MB ({100 * row['extra_share']:+.0f} %)")
     error = "" if row["error"] is None else f"{row['error']:.1e}"
-    interval, extent = f"{row['low']:.3f} to {row['high']:.3f}", f"{row['min']:.2f} to {row['max']:.2f}"
+    interval = f"{row['low']:.3f} to {row['high']:.3f}"
+    extent = f"{row['min']:.2f} to {row['max']:.2f}"
     model = "" if row.get("predicted") is None else f"{1 + row['predicted']:.3f}"
-    return [row["title"], f"{row['ms']:.1f}", f"{row['median']:.3f}", model, interval, extent, memory, error]
+    return [row["title"], f"{row['ms']:.1f}", f"{row['median']:.3f}", model, interval, extent,
+            memory, error]
