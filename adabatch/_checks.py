@@ -1,7 +1,7 @@
 """Checks of arguments and states, which several folders share.
 
-Each returns the checked value, or raises TypeError for a wrong type and ValueError for a wrong value:
-what is wrong, the value got and the values allowed.
+Each returns the checked value, or raises TypeError for a wrong type and ValueError for a wrong
+value: what is wrong, the value got and the values allowed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, SupportsIndex, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,7 +21,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
-def integer(name: str, value: object, at_least: int | None = None) -> int:
+def integer(
+    name: str, value: object, at_least: int | None = None, at_most: int | None = None
+) -> int:
     """An int, or anything with `__index__` (a NumPy integer), as a plain int; bool is refused.
 
     Example:
@@ -29,14 +31,16 @@ def integer(name: str, value: object, at_least: int | None = None) -> int:
         30
         >>> integer("step_size", 0, at_least=1)
         Traceback (most recent call last):
-        ValueError: step_size must be an integer of at least 1, got 0
+        ValueError: step_size must be an integer >= 1, got 0
     """
-    allowed = "an integer" if at_least is None else f"an integer of at least {at_least}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    allowed = "an integer" if at_least is None else f"an integer >= {at_least}"
+    allowed = allowed if at_most is None else f"an integer from {at_least} to {at_most}"
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
     number = operator.index(value)
-    if at_least is not None and number < at_least:
-        raise ValueError(f"{name} must be {allowed}, got {number}")
+    above = at_most is not None and number > at_most
+    if above or (at_least is not None and number < at_least):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return number
 
 
@@ -177,29 +181,6 @@ def check_version(state: dict[str, Any], version: int, what: str) -> None:
     if found != version:
         raise ValueError(f"the state of {what} has version {found!r}; this release of adabatch "
                          f"reads version {version}. Use the release that wrote it.")  # fmt: skip
-
-
-def checked_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` as a Python int within low … high.
-
-    Raises:
-        TypeError: not an integer (bool and float are refused too).
-        ValueError: out of range.
-
-    Example:
-        >>> checked_int("batch_size", 8, 1)
-        8
-    """
-    allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or type(value).__name__ in ("bool", "bool_"):
-        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
-    return number
 
 
 def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:

@@ -134,7 +134,7 @@ def test_bad_batches_and_candidates():
     for batch in ((), torch.tensor(1.0), (torch.ones(3), torch.ones(4)), torch.ones(0, 2)):
         with pytest.raises(ValueError, match="batch must hold tensors whose first dimension is the sample's"):
             split_losses(nn.Identity(), loss_fn, batch)
-    with pytest.raises(ValueError, match=r"candidates\[1\] must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"candidates\[1\] must be an integer >= 1, got 0"):
         split_losses(nn.Identity(), loss_fn, torch.ones(4), candidates=(4, 0))
     with pytest.raises(TypeError, match="candidates must be a list or tuple of integers, got 4"):
         split_losses(nn.Identity(), loss_fn, torch.ones(4), candidates=4)

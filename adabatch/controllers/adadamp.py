@@ -15,8 +15,8 @@ class AdaDamp(Controller):
 
     The published rule evaluates F on the whole data set and rounds up; ours takes the losses of the
     batches, and needs no moments. Beyond the upper bound, on_limit='lower_lr' lowers the lr as
-    published. A smoothed loss at or below f_star proposes infinity. At small batches F₀ is one noisy
-    loss: give initial_loss. The interval is by the error of F, as if F₀ were known.
+    published. A smoothed loss at or below f_star proposes infinity. At small batches F₀ is one
+    noisy loss: give initial_loss. The interval is by the error of F, as if F₀ were known.
 
     Args:
         batch_size: B₀, in samples.

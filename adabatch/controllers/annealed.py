@@ -38,8 +38,8 @@ class Annealed(Controller):
 
     Growing: m = B₀/f for SGD, B₀/f² for Adam, at the optimizer's lr. At the cap, and for whatever
     size bounds and rounding leave, the lr is multiplied by f·B/B₀ or f·√(B/B₀), so that η is the
-    decay's at every step. An lr schedule of the user's multiplies. It saves steps, not samples; what
-    was measured: adabatch/controllers/README.md.
+    decay's at every step. An lr schedule of the user's multiplies. It saves steps, not samples;
+    measurements: adabatch/controllers/README.md.
 
     Args:
         budget: samples of the whole run; afterwards η stays at final·η₀.
@@ -61,14 +61,14 @@ class Annealed(Controller):
         >>> for samples in (500, 200, 200):
         ...     rule.on_step(samples=samples, epoch=0)
         ...     size = rule.propose(None, loss=1.0, lr=0.1)
-        ...     print(round(size, 6), round(rule.lr_factor()(size), 6))  # α/m: 0.5, 0.3, 0.1 of α/16
+        ...     print(round(size, 6), round(rule.lr_factor()(size), 6))
         32.0 1.0
         53.333333 1.0
         64.0 0.4
 
     References:
-        Smith, Kindermans, Ying, Le (2018), "Don't decay the learning rate, increase the batch size",
-        arXiv 1711.00489; for budgets Li, Yumer, Ramanan (2020), "Budgeted training",
+        Smith, Kindermans, Ying, Le (2018), "Don't decay the learning rate, increase the batch
+        size", arXiv 1711.00489; for budgets Li, Yumer, Ramanan (2020), "Budgeted training",
         arXiv 1905.04753. The cap and the composition are ours.
     """
 
@@ -79,7 +79,8 @@ class Annealed(Controller):
         self, budget: int, batch_size: int = 16, shape: str = "linear", power: float = 2.0,
         cap: Operand | None = None, final: float = 0.0, rule: str | None = None,
     ):  # fmt: skip
-        self.budget, self.batch_size = positive("budget", budget), positive("batch_size", batch_size)
+        self.budget = positive("budget", budget)
+        self.batch_size = positive("batch_size", batch_size)
         self.shape, self.power = choice("shape", shape, SHAPES), positive("power", power)
         self.rule = choice("rule", rule, (None, *EXPONENTS))
         self.final = real("final", final, at_least=0, at_most=1)
@@ -137,8 +138,8 @@ class Annealed(Controller):
     @property
     def _exponent(self) -> float:
         if self.rule is None:
-            raise ValueError("Annealed does not know its rule yet: pass rule='linear' (SGD) or 'sqrt' "
-                             "(Adam), or let adabatch.wrap bind it to the optimizer")  # fmt: skip
+            raise ValueError("Annealed does not know its rule yet: pass rule='linear' (SGD) or "
+                             "'sqrt' (Adam), or let adabatch.wrap bind it")  # fmt: skip
         return EXPONENTS[self.rule]
 
 

@@ -127,8 +127,8 @@ class Controller(interfaces.Controller):
     def _ask(self, moments: GradientMoments | None, loss: float, lr: float) -> list[float]:
         """The operands' proposals. All are asked, so that the averages of each move on."""
         self.proposals = [
-            x.propose(moments, loss=loss, lr=lr) if isinstance(x, interfaces.Controller) else float(x)
-            for x in self.operands
+            float(x) if not isinstance(x, interfaces.Controller)
+            else x.propose(moments, loss=loss, lr=lr) for x in self.operands
         ]
         return self.proposals
 
@@ -162,18 +162,19 @@ class Controller(interfaces.Controller):
         name = type(self).__name__
         check_version(state, self.version, name)
         if state.get("controller") != name:
-            raise ValueError(f"the state is that of a controller {state.get('controller')}, and was "
-                             f"to be loaded into {name}: build the controller that was saved, or "
+            raise ValueError(f"the state of a controller {state.get('controller')} cannot be "
+                             f"loaded into {name}: build the controller that was saved, or "
                              "start without its state")  # fmt: skip
         saved, fields = state.get("children", ()), {"version", "controller", *self.state_attrs}
-        missing, others = sorted(fields - state.keys()), sorted(state.keys() - fields - {"children"})
+        missing = sorted(fields - state.keys())
+        others = sorted(state.keys() - fields - {"children"})
         problems = [f"lacks {missing}"] if missing else []
         problems += [f"has {others} as well"] if others else []
         if len(saved) != len(self.children):
             problems.append(f"has {len(saved)} children, not {len(self.children)}")
         if problems:
-            raise ValueError(f"the state of {name} {' and '.join(problems)}: pass what state_dict() of "
-                             "such a controller returned")  # fmt: skip
+            raise ValueError(f"the state of {name} {' and '.join(problems)}: pass what "
+                             "state_dict() of such a controller returned")  # fmt: skip
         for child, part in zip(self.children, saved, strict=True):
             if isinstance(child, Controller):
                 child.check_state(part)

@@ -196,10 +196,10 @@ class CABS(Controller):
 class ReferenceCABS(Controller):
     """CABS as the authors' TensorFlow code computes it: m = scale · lr · ξ / (F + eps).
 
-    ξ is the smoothed mean of ‖g_i‖² − ‖g‖² (divisor m, so biased), F the smoothed loss. The averages
-    start at 0 and 1, weight all steps alike and are not bias-corrected, so that the first proposals
-    are low and no interval is known; they are updated before use. The published code then rounds
-    half to even and clips to 16..2048: bounds that the scheduler applies.
+    ξ is the smoothed mean of ‖g_i‖² − ‖g‖² (divisor m, so biased), F the smoothed loss. The
+    averages start at 0 and 1, weight all steps alike and are not bias-corrected, so that the first
+    proposals are low and no interval is known; they are updated before use. The published code then
+    rounds half to even and clips to 16..2048: bounds that the scheduler applies.
 
     Args:
         scale, smoothing, eps, effective_lr: as in CABS.

@@ -60,8 +60,8 @@ class AtMost(Controller):
 class Average(Controller):
     """The weighted arithmetic mean of several proposals, Σ w_i m_i / Σ w_i.
 
-    It is a mean over controllers, not over time: each smooths its own numerator and denominator, and
-    an average of ratios would mislead. One infinite proposal makes the mean infinite.
+    It is a mean over controllers, not over time: each smooths its own numerator and denominator,
+    and an average of ratios would mislead. One infinite proposal makes the mean infinite.
 
     Args:
         operands: controllers or numbers of samples.
@@ -131,7 +131,7 @@ class Monotone(Controller):
 
 
 class Warmup(Controller):
-    """Grows no faster than by `growth` every `samples` samples: min(proposal, limit·growth^(n/samples)).
+    """Grows by at most `growth` every `samples` samples: min(proposal, limit·growth^(n/samples)).
 
     n is the size of the step, limit the last proposal of this controller, or the size in use where
     that is larger. It may fall as fast as it likes.
@@ -183,8 +183,8 @@ class Warmup(Controller):
 class Confident(Controller):
     """Keeps the size in force while the interval of the proposal holds it.
 
-    A proposal whose error is not known yet moves nothing; one that has none is followed. The size in
-    force is read through `RunContext.batch_size`; without it every proposal is followed.
+    A proposal whose error is not known yet moves nothing; one that has none is followed. The size
+    in force is read through `RunContext.batch_size`; without it every proposal is followed.
 
     Args:
         operand: a controller.
@@ -199,7 +199,7 @@ class Confident(Controller):
         >>> moments = GradientMoments(4, torch.tensor([1.0, 2.0, 3.0, 4.0]), grad_sq_norm=2.0)
         >>> rule, optimizer = Confident(NoiseScale()), torch.optim.SGD([torch.zeros(1)], lr=0.1)
         >>> rule.bind(RunContext(optimizer, batch_size=lambda: 16))
-        >>> rule.propose(moments, loss=1.0, lr=0.1)  # after one step the noise scale has no error yet
+        >>> rule.propose(moments, loss=1.0, lr=0.1)  # no error is known after one step
         16.0
     """
 

@@ -83,7 +83,7 @@ def fit_step_time(
     from scipy.optimize import minimize  # takes half a second to import, and few runs fit
 
     if len(set(sizes)) < 2:
-        raise ValueError(f"a step's time can be fitted to two batch sizes or more, got {set(sizes)}")
+        raise ValueError(f"a step's time needs at least two batch sizes to fit, got {set(sizes)}")
     log_sizes = np.log(np.asarray(sizes, float) / replicas)
     logs, weights = np.log(np.maximum(seconds, SMALLEST)), np.asarray(counts, float)
     weights = weights / weights.sum()
@@ -112,12 +112,13 @@ class Goodput(Controller):
     makes; the size moves only for a predicted gain above `gain`.
 
     Throughput is B/seconds(B), seconds(B) fitted every 20 steps to the median times of the sizes so
-    far (`StepTime`; of each size its last 31 steps); efficiency is (φ + B₀)/(φ + B), AdaScale's gain
-    over B/B₀, φ from separately smoothed T̂ and Ĝ². Sizes beyond twice the largest one timed are not
-    considered; while all steps had one size the proposal is twice that size, after 20 of them.
+    far (`StepTime`; of each size its last 31 steps); efficiency is (φ + B₀)/(φ + B), AdaScale's
+    gain over B/B₀, φ from separately smoothed T̂ and Ĝ². Sizes beyond twice the largest one timed
+    are not considered; while all steps had one size the proposal is twice that size, after 20 of
+    them.
 
-    Pair it with coupling='adascale', under which the efficiency is meant, and choose the upper bound
-    for lr · B/B₀. It follows the clock: two runs from one seed differ. A step's time is that between
+    Pair it with coupling='adascale', for which the efficiency holds, and choose the upper bound for
+    lr · B/B₀. It follows the clock: two runs from one seed differ. A step's time is that between
     two calls of `on_step`. Limits, and what was measured: adabatch/controllers/README.md.
 
     Args:
@@ -158,8 +159,8 @@ class Goodput(Controller):
         self.replicas, self.smoothing = int(positive("replicas", replicas)), smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
         self.joint = JointAverages(self.trace, self.square)
-        # Of the last decision by both models: the proposal before, the size timed nearest to it, the
-        # largest one; the fields of StepTime.
+        # Of the last decision by both models: the proposal before, the size timed nearest to it,
+        # the largest one; the fields of StepTime.
         self.decided: list[float] = []
         self.sizes: list[int] = []  # of the steps timed, the oldest first
         self.seconds: list[float] = []  # NaN for the first step at a size
@@ -204,7 +205,9 @@ class Goodput(Controller):
         """What the last decision would be at both ends of the noise scale's interval, and the
         proposal itself; the times of steps count as known."""
         low, high = super().interval(level)
-        return (low, high) if math.isnan(low) else (min(low, self.proposal), max(high, self.proposal))
+        if math.isnan(low):
+            return low, high
+        return min(low, self.proposal), max(high, self.proposal)
 
     def _inputs(self, level: float) -> list[Input]:
         noise_scale = ratio(self.trace.average, self.square.average)
@@ -221,8 +224,8 @@ class Goodput(Controller):
         return best if self._goodput(best, step_time, inputs[0]) > bar else before
 
     def best_size(self, step_time: StepTime, noise_scale: float, largest: float) -> float:
-        """The size with the greatest goodput among B₀ … largest, in samples, to 0.01 %; the smallest
-        of equals."""
+        """The size with the greatest goodput among B₀ … largest, in samples, to 0.01 %; the
+        smallest of equals."""
         low = float(self.base_batch_size)
         high = max(low, min(float(largest), self._limit))
         for _ in range(3):

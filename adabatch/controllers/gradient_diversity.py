@@ -17,8 +17,8 @@ class GradientDiversity(Controller):
     once every n samples, and held in between.
 
     On one batch of m the plain m·Δ cannot exceed m where noise dominates, as ‖g‖² holds the noise
-    T/m. So Σ m·mean‖g_i‖² and Σ m·Ĝ², Ĝ² unbiased, are summed over the epoch and divided at its end:
-    our form of the published rule, which sums the gradients themselves while the parameters move.
+    T/m. So Σ m·mean‖g_i‖² and Σ m·Ĝ², Ĝ² unbiased, are summed over the epoch and divided at its
+    end: our form of the published rule, which sums the gradients while the parameters move.
     Before the first epoch has ended the proposal is the size in use. Pair it with coupling='sqrt',
     or bound the size to a few times the first one: with 'linear' as published runs collapsed
     (adabatch/controllers/README.md).

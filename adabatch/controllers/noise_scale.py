@@ -13,8 +13,8 @@ class NoiseScale(Controller):
     """m = scale·T/G², the simple noise scale: at scale = 1 the noise in the batch gradient is as
     large as its signal.
 
-    T̂ and the unbiased Ĝ² are smoothed separately, weighted by samples, then divided and clamped: an
-    average of ratios would be badly biased. Where the smoothed Ĝ² is not above 0 the proposal is
+    T̂ and the unbiased Ĝ² are smoothed separately, weighted by samples, then divided and clamped:
+    an average of ratios would be badly biased. Where the smoothed Ĝ² is not above 0 the proposal is
     infinite. Limits: adabatch/controllers/README.md.
 
     Args:

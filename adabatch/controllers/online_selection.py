@@ -70,8 +70,8 @@ class OnlineSelection(Controller):
             losses = self.losses_by_size()
             missing = [size for size in self.candidates if size not in losses]
             if missing:
-                raise ValueError(f"losses_by_size() must give a loss for each of {self.candidates}, "
-                                 f"got none for {missing}")  # fmt: skip
+                raise ValueError(f"losses_by_size() must give a loss for each of "
+                                 f"{self.candidates}, got none for {missing}")  # fmt: skip
             found = {size: losses[size] for size in self.candidates if losses[size] == losses[size]}
             self.chosen = select_batch_size(found, self.pick) if found else self.chosen
         return float(self.chosen)

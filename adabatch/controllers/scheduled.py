@@ -17,10 +17,10 @@ class Scheduled(Controller):
     """Proposes what a schedule says, whatever the gradients: nothing need be measured, and the
     proposal has no interval. Bounds, coupling, state and diagnostics are the scheduler's.
 
-    A schedule of `adabatch.schedules` is built over `VirtualBatchSize(n)`, with None for its loader.
-    It is stepped with `metrics=` the mean loss of the samples since its last step (losses that are
-    not finite are passed over) and `samples=` their number. A function count -> batch size, or a
-    ramp as a string, is called with the count itself.
+    A schedule of `adabatch.schedules` is built over `VirtualBatchSize(n)`, with None for its
+    loader. It is stepped with `metrics=` the mean loss of the samples since its last step (losses
+    that are not finite are skipped) and `samples=` their number. A function count -> batch size, or
+    a ramp as a string, is called with the count itself.
 
     Args:
         schedule: a schedule over VirtualBatchSize; a ramp such as "0:64 100K:128"; or a function of
@@ -125,8 +125,8 @@ def _checked(schedule: object) -> BSScheduler | Callable[[int], float]:
             )
         return schedule
     if not callable(schedule):
-        raise TypeError("schedule must be a schedule over VirtualBatchSize, a ramp as a string, or a "
-                        f"function of the count, got {schedule!r}")  # fmt: skip
+        raise TypeError("schedule must be a schedule over VirtualBatchSize, a ramp as a string, or "
+                        f"a function of the count, got {schedule!r}")  # fmt: skip
     return schedule
 
 

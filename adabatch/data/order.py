@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import (
     IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler)
 
-from adabatch._checks import checked_int
+from adabatch._checks import integer
 from adabatch._types import SavedState, Source
 from adabatch.data.rng import GOLDEN, splitmix64, words
 
@@ -70,9 +70,9 @@ class KeyedPermutation:
     """
 
     def __init__(self, n: int, seed: int, epoch: int = 0) -> None:
-        self.n = checked_int("n", n, 0, MAX_SAMPLES)
-        self.seed = checked_int("seed", seed, 0, MAX_WORD)
-        self.epoch = checked_int("epoch", epoch, 0, MAX_WORD)
+        self.n = integer("n", n, 0, MAX_SAMPLES)
+        self.seed = integer("seed", seed, 0, MAX_WORD)
+        self.epoch = integer("epoch", epoch, 0, MAX_WORD)
         rows = math.isqrt(max(self.n - 1, 0)) + 1
         # Rotations of odd length are even permutations: with both sides odd, half of all orders
         # could never come.
@@ -233,8 +233,8 @@ class Shard:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        checked_int("world_size", self.world_size, 1)
-        checked_int("rank", self.rank, 0, self.world_size - 1)
+        integer("world_size", self.world_size, 1)
+        integer("rank", self.rank, 0, self.world_size - 1)
 
     def local_size(self, position: int, size: int) -> int:
         """Samples of this process in the batch of `size` at `position`; within 1 of the others'."""
@@ -313,7 +313,7 @@ class Shard:
 
     def check_batch_size(self, batch_size: int) -> int:
         """`batch_size` as an int; TypeError, ValueError unless each process gets a sample."""
-        size = checked_int("batch_size", batch_size, 1)
+        size = integer("batch_size", batch_size, 1)
         if size < self.world_size:
             raise ValueError(
                 f"batch_size is that of the global batch, and each of the {self.world_size} "

@@ -10,7 +10,7 @@ from itertools import islice
 from torch import Tensor
 from torch.utils.data import BatchSampler, IterableDataset, Sampler
 
-from adabatch._checks import check_version, checked_int
+from adabatch._checks import check_version, integer
 from adabatch._types import Source
 from adabatch.data.order import (
     MAX_SAMPLES, MAX_WORD, SHUFFLING, EpochAware, KeyedPermutation, Shard, Stateful, StreamOrder,
@@ -114,7 +114,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             self.shard.check_epoch(check_shared(sampler) if sampler else self._num_samples or 0)
         self.batch_size = batch_size
         self.shuffle = shuffle
-        self.seed = checked_int("seed", seed, 0, MAX_WORD)
+        self.seed = integer("seed", seed, 0, MAX_WORD)
         self.drop_last = drop_last
         self.last_local_size = self._epoch = 0
         self.recent = deque(maxlen=4096)
@@ -182,7 +182,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
 
         Calls the ``set_epoch`` of a user's sampler too. TypeError, ValueError: not an int >= 0.
         """
-        epoch = checked_int("epoch", epoch, 0, MAX_WORD)
+        epoch = integer("epoch", epoch, 0, MAX_WORD)
         if self._begun or epoch != self._epoch:
             self.go_to(epoch)
         if isinstance(self.sampler, EpochAware):
@@ -257,10 +257,10 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
                 f"The state belongs to another order of samples ({', '.join(wrong)}). Build the "
                 "sampler as in the run that saved it.")
         return (
-            checked_int("epoch", state["epoch"], 0, MAX_WORD),
-            checked_int("position", state["position"], 0),
-            checked_int("batch_size", state["batch_size"], 1),
-            checked_int("seed", state["seed"], 0, MAX_WORD))
+            integer("epoch", state["epoch"], 0, MAX_WORD),
+            integer("position", state["position"], 0),
+            integer("batch_size", state["batch_size"], 1),
+            integer("seed", state["seed"], 0, MAX_WORD))
 
     def _batches(self, iterator_id: int) -> Iterator[list[int]]:
         order = self.open_order(iterator_id)
@@ -379,4 +379,4 @@ def _sample_count(source: object) -> int:
             "sample. Pass a map-style data set.")
     if isinstance(source, Sized):
         return len(source)
-    return checked_int("data_source must have a length, or", source, 0, MAX_SAMPLES)
+    return integer("data_source must have a length, or", source, 0, MAX_SAMPLES)

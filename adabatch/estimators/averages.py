@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from adabatch._checks import smoothing as checked_smoothing
+
 
 class MovingAverage:
     """Exponential moving average weighted by samples, and its standard error.
@@ -54,7 +56,7 @@ class MovingAverage:
     )
 
     def __init__(self, smoothing: float = 0.95):
-        check_smoothing(smoothing)
+        checked_smoothing(smoothing)
         self.smoothing = smoothing
         self.average = math.nan
         self.count = self.unknown = 0
@@ -195,19 +197,3 @@ def half_width(level: float, std_error: float, freedom: float) -> float:
     """
     half = student_quantile(level, freedom) * std_error
     return half if math.isfinite(half) else math.inf
-
-
-def check_smoothing(smoothing: float) -> None:
-    """Refuse a decay outside [0, 1).
-
-    Raises:
-        ValueError: smoothing out of range.
-
-    Example:
-        >>> check_smoothing(0.95)
-    """
-    if not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 1:
-        raise ValueError(
-            f"smoothing is {smoothing!r}, but must be at least 0 (no smoothing) and less than 1; "
-            "0.95 is usual"
-        )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from adabatch._checks import checked_int
+from adabatch._checks import integer
 from adabatch.data.chunks import split_into
 from adabatch.data.order import ONE_PROCESS, Shard
 
@@ -55,7 +55,7 @@ class BatchSplit:
 
     @limit.setter
     def limit(self, limit: int | None) -> None:
-        self._limit = None if limit is None else checked_int("the micro-batch limit", limit, 1)
+        self._limit = None if limit is None else integer("the micro-batch limit", limit, 1)
 
     @property
     def is_split(self) -> bool:

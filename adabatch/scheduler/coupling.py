@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch.optim import Optimizer
 
+from adabatch._checks import smoothing as checked_smoothing
 from adabatch.config import CouplingRule
-from adabatch.estimators.averages import check_smoothing
 
 
 def none(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
@@ -91,8 +91,7 @@ class AdaScaleGain:
     needs_moments = True
 
     def __init__(self, smoothing: float = 0.95):
-        check_smoothing(smoothing)
-        self.smoothing = smoothing
+        self.smoothing = checked_smoothing(smoothing)
 
     def __call__(self, batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
         return gain(batch_size, base_batch_size, noise_scale)

@@ -169,7 +169,7 @@ class VirtualBatchSize(BatchSizeManager):
     ``StepBS(None, 30, batch_size_manager=VirtualBatchSize(64))``.
 
     Args:
-        batch_size: the first size, an integer of at least 1, in samples.
+        batch_size: the first size, at least 1, in samples.
 
     Example:
         >>> size = VirtualBatchSize(64)

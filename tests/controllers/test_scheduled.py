@@ -190,7 +190,7 @@ def test_arguments():
         Scheduled(schedules.StepBS(**held(), step_size=2), unit="samples")
     with pytest.raises(ValueError, match="counts the samples itself: omit every, got 8"):
         Scheduled(ramp(held()), unit="samples", every=8)
-    with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="every must be an integer >= 1, got 0"):
         Scheduled("0:8", every=0)
     with pytest.raises(TypeError, match="a function of the count, got 8"):
         Scheduled(8)

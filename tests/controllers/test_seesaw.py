@@ -85,7 +85,7 @@ def test_rates_of_zero():
 
 
 def test_arguments():
-    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         Seesaw(0)
     with pytest.raises(ValueError, match="rule must be one of 'sqrt', 'linear', got 'adam'"):
         Seesaw(8, rule="adam")

@@ -136,7 +136,7 @@ def test_state_goes_on_bit_for_bit():
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, math.nan])
 def test_smoothing_out_of_range(smoothing):
-    with pytest.raises(ValueError, match="smoothing is"):
+    with pytest.raises(ValueError, match="smoothing must be a number from 0"):
         MovingAverage(smoothing)
 
 

@@ -49,7 +49,7 @@ def test_unknown_rules_and_optimizers():
         coupling_for("cubic", optimizer)
     with pytest.raises(ValueError, match="Rprop is not known: pass coupling='linear' or 'sqrt'"):
         coupling_for("seesaw", optimizer)
-    with pytest.raises(ValueError, match=r"smoothing is 1\.0"):
+    with pytest.raises(ValueError, match=r"smoothing must be a number from 0 .* got 1\.0"):
         AdaScaleGain(1.0)
     assert coupling_for(max, optimizer) is max
 

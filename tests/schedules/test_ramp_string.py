@@ -72,7 +72,7 @@ def test_doubling():
     ("build", "error", "text"),
     [
         (lambda: increment_ramp(32, 15, 1000, 64), ValueError, "64 - 32 = 32"),
-        (lambda: increment_ramp(32, 16, 1000, 16), ValueError, "at least 32, got 16"),
+        (lambda: increment_ramp(32, 16, 1000, 16), ValueError, ">= 32, got 16"),
         (lambda: increment_ramp(32, 0, 1000, 64), ValueError, "increment"),
         (lambda: increment_ramp(32.0, 16, 1000, 64), TypeError, "32.0"),
         (lambda: doubling_ramp(0, [5]), ValueError, "start"),
