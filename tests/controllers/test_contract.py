@@ -170,7 +170,7 @@ def test_the_state_of_another_controller_is_an_error_and_changes_nothing(make):
         if type(other()) is type(controller):
             continue
         names = type(other()).__name__, type(controller).__name__
-        with pytest.raises(ValueError, match="the state is that of a controller {}, and was to be loaded into {}".format(*names)):
+        with pytest.raises(ValueError, match="the state of a controller {} cannot be loaded into {}".format(*names)):
             controller.load_state_dict(other().state_dict())
     assert repr(controller.state_dict()) == repr(twin.state_dict())
 
@@ -179,7 +179,7 @@ def test_the_state_of_another_part_is_an_error_and_changes_nothing():
     rule = Monotone(CABS())
     run(rule, seed=1)
     before = repr(rule.state_dict())
-    with pytest.raises(ValueError, match="that of a controller NoiseScale, and was to be loaded into CABS"):
+    with pytest.raises(ValueError, match="state of a controller NoiseScale cannot be loaded into CABS"):
         rule.load_state_dict(Monotone(NoiseScale()).state_dict())
     assert repr(rule.state_dict()) == before
 

@@ -225,7 +225,7 @@ def test_before_two_sizes_are_timed_there_is_no_interval():
     [
         (lambda: Goodput(16, max_batch_size=8), "must not be below base_batch_size"),
         (lambda: Goodput(16, gain=-1), "gain must be a number >= 0, got -1"),
-        (lambda: fit_step_time([16, 16], [1.0, 1.0], [1, 1]), "two batch sizes or more"),
+        (lambda: fit_step_time([16, 16], [1.0, 1.0], [1, 1]), "at least two batch sizes"),
     ],
 )
 def test_arguments_out_of_range(make, message):

@@ -261,7 +261,7 @@ def test_a_model_that_cannot_be_measured_can_be_scheduled():
 
 
 def test_the_state_of_another_controller_is_refused():
-    with pytest.raises(ValueError, match="the state is that of a controller CABS, and was to be loaded into Scheduled"):
+    with pytest.raises(ValueError, match="the state of a controller CABS cannot be loaded into Scheduled"):
         Scheduled("0:16").load_state_dict(CABS().state_dict())
     with pytest.raises(ValueError, match=r"the state of Scheduled lacks \['counts'"):
         Scheduled("0:16").load_state_dict({"version": 1, "controller": "Scheduled"})
