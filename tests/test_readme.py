@@ -110,6 +110,11 @@ def quickstart(scope, printed, files):
 def grad_sample(scope, printed, files):
     assert "torch.Size([32])" in printed
     assert "set layer.sparse = False" in printed
+    assert "dict_keys(['weight', 'bias'])" in printed
+
+
+def schedules(scope, printed, files):
+    assert printed.endswith("72\n")
 
 
 def diagnostics(scope, printed, files):
@@ -118,6 +123,7 @@ def diagnostics(scope, printed, files):
 
 
 CHECKS = {"README.md": quickstart, "adabatch/grad_sample/README.md": grad_sample,
+          "adabatch/schedules/README.md": schedules,
           "adabatch/diagnostics/README.md": diagnostics}
 
 
