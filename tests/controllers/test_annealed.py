@@ -115,7 +115,7 @@ def test_at_the_end_of_the_budget_the_rate_is_the_final_one():
 
 @pytest.mark.parametrize("options", [{"on_limit": "lower_lr"}, {"coupling": "linear"}])
 def test_nothing_else_may_set_the_lr(options):
-    with pytest.raises(ValueError, match="Annealed sets the lr by itself"):
+    with pytest.raises(ValueError, match="Annealed sets the lr itself"):
         slope_run(Annealed(100, 8), **options)
 
 
