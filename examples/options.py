@@ -30,7 +30,7 @@ class Budget:
         match = _BUDGET.fullmatch(text.strip().replace("_", "").lower())
         if match is None or float(match[1]) == 0 or not (match[2] or match[1].isdecimal()):
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no budget; give a number of samples, as 180000, or of epochs, as "
+                f"{text!r} is not a budget; give a number of samples, as 180000, or of epochs, as "
                 "3epochs or 0.5ep."
             )
         return cls(float(match[1]), match[2] is not None)
@@ -47,7 +47,7 @@ def positive_int(text: str) -> int:
     """An integer from 1 on."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no batch size; give a whole number from 1 on.")
+            f"{text!r} is not a batch size; give a positive integer.")
     return int(text)
 
 

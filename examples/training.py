@@ -26,7 +26,7 @@ ImageSets = tuple[TensorDataset, TensorDataset]
 class Run:
     """A training run: its history, and held-out accuracy over samples and seconds of training.
 
-    The seconds leave out the evaluation.
+    The seconds do not include evaluation.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Run:
     accuracy: list[float] = field(default_factory=list)
 
     def batch_sizes(self) -> str:
-        """Smallest, largest and last batch size asked for."""
+        """Smallest, largest and last batch size requested."""
         sizes = self.history.column("next_batch_size")
         low, high = sizes.min(), sizes.max()
         return f"{low}" if low == high else f"{low} to {high}, last {sizes[-1]}"

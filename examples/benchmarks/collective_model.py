@@ -112,8 +112,8 @@ def fit(points: Sequence[tuple[int, int, float]], hops: str = "tree") -> Fit:
         hops: key of HOPS.
 
     Raises:
-        ValueError: fewer than three points, or all of the same L and number of hops: two constants
-        cannot be told apart.
+        ValueError: fewer than three points, or all of the same L and number of hops: then the two
+            constants cannot be separated.
 
     Example:
         >>> points = [(world, length) for world in (2, 3) for length in (8, 4096)]
@@ -170,7 +170,7 @@ def shares(
             step.
         latency, bandwidth: α, B.
         step: seconds of a training step.
-        check_every: for comparison, the checksum as a vector of its own at every so many steps.
+        check_every: for comparison, the checksum as a separate vector, every `check_every` steps.
 
     Returns:
         for each W {"world", and for each of HOPS {"seconds", "share", "share_apart"}}: of the

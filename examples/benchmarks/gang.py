@@ -51,7 +51,7 @@ class Plan:
         rounds: timed steps of each method.
         settled: rounds in which scheduler.step is timed alone.
         lengths: of the vectors that are summed alone, in doubles.
-        blocks, calls: so many times, so many all-reduces of each length in a row.
+        blocks, calls: `blocks` times, `calls` all-reduces of each length in a row.
         threads: torch's, of each process.
     """
 
@@ -243,7 +243,7 @@ def _work(rank: int, world: int, folder: str, plan: Plan) -> None:
 
 
 def run(world: int, plan: Plan) -> dict:
-    """All measurements with so many processes: seconds of the steps, of scheduler.step alone, and
+    """All measurements with `world` processes: seconds of the steps, of scheduler.step alone, and
     of the all-reduce alone.
 
     Raises:

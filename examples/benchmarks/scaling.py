@@ -64,7 +64,7 @@ def all_reduces(results: list[dict]) -> list[dict]:
 
 
 def fits_of(points: list[dict], most: float = math.inf) -> dict[str, Fit]:
-    """The model fitted to the medians of `all_reduces` with at most so many processes; nothing
+    """The model fitted to the medians of `all_reduces` with at most `most` processes; nothing
     where there are too few."""
     fits = {}
     used = [(each["world"], each["length"], each["median"]) for each in points]

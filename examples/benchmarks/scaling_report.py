@@ -57,7 +57,7 @@ minimum to maximum).
 Every sample is measured at every step.
 
 The distributed part is the step over all processes less that of each for itself, as a share of the
-DDP step; the aim for model d on 2 processes is 2 % at most. The column beside it is scheduler.step
+DDP step; the aim for model d on 2 processes is 2 % at most. The next column is scheduler.step
 alone, begun together by all processes ({setting["settled"]} rounds): the vector and its sum,
 without the wait for a process that is still busy. "doubles" are the vector's. One process has no
 distributed part: its row shows the noise. More processes than cores wait for each other's turns.
