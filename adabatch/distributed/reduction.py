@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from adabatch.distributed.group import (
     CHECKSUM,
     HostGroup,
@@ -47,6 +49,7 @@ class MomentReduction:
         batches: accumulated batches per step.
         summed: the loss is a sum over the samples.
         decision: () -> what this process last decided, by name.
+        over_samples: `Estimator.tensors_over_samples`, whose tensors are added up in place.
         between_processes: the moments hold one squared norm, that of the process's own gradient:
             T̂ is taken between processes.
         weights: on the model's outputs, held and removed with this.
@@ -67,6 +70,7 @@ class MomentReduction:
         batches: int,
         summed: bool,
         decision: Callable[[], Mapping[str, Any]],
+        over_samples: Callable[[GradientMoments], list[Tensor]],
         between_processes: bool = False,
         weights: OutputWeights | None = None,
         tensor_parallel: TensorParallel | None = None,
@@ -75,6 +79,7 @@ class MomentReduction:
         self.group, self.seconds = group, 0.0
         self._shard, self._batches, self._summed, self._decision = shard, batches, summed, decision
         self._between_processes, self._weights = between_processes, weights
+        self._over_samples = over_samples
         self._tensor_parallel, self._waits = tensor_parallel, waits
         # By the step's number: loading a state drops records that were waiting here.
         self._pending: dict[int, tuple[Callable[[], list[float]], Mapping[str, Any]]] = {}
@@ -90,7 +95,7 @@ class MomentReduction:
             checked = self._tensor_parallel.check_reduced(*found.tolist())
             shard.compares_replicas = not checked
         if moments is not None:
-            self.group.sum_tensors(list(moments.second_moment.values()))
+            self.group.sum_tensors(self._over_samples(moments))
         vector = self._vector(record, decision)
         self._pending[record.step] = self.group.start_sum(vector), decision
         if not self._waits:

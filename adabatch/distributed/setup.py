@@ -171,6 +171,7 @@ class DistributedSetup:
 
         reduction = MomentReduction(
             self.group, self.shard, batches=scheduler.accumulate, decision=decision,
+            over_samples=hooks.tensors_over_samples,
             summed=hooks.loss_reduction == "sum", between_processes=between_processes,
             weights=OutputWeights(model, self.shard), tensor_parallel=tensor_parallel,
             waits=any(parameter.device.type != "cpu" for parameter in model.parameters()),

@@ -34,19 +34,19 @@ def same_as_one_process_compiled(folder: Path) -> None:
 
 
 def same_with_dots(folder: Path) -> None:
-    assert_same(train("ddp", statistics=["inner_products"]), train("alone", statistics=["inner_products"]))
+    assert_same(train("ddp", inner_products=True), train("alone", inner_products=True))
 
 
 def same_with_accumulation(folder: Path) -> None:
     """Equal shares; the reported loss, a mean over a process's own passes, is then that over all of them. In one epoch: its end is shared out otherwise."""
     options = {"accumulate": 2, "samples": 1999, "multiple_of": 2 * dist.get_world_size(), "max_batch_size": 400, "steps": 30}
     assert_same(train("ddp", **options), train("alone", **options))
-    assert_same(train("fsdp", **options, statistics=["inner_products"]), train("alone", **options, statistics=["inner_products"]))
+    assert_same(train("fsdp", **options, inner_products=True), train("alone", **options, inner_products=True))
 
 
 def same_moments_with_accumulation_of_unequal_shares(folder: Path) -> None:
     """Batches of 13: the processes' shares differ in each pass, and between the two passes of a step."""
-    options = {"accumulate": 2, "samples": 1999, "steps": 4, "controller": lambda: adabatch.controllers.Scheduled("0:26"), "every": 1, "statistics": ["inner_products"]}
+    options = {"accumulate": 2, "samples": 1999, "steps": 4, "controller": lambda: adabatch.controllers.Scheduled("0:26"), "every": 1, "inner_products": True}
     found, expected = train("ddp", **options), train("alone", **options)
     for name in ("variance_trace", "grad_sq_norm", "true_grad_sq_norm", "batch_size"):
         here, there = ([getattr(record, name) for record in run["records"]] for run in (found, expected))
@@ -55,7 +55,7 @@ def same_moments_with_accumulation_of_unequal_shares(folder: Path) -> None:
 
 
 def same_with_a_summed_loss(folder: Path) -> None:
-    options = {"controller": lambda: adabatch.controllers.NoiseScale(scale=2.0), "statistics": ["inner_products"], "steps": 30, "samples": 1999, "max_batch_size": 400}
+    options = {"controller": lambda: adabatch.controllers.NoiseScale(scale=2.0), "inner_products": True, "steps": 30, "samples": 1999, "max_batch_size": 400}
     options |= {"loss_reduction": "sum"}
     assert_same(train("ddp", **options), train("alone", **options))
 

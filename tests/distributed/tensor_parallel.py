@@ -130,7 +130,7 @@ def split_layers_with_nothing_measured(folder: Path) -> None:
 
 
 def split_layers_that_are_refused(folder: Path) -> None:
-    raises_alike(ValueError, "without inner_products", lambda: train(PLAIN, statistics=["inner_products"]))
+    raises_alike(ValueError, "without inner_products", lambda: train(PLAIN, inner_products=True))
     raises_alike(ValueError, "up.weight.*PerSample", lambda: train(PLAIN, estimator="cross_rank"))
     raises_alike(RuntimeError, "part of the samples' activations", lambda: train(PLAIN, heads=True))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
