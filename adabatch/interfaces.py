@@ -1,6 +1,7 @@
 """The four seams of adabatch: everything that crosses from one folder into another is one of these.
 
-    layers --taps--> Statistic --> Estimator --GradientMoments--> Controller --proposal--> scheduler --> BatchSource
+    layers --taps--> Statistic --> Estimator --GradientMoments--> Controller
+        --proposal--> scheduler --> BatchSource
 
 A base class gives every optional part a default, so that no caller has to ask whether it exists.
 """

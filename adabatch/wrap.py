@@ -79,9 +79,9 @@ def wrap(
             "seesaw", a callable, or `Coupling`.
         measure: "auto": a share of 0.05 of the training time where controller, coupling or
             estimator= need moments, nothing where they do not; a share, which a cost model of the
-            layers turns into samples and interval (`scheduler.measurement_plan`); `Every(k)`; "all" for
-            every sample of every step; None for nothing. MicroBatch and CrossRank, whose cost is
-            small, measure at every step or as Every(k) says.
+            layers turns into samples and interval (`scheduler.measurement_plan`); `Every(k)`; "all"
+            for every sample of every step; None for nothing. MicroBatch and CrossRank, whose cost
+            is small, measure at every step or as Every(k) says.
         estimator: `PerSample` (the default), `MicroBatch` or `CrossRank`.
         micro_batches: a larger batch arrives as nearly equal micro-batches of at most this size,
             through the same loop: optimizer.step() steps on the last of them. A number or

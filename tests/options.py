@@ -4,9 +4,16 @@ from dataclasses import fields
 from typing import Any
 
 from adabatch import BatchSizeScheduler
+from adabatch.config import (
+    BatchSizes,
+    Coupling,
+    CrossRank,
+    Every,
+    MicroBatch,
+    MicroBatches,
+    PerSample,
+)
 from adabatch.controllers import CABS
-from adabatch.config import (BatchSizes, Coupling, CrossRank, Every, MicroBatch, MicroBatches,
-                             PerSample)
 
 ESTIMATORS = {"per_sample": PerSample, "micro_batch": MicroBatch, "cross_rank": CrossRank}
 FLAT = {"min_batch_size": "minimum", "max_batch_size": "maximum", "every": "k",

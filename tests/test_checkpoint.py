@@ -74,7 +74,7 @@ def test_other_parts_than_were_saved(tmp_path):
     parts = make()
     adabatch.save_checkpoint(tmp_path, **parts)
     del parts["lr_scheduler"]
-    with pytest.raises(ValueError, match="the state holds .*lr_scheduler.*pass the same parts"):
+    with pytest.raises(ValueError, match=r"the state holds .*lr_scheduler.*pass the same parts"):
         adabatch.load_checkpoint(tmp_path, **parts)
     with pytest.raises(TypeError, match="lr must have state_dict"):
         adabatch.state_dict(lr=0.1)

@@ -6,8 +6,15 @@ import pytest
 from torch import nn
 
 from adabatch import config
-from adabatch.config import (BatchSizes, Coupling, CrossRank, Every, MicroBatch, MicroBatches,
-                             PerSample)
+from adabatch.config import (
+    BatchSizes,
+    Coupling,
+    CrossRank,
+    Every,
+    MicroBatch,
+    MicroBatches,
+    PerSample,
+)
 
 ERRORS = {
     "minimum": (lambda: BatchSizes(0), "minimum must be a positive integer, got 0"),

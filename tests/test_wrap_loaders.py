@@ -5,7 +5,13 @@ import weakref
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from adabatch import AdaptiveDataLoader, ResizableBatchSampler
 from tests.scripted import Indexed, Wishes, ones, train_epoch, wrapped

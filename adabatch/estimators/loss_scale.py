@@ -40,8 +40,8 @@ class StepScale:
         seen = {float(scale) for scale in self._seen}
         if len(seen) > 1:
             raise RuntimeError(
-                f"the loss scale changed between the backward passes of a step ({sorted(seen)}), so "
-                "that their sum is no gradient: call scaler.update() once per optimizer step"
+                f"the loss scale changed between the backward passes of a step ({sorted(seen)}), "
+                "so that their sum is no gradient: call scaler.update() once per optimizer step"
             )
         scale = next(iter(seen), 1.0) if self._given is None else self._given
         if (isinstance(scale, bool) or not isinstance(scale, (int, float))

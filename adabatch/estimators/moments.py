@@ -18,10 +18,10 @@ from adabatch.estimators.totals import Totals
 FEW = 1024  # numbers that Python adds up in 20 microseconds
 
 NO_INNER_PRODUCTS = (
-    "{name} needs the inner products of the per-sample gradients with their mean: the spread of the "
-    "norms alone is not the error of the trace, as the noise of ‖g‖² is correlated with it. Measure "
-    'with GradSampleHooks(model, statistics=["inner_products"]), or take the error of the smoothed '
-    "trace from its residuals from step to step (the history's variance_trace_std_error)."
+    "{name} needs the inner products of the per-sample gradients with their mean: the spread of "
+    "the norms alone is not the error of the trace, as the noise of ‖g‖² is correlated with it. "
+    'Measure with GradSampleHooks(model, statistics=["inner_products"]), or take the error of the '
+    "smoothed trace from its residuals from step to step (the history's variance_trace_std_error)."
 )
 
 
@@ -279,8 +279,8 @@ class GradientMoments:
 
     def _check_size(self) -> None:
         if self.m_eff <= 1:
-            raise ValueError("the variance of the gradient needs at least 2 samples, got a batch of "
-                             f"{self.batch_size}")
+            raise ValueError("the variance of the gradient needs at least 2 samples, got a batch "
+                             f"of {self.batch_size}")
         if not self.n_measured:
             raise ValueError("no sample was measured")
 

@@ -1,8 +1,8 @@
-"""From the sums of a step's backward passes to GradientMoments: the loss reduction, the accumulation
-and the loss scale are undone here, and only here.
+"""From the sums of a step's backward passes to GradientMoments: the loss reduction, the
+accumulation and the loss scale are undone here, and only here.
 
-Autograd's contribution of sample i in pass j is z_i = a_i·g_i·(loss scale), with a_i = 1/(k·m_j) for
-a mean-reduced loss divided by the k accumulated passes, and the step's gradient is Σ z_i. For a
+Autograd's contribution of sample i in pass j is z_i = a_i·g_i·(loss scale), with a_i = 1/(k·m_j)
+for a mean-reduced loss divided by the k accumulated passes, and the step's gradient is Σ z_i. For a
 sum-reduced loss a_i = 1, and the step's gradient is divided by the number of samples.
 
 Samples of unequal weight n_i (tokens under a token mean) have a_i = n_i/(k·Σ_pass n): of each pass
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 LOSS_REDUCTIONS = ("mean", "sum")
 NO_WEIGHTS = (
-    "weights describe a mean over tokens. Under loss_reduction='sum' every sample's gradient counts "
-    "fully, and the plain trace is right: omit weights"
+    "weights describe a mean over tokens. Under loss_reduction='sum' every sample's gradient "
+    "counts fully, and the plain trace is right: omit weights"
 )
 
 
@@ -235,8 +235,8 @@ def measured_weights(
     sizes = [step.batch_size for step in passes]
     given = torch.as_tensor(weights).detach().double()
     if given.shape != (sum(sizes),):
-        raise ValueError(f"weights must have one number for each of the {sum(sizes)} samples of the "
-                         f"step, got the shape {tuple(given.shape)}")
+        raise ValueError(f"weights must have one number for each of the {sum(sizes)} samples of "
+                         f"the step, got the shape {tuple(given.shape)}")
     parts = given.split(sizes)
     finite = bool(given.isfinite().all()) and not bool((given < 0).any())
     if not finite or not all(float(part.sum()) > 0 for part in parts):

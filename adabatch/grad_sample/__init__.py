@@ -1,4 +1,5 @@
-"""Per-sample gradients: taps on the layers, one rule per layer family, factored gradients that answer statistics."""
+"""Per-sample gradients: taps on the layers, one rule per layer family,
+factored gradients that answer statistics."""
 
 from adabatch.grad_sample import layers
 from adabatch.grad_sample.hooks import GradSampleHooks

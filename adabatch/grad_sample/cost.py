@@ -4,10 +4,10 @@ from a budget the samples and the interval.
 Legend: N samples in the batch, S measured, T positions (of a sequence or an image), P numel.
 
 The unit is one multiply-add of a large matrix product. What a layer costs is registered with its
-rule (`cost=` of register_grad_sampler), what a statistic adds in `Statistic.cost`. A step adds STEP,
-CALL (Python and dispatch) for each layer, RUN_AGAIN_CALLS of them for one that is run again and
-for an operation on a traced parameter, and 2 PASS P for ‖g‖², which comes from main memory. What
-is not in a measured layer (attention, activations, the loss) is left out of `training`, so the
+rule (`cost=` of register_grad_sampler), what a statistic adds in `Statistic.cost`. A step adds
+STEP, CALL (Python and dispatch) for each layer, RUN_AGAIN_CALLS of them for one that is run again
+and for an operation on a traced parameter, and 2 PASS P for ‖g‖², which comes from main memory.
+What is not in a measured layer (attention, activations, the loss) is left out of `training`, so the
 model's share of a real step tends to be too high.
 
 The constants are of two cores with AVX-512 in float32, where 30 to 60 multiply-adds a nanosecond

@@ -9,8 +9,8 @@ from torch import nn
 import adabatch
 from adabatch import AdaptiveDataLoader, GradSampleHooks
 from adabatch.controllers import CABS, Annealed, AtMost, NoiseScale
-from tests.scripted import Wishes, ones, slope_run, steps
 from tests.options import make_scheduler
+from tests.scripted import Wishes, ones, slope_run, steps
 
 SHAPES = {
     "linear": lambda p: 1 - p,

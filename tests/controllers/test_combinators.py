@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adabatch.controllers import CABS, AdaDamp, Annealed, AtLeast, AtMost, Average, InnerProductTest, Monotone, NoiseScale, PadaDamp, Warmup
+from adabatch.controllers import (
+    CABS,
+    AdaDamp,
+    Annealed,
+    AtLeast,
+    AtMost,
+    Average,
+    InnerProductTest,
+    Monotone,
+    NoiseScale,
+    PadaDamp,
+    Warmup,
+)
 from tests.scripted import Wishes
 
 proposal = st.floats(0, 1e9) | st.just(math.inf)

@@ -87,7 +87,7 @@ def test_it_gives_the_size_in_force_while_the_interval_holds_it(interval, propos
 def test_a_size_at_the_bound_is_held_like_any_other():
     """The size in force is compared, not what was last proposed."""
     history = trained(controller=noise_scale(0.9, scale=1e3), batch_sizes=(4, 64)).diagnostics
-    late = [record for record in history][60:]
+    late = list(history)[60:]
     assert {record.next_batch_size for record in late} == {64}
     assert any(record.proposed_batch_size > 64 for record in late)
 

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 import adabatch
 from adabatch import AdaptiveDataLoader, schedules
 from adabatch.controllers import CABS, Scheduled, Seesaw
+from tests.options import make_scheduler
 from tests.schedules.cases import FIXED
 from tests.scripted import Slope, ones, slope_run, steps
-from tests.options import make_scheduler
 
 N, START, STEPS = 120, 10, 45
 

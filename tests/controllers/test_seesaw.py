@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, S
 import adabatch
 from adabatch import AdaptiveDataLoader
 from adabatch.controllers import Seesaw
-from tests.scripted import Slope, ones
 from tests.options import make_scheduler
+from tests.scripted import Slope, ones
 
 
 def train(optimizer_kind, make_schedule, n_steps, schedule_first=True, n=100_000, **options):

@@ -6,7 +6,11 @@ from itertools import chain, islice
 import pytest
 import torch
 from torch.utils.data import (
-    DistributedSampler, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
     WeightedRandomSampler,
 )
 

@@ -13,8 +13,8 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, DistributedSampler
 
 import adabatch
-from tests.options import grouped
 from tests.distributed.runs import assert_same, make_data, make_loader, make_model, train, wrapped
+from tests.options import grouped
 
 
 def wrap(model: nn.Module | None = None, loader: Any = None, lr: float = 0.1, **options: Any) -> Any:

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import mse_loss
 
 import adabatch
-from tests.options import grouped
 from tests.distributed.runs import assert_same, make_loader, make_model, no_sync, train, wrapped
+from tests.options import grouped
 
 
 def same_as_one_process_ddp(folder: Path) -> None:
@@ -138,7 +138,10 @@ def cross_rank_once(how: str, loss_reduction: str, accumulate: int = 1, **option
 
 
 def cross_rank_with_accumulation_and_compression(folder: Path) -> None:
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+        allreduce_hook,
+        bf16_compress_hook,
+    )
 
     cross_rank_once("ddp", "mean", accumulate=2)
     cross_rank_once("fsdp", "mean", accumulate=2)

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import adabatch
-
 from tests.options import grouped
 
 SAMPLES = 61  # no multiple of 2, 3 or 4: shares differ

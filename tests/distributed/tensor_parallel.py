@@ -12,14 +12,19 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import adabatch
-from tests.options import grouped
 from tests.distributed.bad_setups import raises_alike
 from tests.distributed.runs import alone_group, assert_same, whole
+from tests.options import grouped
 
 PLAIN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 # Sequence parallelism: the first norm sees this process's positions, with weights that every process holds.

@@ -7,8 +7,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adabatch import GradSampleHooks, kernels
 from adabatch.grad_sample.cost import (
-    CALL, FEWEST_SAMPLES, LAST_RESORT, LONGEST_INTERVAL, PASS, STEP, LayerCost, StepCost,
-    layer_cost, within_budget,
+    CALL,
+    FEWEST_SAMPLES,
+    LAST_RESORT,
+    LONGEST_INTERVAL,
+    PASS,
+    STEP,
+    LayerCost,
+    StepCost,
+    layer_cost,
+    within_budget,
 )
 from adabatch.grad_sample.layers.conv import FACTOR
 

@@ -6,7 +6,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adabatch import GradSampleHooks
 from tests import oracle
-from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, mean_grad_sq_norm, squared_error
+from tests.grad_sample.measuring import (
+    agrees,
+    backward,
+    close,
+    make_batch,
+    make_mlp,
+    mean_grad_sq_norm,
+    squared_error,
+)
 from tests.grad_sample.parallel import needs_gloo, shard, tripled
 
 pytestmark = [needs_gloo, pytest.mark.usefixtures("one_process")]

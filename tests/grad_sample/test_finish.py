@@ -7,7 +7,15 @@ from torch import nn
 from adabatch import GradSampleHooks
 from adabatch.grad_sample.backward.finish import check_all_seen
 from tests import oracle
-from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, measure, squared_error
+from tests.grad_sample.measuring import (
+    agrees,
+    backward,
+    close,
+    make_batch,
+    make_mlp,
+    measure,
+    squared_error,
+)
 
 
 def joined(*batches):

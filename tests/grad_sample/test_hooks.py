@@ -10,7 +10,17 @@ from adabatch import GradSampleHooks
 from adabatch.grad_sample.registry import find_grad_sampler
 from tests import oracle
 from tests.cases import CASES, SAMPLES
-from tests.grad_sample.measuring import TOLERANCE, agrees, backward, close, make_batch, make_mlp, mean_grad_sq_norm, measure, squared_error
+from tests.grad_sample.measuring import (
+    TOLERANCE,
+    agrees,
+    backward,
+    close,
+    make_batch,
+    make_mlp,
+    mean_grad_sq_norm,
+    measure,
+    squared_error,
+)
 
 MIXED = "ignore:.*batch normalization in train mode:UserWarning"
 

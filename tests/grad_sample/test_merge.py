@@ -8,11 +8,18 @@ from torch.nn import functional as F
 from adabatch import GradSampleHooks
 from adabatch.grad_sample.factors.base import Dense
 from adabatch.grad_sample.factors.conv import ConvOuter
-from adabatch.grad_sample.factors.outer import OneHotOuter, Outer
 from adabatch.grad_sample.factors.merge import SumOfFactors, merge_factors
+from adabatch.grad_sample.factors.outer import OneHotOuter, Outer
 from tests import oracle
 from tests.grad_sample.measuring import (
-    TOLERANCE, agrees, backward, close, make_batch, make_mlp, measure, squared_error,
+    TOLERANCE,
+    agrees,
+    backward,
+    close,
+    make_batch,
+    make_mlp,
+    measure,
+    squared_error,
 )
 
 

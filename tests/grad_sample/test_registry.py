@@ -14,7 +14,9 @@ import adabatch.grad_sample.layers.linear
 import adabatch.grad_sample.layers.normalization  # noqa: F401
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.registry import (
-    find_grad_sampler, register_grad_sampler, registered_layer_types,
+    find_grad_sampler,
+    register_grad_sampler,
+    registered_layer_types,
 )
 from tests import oracle
 from tests.cases import CASES, SAMPLES

@@ -127,7 +127,7 @@ def test_of_several_at_once_and_what_is_refused():
     assert moments.statistics.keys() == {"second_moment", "largest_norm"}
     assert "largest_norm" in repr(moments)
     hooks.remove()
-    with pytest.raises(ValueError, match="statistics by name are.*got 'skewness'"):
+    with pytest.raises(ValueError, match=r"statistics by name are.*got 'skewness'"):
         GradSampleHooks(model, statistics=["skewness"])
     with pytest.raises(ValueError, match="given twice"):
         GradSampleHooks(model, statistics=[LargestNorm(), LargestNorm()])

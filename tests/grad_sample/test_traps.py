@@ -10,7 +10,15 @@ from adabatch import GradSampleHooks, register_grad_sampler
 from adabatch.grad_sample import registry
 from adabatch.grad_sample.factors.base import Dense
 from tests import oracle
-from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, measure, squared_error
+from tests.grad_sample.measuring import (
+    agrees,
+    backward,
+    close,
+    make_batch,
+    make_mlp,
+    measure,
+    squared_error,
+)
 
 
 class Shift(nn.Module):

@@ -8,11 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 
-from adabatch.estimators.null import NullEstimator
 from adabatch import GradientMoments
 from adabatch.controllers import CABS
-from adabatch.scheduler.coupling import (AdaScaleGain, coupling_for, linear, none,
-                                         rule_of_optimizer, square_root)
+from adabatch.estimators.null import NullEstimator
+from adabatch.scheduler.coupling import (
+    AdaScaleGain,
+    coupling_for,
+    linear,
+    none,
+    rule_of_optimizer,
+    square_root,
+)
 from tests.scripted import Wishes, slope_run, steps
 
 sizes = st.integers(1, 10_000)

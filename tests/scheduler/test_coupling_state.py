@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR, 
 from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks, schedules
 from adabatch.controllers import Scheduled
 from adabatch.scheduler.coupling import AdaScaleGain
-from tests.scripted import regression, squared_error
 from tests.options import make_scheduler
+from tests.scripted import regression, squared_error
 
 DATA = regression(500, width=4)
 

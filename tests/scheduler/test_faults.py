@@ -10,8 +10,8 @@ from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
 from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
-from tests.scripted import Wishes, regression, slope_run, squared_error, steps
 from tests.options import make_scheduler
+from tests.scripted import Wishes, regression, slope_run, squared_error, steps
 
 
 def train(faults, n_steps=6, batch_size=16, **options):

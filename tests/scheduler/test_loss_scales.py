@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 import adabatch
 from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
 from tests import oracle
-from tests.scripted import Wishes, per_sample_loss, regression, slope_run, squared_error
 from tests.options import make_scheduler
+from tests.scripted import Wishes, per_sample_loss, regression, slope_run, squared_error
 
 
 def run(controller=None, inner_products=False, loss_reduction="mean", grad_scaler=None, every=1):

@@ -7,12 +7,26 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import (CosineAnnealingLR, CyclicLR, ExponentialLR, LambdaLR,
-                                      LinearLR, MultiplicativeLR, OneCycleLR, SequentialLR, StepLR)
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
 
 from adabatch import schedules
-from adabatch.scheduler.lr import (DelayedValue, StepFactor, effective_lr_for, read_lrs,
-                                   sgd_effective_lr)
+from adabatch.scheduler.lr import (
+    DelayedValue,
+    StepFactor,
+    effective_lr_for,
+    read_lrs,
+    sgd_effective_lr,
+)
 
 SCHEDULES = {
     "StepLR": lambda optimizer: StepLR(optimizer, 3, 0.5),

@@ -12,9 +12,17 @@ from torch.optim.lr_scheduler import LinearLR, OneCycleLR
 from adabatch import CABS, AdaptiveDataLoader, GradientMoments, GradSampleHooks
 from adabatch.interfaces import Estimator
 from tests import oracle
-from tests.scripted import (Slope, Wishes, ones, per_sample_loss, regression, slope_run,
-                            squared_error, steps)
 from tests.options import make_scheduler
+from tests.scripted import (
+    Slope,
+    Wishes,
+    ones,
+    per_sample_loss,
+    regression,
+    slope_run,
+    squared_error,
+    steps,
+)
 
 both_orders = pytest.mark.parametrize("scheduler_first", [False, True],
                                       ids=["step-then-measure", "measure-then-step"])

@@ -17,8 +17,8 @@ from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import LayerCost, StepCost
 from adabatch.scheduler.plan import STRETCH, WARM_UP, Budget
-from tests.scripted import Wishes, ones, slope_run, steps
 from tests.options import make_scheduler
+from tests.scripted import Wishes, ones, slope_run, steps
 
 
 class Priced(NullEstimator):

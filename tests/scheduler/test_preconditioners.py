@@ -8,8 +8,8 @@ from torch import nn
 
 import adabatch
 from adabatch import CABS, GradSampleHooks
-from adabatch.interfaces import RunContext
 from adabatch.grad_sample.statistics import PreconditionedTrace
+from adabatch.interfaces import RunContext
 from adabatch.preconditioners import preconditioned_trace, preconditioner_of, preconditioner_reader
 from tests import oracle
 

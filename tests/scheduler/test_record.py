@@ -8,7 +8,6 @@ from adabatch import AdaptiveDataLoader, ResizableBatchSampler
 from adabatch.scheduler.record import EpochCount
 from tests.scripted import ones
 
-
 LOADERS = {
     "loader": lambda n, **options: AdaptiveDataLoader(ones(n), 16, **options),
     "workers": lambda n, **options: AdaptiveDataLoader(ones(n), 16, num_workers=1, **options),

@@ -9,14 +9,28 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
-from adabatch import (CABS, AdaptiveDataLoader, BatchSizeScheduler, Diagnostics, GradSampleHooks,
-                      ResizableBatchSampler)
+from adabatch import (
+    CABS,
+    AdaptiveDataLoader,
+    BatchSizeScheduler,
+    Diagnostics,
+    GradSampleHooks,
+    ResizableBatchSampler,
+)
 from adabatch.controllers import Scheduled
 from adabatch.diagnostics.layers import LayerStatistics
 from tests import oracle
-from tests.scripted import (Slope, Wishes, ones, per_sample_loss, regression, slope_run,
-                            squared_error, steps)
 from tests.options import make_scheduler
+from tests.scripted import (
+    Slope,
+    Wishes,
+    ones,
+    per_sample_loss,
+    regression,
+    slope_run,
+    squared_error,
+    steps,
+)
 
 
 def sizes(run, n_steps=None, **options):

@@ -12,8 +12,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
 from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
-from tests.scripted import Wishes, regression, slope_run, squared_error, steps
 from tests.options import make_scheduler
+from tests.scripted import Wishes, regression, slope_run, squared_error, steps
 
 DATA = regression(700, width=5)
 

@@ -5,7 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from adabatch.schedules import RampBS, VirtualBatchSize, check_divisible, doubling_ramp, increment_ramp, parse_count, parse_ramp, stepwise_ramp
+from adabatch.schedules import (
+    RampBS,
+    VirtualBatchSize,
+    check_divisible,
+    doubling_ramp,
+    increment_ramp,
+    parse_count,
+    parse_ramp,
+    stepwise_ramp,
+)
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 

@@ -7,8 +7,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from adabatch import AdaptiveDataLoader
 from adabatch.controllers import Scheduled
 from adabatch.schedules import ExponentialBS, LinearLR, SampleClock, VirtualBatchSize
-from tests.scripted import Slope, ones
 from tests.options import make_scheduler
+from tests.scripted import Slope, ones
 
 BUDGET, UNIT = 2000, 16
 

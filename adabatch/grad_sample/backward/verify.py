@@ -47,7 +47,7 @@ class _Sums:
 
 
 class GradientSumCheck:
-    """Compares Σ_i G_i with p.grad for each parameter p, in passes of which all samples are measured.
+    """Compares Σ_i G_i with p.grad for each parameter p, in passes that measure all samples.
 
     Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², not as
     Σ‖G_i‖, and so does what is allowed, ‖Σ_i G_i − p.grad‖ <= eps·(4·√Σ‖G_i‖² + 2·‖p.grad‖). Sums
@@ -124,7 +124,8 @@ class GradientSumCheck:
                 grad = parameter.grad.to_dense().double().reshape(grad.shape)
             # What is zero but for rounding, as a key's bias in attention, is compared with the
             # other parameters.
-            rounding = OF_SAMPLES * (scales[name] + 0.1 * largest) + OF_GRADIENT * float(grad.norm())
+            rounding = OF_SAMPLES * (scales[name] + 0.1 * largest)
+            rounding += OF_GRADIENT * float(grad.norm())
             allowed = _trusted(each.eps, parameter) * rounding
             if float((each.total - grad).norm()) > allowed:  # not where a value is not finite
                 wrong.append(name)
@@ -189,7 +190,8 @@ def unseen_uses(
             continue
         seen.add(node)
         below = [function for function, _ in node.next_functions]
-        if node.name().split("::")[-1] == COMPILED or any(_reaches(each, reports) for each in below):
+        compiled = node.name().split("::")[-1] == COMPILED
+        if compiled or any(_reaches(each, reports) for each in below):
             continue
         name = names.get(_variable_id(node))
         if name is not None:

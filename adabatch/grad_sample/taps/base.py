@@ -377,7 +377,8 @@ class PassthroughTap(Tap):
                 site.defer(factors, rows, own.dtype)
                 extras = [None] * ctx.n_extras
             else:
-                extras = site.report(factors, n_samples if rows is None else rows.shape[0], ctx.dtype)
+                measured = n_samples if rows is None else rows.shape[0]
+                extras = site.report(factors, measured, ctx.dtype)
         report = Tap.call_report(ctx, site, n_samples, own)
         return backprops, None, None, report, None, None, *extras
 

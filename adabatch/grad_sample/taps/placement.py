@@ -323,7 +323,8 @@ class ForwardHooks:
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: Any
     ) -> Any:
         parallel = False
-        if not all(each is None or type(each) is nn.Parameter for each in layer._parameters.values()):
+        own = layer._parameters.values()
+        if not all(each is None or type(each) is nn.Parameter for each in own):
             measured = self._recorder.norm_weights is not None
             parallel = check_parallel(site.name, layer, measured)
         if site.sampler is None:
