@@ -61,7 +61,7 @@ def test_every_step_measured_the_size_settles_where_theory_says():
 
 
 ERRORS = {
-    "no-batches": ({"loader": lambda: DataLoader(ones(8), batch_size=None)}, ValueError, r"no batch sampler \(batch_size=None\)"),
+    "no-batches": ({"loader": lambda: DataLoader(ones(8), batch_size=None)}, ValueError, "has no batch sampler"),
     "own-batches": (
         {"loader": lambda: DataLoader(ones(8), batch_sampler=BatchSampler(SequentialSampler(range(8)), 4, False))},
         ValueError,

@@ -19,6 +19,7 @@ if not torch.cuda.is_available() and not INTERPRET:
 
 from adabatch import GradSampleHooks  # noqa: E402
 from adabatch.grad_sample.cost import LayerCost  # noqa: E402
+from adabatch.grad_sample.statistics import PreconditionedTrace  # noqa: E402
 from adabatch.grad_sample.layers import normalization  # noqa: E402
 from adabatch.kernels import OPERATIONS, operators  # noqa: E402
 from adabatch.kernels.triton import embedding, gram, outer, tuning  # noqa: E402
@@ -217,8 +218,8 @@ def calls(monkeypatch):
 WAYS = {
     "all": {},
     "some": {"samples": 3},
-    "second moments": {"second_moment": True},
-    "weighted": {"preconditioner": torch.Tensor.exp},
+    "second moments": {"statistics": ["second_moment"]},
+    "weighted": {"statistics": [PreconditionedTrace(torch.Tensor.exp)]},
 }
 
 
@@ -231,6 +232,7 @@ def test_all_layers_are_measured_by_triton(calls, options, monkeypatch):
     grads = oracle.per_sample_grads(model, losses, batch)
     monkeypatch.setattr(LayerCost, "fused_is_cheaper", lambda self, n, measured: measured == n)
     hooks = GradSampleHooks(model, **options)
+    statistics = hooks.statistics
     losses(model, batch).mean().backward()
     moments = hooks.collect()
     rows = slice(None) if moments.indices is None else moments.indices.cpu()
@@ -238,17 +240,18 @@ def test_all_layers_are_measured_by_triton(calls, options, monkeypatch):
     for name, parameter in model.named_parameters():
         close(parameter.grad, grads[name].mean(0), RTOL)
         second = grads[name].square().sum(0)
-        if "second_moment" in options:
+        if "second_moment" in statistics:
             close(moments.second_moment[name], second, RTOL)
-        if "preconditioner" in options:
+        if "preconditioned_trace" in statistics:
             weighted = (parameter.detach().double().exp().cpu() * second.cpu()).sum()
-            close(moments.second_moment[name], weighted, RTOL)
+            found = moments.statistics["preconditioned_trace"].squares[name]
+            close(found, weighted, RTOL)
     wanted = {"affine_sq_norms", "embedding_sq_norms", "outer_sq_norms"}
     if "samples" in options:
         wanted |= {"conv_sq_norms"}
     else:
         wanted |= {"weight_grad_moments", "conv_weight_grad_moments"}
-    if "second_moment" in options or "preconditioner" in options:
+    if statistics:
         wanted -= {"affine_sq_norms"}  # norms and moments come from the gradients [N, P]
-        wanted |= {"preconditioned_trace" if "preconditioner" in options else "outer_second_moment"}
+        wanted |= {"preconditioned_trace" if "preconditioned_trace" in statistics else "outer_second_moment"}
     assert wanted <= set(calls)
