@@ -15,8 +15,6 @@ from adabatch.kernels.operators import LONGEST_SUM
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
 
 def grad_sq_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
     """Σ over the group's parameters of ‖p.grad‖², one value per group, [K], at least float32.
@@ -88,7 +86,7 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
         >>> is_sharded(torch.zeros(2))
         False
     """
-    if type(tensor) in _PLAIN:
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
         return False
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 

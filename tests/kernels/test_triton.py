@@ -19,8 +19,8 @@ if not torch.cuda.is_available() and not INTERPRET:
 
 from adabatch import GradSampleHooks  # noqa: E402
 from adabatch.grad_sample.cost import LayerCost  # noqa: E402
-from adabatch.grad_sample.statistics import PreconditionedTrace  # noqa: E402
 from adabatch.grad_sample.layers import normalization  # noqa: E402
+from adabatch.grad_sample.statistics import PreconditionedTrace  # noqa: E402
 from adabatch.kernels import OPERATIONS, operators  # noqa: E402
 from adabatch.kernels.triton import embedding, gram, outer, tuning  # noqa: E402
 from tests import oracle  # noqa: E402

@@ -72,7 +72,7 @@ class Scale(Factor):
         return self.both_dense()[0]
 
     def select(self, indices: Tensor | slice) -> Scale:
-        n_samples = self.n_samples
+        n_samples = self.activations.shape[0]  # the property reads vars(): not in graphs of 2.11
         mean, rstd = (each if each is None or each.shape[0] != n_samples else each[indices]
                       for each in (self.mean, self.rstd))
         activations, backprops = self.activations[indices], self.backprops[indices]

@@ -46,7 +46,10 @@ Kwargs = dict[str, Any]
 # just evicted from the caches.
 is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _is_tracing = torch.jit.is_tracing
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
+# The flag, as torch.compiler.is_exporting() is True in every graph compiled by torch 2.7 to 2.12;
+# torch 2.6 only sets another one while it exports.
+_EXPORTING = ("_is_exporting_flag" if hasattr(torch.compiler, "_is_exporting_flag")
+              else "_is_compiling_flag")
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 
@@ -59,7 +62,7 @@ def can_measure() -> bool:
         ...     can_measure()
         False
     """
-    if not _is_grad_enabled() or _is_exporting():
+    if not _is_grad_enabled() or getattr(torch.compiler, _EXPORTING):
         return False
     return is_compiling() or not (_is_tracing() or _transforms() is not None)
 
