@@ -100,8 +100,8 @@ def totals_of(
     # Below 0 only by rounding, as are the squares.
     term, square = a + b * whole, aa + 2 * ab * whole + bb * whole**2
     inner = pp - 2 * whole * wp + b * whole**2
-    means = (max(0.0, value) for value in (term, square, inner))
-    return whole, Totals(round(measured), norms, *means)
+    return whole, Totals(
+        round(measured), norms, max(0.0, term), max(0.0, square), max(0.0, inner))
 
 
 def between_processes(totals: Totals, grad_sq_norm: float, batch_size: int) -> Totals:
