@@ -6,8 +6,9 @@
 
 Cells: the models of overhead.py (a to e), a measured step over a plain one; `wrap`, a small network
 trained through wrap() with each measurement plan; `loader`, passes over a loader; `import`, that of
-adabatch after torch. The last column is this checkout's figure over the other's, of turns of .3 s that
-follow each other: the median and the 90 % interval of the median. A checkout runs its own benchmark files.
+adabatch after torch. The last column is this checkout's figure over the other's, of turns of .3 s
+that follow each other: the median and the 90 % interval of the median. A checkout runs its own
+benchmark files.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ METHODS = ("Exact", "Budget")
 LOADERS = [f"{kind}/{workers}/{size}" for kind in ("cheap", "drawn", "costly") for workers in (0, 2)
            for size in (16, 256)]
 PLANS = ("default", "exact", "Scheduled")
-IMPORT = "import torch, time; t = time.perf_counter(); import adabatch; print(time.perf_counter() - t)"
+IMPORT = ("import torch, time; t = time.perf_counter(); import adabatch; "
+          "print(time.perf_counter() - t)")
 
 
 def overhead_cell(letter: str, method: str) -> Callable[[], float]:
