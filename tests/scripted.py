@@ -14,24 +14,24 @@ from adabatch import AdaptiveDataLoader, GradSampleHooks
 from tests.options import grouped, make_scheduler
 
 
-class Wishes(adabatch.controllers.Controller):
-    """Hands out the proposals in turn, the last one for ever, and keeps what it was told."""
+class Proposals(adabatch.controllers.Controller):
+    """Returns the proposals in turn, the last one for ever; `passed` holds the arguments of each call."""
 
     needs_effective_lr, needs_moments, effective_lr = False, True, None
 
     def __init__(self, *proposals, needs_effective_lr=False, effective_lr=None):
         self.proposals, self.needs_effective_lr, self.effective_lr = list(proposals), needs_effective_lr, effective_lr
-        self.told: list[dict] = []
+        self.passed: list[dict] = []
 
     def propose(self, moments, *, loss, lr):
-        self.told.append({"moments": moments, "loss": loss, "lr": lr})
-        return self.proposals[min(len(self.told), len(self.proposals)) - 1]
+        self.passed.append({"moments": moments, "loss": loss, "lr": lr})
+        return self.proposals[min(len(self.passed), len(self.proposals)) - 1]
 
     def state_dict(self):
-        return {"version": 1, "asked": len(self.told)}
+        return {"version": 1, "n_calls": len(self.passed)}
 
     def load_state_dict(self, state):
-        self.told = [{}] * state["asked"]
+        self.passed = [{}] * state["n_calls"]
 
 
 class Slope(nn.Module):
@@ -124,7 +124,7 @@ def wrapped(loader, controller=None, **options):
     model = nn.Linear(3, 1)
     every_step = {} if {"samples", "every", "measure"} & options.keys() else {"measure": "all"}
     options = grouped(**{"min_batch_size": 4, "max_batch_size": 64, **every_step, **options})
-    optimizer, controller = SGD(model.parameters(), lr=0.05), controller or Wishes(20, 7, 33, 12)
+    optimizer, controller = SGD(model.parameters(), lr=0.05), controller or Proposals(20, 7, 33, 12)
     return model, *adabatch.wrap(model, optimizer, loader, controller=controller, **options)
 
 

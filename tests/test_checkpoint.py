@@ -7,7 +7,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 import adabatch
-from tests.scripted import Indexed, Wishes
+from tests.scripted import Indexed, Proposals
 
 
 def make():
@@ -16,7 +16,7 @@ def make():
     inner = Adam(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.ExponentialLR(inner, 0.9)
     optimizer, loader, scheduler = adabatch.wrap(
-        model, inner, DataLoader(Indexed(), 16, shuffle=True), controller=Wishes(20, 7, 33, 12),
+        model, inner, DataLoader(Indexed(), 16, shuffle=True), controller=Proposals(20, 7, 33, 12),
         batch_sizes=(4, 64), micro_batches=adabatch.MicroBatches(10, lr_scheduler=schedule))
     return {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler,
             "lr_scheduler": schedule}

@@ -18,7 +18,7 @@ from torch.utils.data import (
 
 import adabatch
 from adabatch import CABS, AdaptiveDataLoader
-from tests.scripted import Indexed, Wishes, ones, regression, train_epoch, wrapped
+from tests.scripted import Indexed, Proposals, ones, regression, train_epoch, wrapped
 
 
 def test_the_loop_of_the_design_as_it_stands():
@@ -165,11 +165,11 @@ def test_adam_with_an_effective_lr():
 def test_two_param_groups_are_measured_apart():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     optimizer = SGD([{"params": model[0].parameters(), "lr": 0.01}, {"params": model[1].parameters(), "lr": 0.02}])
-    controller = Wishes(16)
+    controller = Proposals(16)
     parts = adabatch.wrap(model, optimizer, DataLoader(Indexed(), batch_size=16), controller=controller)
     train_epoch(model, *parts)
-    assert set(controller.told[0]["moments"].by_group) == {0, 1}
-    assert all(0.01 < told["lr"] < 0.02 for told in controller.told)
+    assert set(controller.passed[0]["moments"].by_group) == {0, 1}
+    assert all(0.01 < passed["lr"] < 0.02 for passed in controller.passed)
 
 
 def test_options_reach_their_places():
@@ -177,8 +177,8 @@ def test_options_reach_their_places():
         DataLoader(Indexed(), batch_size=16), samples=6, seed=3, every=2, multiple_of=8, on_limit="lower_lr", short_batch="keep"
     )
     train_epoch(model, optimizer, loader, scheduler)
-    told = scheduler.controller.told
-    assert {entry["moments"].n_measured for entry in told} == {6}
+    passed = scheduler.controller.passed
+    assert {entry["moments"].n_measured for entry in passed} == {6}
     assert scheduler.diagnostics.n_measured == math.ceil(scheduler.diagnostics.n_steps / 2)
     assert {int(size) % 8 for size in scheduler.diagnostics.column("next_batch_size")} == {0}
     scheduler.remove()
@@ -186,7 +186,7 @@ def test_options_reach_their_places():
 
 
 def test_accumulation_end_to_end():
-    """The loader's batches are a k-th of the step; loss / k is differentiated; the mean over the step is told."""
+    """The loader's batches are a k-th of the step; loss / k is differentiated; propose gets the mean over the step."""
     model, optimizer, loader, scheduler = wrapped(DataLoader(regression(1000), batch_size=8), CABS(scale=2.0), accumulate=4)
     assert (loader.batch_size, scheduler.get_last_batch_size()) == (8, 32)
     losses, rows = [], []
@@ -207,7 +207,7 @@ def test_accumulation_end_to_end():
 
 
 def test_an_accumulated_step_may_span_two_epochs():
-    model, optimizer, loader, scheduler = wrapped(DataLoader(Indexed(), batch_size=16, shuffle=True), Wishes(39, 21, 60), accumulate=3)
+    model, optimizer, loader, scheduler = wrapped(DataLoader(Indexed(), batch_size=16, shuffle=True), Proposals(39, 21, 60), accumulate=3)
     passes = samples = 0
     for _ in range(5):
         for _indices, inputs, targets in loader:

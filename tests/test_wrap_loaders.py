@@ -14,7 +14,7 @@ from torch.utils.data import (
 )
 
 from adabatch import AdaptiveDataLoader, ResizableBatchSampler
-from tests.scripted import Indexed, Wishes, ones, train_epoch, wrapped
+from tests.scripted import Indexed, Proposals, ones, train_epoch, wrapped
 
 N = len(Indexed())
 
@@ -69,7 +69,7 @@ def test_samplers_of_weights_and_subsets_are_taken_as_they_are():
 
 
 def test_drop_last_holds_for_every_size():
-    batches = train_epoch(*wrapped(DataLoader(Indexed(), batch_size=16, drop_last=True), Wishes(50)))
+    batches = train_epoch(*wrapped(DataLoader(Indexed(), batch_size=16, drop_last=True), Proposals(50)))
     assert [len(batch) for batch in batches] == [16, 50, 50, 50, 50]
 
 

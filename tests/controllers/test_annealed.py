@@ -10,14 +10,14 @@ import adabatch
 from adabatch import AdaptiveDataLoader, GradSampleHooks
 from adabatch.controllers import CABS, Annealed, AtMost, NoiseScale
 from tests.options import make_scheduler
-from tests.scripted import Wishes, ones, slope_run, steps
+from tests.scripted import Proposals, ones, slope_run, steps
 
 SHAPES = {
     "linear": lambda p: 1 - p,
     "power": lambda p: (1 - p) ** 2,
     "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
 }
-CAPS = {"max_batch_size": lambda: None, "number": lambda: 40, "measured": lambda: Wishes(100.0, 60.0, 30.0)}
+CAPS = {"max_batch_size": lambda: None, "number": lambda: 40, "measured": lambda: Proposals(100.0, 60.0, 30.0)}
 
 
 @pytest.mark.parametrize("scheduler_first", [False, True])

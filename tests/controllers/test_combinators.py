@@ -19,7 +19,7 @@ from adabatch.controllers import (
     PadaDamp,
     Warmup,
 )
-from tests.scripted import Wishes
+from tests.scripted import Proposals
 
 proposal = st.floats(0, 1e9) | st.just(math.inf)
 proposals = st.lists(proposal, min_size=1, max_size=12)
@@ -38,13 +38,13 @@ def asked(controller, steps, samples=16):
 def test_bounds_are_the_largest_and_the_smallest(one, two, number):
     steps = max(len(one), len(two))
     first, second = (one + one[-1:] * steps)[:steps], (two + two[-1:] * steps)[:steps]
-    assert asked(AtLeast(Wishes(*one), number, Wishes(*two)), steps) == [max(a, number, b) for a, b in zip(first, second, strict=True)]
-    assert asked(AtMost(Wishes(*one), number, Wishes(*two)), steps) == [min(a, number, b) for a, b in zip(first, second, strict=True)]
+    assert asked(AtLeast(Proposals(*one), number, Proposals(*two)), steps) == [max(a, number, b) for a, b in zip(first, second, strict=True)]
+    assert asked(AtMost(Proposals(*one), number, Proposals(*two)), steps) == [min(a, number, b) for a, b in zip(first, second, strict=True)]
 
 
 @given(proposal, proposal, positive, positive)
 def test_the_average_lies_between_and_weighs(one, two, weight_one, weight_two):
-    mean = Average(Wishes(one), Wishes(two), weights=(weight_one, weight_two)).propose(None, loss=1.0, lr=0.1)
+    mean = Average(Proposals(one), Proposals(two), weights=(weight_one, weight_two)).propose(None, loss=1.0, lr=0.1)
     assert min(one, two) * (1 - 1e-12) <= mean <= max(one, two) * (1 + 1e-12)
     if one == two:
         assert mean == pytest.approx(one)
@@ -54,14 +54,14 @@ def test_the_average_lies_between_and_weighs(one, two, weight_one, weight_two):
 
 @given(proposals, st.integers(1, 1000))
 def test_monotone_never_shrinks_and_never_exceeds_what_was_wished_or_used(one, samples):
-    got = asked(Monotone(Wishes(*one)), len(one), samples)
+    got = asked(Monotone(Proposals(*one)), len(one), samples)
     assert got == sorted(got)
     assert got == [max(samples, *one[: n + 1]) for n in range(len(one))]
 
 
 @given(proposals, st.floats(1.01, 4), st.integers(1, 1000), st.integers(1, 1000))
 def test_warmup_grows_no_faster_than_told_and_falls_at_once(one, growth, pace, samples):
-    got = asked(Warmup(Wishes(*one), growth=growth, samples=pace), len(one), samples)
+    got = asked(Warmup(Proposals(*one), growth=growth, samples=pace), len(one), samples)
     before = 0.0
     for now, proposed in zip(got, one, strict=True):
         limit = 10 ** min(300.0, math.log10(max(before, samples)) + samples / pace * math.log10(growth))
@@ -92,7 +92,7 @@ def test_needs_and_first_sizes_are_those_of_the_parts(make):
 
 def test_nan_is_handed_on():
     for make in (Monotone, Warmup):
-        rule = make(Wishes(math.nan, 20.0))
+        rule = make(Proposals(math.nan, 20.0))
         assert math.isnan(asked(rule, 1)[0]) and asked(rule, 1) == [20.0] if make is Monotone else True
 
 

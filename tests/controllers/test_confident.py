@@ -12,7 +12,7 @@ from adabatch.controllers import Confident, Goodput, NoiseScale, PadaDamp
 from adabatch.diagnostics import Diagnostics
 from adabatch.interfaces import RunContext
 from tests.diagnostics.synthetic import same_records
-from tests.scripted import Wishes, regression, squared_error
+from tests.scripted import Proposals, regression, squared_error
 
 
 def trained(steps=150, controller=None, lr=0.02, **options):
@@ -71,7 +71,7 @@ def test_the_size_moves_only_out_of_the_interval(inner_products):
     ],
 )
 def test_it_gives_the_size_in_force_while_the_interval_holds_it(interval, proposal, given):
-    class Known(Wishes):
+    class Known(Proposals):
         def interval(self, level=0.9):
             return interval
 

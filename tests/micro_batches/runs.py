@@ -7,7 +7,7 @@ from torch.optim import SGD
 import adabatch
 from adabatch.data import AdaptiveDataLoader
 from tests.options import grouped
-from tests.scripted import Indexed, Wishes
+from tests.scripted import Indexed, Proposals
 
 SIZES = (20, 7, 33, 12, 1, 40, 5, 23)
 LOSSES = {
@@ -32,7 +32,7 @@ def make(
         "min_batch_size": 1, "max_batch_size": 64, "max_micro_batch_size": limit, **options,
     }
     parts = adabatch.wrap(
-        model, inner, loader, controller=Wishes(*proposals), loss_reduction=loss_reduction,
+        model, inner, loader, controller=Proposals(*proposals), loss_reduction=loss_reduction,
         **grouped(**options),
     )
     return model, *parts

@@ -14,7 +14,7 @@ import adabatch
 from adabatch.data import AdaptiveDataLoader
 from tests.micro_batches.runs import LOSSES, make, train
 from tests.oracle import per_sample_grads
-from tests.scripted import Indexed, Wishes, regression
+from tests.scripted import Indexed, Proposals, regression
 
 
 @pytest.mark.parametrize("zero", ["first", "last"])
@@ -35,8 +35,8 @@ def test_the_same_run_as_with_whole_batches(limit, reduction, zero, optimizer):
     for column in ("batch_size", "samples_seen", "next_batch_size"):
         assert list(history.column(column)) == list(reference.column(column))
     assert list(history.column("loss")) == pytest.approx(list(reference.column("loss")), rel=1e-10)
-    told, wanted = ([entry["moments"] for entry in run[3].controller.told] for run in (cut, whole))
-    for ours, theirs in zip(told, wanted, strict=True):
+    passed, wanted = ([entry["moments"] for entry in run[3].controller.passed] for run in (cut, whole))
+    for ours, theirs in zip(passed, wanted, strict=True):
         torch.testing.assert_close(ours.sq_norms, theirs.sq_norms, rtol=1e-9, atol=1e-12)
         assert ours.grad_sq_norm == pytest.approx(theirs.grad_sq_norm, rel=1e-9)
         assert ours.variance_trace == pytest.approx(theirs.variance_trace, rel=1e-8)
@@ -108,8 +108,8 @@ def test_a_grad_scaler_runs_on_the_last_piece():
     for ours, theirs in zip(weights[-1], expected[-1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     assert scaler.get_scale() == 1024.0 * 2 ** (parts[3].step_count // 5)
-    told, wanted = parts[3].controller.told, plain[3].controller.told
-    for ours, theirs in zip(told, wanted, strict=True):
+    passed, wanted = parts[3].controller.passed, plain[3].controller.passed
+    for ours, theirs in zip(passed, wanted, strict=True):
         expected_norm = pytest.approx(theirs["moments"].grad_sq_norm, rel=1e-9)
         assert ours["moments"].grad_sq_norm == expected_norm
 
@@ -277,7 +277,7 @@ def test_the_micro_batch_estimator_against_the_oracle(limit, reduction):
     )
     flat = torch.cat([grad.flatten(1) for grad in grads.values()], 1) / scale
     at = 0
-    for entry in parts[3].controller.told:
+    for entry in parts[3].controller.passed:
         sizes = []
         while sum(sizes) < entry["moments"].batch_size:
             sizes.append(len(pieces[at + len(sizes)]))
@@ -297,7 +297,7 @@ def test_the_micro_batch_estimator_is_unbiased():
     model = nn.Linear(3, 1)
     traces = []
     loader = AdaptiveDataLoader(data, 64, True)
-    controller = Wishes(64)
+    controller = Proposals(64)
     parts = adabatch.wrap(
         model, SGD(model.parameters(), lr=0.0), loader, controller=controller,
         estimator=adabatch.MicroBatch(), micro_batches=16,
@@ -308,7 +308,7 @@ def test_the_micro_batch_estimator_is_unbiased():
         parts[0].step()
         parts[0].zero_grad()
         parts[2].step(loss)
-    traces = [entry["moments"].variance_trace for entry in controller.told]
+    traces = [entry["moments"].variance_trace for entry in controller.passed]
     residuals = 2 * (model(data.tensors[0]) - data.tensors[1]).detach()
     grads = torch.cat([residuals * data.tensors[0], residuals], 1).double()
     assert sum(traces) / len(traces) == pytest.approx(float(grads.var(0).sum()), rel=0.15)
@@ -324,11 +324,11 @@ def test_a_compiled_model(backend):
     compiled = torch.compile(model, backend=backend)
     cut = adabatch.wrap(
         compiled, SGD(model.parameters(), lr=0.05), loaders[0], batch_sizes=(16, 64),
-        controller=Wishes(20, 13), micro_batches=6,
+        controller=Proposals(20, 13), micro_batches=6,
     )
     whole = adabatch.wrap(
         twin, SGD(twin.parameters(), lr=0.05), loaders[1], batch_sizes=(4, 64),
-        controller=Wishes(20, 13),
+        controller=Proposals(20, 13),
     )
     cut[2].size_rule = whole[2].size_rule
     train(compiled, *cut, epochs=1)

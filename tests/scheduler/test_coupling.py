@@ -19,7 +19,7 @@ from adabatch.scheduler.coupling import (
     rule_of_optimizer,
     square_root,
 )
-from tests.scripted import Wishes, slope_run, steps
+from tests.scripted import Proposals, slope_run, steps
 
 sizes = st.integers(1, 10_000)
 both_orders = pytest.mark.parametrize("scheduler_first", [False, True],
@@ -66,26 +66,26 @@ def test_unknown_rules_and_optimizers():
                          [("none", 0), ("linear", 1), ("sqrt", 0.5), ("seesaw", 1),
                           (lambda size, base, noise: (size / base) ** 2, 2)])
 def test_each_batch_steps_with_the_factor_of_its_own_size(coupling, power, lr, scheduler_first):
-    run = slope_run(Wishes(40, 8, 64, 16), n=16 + 40 + 8 + 64 + 4, coupling=coupling, lr=lr())
+    run = slope_run(Proposals(40, 8, 64, 16), n=16 + 40 + 8 + 64 + 4, coupling=coupling, lr=lr())
     requested, delivered = [16, 40, 8, 64, 16], [16, 40, 8, 64, 4]
     moved = list(steps(*run, scheduler_first=scheduler_first))
     assert [rows for rows, _ in moved] == delivered
     expected = [(size / 16) ** power * rows / size
                 for size, rows in zip(requested, delivered, strict=True)]
     assert [move for _, move in moved] == pytest.approx(expected, rel=1e-5)
-    assert {told["lr"] for told in run[3].controller.told} == {1.0}
+    assert {passed["lr"] for passed in run[3].controller.passed} == {1.0}
     assert float(run[1].param_groups[0]["lr"]) == 1.0
 
 
 def test_the_base_can_be_given():
-    run = slope_run(Wishes(40), coupling="linear", base_batch_size=32)
+    run = slope_run(Proposals(40), coupling="linear", base_batch_size=32)
     assert [move for _, move in steps(*run, 2)] == pytest.approx([16 / 32, 40 / 32], rel=1e-5)
     assert run[3].last_lr_factor == 40 / 32
 
 
 @both_orders
 def test_coupling_spill_and_short_batch_multiply(scheduler_first):
-    run = slope_run(Wishes(128), n=16 + 64 + 32, on_limit="lower_lr", coupling="linear")
+    run = slope_run(Proposals(128), n=16 + 64 + 32, on_limit="lower_lr", coupling="linear")
     assert [
         move for _, move in steps(*run, scheduler_first=scheduler_first)
     ] == pytest.approx([1.0, 4 * 0.5, 4 * 0.5 * 0.5], rel=1e-5)
@@ -93,7 +93,7 @@ def test_coupling_spill_and_short_batch_multiply(scheduler_first):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_of_workers_step_with_the_factor_of_what_was_asked_for(workers):
-    run = slope_run(Wishes(40, 30, 20, 50), n=200, loader_options={"num_workers": workers},
+    run = slope_run(Proposals(40, 30, 20, 50), n=200, loader_options={"num_workers": workers},
                     coupling="linear", short_batch="keep")
     moved = [move for _, move in steps(*run)]
     requested = [size for size, _ in run[2].recent]
@@ -127,7 +127,7 @@ class Moments(NullEstimator):
 
 @both_orders
 def test_adascale_from_the_moments_of_the_steps_before(scheduler_first):
-    run = slope_run(Wishes(64), coupling=AdaScaleGain(smoothing=0.0))
+    run = slope_run(Proposals(64), coupling=AdaScaleGain(smoothing=0.0))
     pairs = [(320.0, 10.0), (64.0, 1.0), (100.0, -1.0), (0.0, 1.0)]
     run[3].estimator.remove()
     run[3].estimator = Moments(run[2], pairs)
@@ -138,7 +138,7 @@ def test_adascale_from_the_moments_of_the_steps_before(scheduler_first):
 
 
 def test_adascale_smooths_both_moments_before_it_divides():
-    run = slope_run(Wishes(64), coupling="adascale")
+    run = slope_run(Proposals(64), coupling="adascale")
     run[3].estimator.remove()
     pairs = [(320.0, 10.0), (64.0, 1.0), (90.0, 3.0)]
     run[3].estimator = Moments(run[2], pairs)
@@ -151,16 +151,16 @@ def test_adascale_smooths_both_moments_before_it_divides():
 
 def test_what_cannot_be_coupled_is_refused_and_leaves_no_hook():
     with pytest.raises(ValueError, match="coupling='linear' is for a loss that is a mean"):
-        slope_run(Wishes(40), loss_reduction="sum", coupling="linear")
+        slope_run(Proposals(40), loss_reduction="sum", coupling="linear")
     with pytest.raises(ValueError,
                        match="base_batch_size must be a positive integer or None, got 0"):
-        slope_run(Wishes(40), coupling="linear", base_batch_size=0)
+        slope_run(Proposals(40), coupling="linear", base_batch_size=0)
     optimizer = SGD([torch.zeros(1)], lr=1.0)
     with pytest.raises(ValueError,
                        match=r"scale_betas=True needs an optimizer with betas.*SGD has none"):
-        slope_run(Wishes(40), optimizer=lambda *args, **kwargs: optimizer, scale_betas=True)
+        slope_run(Proposals(40), optimizer=lambda *args, **kwargs: optimizer, scale_betas=True)
     assert not optimizer._optimizer_step_pre_hooks
-    run = slope_run(Wishes(40), coupling=lambda size, base, noise: math.nan)
+    run = slope_run(Proposals(40), coupling=lambda size, base, noise: math.nan)
     with pytest.raises(ValueError,
                        match="the coupling gave the factor nan for a batch of 16 and a base of 16"):
         next(steps(*run))

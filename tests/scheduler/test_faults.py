@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
 from tests.options import make_scheduler
-from tests.scripted import Wishes, regression, slope_run, squared_error, steps
+from tests.scripted import Proposals, regression, slope_run, squared_error, steps
 
 
 def train(faults, n_steps=6, batch_size=16, **options):
@@ -82,32 +82,32 @@ def test_a_run_of_nothing_but_faults_continues():
 
 @pytest.mark.parametrize("scheduler_first", [False, True])
 def test_a_batch_of_one_has_no_variance(scheduler_first):
-    controller = Wishes(16, needs_effective_lr=True)
+    controller = Proposals(16, needs_effective_lr=True)
     run = slope_run(controller, n=17)
     for _ in range(2):
         rows, moved = zip(*steps(*run, scheduler_first=scheduler_first), strict=True)
         assert rows == (16, 1)
         assert moved == pytest.approx((1.0, 1 / 16), rel=1e-5)
     assert [record.dropped for record in run[3].diagnostics] == ["", "batch of one"] * 2
-    assert [told["moments"].batch_size for told in controller.told] == [16, 16]
+    assert [passed["moments"].batch_size for passed in controller.passed] == [16, 16]
     assert list(run[3].diagnostics.column("samples_seen")) == [16, 17, 33, 34]
     assert run[3].get_last_batch_size() == 16
 
 
 def test_accumulated_batches_of_one_do_have_one():
-    controller = Wishes(2)
+    controller = Proposals(2)
     model, _, loader, scheduler = slope_run(controller, accumulate=2, batch_size=1,
                                             max_batch_size=2)
     for _, (inputs,) in zip(range(2), loader, strict=False):
         (model(inputs).mean() / 2).backward()
     scheduler.step(0.0)
-    assert controller.told[0]["moments"].batch_size == 2
-    assert controller.told[0]["moments"].variance_trace == pytest.approx(0.0)
+    assert controller.passed[0]["moments"].batch_size == 2
+    assert controller.passed[0]["moments"].variance_trace == pytest.approx(0.0)
 
 
 def test_an_empty_batch_is_dropped_where_the_loader_cannot_tell():
     """As after a collate_fn that leaves out every sample, under a bare sampler."""
-    model, optimizer, loader, scheduler = slope_run(Wishes(16))
+    model, optimizer, loader, scheduler = slope_run(Proposals(16))
     scheduler.loader = loader.batch_sampler
     model(torch.ones(0, 1)).sum().backward()
     optimizer.step()
@@ -119,13 +119,13 @@ def test_an_empty_batch_is_dropped_where_the_loader_cannot_tell():
 
 
 def test_a_proposal_of_nan_is_dropped():
-    run = slope_run(Wishes(20, math.nan, 30))
+    run = slope_run(Proposals(20, math.nan, 30))
     assert [rows for rows, _ in steps(*run, 4)] == [16, 20, 20, 30]
     assert run[3].diagnostics.dropped == {"the controller's proposal is NaN": 1}
 
 
 def test_a_step_without_a_backward_pass():
-    model, _, loader, scheduler = slope_run(Wishes(16))
+    model, _, loader, scheduler = slope_run(Proposals(16))
     with pytest.raises(RuntimeError, match=r"backward\(\) was not called"):
         scheduler.step(0.0)
     (inputs,) = next(iter(loader))
@@ -143,7 +143,7 @@ def test_a_step_without_a_backward_pass():
 
 
 def test_two_backward_passes_need_accumulate():
-    model, _, loader, scheduler = slope_run(Wishes(16))
+    model, _, loader, scheduler = slope_run(Proposals(16))
     (inputs,) = next(iter(loader))
     for _ in range(2):
         model(inputs).mean().backward()
@@ -156,7 +156,7 @@ def test_two_backward_passes_need_accumulate():
 
 @pytest.mark.parametrize(("inputs", "rows"), [(torch.ones(5, 16, 1), 5), (torch.ones(32, 1), 32)])
 def test_layers_that_see_another_number_of_rows_than_was_delivered(inputs, rows):
-    model, _, loader, scheduler = slope_run(Wishes(16))
+    model, _, loader, scheduler = slope_run(Proposals(16))
     next(iter(loader))
     model(inputs).mean().backward()
     with pytest.raises(RuntimeError,
@@ -167,7 +167,7 @@ def test_layers_that_see_another_number_of_rows_than_was_delivered(inputs, rows)
 
 def test_evaluation_between_steps_disturbs_nothing():
     def run(evaluate):
-        model, optimizer, loader, scheduler = slope_run(Wishes(20, 30, 40))
+        model, optimizer, loader, scheduler = slope_run(Proposals(20, 30, 40))
 
         def look():
             if evaluate:
@@ -178,7 +178,7 @@ def test_evaluation_between_steps_disturbs_nothing():
 
         return list(
             steps(model, optimizer, loader, scheduler, 5, after=look)
-        ), scheduler.controller.told[-1]["moments"].sq_norms
+        ), scheduler.controller.passed[-1]["moments"].sq_norms
 
     (plain, norms), (disturbed, same) = run(False), run(True)
     assert disturbed == plain
@@ -197,7 +197,7 @@ def test_evaluation_between_steps_disturbs_nothing():
     ],
 )
 def test_losses_that_are_none(loss, error, message):
-    model, _, loader, scheduler = slope_run(Wishes(16))
+    model, _, loader, scheduler = slope_run(Proposals(16))
     (inputs,) = next(iter(loader))
     model(inputs).mean().backward()
     with pytest.raises(error, match=message):
@@ -207,7 +207,7 @@ def test_losses_that_are_none(loss, error, message):
 
 
 def test_a_loss_that_touches_no_measured_layer_is_no_backward_pass():
-    model, _, _, scheduler = slope_run(Wishes(16))
+    model, _, _, scheduler = slope_run(Proposals(16))
     other = torch.ones((), requires_grad=True)
     other.backward()
     with pytest.raises(RuntimeError, match="no measured backward pass"):

@@ -11,7 +11,7 @@ import adabatch
 from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
 from tests import oracle
 from tests.options import make_scheduler
-from tests.scripted import Wishes, per_sample_loss, regression, slope_run, squared_error
+from tests.scripted import Proposals, per_sample_loss, regression, slope_run, squared_error
 
 
 def run(controller=None, inner_products=False, loss_reduction="mean", grad_scaler=None, every=1):
@@ -24,7 +24,7 @@ def run(controller=None, inner_products=False, loss_reduction="mean", grad_scale
     hooks = GradSampleHooks(model, statistics=statistics, loss_reduction=loss_reduction)
     options = {"min_batch_size": 8, "max_batch_size": 8, "every": every, "grad_scaler": grad_scaler}
     return model, optimizer, loader, make_scheduler(optimizer, loader, hooks,
-                                                    controller or Wishes(8), **options)
+                                                    controller or Proposals(8), **options)
 
 
 def true_trace(model, batch):
@@ -55,7 +55,7 @@ def test_a_grad_scaler_given_to_wrap_is_read_while_its_scale_holds(inner_product
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
-    options = {"controller": Wishes(8), "batch_sizes": (8, 8), "measure": "all"}
+    options = {"controller": Proposals(8), "batch_sizes": (8, 8), "measure": "all"}
     estimator = adabatch.PerSample(inner_products=inner_products)
     wrapped = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8),
                             estimator=estimator, grad_scaler=scaler, **options)
@@ -82,7 +82,7 @@ def test_a_step_whose_scaled_gradient_overflows_is_dropped():
     optimizer = SGD(model.parameters(), lr=0.01)
     loader = AdaptiveDataLoader(regression(64), 8)
     hooks = GradSampleHooks(model, statistics=["inner_products"])
-    scheduler = make_scheduler(optimizer, loader, hooks, Wishes(8), min_batch_size=8,
+    scheduler = make_scheduler(optimizer, loader, hooks, Proposals(8), min_batch_size=8,
                                max_batch_size=8, grad_scaler=scaler)
     inputs, targets = next(iter(loader))
     loss = squared_error(model(1e3 * inputs), targets)
@@ -108,7 +108,7 @@ def scaled(scaler, known=None, fused=False, **options):
     """A linear model, and a function that takes one step scaled by `scaler`."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    options = {"controller": Wishes(8), "batch_sizes": (8, 8), "measure": "all", **options}
+    options = {"controller": Proposals(8), "batch_sizes": (8, 8), "measure": "all", **options}
     optimizer = SGD(model.parameters(), lr=0.01, fused=fused)
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(regression(64), 8),
                                                  grad_scaler=known, **options)
@@ -151,7 +151,7 @@ def test_a_scheduler_made_by_hand_notices_a_grad_scaler_too():
     model, scaler = nn.Linear(3, 1), torch.amp.GradScaler("cpu", init_scale=64.0)
     optimizer = SGD(model.parameters(), lr=0.01)
     loader = adabatch.AdaptiveDataLoader(regression(64), 8)
-    scheduler = make_scheduler(optimizer, loader, adabatch.GradSampleHooks(model), Wishes(8),
+    scheduler = make_scheduler(optimizer, loader, adabatch.GradSampleHooks(model), Proposals(8),
                                min_batch_size=8, max_batch_size=8)
     inputs, targets = next(iter(loader))
     loss = squared_error(model(inputs), targets)
@@ -176,7 +176,7 @@ def test_a_grad_scaler_whose_scale_is_passed_at_each_step_or_that_is_off():
 
 
 def test_token_counts_reach_the_moments():
-    proposals = Wishes(8)
+    proposals = Proposals(8)
     model, optimizer, loader, scheduler = run(proposals, inner_products=True)
     for inputs, targets in loader:
         counts = torch.randint(1, 9, (len(inputs),))
@@ -194,7 +194,7 @@ def test_token_counts_reach_the_moments():
             (8 * shares.unsqueeze(1) * (grads - shares @ grads)).square().sum(1).mean()
         )
         assert scheduler.diagnostics.latest.variance_trace == pytest.approx(expected, rel=1e-4)
-        assert proposals.told[-1]["moments"].weights is not None
+        assert proposals.passed[-1]["moments"].weights is not None
 
 
 def test_weights_need_dots_on_measuring_steps():
@@ -210,7 +210,7 @@ def test_weights_need_dots_on_measuring_steps():
 
 
 @pytest.mark.parametrize("controller",
-                         [CABS(), CABS.reference(), Wishes(8, needs_effective_lr=True), None])
+                         [CABS(), CABS.reference(), Proposals(8, needs_effective_lr=True), None])
 def test_a_summed_loss_is_refused_by_rules_that_need_an_effective_lr(controller):
     with pytest.raises(ValueError,
                        match=r"With loss_reduction='sum' that is lr times the batch size.*"
@@ -225,4 +225,4 @@ def test_a_summed_loss_is_refused_by_rules_that_need_an_effective_lr(controller)
 
 
 def test_a_summed_loss_serves_other_rules():
-    assert slope_run(Wishes(16), loss_reduction="sum")[3].get_last_batch_size() == 16
+    assert slope_run(Proposals(16), loss_reduction="sum")[3].get_last_batch_size() == 16

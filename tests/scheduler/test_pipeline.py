@@ -15,7 +15,7 @@ from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
 from adabatch import _transfers as host_copies
 from adabatch.scheduler.pipeline import HostTransferStage
 from tests.options import grouped, make_scheduler
-from tests.scripted import Wishes, regression, squared_error
+from tests.scripted import Proposals, regression, squared_error
 
 READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero",
          "aten::item")
@@ -65,7 +65,7 @@ class Run:
         every_step = {} if "samples" in options else {"measure": "all"}
         options = {"batch_sizes": (4, 64), **every_step, "grad_scaler": grad_scaler, **options}
         parts = adabatch.wrap(self.model, SGD(self.model.parameters(), lr=1e-3), loader,
-                              controller=controller or Wishes(20, 24, 12, 16), **grouped(**options))
+                              controller=controller or Proposals(20, 24, 12, 16), **grouped(**options))
         self.optimizer, self.loader, self.scheduler = parts
         self.batches = iter(self.loader)
 
@@ -119,11 +119,11 @@ def test_no_step_after_the_first_reads_the_device(options, watched):
 @each_option
 def test_the_numbers_are_the_same_one_step_later(options, monkeypatch):
     """With one size throughout, so that the batches are the same."""
-    fixed = {**plain(options), "controller": Wishes(16)}
+    fixed = {**plain(options), "controller": Proposals(16)}
     expected = Run(**fixed)
     expected.train(9)
     monkeypatch.setattr(host_copies, "LAGS_ON_CPU", True)
-    late = Run(**{**fixed, "controller": Wishes(16)})
+    late = Run(**{**fixed, "controller": Proposals(16)})
     for n_steps in range(9):
         late.step()
         assert len(late.history) <= n_steps
@@ -135,8 +135,8 @@ def test_the_numbers_are_the_same_one_step_later(options, monkeypatch):
     for name in ("variance_trace", "grad_sq_norm"):
         assert list(late.history.column(name)) == pytest.approx(list(expected.history.column(name)),
                                                                 rel=1e-5, nan_ok=True), name
-    told = [[entry["lr"] for entry in run.scheduler.controller.told] for run in (late, expected)]
-    assert told[0] == told[1]
+    passed = [[entry["lr"] for entry in run.scheduler.controller.passed] for run in (late, expected)]
+    assert passed[0] == passed[1]
 
 
 def test_sizes_follow_the_proposals_one_step_later(lag):
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_is_dropped_one_step_later(bad, lag):
 def test_a_grad_scalers_scale_is_read_while_it_holds(lag):
     """It doubles at every update: read one step later, the trace would be off by four."""
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
-    late, expected = Run(controller=Wishes(16), grad_scaler=scaler), None
+    late, expected = Run(controller=Proposals(16), grad_scaler=scaler), None
     for _ in range(4):
         inputs, targets = next(late.batches)
         late.optimizer.zero_grad()
@@ -199,7 +199,7 @@ def test_a_grad_scalers_scale_is_read_while_it_holds(lag):
         late.scheduler.step(loss)
     late.scheduler.flush()
     host_copies.LAGS_ON_CPU = False
-    expected = Run(controller=Wishes(16))
+    expected = Run(controller=Proposals(16))
     expected.train(4)
     assert list(late.history.column("variance_trace")) == pytest.approx(
         list(expected.history.column("variance_trace")), rel=1e-5
@@ -220,7 +220,7 @@ def test_checks_of_a_pass_raise_one_step_later(lag):
             return output if self.steps < 3 else output + nn.functional.linear(inputs,
                                                                                self.second.weight)
 
-    run = Run(model=Sometimes(), controller=Wishes(16))
+    run = Run(model=Sometimes(), controller=Proposals(16))
     run.scheduler.estimator.check_loss = lambda loss: None  # which would find it at once
     run.train(3)
     with pytest.raises(RuntimeError,
@@ -268,7 +268,7 @@ def test_no_synchronisation_on_a_gpu(options):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_cpus_numbers():
-    runs = [Run(device=device, controller=Wishes(16)) for device in ("cpu", "cuda")]
+    runs = [Run(device=device, controller=Proposals(16)) for device in ("cpu", "cuda")]
     for run in runs:
         run.train(6)
         run.scheduler.flush()
@@ -287,7 +287,7 @@ def test_a_bare_scheduler_lags_too(lag):
     model = nn.Linear(3, 1)
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = AdaptiveDataLoader(regression(64), 8)
-    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model), Wishes(16),
+    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model), Proposals(16),
                                min_batch_size=4)
     for number, (inputs, targets) in enumerate(loader):
         optimizer.zero_grad()

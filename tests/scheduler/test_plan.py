@@ -18,7 +18,7 @@ from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import LayerCost, StepCost
 from adabatch.scheduler.plan import STRETCH, WARM_UP, Budget
 from tests.options import make_scheduler
-from tests.scripted import Wishes, ones, slope_run, steps
+from tests.scripted import Proposals, ones, slope_run, steps
 
 
 class Priced(NullEstimator):
@@ -138,7 +138,7 @@ def test_a_steady_trace_is_not_warned_about():
 
 
 def test_the_scheduler_measures_what_the_plan_says():
-    model, optimizer, loader, scheduler = slope_run(Wishes(16), n=4000, measure=0.05)
+    model, optimizer, loader, scheduler = slope_run(Proposals(16), n=4000, measure=0.05)
     for _ in steps(model, optimizer, loader, scheduler, 100):
         pass
     measured = list(scheduler.diagnostics.column("measured"))
@@ -153,7 +153,7 @@ def test_the_scheduler_measures_what_the_plan_says():
 
 
 def test_the_share_of_a_fixed_interval_is_reported_once_it_is_known():
-    model, optimizer, loader, scheduler = slope_run(Wishes(16), every=4)
+    model, optimizer, loader, scheduler = slope_run(Proposals(16), every=4)
     assert math.isnan(scheduler.measurement_plan.share)
     list(steps(model, optimizer, loader, scheduler, 1))
     assert scheduler.measurement_plan == (measurement := scheduler.measurement_plan)
@@ -225,9 +225,9 @@ def test_the_schedulers_own_arguments():
 
 
 def test_another_overhead_after_resuming_is_planned_for_again():
-    model, optimizer, loader, scheduler = slope_run(Wishes(16), n=4000, measure=0.05)
+    model, optimizer, loader, scheduler = slope_run(Proposals(16), n=4000, measure=0.05)
     list(steps(model, optimizer, loader, scheduler, 30))
-    again = slope_run(Wishes(16), n=4000, measure=0.4)
+    again = slope_run(Proposals(16), n=4000, measure=0.4)
     again[3].load_state_dict(scheduler.state_dict())
     list(steps(*again, 30))
     assert again[3].measurement_plan.every < scheduler.measurement_plan.every

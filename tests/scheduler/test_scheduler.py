@@ -22,8 +22,8 @@ from adabatch.diagnostics.layers import LayerStatistics
 from tests import oracle
 from tests.options import make_scheduler
 from tests.scripted import (
+    Proposals,
     Slope,
-    Wishes,
     ones,
     per_sample_loss,
     regression,
@@ -39,39 +39,39 @@ def sizes(run, n_steps=None, **options):
 
 @pytest.mark.parametrize("scheduler_first", [False, True])
 def test_sizes_follow_the_proposals_from_the_next_batch(scheduler_first):
-    run = slope_run(Wishes(40, 20.5, 21.5, 3, 1, math.inf, 17.2, -math.inf))
+    run = slope_run(Proposals(40, 20.5, 21.5, 3, 1, math.inf, 17.2, -math.inf))
     assert sizes(run, 9, scheduler_first=scheduler_first) == [16, 40, 20, 22, 3, 2, 64, 17, 2]
     assert run[3].get_last_batch_size() == 2
     assert run[2].batch_size == 2
 
 
 def test_the_first_batch_has_the_loaders_size_within_the_bounds():
-    assert sizes(slope_run(Wishes(10), batch_size=7), 1) == [7]
-    assert sizes(slope_run(Wishes(10), batch_size=1), 1) == [2]
-    assert sizes(slope_run(Wishes(10), batch_size=100), 1) == [64]
-    assert sizes(slope_run(Wishes(10), batch_size=13, multiple_of=8), 1) == [16]
+    assert sizes(slope_run(Proposals(10), batch_size=7), 1) == [7]
+    assert sizes(slope_run(Proposals(10), batch_size=1), 1) == [2]
+    assert sizes(slope_run(Proposals(10), batch_size=100), 1) == [64]
+    assert sizes(slope_run(Proposals(10), batch_size=13, multiple_of=8), 1) == [16]
 
 
 def test_multiples():
-    assert sizes(slope_run(Wishes(3, 20, 28, 1000), multiple_of=8, max_batch_size=60),
+    assert sizes(slope_run(Proposals(3, 20, 28, 1000), multiple_of=8, max_batch_size=60),
                  5) == [16, 8, 16, 32, 56]
 
 
 def test_cooldown_waits_and_counts_steps_that_did_not_measure():
-    assert sizes(slope_run(Wishes(20, 30, 40, 50, 60), cooldown=2), 6) == [16, 20, 20, 20, 50, 50]
-    assert sizes(slope_run(Wishes(20, 30), cooldown=3, every=2), 6) == [16, 20, 20, 20, 20, 30]
-    assert sizes(slope_run(Wishes(20, math.nan, math.nan, 30), cooldown=2),
+    assert sizes(slope_run(Proposals(20, 30, 40, 50, 60), cooldown=2), 6) == [16, 20, 20, 20, 50, 50]
+    assert sizes(slope_run(Proposals(20, 30), cooldown=3, every=2), 6) == [16, 20, 20, 20, 20, 30]
+    assert sizes(slope_run(Proposals(20, math.nan, math.nan, 30), cooldown=2),
                  5) == [16, 20, 20, 20, 30]
 
 
 def test_hysteresis_keeps_small_changes_out():
-    assert sizes(slope_run(Wishes(17, 18, 14, 19, 20, 24), hysteresis=0.125), 7) == [16, 16, 16, 16,
+    assert sizes(slope_run(Proposals(17, 18, 14, 19, 20, 24), hysteresis=0.125), 7) == [16, 16, 16, 16,
                                                                                      19, 19, 24]
 
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_every_measures_at_one_step_in_k_only(every):
-    run = slope_run(Wishes(20, 30, 40), every=every)
+    run = slope_run(Proposals(20, 30, 40), every=every)
     model, scheduler = run[0], run[3]
     nodes = []
     hook = model.register_forward_hook(lambda module, args,
@@ -96,7 +96,7 @@ def test_a_plain_loader_around_a_bare_sampler(workers):
     sampler = ResizableBatchSampler(200, 16)
     model = Slope()
     optimizer = SGD(model.parameters(), lr=1.0)
-    scheduler = make_scheduler(optimizer, sampler, GradSampleHooks(model), Wishes(20, 30),
+    scheduler = make_scheduler(optimizer, sampler, GradSampleHooks(model), Proposals(20, 30),
                                min_batch_size=2, max_batch_size=64)
     loader = DataLoader(ones(200), batch_sampler=sampler, num_workers=workers)
     delivered = [rows for rows, _ in steps(model, optimizer, loader, scheduler)]
@@ -109,7 +109,7 @@ def test_the_controller_gets_raw_moments_and_the_record_shows_them():
     data = regression(60)
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    controller = Wishes(16)
+    controller = Proposals(16)
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = AdaptiveDataLoader(data, 16)
     expected = []
@@ -125,8 +125,8 @@ def test_the_controller_gets_raw_moments_and_the_record_shows_them():
         loss.backward()
         optimizer.step()
         scheduler.step(loss)
-        assert controller.told[-1]["loss"] == loss.item()
-    assert [told["moments"].variance_trace for told in controller.told] == pytest.approx(expected,
+        assert controller.passed[-1]["loss"] == loss.item()
+    assert [passed["moments"].variance_trace for passed in controller.passed] == pytest.approx(expected,
                                                                                          rel=1e-5)
     history = scheduler.diagnostics
     assert list(history.column("variance_trace")) == pytest.approx(expected, rel=1e-5)
@@ -147,7 +147,7 @@ def test_accumulated_passes_are_one_step_of_all_their_samples(accumulate):
     model = nn.Linear(3, 1)
     loader = AdaptiveDataLoader(data, 8)
     optimizer = SGD(model.parameters(), lr=0.0)
-    controller = Wishes(30.0)
+    controller = Proposals(30.0)
     hooks = GradSampleHooks(model, accumulate=accumulate)
     scheduler = make_scheduler(optimizer, loader, hooks, controller, min_batch_size=2,
                                max_batch_size=64)
@@ -166,20 +166,20 @@ def test_accumulated_passes_are_one_step_of_all_their_samples(accumulate):
             total = 0.0
     hooks.remove()
     assert [len(inputs) for inputs, _ in groups[1]] == [{2: 15, 4: 8}[accumulate]] * accumulate
-    for group, told, record in zip(groups, controller.told, scheduler.diagnostics, strict=False):
+    for group, passed, record in zip(groups, controller.passed, scheduler.diagnostics, strict=False):
         batch = tuple(torch.cat(parts) for parts in zip(*group, strict=True))
         grads = oracle.per_sample_grads(model, per_sample_loss, batch)
-        assert told["moments"].batch_size == record.batch_size == len(batch[0])
+        assert passed["moments"].batch_size == record.batch_size == len(batch[0])
         # The step's gradient is Σ a_i g_i with a_i = 1/(k m_j); equal passes make it the mean, and
         # this the variance with divisor m - 1.
         weights = torch.cat([torch.full((len(inputs),), 1 / (accumulate * len(inputs)),
                                         dtype=torch.float64) for inputs, _ in group])
         flat = torch.cat([grad.flatten(1) for grad in grads.values()], dim=1)
         spread = flat.square().sum(1).mean() - (weights @ flat).square().sum()
-        assert told["moments"].variance_trace == pytest.approx(
+        assert passed["moments"].variance_trace == pytest.approx(
             float(spread / (1 - weights.square().sum())), rel=1e-5
         )
-        assert told["loss"] == pytest.approx(
+        assert passed["loss"] == pytest.approx(
             float(weights @ per_sample_loss(model, batch).double().detach()), rel=1e-5
         )
 
@@ -191,7 +191,7 @@ def test_a_summed_loss_is_recorded_as_its_mean(every):
     optimizer = SGD(model.parameters(), lr=1e-3)
     loader = AdaptiveDataLoader(data, 16)
     hooks = GradSampleHooks(model, loss_reduction="sum")
-    controller = Wishes(16)
+    controller = Proposals(16)
     scheduler = make_scheduler(optimizer, loader, hooks, controller, every=every)
     means = []
     for inputs, targets in loader:
@@ -201,12 +201,12 @@ def test_a_summed_loss_is_recorded_as_its_mean(every):
         means.append(loss.item() / len(inputs))
         scheduler.step(loss)
     assert list(scheduler.diagnostics.column("loss")) == pytest.approx(means)
-    assert [told["loss"] for told in controller.told] == pytest.approx(means[::every])
+    assert [passed["loss"] for passed in controller.passed] == pytest.approx(means[::every])
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_no_batch_is_larger_than_an_epoch(drop_last):
-    run = slope_run(Wishes(1000), n=40, batch_size=4, max_batch_size=2048,
+    run = slope_run(Proposals(1000), n=40, batch_size=4, max_batch_size=2048,
                     short_batch="drop" if drop_last else "scale")
     moves = list(steps(*run, 4))
     assert [rows for rows, _ in moves] == ([4, 40, 40, 40] if drop_last else [4, 36, 40, 40])
@@ -219,8 +219,8 @@ def test_a_smallest_batch_that_could_never_be_drawn():
     with pytest.raises(ValueError,
                        match=r"smallest batch \(64 samples\) is larger than an epoch \(40\).*"
                              "lower the minimum"):
-        slope_run(Wishes(1), n=40, min_batch_size=64, short_batch="drop")
-    assert sizes(slope_run(Wishes(1), n=40, min_batch_size=64), 2) == [40, 40]
+        slope_run(Proposals(1), n=40, min_batch_size=64, short_batch="drop")
+    assert sizes(slope_run(Proposals(1), n=40, min_batch_size=64), 2) == [40, 40]
 
 
 def test_a_sampler_without_a_length_has_no_epoch_to_bound_it():
@@ -228,13 +228,13 @@ def test_a_sampler_without_a_length_has_no_epoch_to_bound_it():
         def __iter__(self):
             return iter(range(400))
 
-    assert sizes(slope_run(Wishes(64), loader_options={"sampler": Endless()}), 3) == [16, 64, 64]
+    assert sizes(slope_run(Proposals(64), loader_options={"sampler": Endless()}), 3) == [16, 64, 64]
 
 
 @pytest.mark.parametrize("form", [lambda loss: loss, lambda loss: loss.item(),
                                   lambda loss: loss.reshape(1), lambda loss: loss.detach().numpy()])
 def test_forms_of_the_loss(form):
-    model, _, loader, scheduler = slope_run(Wishes(16))
+    model, _, loader, scheduler = slope_run(Proposals(16))
     (inputs,) = next(iter(loader))
     loss = model(inputs).mean() + 2
     loss.backward()
@@ -244,7 +244,7 @@ def test_forms_of_the_loss(form):
 
 def test_a_given_history_is_used():
     history = Diagnostics(smoothing=0.5)
-    run = slope_run(Wishes(16), diagnostics=history)
+    run = slope_run(Proposals(16), diagnostics=history)
     sizes(run, 2)
     assert run[3].diagnostics is history
     assert len(history) == 2
@@ -264,7 +264,7 @@ def test_a_given_history_is_used():
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        slope_run(Wishes(16), **options)
+        slope_run(Proposals(16), **options)
 
 
 def test_wrong_parts():
@@ -326,14 +326,14 @@ def test_without_an_estimator():
 
 
 def test_the_repr_says_what_it_does():
-    run = slope_run(Wishes(20, 24), n=400)
-    assert repr(run[3]) == "BatchSizeScheduler(Wishes, batch 16 in [2, 64], step 0)"
+    run = slope_run(Proposals(20, 24), n=400)
+    assert repr(run[3]) == "BatchSizeScheduler(Proposals, batch 16 in [2, 64], step 0)"
     list(steps(*run, 2))
     text = repr(run[3])
-    assert text.startswith("BatchSizeScheduler(Wishes, batch 20 → 24 in [2, 64], step 2, noise ")
+    assert text.startswith("BatchSizeScheduler(Proposals, batch 20 → 24 in [2, 64], step 2, noise ")
     table = run[3]._repr_html_()
     assert "<td>20 → 24 in [2, 64]</td>" in table
-    assert "<th>Wishes</th>" in table
+    assert "<th>Proposals</th>" in table
 
 
 def test_layers_are_looked_at_only_where_they_are_measured(monkeypatch):
@@ -341,5 +341,5 @@ def test_layers_are_looked_at_only_where_they_are_measured(monkeypatch):
         raise AssertionError("no layer was measured alone")
 
     monkeypatch.setattr(LayerStatistics, "of_step", fail)
-    run = slope_run(Wishes(16), n=64)
+    run = slope_run(Proposals(16), n=64)
     assert len(list(steps(*run, 3))) == 3

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
 from tests.options import make_scheduler
-from tests.scripted import Wishes, regression, slope_run, squared_error, steps
+from tests.scripted import Proposals, regression, slope_run, squared_error, steps
 
 DATA = regression(700, width=5)
 
@@ -189,9 +189,9 @@ def test_a_state_that_is_not_whole_is_an_error():
 
 
 def test_loading_sets_the_loaders_size_at_once():
-    saved = slope_run(Wishes(40))
+    saved = slope_run(Proposals(40))
     list(steps(*saved, 2))
-    resumed = slope_run(Wishes(40), batch_size=5)
+    resumed = slope_run(Proposals(40), batch_size=5)
     resumed[3].load_state_dict(saved[3].state_dict())
     assert (resumed[2].batch_size, resumed[3].get_last_batch_size()) == (40, 40)
     assert [rows for rows, _ in steps(*resumed, 2)] == [40, 40]
@@ -204,16 +204,16 @@ def test_loading_sets_the_loaders_size_at_once():
     ({"max_batch_size": 24}, 24), ({"min_batch_size": 50}, 50), ({"multiple_of": 16}, 32)
 ])
 def test_a_state_from_other_bounds_keeps_to_the_present_ones(options, size):
-    saved = slope_run(Wishes(40))
+    saved = slope_run(Proposals(40))
     list(steps(*saved, 2))
-    resumed = slope_run(Wishes(40), **options)
+    resumed = slope_run(Proposals(40), **options)
     resumed[3].load_state_dict(saved[3].state_dict())
     assert resumed[2].batch_size == resumed[3].get_last_batch_size() == size
 
 
 def test_a_spilled_lr_is_resumed():
-    saved = slope_run(Wishes(128), on_limit="lower_lr")
+    saved = slope_run(Proposals(128), on_limit="lower_lr")
     list(steps(*saved, 2))
-    resumed = slope_run(Wishes(128), on_limit="lower_lr")
+    resumed = slope_run(Proposals(128), on_limit="lower_lr")
     resumed[3].load_state_dict(saved[3].state_dict())
     assert next(steps(*resumed, 1))[1] == pytest.approx(0.5)
