@@ -112,13 +112,7 @@ def _measure(
 
 
 def lines_about(names: Iterable[str], message: str) -> str:
-    """The lines of a message that name 'Type (layer)', 'layer (...)' or a parameter.
-
-    Example:
-        >>> message = "these fail:\\n  - Foo (block.0): no rule\\n  - Foo (block.0.fc): no rule"
-        >>> lines_about(["block.0", "block.0.weight"], message)
-        'Foo (block.0): no rule'
-    """
+    """The lines of a message that name 'Type (layer)', 'layer (...)' or a parameter."""
     layer, *parameters = map(re.escape, names)
     patterns = [rf"\({layer}\)", rf"(?<![\w.(]){layer} \("]
     pattern = "|".join([*patterns, *(rf"(?<![\w.]){name}(?![\w.])" for name in parameters)])

@@ -7,9 +7,7 @@ samples; rows of zeros say nothing. Where no layout is, single rows show whether
 samples or only orders them otherwise.
 
 A dimension as long as the batch need not be the batch's: a smaller batch is run as well, and its
-losses are compared with those of the same samples in the larger one.
-
-Legend: N samples.
+losses are compared with those of the same samples in the larger one. N samples.
 """
 
 from __future__ import annotations
@@ -54,15 +52,8 @@ class LayoutResult:
 
 
 def draw_weights(n_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Weights w [N], uniform in [0.5, 1.5), and ratios ρ [N], a random order of 1, 2, 4, ...
-
-    Ratios below 1 would let small half-precision gradients underflow.
-
-    Example:
-        >>> weights, ratios = draw_weights(4)
-        >>> sorted(ratios.tolist())
-        [1.0, 2.0, 4.0, 8.0]
-    """
+    """Weights w [N], uniform in [0.5, 1.5), and ratios ρ [N], a random order of 1, 2, 4, ...: below
+    1 they would let small half-precision gradients underflow."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(n_samples, generator=generator, dtype=torch.float64) + 0.5
     return weights, 2.0 ** torch.randperm(n_samples, generator=generator).double()
@@ -73,14 +64,7 @@ def layouts_by_shape(
 ) -> list[Layout]:
     """The layouts that a shape allows; with one position per sample a flat one is batch_first.
 
-    dims: the dimensions that grow with the number of samples; None: not known.
-
-    Example:
-        >>> [str(layout) for layout in layouts_by_shape(torch.Size((6, 3)), 3, None)]
-        ['batch_second', 'flat_batch_major', 'flat_time_major']
-        >>> [str(layout) for layout in layouts_by_shape(torch.Size((6, 3)), 3, frozenset([1]))]
-        ['batch_second']
-    """
+    dims: the dimensions that grow with the number of samples; None: not known."""
     first, second, *_ = (*shape, 0, 0)
     flat = first > n_samples and first % n_samples == 0
     fits = dict(zip(BATCHED, (first == n_samples, second == n_samples, flat, flat), strict=True))
@@ -91,15 +75,8 @@ def layouts_by_shape(
 def consistent_layouts(
     first: Tensor, second: Tensor, ratios: Tensor, dims: frozenset[int] | None
 ) -> list[Layout]:
-    """The layouts in which each sample's part of `second` is its ratio times that of `first`.
-
-    first, second: an output's gradient in the two passes; ratios: ρ, [N].
-
-    Example:
-        >>> rows, ratios = torch.ones(2, 3, 1), torch.tensor([1.0, 2.0, 4.0])
-        >>> [str(each) for each in consistent_layouts(rows, rows * ratios[:, None], ratios, None)]
-        ['batch_second']
-    """
+    """The layouts in which each sample's part of `second` is its ratio times that of `first`; both
+    are an output's gradient, in the two passes."""
     def residual(layout: Layout) -> float:
         """max over the samples of ‖b'_i − ρ_i b_i‖ / ‖b'_i‖, where b_i is not zero."""
         split = (layout.split(each, len(ratios)).double() for each in (first, second))
@@ -114,13 +91,7 @@ def consistent_layouts(
 
 
 def rows_are_pure(first: Tensor, second: Tensor, ratios: Tensor) -> bool:
-    """Whether each row (along the last dimension) is of one sample: one ratio times the first.
-
-    Example:
-        >>> first, ratios = torch.tensor([[1.0, 2.0], [3.0, 1.0]]), torch.tensor([1.0, 4.0])
-        >>> rows_are_pure(first, 4 * first, ratios), rows_are_pure(first, first * ratios, ratios)
-        (True, False)
-    """
+    """Whether each row (along the last dimension) is of one sample: one ratio times the first."""
     width = first.shape[-1] if first.dim() else 1
     a, b = (each.double().reshape(-1, width) for each in (first, second))
     live = (a != 0).any(1)

@@ -71,14 +71,7 @@ class CheckedModel:
 
 
 def find_owners(model: nn.Module) -> list[ParameterOwner]:
-    """Every layer that owns trainable parameters; ValueError: none, or a lazy one without shape.
-
-    Example:
-        >>> attention = nn.MultiheadAttention(4, 1, bias=False)
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), attention)
-        >>> [(owner.name, list(owner.parameters)) for owner in find_owners(model)]
-        [('0', ['0.weight', '0.bias']), ('2', ['2.in_proj_weight', '2.out_proj.weight'])]
-    """
+    """Every layer that owns trainable parameters; ValueError: none, or a lazy one without shape."""
     modules = dict(model.named_modules())
     owners: dict[str, ParameterOwner] = {}
     names: dict[int, str] = {}

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from statistics import median
 
 import numpy as np
 
@@ -250,8 +249,9 @@ class Goodput(Controller):
         if len(times) < 2:
             self.proposal = min(2 * self.proposal, self._limit) if times else self.proposal
             return
-        medians, counts = map(median, times.values()), map(len, times.values())
-        step_time = fit_step_time(list(times), list(medians), list(counts), self.replicas)
+        medians = [float(np.median(seconds)) for seconds in times.values()]
+        counts = [len(seconds) for seconds in times.values()]
+        step_time = fit_step_time(list(times), medians, counts, self.replicas)
         nearest = min(times, key=lambda size: abs(size - self.proposal))
         self.decided = [self.proposal, float(nearest), float(max(times)), *astuple(step_time)]
         self.proposal = self._rule(ratio(self.trace.average, self.square.average))

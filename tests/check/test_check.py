@@ -1,10 +1,12 @@
 """The arguments of check(): losses, batches and models that it refuses, layers that it lists."""
 
+import importlib
 
 import pytest
 import torch
 from torch import nn
 
+import adabatch
 from adabatch import AdaptiveDataLoader, check
 from tests.check.models import D, network, square_loss
 
@@ -128,3 +130,9 @@ def test_a_large_batch_that_cannot_be_cut_is_refused_with_the_fix():
     with pytest.raises(ValueError, match="Pass a batch of 2 to 8 samples"):
         check(network(), torch.randn(9, D), loss_fn, verbose=False)
     assert check(network(), torch.randn(8, D), loss_fn, verbose=False).ok
+
+
+def test_check_stays_the_function_once_its_modules_are_imported():
+    check(nn.Linear(D, 1), torch.randn(4, D), square_loss, verbose=False)
+    assert adabatch.check is check
+    assert adabatch.check is importlib.import_module("adabatch.check").check

@@ -1,4 +1,4 @@
-"""The function adabatch.check."""
+"""The steps of adabatch.check, and its checks of model, batch and loss_fn."""
 
 from __future__ import annotations
 
@@ -21,42 +21,8 @@ EXAMPLE = ("lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0
            "reduction='none')")
 
 
-def check(model: nn.Module, batch: Batch, loss_fn: LossFn, *, verbose: bool = True) -> CheckReport:
-    """Find out, layer by layer, whether and how a model's per-sample gradients can be measured.
-
-    Two backward passes whose samples are weighted differently show which rows of a layer's output
-    belong to which sample; a backward pass per sample gives exact gradients to compare with. At
-    most 8 samples are used, 4 compared. Meanwhile batch norm uses its running statistics and
-    autocast is off. The model and the random states are left as they were.
-
-    Args:
-        model: in the mode it is trained in, without GradSampleHooks; the module inside is checked
-            where it is compiled or wrapped for data parallelism.
-        batch: what loss_fn takes: a tensor, or tuples, lists, dicts and data classes of them. Only
-            the first 8 samples are used.
-        loss_fn: (model, batch) -> per-sample losses [N], as they are in training; called about a
-            dozen times. It must call the model that it is given.
-        verbose: print the report.
-
-    Returns:
-        CheckReport: a row per layer that owns trainable parameters; `ok`; `layouts` and
-        `batch_size_source`, for GradSampleHooks(layout=report).
-
-    Raises:
-        ValueError: losses that are not [N] with N of 2 or more, a model without trainable
-            parameters, or a larger batch that cannot be cut.
-        TypeError: model, batch, loss_fn or losses of another kind.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-        >>> batch = torch.randn(7, 5, 3), torch.randn(7, 5, 2)  # 7 positions of 5 samples
-        >>> def loss_fn(model, batch):
-        ...     return (model(batch[0]) - batch[1]).square().mean((0, 2))
-        >>> report = check(model, batch, loss_fn, verbose=False)
-        >>> report["0"].layout.value, report["2"].layout.value, str(report.batch_size_source)
-        ('batch_second', 'batch_second', 'input.shape[1]')
-    """
+def run_check(model: nn.Module, batch: Batch, loss_fn: LossFn) -> CheckReport:
+    """What `adabatch.check` returns."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check_loss_fn(model, batch, loss_fn)
@@ -66,10 +32,7 @@ def check(model: nn.Module, batch: Batch, loss_fn: LossFn, *, verbose: bool = Tr
     model = unwrap(model)
     checked = CheckedModel(model, find_owners(model), loss_fn)
     with plain_arithmetic(model), restored(model):
-        report = _check(checked, batch)
-    if verbose:
-        print(report)
-    return report
+        return _check(checked, batch)
 
 
 def _check(checked: CheckedModel, batch: Batch) -> CheckReport:
@@ -79,14 +42,13 @@ def _check(checked: CheckedModel, batch: Batch) -> CheckReport:
     if size < 2:
         raise ValueError(f"check() compares samples, so it needs a batch of at least 2, got {size}")
     n_samples = MAX_SAMPLES if size > MAX_SAMPLES else size - 1
-    smaller = layouts.smaller_batch(checked, batch, large, n_samples)
-    if smaller is None and size > MAX_SAMPLES:
-        raise ValueError(f"the batch of {size} could not be cut down to {MAX_SAMPLES} samples: no "
-                         "choice of dimensions gave these samples' own losses. Pass a batch of 2 "
-                         f"to {MAX_SAMPLES} samples.")
-    small = None if smaller is None else smaller[1]
-    if smaller is not None and size > MAX_SAMPLES:
-        batch, size = smaller[0], MAX_SAMPLES
+    part, small = layouts.smaller_batch(checked, batch, large, n_samples) or (None, None)
+    if size > MAX_SAMPLES:
+        if small is None:
+            raise ValueError(f"the batch of {size} could not be cut down to {MAX_SAMPLES} samples: "
+                             "no choice of dimensions gave these samples' own losses. Pass a batch "
+                             f"of 2 to {MAX_SAMPLES} samples.")
+        batch, size = part, MAX_SAMPLES
     dims = layouts.batch_dims(large, small)
     weights, ratios = layouts.draw_weights(size)
 
@@ -99,9 +61,8 @@ def _check(checked: CheckedModel, batch: Batch) -> CheckReport:
 
     with running_statistics(model):
         passes = two_passes()
-        found = infer(passes)
         exact = exact_norms(checked, batch, size)
-    findings = Findings(owners, found, passes, exact, size)
+    findings = Findings(owners, infer(passes), passes, exact, size)
     source = layouts.find_batch_size_source(model, large, small)
     report = CheckReport(list(findings.rows.values()), source, size, min(size, MAX_COMPARED))
     if mixing_batch_norm(model):
