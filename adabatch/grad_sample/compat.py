@@ -7,13 +7,13 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-is_compiling = torch.compiler.is_compiling
-
+P = ParamSpec("P")
+R = TypeVar("R")
 _UNCOMPILED = (
     "a layer without a grad_sample rule is run again sample by sample, outside compiled graphs: "
     "compile without fullgraph=True, or pass ignore=[...]"
@@ -21,29 +21,23 @@ _UNCOMPILED = (
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether the module is what torch.compile(model) returns.
-
-    Example:
-        >>> is_compiled_wrapper(nn.Linear(1, 1))
-        False
-    """
+    """Whether the module is what torch.compile(model) returns."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     return frames is not None and isinstance(module, frames.OptimizedModule)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calling the module runs compiled code: it is such a wrapper, or module.compile() was
-    called."""
+    """Whether calling the module runs compiled code: of such a wrapper, or of module.compile()."""
     return is_compiled_wrapper(module) or module._compiled_call_impl is not None
 
 
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compiler.disable(function), which imports the compiler, put off until something else
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """torch.compiler.disable(function), which imports the compiler, deferred until something else
     has imported it."""
-    disabled: list[Callable[..., Any]] = []
+    disabled: list[Callable[P, R]] = []
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
@@ -52,7 +46,6 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
             disabled.append(torch.compiler.disable(function, **reason))
         return disabled[0](*args, **kwargs)
 
-    # What the compiler looks for where it would trace into a function, as torch.compiler.disable
-    # leaves it.
+    # The marks of torch.compiler.disable, which the compiler looks for before it traces a function.
     vars(call).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=_UNCOMPILED)
     return call

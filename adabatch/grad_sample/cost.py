@@ -1,18 +1,13 @@
 """The cost model: what measuring costs, the same on every process. It chooses the kind of tap, and
 from a budget the samples and the interval.
 
-Legend: N samples in the batch, S measured, T positions (of a sequence or an image), P numel.
-
 The unit is one multiply-add of a large matrix product. What a layer costs is registered with its
-rule (`cost=` of register_grad_sampler), what a statistic adds in `Statistic.cost`. A step adds
-STEP, CALL (Python and dispatch) for each layer, RUN_AGAIN_CALLS of them for one that is run again
-and for an operation on a traced parameter, and 2 PASS P for ‖g‖², which comes from main memory.
-What is not in a measured layer (attention, activations, the loss) is left out of `training`, so the
-model's share of a real step tends to be too high.
+rule (`cost=` of register_grad_sampler), what a statistic adds in `Statistic.cost`. Activations, the
+loss and what is in no measured layer are missing from `training`, so the estimated share of a real
+step tends to be too high. The constants are of two cores with AVX-512 in float32 (30 to 60
+multiply-adds a nanosecond); they need not be exact: choices differ by factors.
 
-The constants are of two cores with AVX-512 in float32, where 30 to 60 multiply-adds a nanosecond
-were measured; examples/benchmarks/overhead.py shows the model's share alongside the measured one.
-They need not be right to the percent: choices differ by factors.
+Legend: N samples in the batch, S measured, T positions (of a sequence or an image), P numel.
 """
 
 from __future__ import annotations
@@ -20,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -31,19 +26,16 @@ if TYPE_CHECKING:
 
 # One pass over an element in memory (read, and write in part), in multiply-adds.
 PASS = 16.0
-# Python, dispatch and small tensors of one layer's tap in one step; the same of a plain step.
+# Python, dispatch and small tensors of one layer in one step: of its tap, and of the plain step.
 CALL, PLAIN_CALL = 4e6, 1.5e7
-# Gathering the results of a step and computing its moments; loop, optimizer and loader.
+# Per step: gathering the results and computing the moments; loop, optimizer and loader.
 STEP, PLAIN_STEP = 2e7, 4e7
-# torch.func costs that many calls.
-RUN_AGAIN_CALLS = 16
-# Whole measured steps over the products and passes counted here, and what every step pays besides
-# (the scheduler's work, colder caches): fitted to the five models of the benchmark, whose shares
-# of .08, .24, .25, .13 and .04 come out as .10, .26, .32, .16 and .05.
+RUN_AGAIN_CALLS = 16  # of torch.func, in units of CALL
+# Measured steps over what is counted here, and what every step pays besides (scheduler, colder
+# caches): fitted to the five models of examples/benchmarks/overhead.py, whose shares of .08, .24,
+# .25, .13 and .04 come out as .10, .26, .32, .16 and .05.
 MARGIN, FLOOR = 1.2, 0.02
-# Where the layers' shapes are not seen (inside a compiled graph): measuring all samples, as a
-# share of the step.
-UNSEEN_SHARE = 0.4
+UNSEEN_SHARE = 0.4  # of a step, for all samples, where a compiled graph hides the layers' shapes
 # Longer intervals make the controller slow, fewer samples make its input noisy.
 LONGEST_INTERVAL, FEWEST_SAMPLES, LAST_RESORT = 20, 8, 100
 
@@ -55,7 +47,7 @@ class LayerCost:
     Attributes:
         training: of a plain step, per sample of the batch.
         passthrough: of a tap that only reads, per measured sample.
-        fused: of a fused backward pass besides `training`, per sample of the batch; None: none.
+        fused: of a fused backward pass in addition to `training`, per sample of the batch.
         product: of a product of one sample's gradient with a tensor of the parameters' shape.
         numel: elements of one sample's gradient.
         calls: in units of CALL.
@@ -71,11 +63,7 @@ class LayerCost:
     def measuring(
         self, samples: int, measured: int, statistics: Collection[Statistic] = ()
     ) -> float:
-        """The cheaper tap's cost in one step, CALL apart.
-
-        Args:
-            samples, measured: N and S.
-            statistics: what is measured besides norms.
+        """The cheaper tap's cost in one step without CALL, of N samples and S measured ones.
 
         Example:
             >>> LayerCost(training=30.0, passthrough=12.0, fused=1.0).measuring(8, 8)
@@ -99,8 +87,8 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured of a run: `samples` of each measured backward pass (None: all), at one step
-    in `every`; `share` of the training time is expected."""
+    """`samples` of each measured backward pass (None: all) are measured, at one step in `every`,
+    for an expected `share` of the training time."""
 
     samples: int | None
     every: int
@@ -110,12 +98,7 @@ class Measurement:
 def elementwise_cost(
     layer: nn.Module | None, input_shape: Sequence[int], output_shape: Sequence[int]
 ) -> LayerCost:
-    """A layer that does a pass or two over its elements: norms, embeddings, activations.
-
-    Example:
-        >>> elementwise_cost(None, (2, 8), (2, 8)).numel
-        16.0
-    """
+    """A layer that does a pass or two over its elements: norms, embeddings, activations."""
     elements = elements_per_sample(input_shape, output_shape)
     passes = 2 * PASS * elements
     return LayerCost(passes, passes, product=PASS * elements, numel=elements)
@@ -124,24 +107,23 @@ def elementwise_cost(
 def run_again_cost(
     layer: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int]
 ) -> LayerCost:
-    """A layer that is run again sample by sample, at about twice its step."""
+    """A layer that is run again sample by sample, for about twice its step."""
     numel = sum(parameter.numel() for parameter in layer.parameters())
     products = 3 * numel * max(1.0, math.prod(output_shape[1:-1]))
     training = products + 2 * PASS * elements_per_sample(input_shape, output_shape)
-    return LayerCost(
-        training, 2 * training, product=PASS * numel, numel=numel, calls=RUN_AGAIN_CALLS
-    )
+    return LayerCost(training, 2 * training, product=PASS * numel, numel=numel,
+                     calls=RUN_AGAIN_CALLS)
 
 
 def operation_cost(output_shape: Sequence[int]) -> LayerCost:
-    """An operation that meets a traced parameter, from its output's shape [N, ...]."""
+    """An operation in which a traced parameter meets samples, from its output's shape."""
     elements = elements_per_sample(output_shape)
     return LayerCost(2 * PASS * elements, 4 * PASS * elements, product=PASS * elements,
                      numel=elements, calls=RUN_AGAIN_CALLS)
 
 
 def elements_per_sample(*shapes: Sequence[int]) -> float:
-    """Of tensors [N, ...] of these shapes together."""
+    """Of all tensors of these shapes [N, ...]."""
     return sum(math.prod(shape) for shape in shapes) / max(1, shapes[-1][0])
 
 
@@ -149,16 +131,13 @@ def layer_cost(
     layer: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int],
     run_again: bool = False,
 ) -> LayerCost:
-    """The cost of a layer from its shapes, [N, ...] each, as registered with its rule.
+    """The cost of a layer from its shapes [N, ...], as registered with its rule.
 
     Example:
         >>> import adabatch.grad_sample.layers.linear
         >>> tokens = layer_cost(nn.Linear(64, 64), (8, 128, 64), (8, 128, 64))
-        >>> vectors = layer_cost(nn.Linear(64, 64), (8, 64), (8, 64))
         >>> tokens.fused_is_cheaper(16, 16), tokens.fused_is_cheaper(16, 1)
         (True, False)
-        >>> vectors.fused_is_cheaper(8, 8)
-        False
     """
     if run_again:
         return run_again_cost(layer, input_shape, output_shape)
@@ -170,8 +149,8 @@ def layer_cost(
 def called_shapes(
     inputs: Iterable[object], output: Tensor, n_samples: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of a call's first input tensor and of its output as layer_cost reads them,
-    [N, ...], wherever their samples lie."""
+    """A call's first input and its output as the shapes [N, ...] that layer_cost reads, wherever
+    their samples lie."""
     size = next((leaf.numel() for leaf in inputs if isinstance(leaf, Tensor)), 0)
     width = output.shape[-1] if output.dim() > 1 else 1
     samples = max(1, n_samples)
@@ -181,25 +160,20 @@ def called_shapes(
 
 @dataclass(frozen=True)
 class StepCost:
-    """Multiply-adds of a step with N samples: a plain one, and what measuring adds.
-
-    Attributes:
-        layers: of the measured layers.
-        numel: elements of all measured parameters.
-        statistics: what is measured besides norms.
-    """
+    """Multiply-adds of a step: a plain one, and what measuring its norms and `statistics` adds.
+    `numel` counts the elements of all measured parameters."""
 
     layers: tuple[LayerCost, ...]
     numel: int
     statistics: tuple[Statistic, ...] = ()
 
     def plain(self, samples: int) -> float:
-        """Forward, backward, and the optimizer's pass over parameters and gradients."""
+        """Forward and backward pass, and the optimizer's over parameters and gradients."""
         layers = samples * sum(layer.training for layer in self.layers)
         return layers + PLAIN_CALL * len(self.layers) + PLAIN_STEP + 3 * PASS * self.numel
 
     def measuring(self, samples: int, measured: int | None = None) -> float:
-        """What measuring `measured` samples (None: all) adds."""
+        """What measuring `measured` samples (None: all) adds; ‖g‖² is a pass over memory."""
         measured = samples if measured is None else min(measured, samples)
         layers = sum(layer.measuring(samples, measured, self.statistics) + CALL * layer.calls
                      for layer in self.layers)
@@ -217,32 +191,21 @@ def step_cost(
     seen: Iterable[tuple[nn.Module, Sequence[int], Sequence[int], bool]],
     numel: int,
     operations: Iterable[Sequence[int]] = (),
-    statistics: Iterable[Any] = (),
+    statistics: Iterable[Statistic] = (),
 ) -> StepCost:
-    """The cost of a model from what its taps saw.
-
-    Args:
-        seen: (layer, input shape, output shape, whether it is run again sample by sample).
-        numel: elements of all measured parameters.
-        operations: output shapes of operations that meet a traced parameter.
-        statistics: what is measured besides norms.
-    """
+    """The cost of a model from what its taps saw: the arguments of layer_cost, and the output
+    shapes of the operations in which traced parameters meet samples."""
     layers = (*(layer_cost(*each) for each in seen), *map(operation_cost, operations))
     return StepCost(layers, numel, tuple(statistics))
 
 
 def within_budget(cost: StepCost, samples: int, overhead: float) -> Measurement:
-    """What to measure so that the expected cost is at most the share `overhead` of a step.
+    """What to measure of steps of N samples for an expected cost of at most the share `overhead`
+    (above 0) of a step.
 
-    For equal cost, all samples at a longer interval tell more than a few at every step: fixed
-    costs are paid less often, the trace of a whole batch has no noise from the choice of rows, and
-    fused backward passes need all rows. Fewer samples are taken only where that would need more
-    than LONGEST_INTERVAL steps.
-
-    Args:
-        cost: of the model.
-        samples: N of a step.
-        overhead: the share, above 0.
+    At equal cost, all samples at a longer interval give more information than a few at every step:
+    fixed costs are paid less often, the choice of rows adds no noise, and fused backward passes
+    need all rows. Fewer samples are taken only beyond LONGEST_INTERVAL steps.
 
     Example:
         >>> cost = StepCost((LayerCost(training=1e9, passthrough=2e8),), numel=0)

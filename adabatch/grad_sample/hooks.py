@@ -5,7 +5,6 @@ Legend: N samples in a backward pass, S of them measured, K probe rows.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -43,17 +42,14 @@ if TYPE_CHECKING:
 
 COMPILED = (
     "{names} cannot be measured on a compiled model, whose graph ends before the mean gradient is "
-    "known: do not measure it, or do not compile {parts} (parts without measured parameters may be "
-    "compiled)"
+    "known: do not measure it, or do not compile {parts} (submodules without measured parameters "
+    "may be compiled)"
 )
 
 
 class GradSampleHooks(Estimator):
-    """Per-sample gradient moments of a model, measured while its backward pass runs.
-
-    Every layer with trainable parameters gets a forward hook that puts an identity node, the tap,
-    behind it. After loss.backward() the taps have summed ‖g_i‖² over all layers: no second pass is
-    run, no per-sample gradient is kept, and nothing is stored on the model.
+    """Per-sample gradient moments of a model, measured while its backward pass runs: no second
+    pass, no stored per-sample gradients, nothing kept on the model (see the folder's README).
 
     Args:
         model: the model; may be wrapped by torch.compile or DistributedDataParallel. Attach before
@@ -66,12 +62,11 @@ class GradSampleHooks(Estimator):
             loss_reduction="mean" each pass's loss is its mean divided by `accumulate`.
         ignore: names of modules that are left out, with all below them; their parameters count
             neither in the norms nor in ‖g‖².
-        param_groups: lists of parameters with moments of their own (`GradientMoments.by_group`),
-            as in an optimizer's param_groups; parameters in none of them are left out.
+        param_groups: lists of parameters with separate moments (`GradientMoments.by_group`), as in
+            an optimizer's param_groups; parameters in none of them are left out.
         capacity: the largest batch to expect. Grows on demand in eager mode; under torch.compile
             it must be given.
-        layout: what adabatch.check found; without it the samples are assumed to lie along
-            dimension 0 everywhere.
+        layout: what adabatch.check found; None: the samples lie along dimension 0 everywhere.
         per_parameter: also give the norms of each parameter (`by_parameter`).
         statistics: what to measure besides the squared norms, by name or as `Statistic` objects:
             "inner_products" gives ⟨g_i, g⟩ and with them a steadier trace, its standard error and
@@ -140,10 +135,16 @@ class GradSampleHooks(Estimator):
         self.sites = TapSite.all_of(plan, self._probe_rows.row_of, self._recorder,
                                     {} if layout is None else layout.layouts)
         wide = any(each.dtype == torch.float64 for each in plan.parameters.values())
+        reference = weakref.ref(self)
+
+        def on_reports_complete(reports: Tensor) -> None:
+            hooks = reference()
+            if hooks is not None:
+                hooks._on_reports_complete()
+
         self._probes = ProbeSet(
             len(self._probe_rows), len(self.sites), capacity,
-            torch.float64 if wide else torch.float32, self._row_sampler,
-            functools.partial(_on_reports_complete, weakref.ref(self)))
+            torch.float64 if wide else torch.float32, self._row_sampler, on_reports_complete)
         for name, parameter in plan.parameters.items():
             probe = self._probes.on(parameter.device)
             for each in self._recorder.statistics[1:]:
@@ -170,7 +171,6 @@ class GradSampleHooks(Estimator):
 
     @property
     def enabled(self) -> bool:
-        """Whether forward passes are measured; may be set between steps."""
         return self._placer.enabled
 
     @enabled.setter
@@ -194,8 +194,7 @@ class GradSampleHooks(Estimator):
         self._probes.reserve_keys()
 
     def cost(self) -> StepCost:
-        """What measuring costs by the cost model, from the shapes of the last measured forward
-        pass; the same on every process that saw the same shapes."""
+        """What measuring costs by the cost model, from the shapes of the last measured pass."""
         seen = [(site.layer, *site.shapes, site.sampler is None)
                 for site in self.sites if site.shapes is not None]
         numel = sum(parameter.numel() for parameter in self.parameters.values())
@@ -203,23 +202,17 @@ class GradSampleHooks(Estimator):
         return step_cost(seen, numel, operations, self._statistics[1:])
 
     def set_norm_weights(self, weights: dict[str, float]) -> None:
-        """Multiply each parameter's values by its weight: of a model that several processes hold
-        in parts."""
+        """Factors {parameter: weight} on the values of a model that is sharded over processes."""
         self._recorder.norm_weights = weights
 
     def check_loss(self, loss: Tensor) -> None:
-        """Check that the differentiated loss reaches the measured parameters through their layers
-        alone. Cheap: the graph is walked down to the taps only.
-
-        Raises:
-            RuntimeError: listing the parameters used outside the model's forward pass.
-        """
+        """Raise a RuntimeError listing the parameters that the loss uses outside the model's
+        forward pass. Cheap: the graph is walked down to the taps only."""
         check_uses_seen(loss, self.parameters, self._probes.leaves)
 
     # -- the end of a backward pass
 
     def _on_reports_complete(self) -> None:
-        # The parameters' gradients may not be complete: see at_backward_end.
         task = running_backward()
         if not self._attached or task == self._finished_task:
             return
@@ -229,7 +222,7 @@ class GradSampleHooks(Estimator):
             self.reset()
             raise RuntimeError(REENTRANT)
         self._finished_task = task
-        at_backward_end(self._finish)
+        at_backward_end(self._finish)  # only then are the parameters' gradients complete
 
     def _finish(self) -> None:
         try:
@@ -312,7 +305,7 @@ class GradSampleHooks(Estimator):
             add_to_row(rows, name, n_rows, self._probe_rows.row_of[parameter], value)
 
     def _check_now(self, reports: Sequence[Sequence[float]], used: set[str]) -> set[str]:
-        """The checks of a pass whose reports are there: names of parameters that took part."""
+        """Check a pass whose reports have arrived; the names of parameters that took part."""
         self._mixing[0] = self._mixing[0] or warn_of_mixing(reports, self.sites)
         seen = reported_parameters(reports, self.sites, used)
         if not self._n_passes:
@@ -343,15 +336,14 @@ class GradSampleHooks(Estimator):
         """Take the moments of all backward passes since the last step, without waiting for an
         accelerator: its numbers are copied while training continues.
 
-        On an accelerator the first measured backward pass is checked at once, and waits; the checks
-        of the others raise in moments(). So does every pass of a compiled model, of which only the
-        device knows how many samples it had.
+        On an accelerator the first measured backward pass, and every one of a compiled model (only
+        the device knows how many samples it had), waits and is checked at once; the checks of the
+        others raise in moments().
 
         Args:
-            weights: of the samples of the step [m], pass after pass, where the loss is a mean over
-                unequal shares of them: the numbers of tokens of a mean over all tokens of a padded
-                batch. On any scale; of accumulated passes each has its own weighted mean, divided
-                by `accumulate`. Needs inner products.
+            weights: of the step's samples [m], pass after pass, on any scale, where the loss is a
+                weighted mean: their numbers of tokens under a mean over all tokens. Accumulated
+                passes each have a weighted mean, divided by `accumulate`. Needs inner products.
             loss_scale: the factor on the loss: a number, or what `LossScale.take()` returns.
 
         Raises:
@@ -379,20 +371,13 @@ class GradSampleHooks(Estimator):
         finally:
             self.reset()
 
-    def collect(
-        self, *, weights: Tensor | Sequence[float] | None = None,
-        loss_scale: float | StepScale | None = None,
-    ) -> GradientMoments:
-        """The moments of the step, now; the arguments and errors of observe()."""
-        return self.observe(weights=weights, loss_scale=loss_scale).moments()
-
     def tensors_over_samples(self, moments: GradientMoments) -> list[Tensor]:
         return [tensor for each in self._statistics[1:] if each.name in moments.statistics
                 for tensor in each.over_samples(moments.statistics[each.name])]
 
     def reset(self) -> None:
-        """Discard what was measured since the last step, e.g. after a backward pass that failed
-        half way, and draw new rows."""
+        """Discard what was measured since the last step, as after a backward pass that failed, and
+        draw new rows."""
         self._passes, self._kept, self._late, self._n_passes = [], [], [], 0
         placer = self._placer
         placer.recomputing_task = -1
@@ -406,17 +391,16 @@ class GradSampleHooks(Estimator):
             site.calls = 0
 
     def remove(self) -> None:
-        """Take all hooks off the model. Nothing else was ever put on it."""
+        """Take all hooks off the model; nothing else was put on it."""
         self._placer.remove()
         self._probes.clear()
         self._attached = False
 
     def state_dict(self) -> State:
-        """The state of the row draws, so that a resumed run measures the same rows."""
+        """The state of the row draws: a resumed run measures the same rows."""
         return {"version": 2, "rows": self._row_sampler.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
-        """Continue from a state_dict()."""
         check_version(state, 2, "GradSampleHooks")
         self._row_sampler.load_state_dict(state["rows"])
 
@@ -426,9 +410,3 @@ class GradSampleHooks(Estimator):
         extra = f" with {', '.join(sorted(self.statistics))}" if self.statistics else ""
         return (f"GradSampleHooks({len(self.parameters)} parameters in {layers} layers, "
                 f"{measured}{extra}{'' if self.enabled else ', paused'})")
-
-
-def _on_reports_complete(reference: weakref.ref[GradSampleHooks], reports: Tensor) -> None:
-    hooks = reference()
-    if hooks is not None:
-        hooks._on_reports_complete()

@@ -1,5 +1,4 @@
-"""Layouts: which rows of a layer's activations and output gradients belong to which sample, and
-where the number of samples can be read.
+"""Layouts: which rows of a layer's tensors belong to which sample, and where N can be read.
 
 Legend: N samples, T positions. The samples a, b, c with positions 0 and 1, row by row:
 
@@ -7,25 +6,22 @@ Legend: N samples, T positions. The samples a, b, c with positions 0 and 1, row 
     batch_second      [T, N, ...]  [[a0, b0, c0], [a1, b1, c1]]   nn.LSTM, nn.MultiheadAttention
     flat_batch_major  [N·T, ...]   [a0, a1, b0, b1, c0, c1]       x.flatten(0, 1) of [N, T, ...]
     flat_time_major   [T·N, ...]   [a0, b0, c0, a1, b1, c1]       x.flatten(0, 1) of [T, N, ...]
-    shared            [1, T, ...]  computed once and broadcast to all samples: a position embedding
+    shared            [1, T, ...]  computed once and broadcast to all samples: a position table
                                    looked up without a batch dimension; also [T, ...]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any
 
 from torch import Tensor
 
-__all__ = ["BatchSizeSource", "Layout"]
+from adabatch._types import Args, Kwargs
 
 
 class Layout(str, Enum):
-    """The order of the samples in a layer's tensors; see the module's table. It is made from its
-    name: Layout("batch_second").
+    """The order of the samples in a layer's tensors, see the module's table.
 
     Example:
         >>> import torch
@@ -55,16 +51,9 @@ class Layout(str, Enum):
         return tensor.shape[1 if self is Layout.BATCH_SECOND else 0]
 
     def split(self, tensor: Tensor, n_samples: int) -> Tensor:  # type: ignore[override]
-        """The tensor with its samples along dimension 0; a view, which torch.compile can trace.
-
-        Args:
-            tensor: a layer's input, output or output gradient.
-            n_samples: N.
-
-        Returns:
-            batch_first: [N, ...] unchanged; batch_second and the flat ones: [N, T, ...]; shared:
-            [N, ...], the same memory N times, where a leading dimension of 1 (of two or more) is
-            the batch's place.
+        """A view with the samples along dimension 0, which torch.compile can trace: [N, ...] of
+        batch_first, [N, T, ...] of batch_second and the flat ones. Of shared, [N, ...] is the same
+        memory N times; its leading dimension of 1 (of two or more) is the batch's place.
 
         Raises:
             ValueError: the tensor's shape does not hold N samples in this layout.
@@ -73,10 +62,6 @@ class Layout(str, Enum):
             >>> import torch
             >>> Layout.BATCH_SECOND.split(torch.zeros(7, 3, 4), 3).shape
             torch.Size([3, 7, 4])
-            >>> Layout.FLAT_BATCH_MAJOR.split(torch.zeros(21, 4), 3).shape
-            torch.Size([3, 7, 4])
-            >>> Layout.SHARED.split(torch.zeros(1, 7, 4), 3).shape
-            torch.Size([3, 7, 4])
             >>> Layout.SHARED.split(torch.zeros(7, 4), 3).shape
             torch.Size([3, 7, 4])
         """
@@ -84,14 +69,11 @@ class Layout(str, Enum):
             has_place = tensor.dim() > 1 and tensor.shape[0] == 1
             single = tensor if has_place else tensor.unsqueeze(0)
             return single.expand(n_samples, *single.shape[1:])
-        if self is Layout.BATCH_SECOND:
-            if tensor.dim() < 2 or tensor.shape[1] != n_samples:
-                raise self._misfit(tensor, n_samples, f"[T, {n_samples}, ...]")
-            return tensor.transpose(0, 1)
-        if self is Layout.BATCH_FIRST:
-            if tensor.dim() < 1 or tensor.shape[0] != n_samples:
-                raise self._misfit(tensor, n_samples, f"[{n_samples}, ...]")
-            return tensor
+        if self.stores_batch_size:
+            dim = 1 if self is Layout.BATCH_SECOND else 0
+            if tensor.dim() <= dim or tensor.shape[dim] != n_samples:
+                raise self._misfit(tensor, n_samples, f"[{'T, ' * dim}{n_samples}, ...]")
+            return tensor.transpose(0, dim)
         if tensor.dim() < 1 or n_samples < 1 or tensor.shape[0] % n_samples:
             raise self._misfit(tensor, n_samples, f"[a multiple of {n_samples}, ...]")
         positions = tensor.shape[0] // n_samples
@@ -100,15 +82,7 @@ class Layout(str, Enum):
         return tensor.unflatten(0, (positions, n_samples)).transpose(0, 1)
 
     def single(self, sample: Tensor) -> Tensor:
-        """One sample's row of split() as the layer would see it in a batch of one.
-
-        Example:
-            >>> import torch
-            >>> Layout.BATCH_SECOND.single(torch.zeros(7, 4)).shape
-            torch.Size([7, 1, 4])
-            >>> Layout.FLAT_TIME_MAJOR.single(torch.zeros(7, 4)).shape
-            torch.Size([7, 4])
-        """
+        """One sample's row of split() as the layer would see it in a batch of one."""
         if self in (Layout.FLAT_BATCH_MAJOR, Layout.FLAT_TIME_MAJOR):
             return sample
         return sample.unsqueeze(1 if self is Layout.BATCH_SECOND else 0)
@@ -123,13 +97,12 @@ class Layout(str, Enum):
 
 @dataclass(frozen=True)
 class BatchSizeSource:
-    """Where N is read from the model's own inputs, before any layer has run: one dimension of one
-    tensor among the arguments of model.forward.
+    """Where N is read from the arguments of model.forward, before any layer has run.
 
     Args:
         position: the argument's place among the positional ones; None if given by keyword only.
         name: the argument's name; None if it has none.
-        path: keys and indices from the argument to the tensor; empty when it is the tensor.
+        path: keys and indices from the argument to the tensor; empty where it is the tensor.
         dim: the tensor's dimension that counts the samples.
 
     Example:
@@ -137,8 +110,6 @@ class BatchSizeSource:
         >>> source = BatchSizeSource(position=0, name="inputs", path=("ids",), dim=1)
         >>> source.read(({"ids": torch.zeros(7, 3)},), {})
         3
-        >>> source.read((), {"inputs": {"ids": torch.zeros(7, 5)}})
-        5
         >>> print(source)
         inputs['ids'].shape[1]
     """
@@ -148,7 +119,7 @@ class BatchSizeSource:
     path: tuple[int | str, ...]
     dim: int
 
-    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    def read(self, args: Args, kwargs: Kwargs) -> int:
         """N, from the arguments of a call of the model.
 
         Raises:
@@ -172,8 +143,8 @@ class BatchSizeSource:
             raise self._missing(f"found {found}")
         return value.shape[self.dim]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, from which BatchSizeSource(**values) is made again."""
+    def to_dict(self) -> Kwargs:
+        """The arguments of an equal BatchSizeSource."""
         return asdict(self)
 
     def __str__(self) -> str:

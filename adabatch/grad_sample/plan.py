@@ -1,5 +1,4 @@
-"""What is measured of a model, decided once, when hooks are attached; everything that cannot be
-measured is listed in one error."""
+"""What is measured of a model, decided once; one error lists everything that cannot be."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ from adabatch.grad_sample.registry import GradSampler, find_grad_sampler
 
 @dataclass(frozen=True)
 class MeasuredLayer:
-    """A layer with its rule, or None where it is run again sample by sample, and its trainable
-    parameters {own name: name in the model}."""
+    """A layer with its rule (None: it is run again sample by sample) and its trainable parameters
+    {own name: name in the model}."""
 
     name: str
     layer: nn.Module
@@ -28,8 +27,8 @@ class MeasuredLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers to measure, and all measured parameters by name; `shared` names those with more
-    than one owner, `traced` those of no layer with a tap."""
+    """The layers to measure and all measured parameters by name: those with more than one owner are
+    `shared`, those of no layer with a tap `traced`."""
 
     layers: list[MeasuredLayer]
     parameters: dict[str, Tensor]
@@ -43,9 +42,9 @@ def plan_layers(
     """Find every layer that owns trainable parameters and its rule.
 
     Args:
-        model: the model; wrappers of torch.compile and DistributedDataParallel are looked through.
-        ignore: names of modules to leave out, with all below them; a parameter they share with
-            others is left out everywhere.
+        model: the model, which torch.compile and DistributedDataParallel may have wrapped.
+        ignore: names of modules to leave out, with all below them and everywhere else where their
+            parameters are used.
         only: ids of the parameters to measure; None for all that require grad.
 
     Raises:
@@ -56,18 +55,20 @@ def plan_layers(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = isinstance(ignore, Collection) and not isinstance(ignore, str)
     if not names or not all(isinstance(name, str) for name in ignore):
-        raise TypeError(
-            "ignore must be a list of module names, as model.named_modules() gives them, got "
-            f"{ignore!r}"
-        )
+        raise TypeError(f"ignore must be a list of module names, as model.named_modules() gives "
+                        f"them, got {ignore!r}")
     model = unwrap(model)
     problems = [*_model_problems(model, ignore)]
     layers: list[MeasuredLayer] = []
-    parameters = _Parameters(_parameters_below(model, ignore), only)
+    named = model.named_modules(remove_duplicate=False)
+    ignored = {id(parameter) for name, layer in named if _is_below(clean_name(name), ignore)
+               for parameter in layer._parameters.values()}
+    parameters = _Parameters(ignored, only)
     traced: set[str] = set()
     inside: set[int] = set()
-    for name, layer in _measurable(model, ignore):
-        if id(layer) in inside:
+    for name, layer in model.named_modules():
+        name = clean_name(name)
+        if id(layer) in inside or _is_below(name, ignore):
             continue
         sampler, call = find_grad_sampler(layer), call_type(layer)
         whole = call is not RecomputedCall  # it owns the parameters of its parts
@@ -92,14 +93,12 @@ def plan_layers(
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(
-            f"per-sample gradients cannot be measured exactly on this model:\n{listed}"
-        )
+            f"per-sample gradients cannot be measured exactly on this model:\n{listed}")
     return Plan(layers, parameters.by_name, frozenset(parameters.shared), frozenset(traced))
 
 
 class _Parameters:
-    """Collects the parameters to measure by their name in the model; one with several owners keeps
-    the first owner's name."""
+    """Collects the parameters to measure by their name in the model, the first owner's."""
 
     def __init__(self, ignored: Collection[int], only: Collection[int] | None):
         self._ignored, self._only = ignored, only
@@ -110,7 +109,6 @@ class _Parameters:
     def collect(
         self, owner: str, parameters: Iterable[tuple[str, Tensor | None]], problems: list[str]
     ) -> dict[str, str]:
-        """{own name: name in the model} of the owner's parameters that are to be measured."""
         own = {}
         for own_name, parameter in parameters:
             if parameter is None or not parameter.requires_grad or id(parameter) in self._ignored:
@@ -131,14 +129,14 @@ class _Parameters:
 
 
 def _can_run_again(layer: nn.Module) -> bool:
-    """Whether a layer without a rule is run again sample by sample: one without parts. The
-    parameters of a container are traced instead, as only what depends on them need be repeated;
-    so are those that a forward pre-hook works on, as weight norm's does."""
+    """Whether a layer without a rule is run again sample by sample. The parameters of a container
+    are traced instead, as only what depends on them need be repeated; so are those that a forward
+    pre-hook changes, as weight norm's does."""
     return not any(True for _ in layer.children()) and not layer._forward_pre_hooks
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module below torch.compile's and DistributedDataParallel's wrappers."""
+    """The module that torch.compile and DistributedDataParallel have wrapped."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -149,8 +147,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def clean_name(name: str) -> str:
-    """A module's name as the user knows it, without the wrappers of torch.compile and activation
-    checkpointing.
+    """A module's name without the wrappers of torch.compile and activation checkpointing.
 
     Example:
         >>> clean_name("_orig_mod.block._checkpoint_wrapped_module.linear")
@@ -158,19 +155,6 @@ def clean_name(name: str) -> str:
     """
     wrappers = ("_orig_mod", "_checkpoint_wrapped_module")
     return ".".join(part for part in name.split(".") if part not in wrappers)
-
-
-def _measurable(model: nn.Module, ignore: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
-    for name, layer in model.named_modules():
-        if not _is_below(clean_name(name), ignore):
-            yield clean_name(name), layer
-
-
-def _parameters_below(model: nn.Module, ignore: Collection[str]) -> set[int]:
-    """ids of the parameters of ignored modules."""
-    named = model.named_modules(remove_duplicate=False)
-    return {id(parameter) for name, layer in named if _is_below(clean_name(name), ignore)
-            for parameter in layer._parameters.values()}
 
 
 def _is_below(name: str, prefixes: Collection[str]) -> bool:

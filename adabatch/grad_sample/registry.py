@@ -1,13 +1,13 @@
 """The registry of layer families: rule, fused backward pass and cost of every layer type.
 
-Legend: N samples, S of them measured.
+Legend: N samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -22,12 +22,13 @@ __all__ = [
     "registered_layer_types",
 ]
 
-Rule = Callable[..., dict[str, Factor]]  # (layer, activations, backprops); layer is a subclass
+Layer: TypeAlias = Any  # an instance of the registered type, whose attributes are used
+Rule = Callable[..., dict[str, Factor]]  # (layer, activations, backprops)
 CostFunction = Callable[..., "LayerCost"]  # (layer, input_shape, output_shape)
 RuleT = TypeVar("RuleT", bound=Rule)
 Tensors = dict[str, Tensor]
 
-# A subclass that overrides one of these computes something its base's rule does not know of.
+# A subclass that overrides one of these computes something that its base's rule does not know.
 _COMPUTING_METHODS = ("forward", "_conv_forward")
 
 _SAMPLERS: dict[type[nn.Module], GradSampler] = {}
@@ -53,39 +54,32 @@ class FusedResult:
 class FusedBackward:
     """A layer's whole backward pass: its parameters' gradients come out of the per-sample ones.
 
-    It replaces the layer's own backward node where every parameter of the layer is trainable and
-    measured, all samples together, and `cost` says that this is cheaper. A subclass has no state.
+    It replaces the layer's own backward node where all its parameters are trainable and measured,
+    all samples together, and `cost` says that this is cheaper. A subclass has no state.
 
     Class attributes:
-        always: it is used whatever the cost model says. Such a one is not used for what activation
-            checkpointing runs again.
+        always: used whatever the cost model says, but not in what activation checkpointing runs
+            again.
     """
 
     always: bool = False
 
     def supports(
-        self, layer: Any, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
+        self, layer: Layer, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
     ) -> bool:
-        """Whether the call's backward pass can be computed here.
-
-        Args:
-            layer, inputs, output: the call.
-            layout: of the samples in inputs and output.
-            all_rows: whether all samples are measured.
-        """
+        """Whether the call's backward pass can be computed here; all_rows: all samples are
+        measured."""
         raise NotImplementedError
 
-    def saved_tensors(self, layer: Any, inputs: Tensor, output: Tensor) -> tuple[Tensor, ...]:
-        """What backward() needs besides the weight, detached. The first is the layer's input, in
-        the type that the layer computed with, for which autocast may have chosen another.
-
-        `output` is what the layer gave, with its grad_fn."""
+    def saved_tensors(self, layer: Layer, inputs: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+        """What backward() needs besides the weight, detached; first the layer's input, in the type
+        that the layer computed with (autocast may have chosen it). `output` has its grad_fn."""
         saved = inputs.detach()
         return (saved if saved.dtype == output.dtype else saved.to(output.dtype),)
 
     def backward(
         self,
-        layer: Any,
+        layer: Layer,
         saved: tuple[Tensor, ...],
         weight: Tensor,
         backprops: Tensor,
@@ -99,14 +93,12 @@ class FusedBackward:
         """The backward pass of one call.
 
         Args:
-            layer: the layer.
             saved: what saved_tensors() gave.
             weight: the layer's weight as the forward pass used it.
             backprops: gradient of the output.
-            n_samples: N.
             layout: of the samples in saved[0] and backprops.
-            needs_inputs: whether the input's gradient is wanted.
-            norms, second_moment: what is wanted besides the gradients.
+            needs_inputs: whether the input's gradient is needed.
+            norms, second_moment: what to compute besides the gradients.
         """
         raise NotImplementedError
 
@@ -121,8 +113,8 @@ def _nothing(layer: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class GradSampler:
-    """What is registered for a layer type; see register_grad_sampler for the attributes. `may_mix`:
-    whether a layer of this kind can mix samples at all."""
+    """What is registered for a layer type, see register_grad_sampler; `may_mix`: whether its layers
+    can mix samples at all."""
 
     rule: Rule
     full_batch: Callable[..., bool] = _never
@@ -157,7 +149,7 @@ def register_grad_sampler(
         unsupported: layer -> why the rule cannot serve it, with the fix, or None.
         parameters: names that the layer's own parameters must have. A layer with other ones was
             changed from outside (parametrization, pruning, weight norm) and is not covered.
-        fused: computes the layer's whole backward pass; None: there is none.
+        fused: computes the layer's whole backward pass.
         cost: (layer, input shape, output shape), samples first -> LayerCost; None: one pass over
             the elements of input and output.
 
@@ -193,11 +185,9 @@ def register_grad_sampler(
     names = None if parameters is None else frozenset(parameters)
 
     def register(rule: RuleT) -> RuleT:
-        for layer_type in layer_types:
-            _SAMPLERS[layer_type] = GradSampler(
-                rule, full_batch or _never, unsupported or _nothing, names, fused, cost,
-                may_mix=full_batch is not None,
-            )
+        sampler = GradSampler(rule, full_batch or _never, unsupported or _nothing, names, fused,
+                              cost, may_mix=full_batch is not None)
+        _SAMPLERS.update(dict.fromkeys(layer_types, sampler))
         return rule
 
     return register
@@ -205,10 +195,8 @@ def register_grad_sampler(
 
 def find_grad_sampler(layer: nn.Module) -> GradSampler | None:
     """What is registered for the layer's type, or for the nearest base class whose computation the
-    layer still performs; None if there is none.
-
-    A base class's rule is not used if the class, or the layer itself, overrides forward, nor if
-    the layer's own parameters are not those that the rule was registered for.
+    layer still performs: neither its class nor the layer itself overrides forward, and its own
+    parameters are those that the rule was registered for.
 
     Example:
         >>> import adabatch.grad_sample.layers.linear

@@ -1,34 +1,21 @@
-"""Which rows of a batch are measured: random, seeded, drawn again for each step, without a draw
-inside a compiled graph."""
+"""Which rows of a batch are measured: random, seeded, drawn again for each step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from adabatch._transfers import to_device
+from adabatch.interfaces import State
 
 
 class RowSampler:
-    """Chooses S of N rows as those with the S smallest of N random keys.
+    """Chooses S of N rows (None: all): those with the S smallest of N random keys.
 
-    The keys are drawn outside the model's graph, the choice is pure tensor work inside it: any
-    batch size can follow without recompiling, and all layers agree.
-
-    Args:
-        samples: S, or None for all rows.
-        seed: of the generator of the keys.
-        capacity: the largest N.
-
-    Example:
-        >>> sampler = RowSampler(samples=2, seed=0, capacity=8)
-        >>> rows = sampler.rows(5, torch.device("cpu"))
-        >>> len(rows), sampler.rows(2, torch.device("cpu"))
-        (2, None)
+    The keys, `capacity` of them, are drawn outside the model's graph, the choice is pure tensor
+    work inside it: no batch size causes a recompilation, and all layers agree.
     """
 
     def __init__(self, samples: int | None, seed: int, capacity: int):
@@ -37,7 +24,7 @@ class RowSampler:
         self._capacity = capacity
         self._host_keys = torch.zeros(0)
         self._keys: dict[torch.device, Tensor] = {}
-        # By (N, S, device), of the present keys, so that layers need not choose again.
+        # By (N, S, device), so that the layers need not choose again.
         self._chosen: dict[tuple[int, int, torch.device], Tensor] = {}
         self._before_draws = self._generator.get_state()
         self._draws: list[int] = []
@@ -60,8 +47,7 @@ class RowSampler:
         if self.samples is None:
             return
         if capacity > self._capacity:
-            # Drawn keys stay: a graph that is still to be differentiated, or checkpointed, has
-            # chosen its rows by them.
+            # Drawn keys stay: graphs whose backward pass is still to come have used them.
             more = self._draw(capacity - self._capacity)
             self._set_keys(torch.cat((self._host_keys, more)))
             self._capacity = capacity
@@ -90,12 +76,12 @@ class RowSampler:
         self._draws.append(count)
         return torch.rand(count, generator=self._generator)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The generator's state from before the present keys were drawn, and how many were drawn
-        at a time: the keys themselves grow with the batch."""
+    def state_dict(self) -> State:
+        """The generator's state before the present keys, and the sizes of their draws: fewer
+        numbers than the keys."""
         return {"generator": self._before_draws.clone(), "draws": list(self._draws)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue the saved sequence of draws."""
         capacity = self._capacity
         self._generator.set_state(state["generator"])
@@ -111,13 +97,8 @@ class RowSampler:
 
 
 class ProbeRows:
-    """Which probe row each parameter's per-sample values go to: one row for all, or one per
-    parameter group or parameter.
-
-    Args:
-        parameters: the measured parameters by name.
-        param_groups: lists of parameters, or None for one group.
-        per_parameter: give each parameter its own row.
+    """Which probe row each parameter's per-sample values go to: one for all (param_groups=None),
+    one per parameter group, or one per parameter.
 
     Attributes:
         row_of: {parameter name: row}.

@@ -14,12 +14,10 @@ def prelu_grad_sample(
     layer: nn.PReLU, activations: Tensor, backprops: Tensor
 ) -> dict[str, Factor]:
     """PReLU, y = max(0, a) + weight ∘ min(0, a): G_n = Σ b_n ∘ min(0, a_n) over the positions, and
-    over the channels if there is one weight for all.
+    over the channels if they share one weight.
 
     Args:
-        layer: the layer.
-        activations: a, [N, C, *S], or any shape with N first if the layer has one weight.
-        backprops: b, as activations.
+        activations, backprops: a and b, [N, C, *S]; any shape [N, ...] with a single weight.
 
     Example:
         >>> import torch

@@ -1,9 +1,7 @@
 """nn.MultiheadAttention: exact also with dropout, by replaying the attention between its
-projections under the same random state.
-
-The projections are linear, so their per-sample gradients are outer products: of the gradients at
-the projected queries, keys and values with the inputs, and of the output gradient with the
-attention's context. Both come from one replay, with identities in place of the projections.
+projections, identities in their place, under the same random state. The projections are linear:
+their per-sample gradients are outer products of the gradients at the projected queries, keys and
+values with the inputs, and of the output gradient with the attention's context.
 
 Legend: N samples, T positions of the query, S of key and value, E embedding width.
 """
@@ -12,12 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, multi_head_attention_forward, pad
 
+from adabatch._types import Args, Kwargs
 from adabatch.grad_sample.factors.base import Dense, Factor
 from adabatch.grad_sample.factors.outer import Outer
 from adabatch.grad_sample.layers.generic import (
@@ -29,7 +27,7 @@ INPUTS = ("query", "key", "value", "key_padding_mask", "attn_mask")
 
 
 def random_state(device: torch.device) -> RandomState:
-    """The state of the host's generator, and of the device's if it has one of its own."""
+    """The states of the host's generator and of a GPU's."""
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return torch.get_rng_state(), on_device
 
@@ -39,13 +37,15 @@ class AttentionCall(RecomputedCall):
     """One call of nn.MultiheadAttention."""
 
     keeps_random_state = True
+    layer: nn.MultiheadAttention
 
     @classmethod
     def serves(cls, layer: nn.Module) -> bool:
         return type(layer).forward is nn.MultiheadAttention.forward
 
     @classmethod
-    def problem(cls, layer: Any) -> str | None:
+    def problem(cls, layer: nn.Module) -> str | None:
+        assert isinstance(layer, nn.MultiheadAttention)
         if layer.bias_k is not None and layer.bias_k.requires_grad:
             return (
                 "trainable bias_k and bias_v are appended to every sample's sequence: build it "
@@ -54,19 +54,19 @@ class AttentionCall(RecomputedCall):
         return None
 
     @classmethod
-    def samples_dim(cls, layer: Any, index: int) -> int:
+    def samples_dim(cls, layer: nn.Module, index: int) -> int:
         return 0 if layer.batch_first else 1
 
     def __init__(
-        self, name: str, layer: nn.MultiheadAttention, parameters: Collection[str],
-        args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, n_samples: int,
+        self, name: str, layer: nn.MultiheadAttention, parameters: Collection[str], args: Args,
+        kwargs: Kwargs, output: Sequence[Tensor | None], n_samples: int,
         layout: Layout = Layout.BATCH_FIRST, random: RandomState | None = None,
     ):
         bound = inspect.signature(layer.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        self._options = {key: given[key]
-                         for key in ("need_weights", "average_attn_weights", "is_causal")}
+        options = ("need_weights", "average_attn_weights", "is_causal")
+        self._options = {key: given[key] for key in options}
         self._present = [key for key in INPUTS if given[key] is not None]
         query = given["query"]
         if query.dim() != 3:

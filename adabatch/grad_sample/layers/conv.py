@@ -34,7 +34,7 @@ class ConvBackward(FusedBackward):
         self, layer: Conv, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
     ) -> bool:
         plain = layout is Layout.BATCH_FIRST and inputs.dim() == len(layer.kernel_size) + 2
-        return plain and output.requires_grad and symmetric_padding(layer) is not None
+        return plain and output.requires_grad and _symmetric_padding(layer) is not None
 
     def backward(
         self, layer: Conv, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,
@@ -57,20 +57,16 @@ class ConvBackward(FusedBackward):
         moments = kernels.conv_weight_grad_moments(
             inputs, backprops, tuple(weight.shape), *geometry, second_moment=second_moment
         )
-        bias = None
-        if has_bias:
-            bias = backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops))
+        bias = _position_sums(backprops) if has_bias else None
         return weight_and_bias(grad_inputs, moments, bias, dtype)
 
 
-def conv_cost(
-    layer: Conv, input_shape: Sequence[int], output_shape: Sequence[int]
-) -> LayerCost:
-    """As a Linear of T = S' positions, I = C K / g: but per-sample gradients take FACTOR T I O,
-    and Gram matrices, where the kernels choose them, S² C + S'² O for the pairs of positions and
-    about PASS passes over those that the kernel shifts."""
-    positions, width_out = math.prod(output_shape[2:]), layer.out_channels
-    numel = layer.weight.numel()
+def conv_cost(layer: Conv, input_shape: Sequence[int], output_shape: Sequence[int]) -> LayerCost:
+    """As a Linear of T = S' positions, I = C K / g, with FACTOR T I O for per-sample gradients.
+    Gram matrices take S² C + S'² O and about PASS passes over the pairs of positions that the
+    kernel shifts."""
+    positions, numel = math.prod(output_shape[2:]), layer.weight.numel()
+    width_out = layer.out_channels
     product, bias = positions * numel, PASS * positions * width_out
     training = 3 * product + 2 * PASS * elements_per_sample(input_shape, output_shape)
     _, padding, _, groups = _geometry(layer)
@@ -97,9 +93,7 @@ def conv_grad_sample(layer: Conv, activations: Tensor, backprops: Tensor) -> dic
     weight, Σ over positions of b_n for the bias.
 
     Args:
-        layer: the layer.
-        activations: a, [N, C, *S].
-        backprops: b, [N, O, *S'].
+        activations, backprops: a, [N, C, *S], and b, [N, O, *S'].
 
     Raises:
         ValueError: the input has no batch dimension.
@@ -117,28 +111,21 @@ def conv_grad_sample(layer: Conv, activations: Tensor, backprops: Tensor) -> dic
     factors: dict[str, Factor] = {}
     if layer.weight.requires_grad:
         stride, padding, dilation, groups = _geometry(layer)
-        if symmetric_padding(layer) is None:
+        if _symmetric_padding(layer) is None:
             activations, padding = _pad(layer, activations), (0,) * dims
-        shape = tuple(layer.weight.shape)
         factors["weight"] = ConvOuter(
-            activations, backprops, shape, stride, padding, dilation, groups
-        )
+            activations, backprops, tuple(layer.weight.shape), stride, padding, dilation, groups)
     if layer.bias is not None and layer.bias.requires_grad:
-        bias = backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops))
-        factors["bias"] = Dense(bias)
+        factors["bias"] = Dense(_position_sums(backprops))
     return factors
 
 
-def symmetric_padding(layer: Conv) -> tuple[int, ...] | None:
-    """The layer's padding with zeros, one number per dimension; None where it pads with something
-    else or unequally on the two sides.
+def _position_sums(backprops: Tensor) -> Tensor:
+    return backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops))
 
-    Example:
-        >>> symmetric_padding(nn.Conv1d(1, 1, 3, padding="same"))
-        (1,)
-        >>> symmetric_padding(nn.Conv1d(1, 1, 4, padding="same")) is None
-        True
-    """
+
+def _symmetric_padding(layer: Conv) -> tuple[int, ...] | None:
+    """The padding with zeros of each dimension; None where it pads otherwise or unequally."""
     sides = _padding_sides(layer)
     if layer.padding_mode != "zeros" or any(left != right for left, right in sides):
         return None
@@ -147,13 +134,12 @@ def symmetric_padding(layer: Conv) -> tuple[int, ...] | None:
 
 def _geometry(layer: Conv) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """Stride, padding (zeros where it is not symmetric), dilation and groups."""
-    padding = symmetric_padding(layer) or (0,) * len(layer.kernel_size)
+    padding = _symmetric_padding(layer) or (0,) * len(layer.kernel_size)
     return tuple(layer.stride), padding, tuple(layer.dilation), layer.groups
 
 
 def _padding_sides(layer: Conv) -> list[tuple[int, int]]:
-    """Padding (left, right) of each dimension; 'same' with an even reach puts the odd one on the
-    right, as torch does."""
+    """(left, right) of each dimension; of an odd total, torch puts the extra one on the right."""
     if layer.padding == "valid":
         return [(0, 0)] * len(layer.kernel_size)
     if layer.padding == "same":

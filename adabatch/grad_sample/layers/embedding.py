@@ -1,7 +1,4 @@
-"""nn.Embedding: rule.
-
-Legend: N samples, T positions (all dimensions but the first), D embedding width, V table rows.
-"""
+"""nn.Embedding: rule. Legend: N samples, T positions (all dimensions but the first), D width."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ def embedding_unsupported(layer: nn.Embedding) -> str | None:
     """Why this embedding cannot be measured, with the fix, or None.
 
     Example:
-        >>> embedding_unsupported(nn.Embedding(5, 2)) is None
-        True
         >>> print(embedding_unsupported(nn.Embedding(5, 2, sparse=True)))
         sparse=True gives a sparse gradient, whose norm is not read; set layer.sparse = False
     """
@@ -38,12 +33,10 @@ def embedding_unsupported(layer: nn.Embedding) -> str | None:
 def embedding_grad_sample(
     layer: nn.Embedding, activations: Tensor, backprops: Tensor
 ) -> dict[str, Factor]:
-    """Embedding: row v of G_n is Σ_{t: id_nt = v} b_nt; positions that hold padding_idx contribute
-    nothing. With max_norm it is the gradient of the table as the forward pass left it, as
-    autograd's is.
+    """Embedding: row v of G_n is Σ_{t: id_nt = v} b_nt, without the positions that hold
+    padding_idx. With max_norm it is the gradient of the table as the forward pass left it.
 
     Args:
-        layer: the layer.
         activations: ids, [N, ...], integers.
         backprops: b, [N, ..., D].
 

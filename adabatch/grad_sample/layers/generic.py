@@ -1,8 +1,5 @@
 """Layers without a rule: per-sample gradients by running the layer again, sample by sample.
 
-A call keeps the input tensors with the layout of their samples. In backward its
-factors(tensors, backprops, rows) gives {own parameter name: factor}.
-
 Legend: N samples, S measured.
 """
 
@@ -11,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +16,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from adabatch._types import Args, Inputs, Kwargs
 from adabatch.grad_sample.factors.base import Dense, Factor
 from adabatch.grad_sample.layout import Layout
 from adabatch.kernels import CHUNK_BYTES
@@ -42,12 +40,11 @@ RandomState = tuple[Tensor, Tensor | None]
 
 
 class RecomputedCall:
-    """One call of a module, to be run again sample by sample.
+    """One call of a module, to be run again sample by sample in the backward pass.
 
     Args:
         name: of the module, for errors.
-        layer: the module.
-        parameters: its own names of the measured parameters, dotted in parts of it.
+        parameters: its own names of the measured parameters, dotted in submodules.
         args, kwargs, output: of the call.
         n_samples: N.
         layout: of the samples in its output.
@@ -61,21 +58,23 @@ class RecomputedCall:
         RuntimeError: an input or output whose samples cannot be told apart.
     """
 
+    keeps_random_state: ClassVar[bool] = False
+
     def __init__(
-        self, name: str, layer: Any, parameters: Collection[str], args: tuple[Any, ...],
-        kwargs: dict[str, Any], output: Any, n_samples: int, layout: Layout = Layout.BATCH_FIRST,
+        self, name: str, layer: nn.Module, parameters: Collection[str], args: Args, kwargs: Kwargs,
+        output: object, n_samples: int, layout: Layout = Layout.BATCH_FIRST,
         random: RandomState | None = None,
     ):
         self.name, self.layer, self.parameters = name, layer, tuple(parameters)
         self._n_samples, self._layout = n_samples, layout
-        leaves, self._inputs = tree_flatten((args, kwargs))
-        outputs = tree_flatten(output)[0]
         everything = tree_flatten((args, kwargs, output), is_leaf=_is_packed)[0]
         if any(_is_packed(leaf) for leaf in everything):
             raise RuntimeError(
                 f"{name} was called with a PackedSequence, whose rows belong to no fixed sample: "
                 f"pad the sequences, or pass ignore=[{name!r}]"
             )
+        leaves, self._inputs = tree_flatten((args, kwargs))
+        outputs = tree_flatten(output)[0]
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         self.tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -85,26 +84,23 @@ class RecomputedCall:
         self._input_layouts = [self._input_layout(index, tensor)
                                for index, tensor in enumerate(self.tensors)]
 
-    keeps_random_state: ClassVar[bool] = False
-
     @classmethod
     def serves(cls, layer: nn.Module) -> bool:
-        """Whether the layer is run again by this kind of call."""
+        """Whether this kind of call can run the layer again."""
         return True
 
     @classmethod
-    def problem(cls, layer: Any) -> str | None:
-        """What of the layer cannot be measured, with the fix."""
+    def problem(cls, layer: nn.Module) -> str | None:
+        """Why the layer cannot be measured, with the fix, or None."""
         return None
 
     @classmethod
-    def samples_dim(cls, layer: Any, index: int) -> int:
-        """Where the samples lie in the layer's input or output number `index`; for kinds of layers
-        that say so themselves."""
+    def samples_dim(cls, layer: nn.Module, index: int) -> int:
+        """The dimension of the samples in input or output number `index` of the layer."""
         return 0
 
     def _input_layout(self, index: int, tensor: Tensor) -> Layout | None:
-        """None for an input that carries no samples, a mask for instance."""
+        """None for an input without samples, such as a mask."""
         layouts = (self._layout, Layout.BATCH_FIRST)
         return next((layout for layout in layouts if self._fits(layout, tensor)), None)
 
@@ -126,7 +122,7 @@ class RecomputedCall:
     def factors(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
     ) -> dict[str, Factor]:
-        """Per-sample gradients of the measured parameters, by running the module again."""
+        """{own parameter name: per-sample gradients} of the measured rows."""
         inputs, outer = self._of_samples(tensors, backprops, rows)
         own = dict(self.layer.named_parameters())
         batched = [layout is not None for layout in self._input_layouts]
@@ -137,7 +133,7 @@ class RecomputedCall:
     def _of_samples(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and output gradients, those with samples as [S, ...]."""
+        """Inputs and output gradients, [S, ...] where they carry samples."""
         def first(tensor: Tensor, layout: Layout | None) -> Tensor:
             if layout is None:
                 return tensor
@@ -147,7 +143,7 @@ class RecomputedCall:
         return ([first(*each) for each in zip(tensors, self._input_layouts, strict=True)],
                 [first(*each) for each in zip(backprops, self._output_layouts, strict=True)])
 
-    def _arguments(self, inputs: Sequence[Tensor]) -> Any:
+    def _arguments(self, inputs: Sequence[Tensor]) -> Inputs:
         """(args, kwargs) of the call with these tensors."""
         supply = iter(inputs)
         leaves = [next(supply) if tensor else constant
@@ -183,7 +179,7 @@ _CALLS: dict[type[nn.Module], type[RecomputedCall]] = {}
 
 
 def register_call(layer_type: type[nn.Module]) -> Callable[[CallT], CallT]:
-    """Decorator: layers of this type own the parameters of their parts and are run again as a
+    """Decorator: layers of this type own their submodules' parameters and are run again as a
     whole, by this kind of call."""
     def register(call: CallT) -> CallT:
         _CALLS[layer_type] = call
@@ -205,7 +201,7 @@ def call_type(layer: nn.Module) -> type[RecomputedCall]:
     return RecomputedCall
 
 
-def leaves_with_gradient(leaves: Sequence[Any]) -> list[int]:
+def leaves_with_gradient(leaves: Sequence[object]) -> list[int]:
     """Indices of the tensors that require a gradient."""
     return [index for index, leaf in enumerate(leaves)
             if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -215,15 +211,13 @@ def per_sample_grads(
     function: Callable[..., Sequence[Tensor]], parameters: Mapping[str, Tensor],
     inputs: Sequence[Tensor], batched: Sequence[bool], cotangents: Sequence[Tensor], name: str,
 ) -> dict[str, Tensor]:
-    """Gradients of Σ_k ⟨cotangent_k, output_k⟩ of each sample alone, {parameter: [S, *shape]}: vmap
+    """Gradients {parameter: [S, *shape]} of Σ_k ⟨cotangent_k, output_k⟩ of each sample alone: vmap
     of the vjp over the samples, a loop where vmap cannot.
 
     Args:
         function: (parameters, *inputs) -> outputs; batched inputs and all outputs have a first
             dimension of one sample.
-        parameters: what to differentiate with respect to.
-        inputs: tensors; those marked in `batched` are [S, ...].
-        batched: whether each input carries samples.
+        batched: whether each input carries samples, and is [S, ...].
         cotangents: gradient with respect to each output, [S, ...].
         name: of the layer, for errors.
 
@@ -279,5 +273,5 @@ def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _is_packed(leaf: Any) -> bool:
+def _is_packed(leaf: object) -> bool:
     return isinstance(leaf, PackedSequence)

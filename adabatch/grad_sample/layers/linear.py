@@ -71,11 +71,11 @@ def weight_and_bias(
 def linear_cost(
     layer: nn.Linear, input_shape: Sequence[int], output_shape: Sequence[int]
 ) -> LayerCost:
-    """training: 3 T I O for forward, input gradient and weight gradient, and 2 PASS (T I + T O).
+    """training: 3 T I O (forward, input and weight gradient) + 2 PASS (T I + T O).
 
-    T = 1: PASS (I + O) for norms. Else, besides PASS T O for the bias, as the kernels choose: Gram
-    matrices, T² (I + O), or per-sample gradients, T I O + 2 PASS I O, or 2 PASS I O fused, where
-    their products make the weight gradient.
+    Norms: PASS (I + O) for T = 1. Else PASS T O for the bias, and what the kernels choose: Gram
+    matrices, T² (I + O), or per-sample gradients, T I O + 2 PASS I O; 2 PASS I O where they also
+    give the weight gradient.
     """
     width_in, width_out = layer.in_features, layer.out_features
     positions = max(1.0, math.prod(output_shape) / max(1, output_shape[0]) / width_out)
@@ -117,9 +117,7 @@ def linear_grad_sample(
     """Linear, y = W a + bias: G_n = Σ_t b_nt a_ntᵀ for the weight, Σ_t b_nt for the bias.
 
     Args:
-        layer: the layer.
-        activations: a, [N, ..., I].
-        backprops: b, [N, ..., O].
+        activations, backprops: a, [N, ..., I], and b, [N, ..., O].
 
     Raises:
         ValueError: the input has no batch dimension.

@@ -1,6 +1,8 @@
 """Normalization layers, y = x̂ ∘ weight + bias: rules, and a fused backward pass of GroupNorm.
 
 G_n = Σ b_n ∘ x̂_n for the weight and Σ b_n for the bias, summed over the positions that share them.
+A rule's activations and backprops are [N, *T, *P] for LayerNorm and RMSNorm, [N, C, *S] for the
+others; without a batch dimension it raises a ValueError.
 
 Legend: N samples, T positions before the normalized dimensions, P the normalized dimensions,
 C channels, S positions after the channels, G groups.
@@ -35,22 +37,13 @@ Factors = dict[str, Factor]
 def layer_norm_grad_sample(layer: nn.LayerNorm, activations: Tensor, backprops: Tensor) -> Factors:
     """LayerNorm over any number of last dimensions.
 
-    Args:
-        layer: the layer.
-        activations, backprops: [N, *T, *P].
-
-    Raises:
-        ValueError: the input has no batch dimension before the normalized ones.
-
     Example:
-        >>> import torch
         >>> activations, backprops = torch.tensor([[1.0, -1.0]]), torch.ones(1, 2)
         >>> factors = layer_norm_grad_sample(nn.LayerNorm(2), activations, backprops)
         >>> factors["weight"].dense().round(decimals=3), factors["bias"].dense()
         (tensor([[ 1., -1.]]), tensor([[1., 1.]]))
     """
-    _check_trailing(layer, activations)
-    shape = list(layer.normalized_shape)
+    shape = _normalized_shape(layer, activations)
     if takes_statistics(activations):
         _, mean, rstd = torch.native_layer_norm(activations, shape, None, None, layer.eps)
         return _trailing(layer, activations, backprops, mean, rstd)
@@ -62,21 +55,12 @@ def rms_norm_grad_sample(layer: nn.RMSNorm, activations: Tensor, backprops: Tens
     """RMSNorm over any number of last dimensions; it has no bias. eps=None is the machine epsilon
     of the type the forward pass computed in.
 
-    Args:
-        layer: the layer.
-        activations, backprops: [N, *T, *P].
-
-    Raises:
-        ValueError: the input has no batch dimension before the normalized ones.
-
     Example:
-        >>> import torch
         >>> ones = torch.ones(1, 2)
         >>> rms_norm_grad_sample(nn.RMSNorm(2), 3 * ones, ones)["weight"].dense()
         tensor([[1., 1.]])
     """
-    _check_trailing(layer, activations)
-    shape = list(layer.normalized_shape)
+    shape = _normalized_shape(layer, activations)
     if takes_statistics(activations):
         dtype, dims = accumulation_dtype(activations), tuple(range(-len(shape), 0))
         norm = torch.linalg.vector_norm(activations, dim=dims, dtype=dtype)
@@ -92,11 +76,11 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 class GroupNormBackward(FusedBackward):
     """torch's own backward pass, with every sample's channels in groups of their own.
 
-    For an input [N, C, S] it sums the gradients of scale and shift over N. For [1, N C, S] in N G
-    groups, with the scale repeated, it does the same arithmetic for the input's gradient and has
-    nothing to sum over: N C gradients come out in place of C. The mean and 1/σ of each group are
-    those that the layer's own node has saved. On a CPU in eager mode, outside activation
-    checkpointing and other hooks on saved tensors, which would take the reading for backward.
+    For an input [N, C, S] that pass sums the gradients of scale and shift over N. For [1, N C, S]
+    in N G groups, with the scale repeated, it does the same arithmetic for the input's gradient and
+    gives N C gradients in place of C. Mean and 1/σ are those that the layer's own node has saved.
+    On a CPU in eager mode, outside activation checkpointing and other hooks on saved tensors, which
+    would take the reading for backward.
     """
 
     always = True
@@ -147,19 +131,7 @@ class GroupNormBackward(FusedBackward):
 
 @register_grad_sampler(nn.GroupNorm, parameters=("weight", "bias"), fused=GroupNormBackward())
 def group_norm_grad_sample(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> Factors:
-    """GroupNorm.
-
-    Args:
-        layer: the layer.
-        activations, backprops: [N, C, *S].
-
-    Example:
-        >>> import torch
-        >>> activations, backprops = torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, 2, 1)
-        >>> factors = group_norm_grad_sample(nn.GroupNorm(1, 2), activations, backprops)
-        >>> factors["weight"].dense().round(decimals=3)
-        tensor([[ 1., -1.]])
-    """
+    """GroupNorm, by the statistics of each sample's groups of channels."""
     if takes_statistics(activations):
         statistics = _group_statistics(activations, layer.num_groups, layer.eps)
         return _channels(layer, activations, backprops, *statistics)
@@ -174,23 +146,7 @@ def instance_norm_grad_sample(
     layer: InstanceNorm, activations: Tensor, backprops: Tensor
 ) -> Factors:
     """InstanceNorm, by each sample's own statistics, or in eval mode by the running ones if the
-    layer tracks them.
-
-    Args:
-        layer: the layer, affine.
-        activations, backprops: [N, C, *S].
-
-    Raises:
-        ValueError: the input has no batch dimension.
-
-    Example:
-        >>> import torch
-        >>> layer = nn.InstanceNorm1d(1, affine=True)
-        >>> activations, backprops = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, 0.0]]])
-        >>> factors = instance_norm_grad_sample(layer, activations, backprops)
-        >>> factors["weight"].dense().round(decimals=3)
-        tensor([[1.]])
-    """
+    layer tracks them."""
     dims = layer._get_no_batch_dim() + 1
     if activations.dim() != dims:
         raise no_batch_dimension(layer, activations, str(dims))
@@ -203,13 +159,7 @@ def instance_norm_grad_sample(
 
 
 def batch_norm_mixes_samples(layer: BatchNorm) -> bool:
-    """Whether the layer, as it is now, normalizes by the statistics of the batch.
-
-    Example:
-        >>> layer = nn.BatchNorm1d(2)
-        >>> batch_norm_mixes_samples(layer), batch_norm_mixes_samples(layer.eval())
-        (True, False)
-    """
+    """Whether the layer, as it is now, normalizes by the statistics of the batch."""
     return layer.training or (layer.running_mean is None and layer.running_var is None)
 
 
@@ -219,17 +169,12 @@ def batch_norm_mixes_samples(layer: BatchNorm) -> bool:
 )
 def batch_norm_grad_sample(layer: BatchNorm, activations: Tensor, backprops: Tensor) -> Factors:
     """BatchNorm. By running statistics: per-sample gradients. By the batch's: each sample's
-    contribution b_n ∘ x̂_n to the gradient.
+    contribution b_n ∘ x̂_n to the gradient, of all rows of the batch.
 
     Contributions add up exactly to the gradient, but x̂_n and b_n depend on the rest of the batch:
     their variance is a proxy of the variance over fresh batches.
 
-    Args:
-        layer: the layer.
-        activations, backprops: [N, C, *S]; all rows of the batch if batch_norm_mixes_samples.
-
     Example:
-        >>> import torch
         >>> activations, backprops = torch.tensor([[1.0], [-1.0]]), torch.tensor([[1.0], [2.0]])
         >>> factors = batch_norm_grad_sample(nn.BatchNorm1d(1), activations, backprops)
         >>> factors["weight"].dense().round(decimals=3).T
@@ -280,16 +225,15 @@ def _affine(
 ) -> Factors:
     """Factors of weight and bias from [N, T, P], and statistics as Scale takes them."""
     weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
-    scale = None
+    factors: Factors = {}
     if weight is not None and weight.requires_grad:
         scale = Scale(inputs, backprops, mean, rstd, tuple(weight.shape))
-    factors: Factors = {} if scale is None else {"weight": scale}
-    if bias is not None and bias.requires_grad:
-        if scale is None:
-            shift = backprops.sum(1, dtype=accumulation_dtype(backprops))
-            factors["bias"] = Dense(shift.view(len(backprops), *bias.shape))
-        else:
+        factors["weight"] = scale
+        if bias is not None and bias.requires_grad:
             factors["bias"] = Shift(scale)
+    elif bias is not None and bias.requires_grad:
+        shift = backprops.sum(1, dtype=accumulation_dtype(backprops))
+        factors["bias"] = Dense(shift.view(len(backprops), *bias.shape))
     return factors
 
 
@@ -322,7 +266,8 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor))
 
 
-def _check_trailing(layer: nn.LayerNorm | nn.RMSNorm, activations: Tensor) -> None:
-    if activations.dim() <= len(layer.normalized_shape):
-        allowed = f"{len(layer.normalized_shape) + 1} or more"
-        raise no_batch_dimension(layer, activations, allowed)
+def _normalized_shape(layer: nn.LayerNorm | nn.RMSNorm, activations: Tensor) -> list[int]:
+    shape = list(layer.normalized_shape)
+    if activations.dim() <= len(shape):
+        raise no_batch_dimension(layer, activations, f"{len(shape) + 1} or more")
+    return shape

@@ -1,9 +1,8 @@
-"""nn.RNN, nn.LSTM, nn.GRU: run again sample by sample. Legend: S samples measured."""
+"""nn.RNN, nn.LSTM, nn.GRU: run again sample by sample."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,8 @@ class RecurrentCall(RecomputedCall):
     """The sequence has its samples where batch_first says, hidden states along dimension 1."""
 
     @classmethod
-    def problem(cls, layer: Any) -> str | None:
+    def problem(cls, layer: nn.Module) -> str | None:
+        assert isinstance(layer, nn.RNNBase)
         if layer.dropout and layer.num_layers > 1:
             return (
                 "its dropout between layers cannot be drawn again for one sample: stack "
@@ -28,7 +28,7 @@ class RecurrentCall(RecomputedCall):
         return None
 
     @classmethod
-    def samples_dim(cls, layer: Any, index: int) -> int:
+    def samples_dim(cls, layer: nn.Module, index: int) -> int:
         return 0 if index == 0 and layer.batch_first else 1
 
     def factors(
