@@ -1,24 +1,25 @@
 """Open-loop schedules of the batch size, with bs-scheduler's names, arguments and sizes, and of the
 lr, by steps or by samples. To port code from bs-scheduler 1.0 or linearlr, change the import;
-adabatch/schedules/README.md lists the defects of theirs that are mended here.
+adabatch/schedules/README.md lists the defects of theirs that are fixed here.
 """
 
 from adabatch.schedules.base import BSScheduler
 from adabatch.schedules.composition import ChainedBSScheduler, SequentialBS
-from adabatch.schedules.cosine import CosineAnnealingBS, CosineAnnealingBSWithWarmRestarts
-from adabatch.schedules.cyclic import CyclicBS, OneCycleBS
-from adabatch.schedules.functions import LambdaBS, MultiplicativeBS
+from adabatch.schedules.factors import (
+    ConstantBS, ExponentialBS, IncreaseBSOnPlateau, LambdaBS, LinearBS, MultiplicativeBS,
+    MultiStepBS, PolynomialBS, StepBS,
+)
 from adabatch.schedules.linear_lr import LinearLR
 from adabatch.schedules.managers import (
     BatchSizeManager, CustomBatchSizeManager, DefaultBatchSizeManager, VirtualBatchSize,
 )
-from adabatch.schedules.milestones import ConstantBS, MultiStepBS, StepBS
-from adabatch.schedules.plateau import IncreaseBSOnPlateau
 from adabatch.schedules.ramp_string import (
     RampBS, check_divisible, doubling_ramp, increment_ramp, parse_count, parse_ramp, stepwise_ramp,
 )
-from adabatch.schedules.ramps import ExponentialBS, LinearBS, PolynomialBS
 from adabatch.schedules.sample_clock import SampleClock
+from adabatch.schedules.waves import (
+    CosineAnnealingBS, CosineAnnealingBSWithWarmRestarts, CyclicBS, OneCycleBS,
+)
 
 __all__ = [
     "BSScheduler", "BatchSizeManager", "ChainedBSScheduler", "ConstantBS", "CosineAnnealingBS",

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from adabatch._checks import check_version, integer, suggest_keywords
+from adabatch.interfaces import State
 from adabatch.schedules.managers import (
     BatchSizeManager, Loader, has_settable_batch_size, manager_for,
 )
@@ -31,12 +32,7 @@ class Bounds(TypedDict, total=False):
 
 
 def rounded(size: float) -> int:
-    """The nearest integer, halves to even; ValueError for NaN, OverflowError for infinity.
-
-    Example:
-        >>> rounded(2.5), rounded(3.5)
-        (2, 4)
-    """
+    """The nearest integer, halves to even; ValueError for NaN, OverflowError for infinity."""
     if not math.isfinite(size):
         error = ValueError if math.isnan(size) else OverflowError
         raise error(f"the schedule computed a batch size of {size}, which must be finite: "
@@ -63,18 +59,14 @@ def is_plain(value: object) -> bool:
     return type(value) in (bool, int, float, str, type(None), torch.Tensor)
 
 
-def callable_state(call: Callable | None) -> dict[str, object]:
-    """The plain attributes of a callable object; empty for a function (closures cannot be saved).
-
-    Example:
-        >>> callable_state(abs)
-        {}
-    """
+def callable_state(call: Callable | None) -> State:
+    """The plain attributes of a callable object; none for a function (closures cannot be saved)."""
     return {key: x for key, x in getattr(call, "__dict__", {}).items() if is_plain(x)}
 
 
 class BSScheduler:
-    """Base of all batch-size schedules. A subclass computes the next size in :meth:`get_new_bs`.
+    """Base of all batch-size schedules. A subclass computes the next size in :meth:`get_new_bs`;
+    every schedule takes the arguments and raises the errors below.
 
     The constructor takes the zeroth step. Each further step computes a size, clips it to
     [min_batch_size, max_batch_size] and writes it to the loader. A size out of bounds finishes the
@@ -91,7 +83,7 @@ class BSScheduler:
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: a bound is below 1, min_batch_size exceeds max_batch_size, or there is neither a
+        ValueError: one is out of range; min_batch_size exceeds max_batch_size; there is neither a
             loader nor a manager.
         KeyError: the loader leaves batching to its data set, which has no ``get_batch_size`` and
             ``change_batch_size``.
@@ -123,16 +115,18 @@ class BSScheduler:
         if not isinstance(batch_size_manager, (BatchSizeManager, type(None))):
             raise TypeError("batch_size_manager must be a BatchSizeManager, "
                             f"got {type(batch_size_manager).__name__}")
-        if dataloader is None and batch_size_manager is None:
-            raise ValueError("dataloader and batch_size_manager are both None: pass a loader, or "
-                             "batch_size_manager=VirtualBatchSize(n) to compute sizes only")
         self.dataloader, self.verbose = dataloader, verbose
         self.min_batch_size = integer("min_batch_size", min_batch_size, at_least=1)
         self.max_batch_size = _upper_bound(dataloader, max_batch_size)
         if self.min_batch_size > self.max_batch_size:
             raise ValueError("min_batch_size must be at most max_batch_size "
                              f"({self.max_batch_size}), got {self.min_batch_size}")
-        self.batch_size_manager = batch_size_manager or manager_for(dataloader)
+        if batch_size_manager is None:
+            if dataloader is None:
+                raise ValueError("dataloader and batch_size_manager are both None: pass a loader, "
+                                 "or batch_size_manager=VirtualBatchSize(n) to compute sizes only")
+            batch_size_manager = manager_for(dataloader)
+        self.batch_size_manager = batch_size_manager
         self._last_bs = self.batch_size_manager.base_batch_size
         self.last_epoch = -1
         self._finished = False
@@ -193,7 +187,7 @@ class BSScheduler:
                 print(f"Adjusting batch size to {new_bs}.")
         self._last_bs = new_bs
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> State:
         """Counters, hyperparameters and sizes: every attribute of plain type not in ``unsaved``,
         and the plain attributes of callable objects. No loader, no manager, no function."""
         attributes = vars(self)
@@ -207,9 +201,9 @@ class BSScheduler:
             state["schedulers"] = [schedule.state_dict() for schedule in self.schedulers]
         return state
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a state, hyperparameters included, and set the batch size of THIS schedule's
-        loader to the saved one. The argument is not changed.
+    def load_state_dict(self, state_dict: State) -> None:
+        """Continue from a state, hyperparameters included, and set the batch size of THIS
+        schedule's loader to the saved one. The argument is not changed.
 
         Raises:
             ValueError: the state is of another version or of another kind of schedule.

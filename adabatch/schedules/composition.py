@@ -24,8 +24,8 @@ class SequentialBS(BSScheduler):
         milestones: one fewer, each at least the one before, the first at least 1.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: too few schedules or milestones, milestones unsorted, or the loaders differ.
+        TypeError, ValueError: an argument is of the wrong type; too few schedules or milestones,
+            milestones unsorted, or the loaders differ.
 
     Example:
         >>> from adabatch.schedules import ConstantBS, ExponentialBS, VirtualBatchSize
@@ -33,12 +33,8 @@ class SequentialBS(BSScheduler):
         >>> first = ConstantBS(None, factor=10, milestone=2, **bounds)
         >>> second = ExponentialBS(None, gamma=2.0, **bounds)
         >>> schedule = SequentialBS([first, second], milestones=[3])
-        >>> sizes = []
-        >>> for _ in range(5):
-        ...     sizes.append(schedule.batch_size)
-        ...     schedule.step()
-        >>> sizes
-        [100, 100, 10, 20, 40]
+        >>> [schedule.step() or schedule.batch_size for _ in range(5)]
+        [100, 10, 20, 40, 80]
     """
 
     def __init__(self, schedulers: Sequence[BSScheduler], milestones: Sequence[int]):
@@ -85,23 +81,16 @@ class SequentialBS(BSScheduler):
 
 
 class ChainedBSScheduler(BSScheduler):
-    """Step all schedules, in order, at each step: their effects multiply. Finished when all are.
-
-    Args:
-        schedulers: at least two, over one loader.
-
-    Raises:
-        TypeError: ``schedulers`` is not a list or tuple of schedules.
-        ValueError: there are fewer than two, or their loaders differ.
+    """Step all schedules (at least two, over one loader), in order, at each step: their effects
+    multiply. Finished when all are. Errors as in :class:`SequentialBS`.
 
     Example:
         >>> from adabatch.schedules import ConstantBS, ExponentialBS, VirtualBatchSize
         >>> bounds = {"batch_size_manager": VirtualBatchSize(10), "max_batch_size": 999}
         >>> first = ConstantBS(None, factor=10, milestone=2, **bounds)
         >>> schedule = ChainedBSScheduler([first, ExponentialBS(None, gamma=1.1, **bounds)])
-        >>> schedule.step(); schedule.step()
-        >>> schedule.batch_size
-        12
+        >>> [schedule.step() or schedule.batch_size for _ in range(3)]
+        [110, 12, 13]
     """
 
     def __init__(self, schedulers: Sequence[BSScheduler]):
@@ -110,11 +99,9 @@ class ChainedBSScheduler(BSScheduler):
 
     @property
     def finished(self) -> bool:
-        """Whether all schedules are finished."""
         return all(schedule.finished for schedule in self.schedulers)
 
     def step(self, **kwargs: object) -> None:
-        """Step every schedule with the keyword arguments."""
         self.last_epoch += 1
         for schedule in self.schedulers:
             schedule.step(**kwargs)
@@ -134,12 +121,12 @@ class ChainedBSScheduler(BSScheduler):
 def _checked_members(kind: str, schedulers: object) -> tuple[BSScheduler, ...]:
     """At least two schedules that write to the same loader in the same way."""
     if not isinstance(schedulers, (list, tuple)):
-        raise TypeError(f"{kind} needs a list or tuple of schedules, "
-                        f"got {type(schedulers).__name__}")
-    for i, schedule in enumerate(schedulers):
-        if not isinstance(schedule, BSScheduler):
-            raise TypeError(f"schedulers[{i}] must be a batch-size schedule, "
-                            f"got {type(schedule).__name__}")
+        found = type(schedulers).__name__
+        raise TypeError(f"{kind} needs a list or tuple of schedules, got {found}")
+    for i, each in enumerate(schedulers):
+        if not isinstance(each, BSScheduler):
+            found = type(each).__name__
+            raise TypeError(f"schedulers[{i}] must be a batch-size schedule, got {found}")
     if len(schedulers) < 2:
         raise ValueError(f"{kind} needs at least two schedules, got {len(schedulers)}")
     first, kinds = schedulers[0], [type(each.batch_size_manager) for each in schedulers]

@@ -13,12 +13,7 @@ from adabatch._checks import positive, real
 
 
 def linear_decay(position: float, budget: float) -> float:
-    """1 - position / budget, and 0 beyond the budget.
-
-    Example:
-        >>> linear_decay(25, 100), linear_decay(200, 100)
-        (0.75, 0.0)
-    """
+    """1 - position / budget, and 0 beyond the budget."""
     return max(0.0, 1 - position / budget)
 
 
@@ -39,10 +34,8 @@ class LinearLR(LRScheduler):
     """lr = lr₀ · (1 - t / T) with t in steps, or lr₀ · (1 - samples_seen / budget_samples), and 0
     beyond the end.
 
-    Not torch's ``LinearLR`` of the same name, which by default warms up: its factor on lr₀ rises
-    from 1/3 to 1 within total_iters=5 steps, and stays at end_factor. This one is linearlr's class:
-    its second argument is T, it decays from 1 to 0, and it computes each lr from lr₀, so that it
-    overwrites what other schedulers of the same optimizer set, where torch's multiplies it.
+    This is linearlr's class, not torch's of that name, which warms up and multiplies what other
+    schedulers set (adabatch/schedules/README.md); this one overwrites it.
     ``torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=T)`` has the same lrs.
 
     Call :meth:`step` after each of T steps (or epochs). With an adaptive batch the number of steps
@@ -61,9 +54,8 @@ class LinearLR(LRScheduler):
         batch_size: size of the first batch, to give it its mean lr; only with budget_samples.
 
     Raises:
-        TypeError: ``optimizer`` is not an Optimizer, or an argument not a number; in :meth:`step`:
-            no samples given.
-        ValueError: a number is not positive, or not exactly one of T and budget_samples is given.
+        TypeError, ValueError: ``optimizer`` is not an Optimizer, an argument not a positive number;
+            not exactly one of T and budget_samples is given; a step without samples.
 
     Example:
         >>> import torch
@@ -76,20 +68,17 @@ class LinearLR(LRScheduler):
         [0.6]
     """
 
-    def __init__(
-        self, optimizer: Optimizer, T: float | None = None, last_epoch: int = -1, *,
-        budget_samples: float | None = None, batch_size: int | None = None,
-    ):
+    def __init__(self, optimizer: Optimizer, T: float | None = None, last_epoch: int = -1, *,
+                 budget_samples: float | None = None, batch_size: int | None = None):
         if (T is None) == (budget_samples is None):
             raise ValueError("give either T (steps) or budget_samples, "
                              f"got T={T} and budget_samples={budget_samples}")
         if batch_size is not None and budget_samples is None:
             raise ValueError(f"batch_size ({batch_size}) needs budget_samples: steps have no size")
         self.T, self.budget_samples = T, budget_samples
-        self._budget = (
-            float(positive("T", T)) if budget_samples is None
-            else positive("budget_samples", budget_samples)
-        )
+        by_steps = budget_samples is None
+        budget = positive("T", T) if by_steps else positive("budget_samples", budget_samples)
+        self._budget = float(budget)
         self.samples_seen: float = 0
         self.next_samples: float = 0 if batch_size is None else positive("batch_size", batch_size)
         self._begun = False
@@ -98,10 +87,10 @@ class LinearLR(LRScheduler):
 
     def get_lr(self) -> list:
         """The lr of each group at the present position."""
-        factor = (
-            mean_linear_decay(self.samples_seen, self.next_samples, self._budget)
-            if self.T is None else linear_decay(self.last_epoch, self._budget)
-        )
+        if self.T is None:
+            factor = mean_linear_decay(self.samples_seen, self.next_samples, self._budget)
+        else:
+            factor = linear_decay(self.last_epoch, self._budget)
         return [factor * base_lr for base_lr in self.base_lrs]
 
     def _get_closed_form_lr(self) -> list:

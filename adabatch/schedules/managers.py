@@ -64,19 +64,16 @@ class _Attribute(BatchSizeManager):
         self.owner.batch_size = new_bs
 
 
-class DefaultBatchSizeManager(BatchSizeManager):
+class DefaultBatchSizeManager(_Attribute):
     """The batch size of a torch ``DataLoader``'s batch sampler; a change holds from the next batch
     drawn.
 
-    torch's BatchSampler with drop_last=True reads its size once an epoch, so it is replaced, over
+    torch's BatchSampler, which with drop_last=True reads its size once an epoch, is replaced, over
     the same sampler, by a :class:`~adabatch.data.sampler.ResizableBatchSampler`. A batch sampler of
     another class is kept, and its ``batch_size`` attribute is set. Batches that workers have
     already been given (``prefetch_factor * num_workers``) keep their size. The new sampler has one
     position: ``len(loader)`` within an epoch counts the batches to come, and of two iterators over
     the loader only the newer may be drawn from.
-
-    Args:
-        dataloader: a loader that has a batch sampler.
 
     Raises:
         TypeError: ``dataloader`` is not a ``DataLoader``.
@@ -85,11 +82,7 @@ class DefaultBatchSizeManager(BatchSizeManager):
 
     Example:
         >>> manager = DefaultBatchSizeManager(DataLoader(range(10), batch_size=4, drop_last=True))
-        >>> sizes = []
-        >>> for batch in manager.dataloader:
-        ...     sizes.append(len(batch))
-        ...     manager.set_batch_size(2)
-        >>> sizes
+        >>> [manager.set_batch_size(2) or len(batch) for batch in manager.dataloader]
         [4, 2, 2, 2]
     """
 
@@ -111,15 +104,8 @@ class DefaultBatchSizeManager(BatchSizeManager):
         if not isinstance(sampler, HasBatchSize):
             raise AttributeError(f"the batch sampler ({type(sampler).__name__}) has no batch_size "
                                  "to set: give it that attribute, or pass batch_size_manager=")
+        super().__init__(sampler)
         self.dataloader, self.sampler = dataloader, sampler
-
-    def get_current_batch_size(self) -> int:
-        """The batch sampler's batch size, in samples."""
-        return self.sampler.batch_size
-
-    def set_batch_size(self, new_bs: int) -> None:
-        """Set the batch sampler's batch size (samples); it holds from the next batch drawn."""
-        self.sampler.batch_size = new_bs
 
 
 class CustomBatchSizeManager(BatchSizeManager):
@@ -134,7 +120,6 @@ class CustomBatchSizeManager(BatchSizeManager):
 
     Example:
         >>> class Blocks(Dataset):
-        ...     size = 8
         ...     def get_batch_size(self):
         ...         return self.size
         ...     def change_batch_size(self, size):
@@ -155,21 +140,15 @@ class CustomBatchSizeManager(BatchSizeManager):
         self.dataset = dataset
 
     def get_current_batch_size(self) -> int:
-        """What the data set's ``get_batch_size()`` returns, in samples."""
         return self.dataset.get_batch_size()
 
     def set_batch_size(self, new_bs: int) -> None:
-        """Call the data set's ``change_batch_size(new_bs)``."""
         self.dataset.change_batch_size(new_bs)
 
 
 class VirtualBatchSize(BatchSizeManager):
-    """A number that stands for a batch size: a schedule over it proposes sizes and changes no
-    loader, as a controller, a plan to print or a plot needs:
-    ``StepBS(None, 30, batch_size_manager=VirtualBatchSize(64))``.
-
-    Args:
-        batch_size: the first size, at least 1, in samples.
+    """A number (at least 1) that stands for a batch size: a schedule over it proposes sizes and
+    changes no loader, as a controller, a plan to print or a plot needs.
 
     Example:
         >>> size = VirtualBatchSize(64)
@@ -182,11 +161,9 @@ class VirtualBatchSize(BatchSizeManager):
         self._batch_size = integer("batch_size", batch_size, at_least=1)
 
     def get_current_batch_size(self) -> int:
-        """The size last set, in samples."""
         return self._batch_size
 
     def set_batch_size(self, new_bs: int) -> None:
-        """Remember ``new_bs``."""
         self._batch_size = new_bs
 
 
@@ -197,18 +174,10 @@ def has_settable_batch_size(loader: object) -> TypeGuard[HasBatchSize]:
     return isinstance(attribute, property) and attribute.fset is not None
 
 
-def manager_for(loader: Loader | None) -> BatchSizeManager:
-    """The batch-size manager that fits a loader; errors as in the managers' constructors.
-
-    Example:
-        >>> type(manager_for(DataLoader(range(4), batch_size=2))).__name__
-        'DefaultBatchSizeManager'
-    """
-    if has_settable_batch_size(loader):
+def manager_for(loader: Loader) -> BatchSizeManager:
+    """The batch-size manager that fits a loader; errors as in the managers' constructors."""
+    if has_settable_batch_size(loader) or not isinstance(loader, DataLoader):
         return _Attribute(loader)
-    if not isinstance(loader, DataLoader):
-        raise TypeError("dataloader must be a torch.utils.data.DataLoader or have a batch_size "
-                        f"that can be set, got {type(loader).__name__}")
     if loader.batch_sampler is None:
         return CustomBatchSizeManager(loader.dataset)
     return DefaultBatchSizeManager(loader)

@@ -1,18 +1,15 @@
 """Online selection of the batch size: one loaded batch, split into parts of each candidate size;
 the size with the smallest (or largest) mean loss is stepped with.
 
-The parts of a candidate make up the whole batch, so the candidates' mean losses differ only where
-the loss of a sample depends on its batch: batch normalisation in training mode, dropout's random
-masks. Without such layers all candidates tie, and the largest is taken.
-
-Legend: N samples in the batch.
+The candidates' mean losses differ only where the loss of a sample depends on its batch: batch
+normalisation in training mode, dropout's masks. Otherwise all tie, and the largest is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +17,11 @@ from torch.optim import Optimizer
 
 from adabatch._checks import choice, integers
 from adabatch._tree import map_tensors, tensors
+from adabatch._types import Batch, LossFn
 from adabatch.scheduler.lr import StepFactor
 
 CANDIDATES = (256, 128, 64)
 TIED = 1e-5  # relative: what rounding makes of equal losses in float32
-
-Batch: TypeAlias = Any  # tensors in tuples, lists, mappings, data classes
-LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,11 +46,8 @@ def select_batch_size(losses_by_size: Mapping[int, float], pick: str = "smallest
     relative), the largest.
 
     Args:
-        losses_by_size: {candidate size: mean loss}; NaN losses are skipped.
+        losses_by_size: {candidate size: mean loss}; NaN losses are skipped, but not all.
         pick: 'smallest' or 'largest'.
-
-    Raises:
-        ValueError: no loss that is a number; another pick.
 
     Example:
         >>> losses = {256: 0.70, 128: 0.68, 64: 0.71}
@@ -72,24 +64,22 @@ def select_batch_size(losses_by_size: Mapping[int, float], pick: str = "smallest
 
 
 def split_losses(
-    model: nn.Module, loss_fn: LossFunction, batch: Batch, candidates: Sequence[int] = CANDIDATES
+    model: nn.Module, loss_fn: LossFn, batch: Batch, candidates: Sequence[int] = CANDIDATES
 ) -> dict[int, float]:
     """{candidate size: mean loss of the batch when split into parts of that size}, in the model's
-    present mode and without gradients.
-
-    Parts count by their samples. Buffers that a forward pass changes (running statistics) are
-    restored.
+    present mode and without gradients. Parts count by their samples. Buffers that a forward pass
+    changes (running statistics) are restored.
 
     Args:
         model: in training mode, for batch normalisation and dropout to matter.
         loss_fn: loss_fn(model, part) -> the part's mean loss, or its losses per sample [N].
-        batch: a tensor, or tuples, lists, mappings or data classes of tensors whose first dimension
-            is the sample's.
+        batch: tensors in tuples, lists, mappings or data classes; their first dimension is the
+            sample's.
         candidates: sizes, each at least 1; a batch shorter than one is one part.
 
     Raises:
-        TypeError: candidates is not a list or tuple of integers.
-        ValueError: a candidate below 1; a batch without tensors, or of tensors of several lengths.
+        TypeError, ValueError: candidates is not a list or tuple of integers of at least 1; a batch
+            without tensors, or of tensors of several lengths.
 
     Example:
         >>> batch = torch.tensor([1.0, 2.0, 6.0])
@@ -109,22 +99,15 @@ def split_losses(
 
 
 def online_step(
-    model: nn.Module, optimizer: Optimizer, loss_fn: LossFunction, batch: Batch,
+    model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, batch: Batch,
     candidates: Sequence[int] = CANDIDATES, pick: str = "smallest",
 ) -> OnlineStep:
-    """Choose a size by `split_losses` and `select_batch_size`, then take one step per part of that
-    size with lr · part / largest candidate.
+    """Choose a size by `split_losses` and `select_batch_size` (arguments and errors as there), then
+    take one step per part of that size with lr · part / largest candidate.
 
     The factor applies inside optimizer.step() only, so that lr schedulers never see it; a shorter
-    last part has a smaller one.
-
-    Args:
-        model, loss_fn, candidates, pick: as in `split_losses` and `select_batch_size`.
-        optimizer: its gradients are cleared before each part.
-        batch: as in `split_losses`; it should be as large as the largest candidate.
-
-    Raises:
-        TypeError, ValueError: as in `split_losses` and `select_batch_size`.
+    last part has a smaller one. Gradients are cleared before each part. The batch should be as
+    large as the largest candidate.
 
     Example:
         >>> model, batch = nn.Linear(2, 1), torch.randn(8, 2)
@@ -162,8 +145,8 @@ def _length(batch: Batch) -> int:
 
 def _parts(batch: Batch, size: int) -> Iterator[Batch]:
     for start in range(0, _length(batch), size):
-        yield _part(batch, slice(start, start + size))
+        yield map_tensors(batch, partial(_slice, slice(start, start + size)))
 
 
-def _part(batch: Batch, samples: slice) -> Batch:
-    return map_tensors(batch, lambda path, tensor: tensor[samples])
+def _slice(samples: slice, path: object, tensor: Tensor) -> Tensor:
+    return tensor[samples]

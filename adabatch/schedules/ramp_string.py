@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing_extensions import Unpack
 
 from adabatch._checks import function, integer, integers
+from adabatch.interfaces import State
 from adabatch.schedules.base import Bounds, BSScheduler, clipped
 from adabatch.schedules.managers import Loader
 
@@ -40,13 +41,8 @@ def parse_count(text: str) -> int:
 def parse_ramp(text: str) -> list[tuple[int, int]]:
     """The (samples seen, batch size) pairs of a ramp, such as "0:768 250B:1536 500B:3072".
 
-    Args:
-        text: ``from:size`` pairs separated by spaces or commas. The first starts at 0, each at more
-            than the one before.
-
-    Raises:
-        TypeError: ``text`` is not a string.
-        ValueError: it is not of that form.
+    The ``from:size`` pairs are separated by spaces or commas. The first starts at 0, each at more
+    than the one before: a ValueError otherwise, a TypeError for what is not a string.
 
     Example:
         >>> parse_ramp("0:768 1.5K:1536")
@@ -70,8 +66,7 @@ def parse_ramp(text: str) -> list[tuple[int, int]]:
 
 
 def stepwise_ramp(text: str) -> Ramp:
-    """The ramp of a string: the size of the last pair whose start has been reached. Errors as in
-    :func:`parse_ramp`.
+    """The ramp of a string, as in :func:`parse_ramp`: the size of the last pair reached.
 
     Example:
         >>> ramp = stepwise_ramp("0:768 250B:1536")
@@ -90,9 +85,6 @@ def increment_ramp(start: int, increment: int, samples: int, final: int) -> Ramp
         start, increment, final: samples per batch; final - start is a multiple of increment.
         samples: the count at which final is reached, at least 1.
 
-    Raises:
-        TypeError, ValueError: an argument is not an integer, or out of range.
-
     Example:
         >>> ramp = increment_ramp(start=32, increment=16, samples=1000, final=64)
         >>> ramp(0), ramp(499), ramp(500), ramp(5000)
@@ -110,15 +102,7 @@ def increment_ramp(start: int, increment: int, samples: int, final: int) -> Ramp
 
 
 def doubling_ramp(start: int, milestones: Sequence[int], factor: int = 2) -> Ramp:
-    """start · factor^(number of milestones reached).
-
-    Args:
-        start: samples per batch, at least 1.
-        milestones: counts, each at least 1.
-        factor: at least 1.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+    """start · factor^(number of milestones reached), all integers of at least 1.
 
     Example:
         >>> ramp = doubling_ramp(64, milestones=[1000, 3000])
@@ -142,48 +126,37 @@ def check_divisible(batch_size: int, world_size: int = 1, micro_batch_size: int 
     if batch_size % unit:
         below = batch_size // unit * unit
         nearest = f"{below}, {below + unit}" if below else f"{unit}"
-        raise ValueError(
-            f"batch size {batch_size} is not a multiple of {unit} = world size {world_size} x "
-            f"micro-batch size {micro_batch_size}; the nearest are: {nearest}"
-        )
+        raise ValueError(f"batch size {batch_size} is not a multiple of {unit} = world size "
+                         f"{world_size} x micro-batch size {micro_batch_size}; the nearest are: "
+                         f"{nearest}")
     return batch_size
 
 
 class RampBS(BSScheduler):
     """Follow a ramp by samples seen: call ``step(samples=n)`` with the size of the batch just
-    stepped. Finished only after a size out of bounds.
+    stepped (a TypeError without it). Finished only after a size out of bounds.
 
-    Divisibility is checked when a size comes into use: a run resumed on other machines need not
-    divide earlier sizes.
+    Divisibility is checked when a size comes into use, and when a state is loaded: a run resumed on
+    other machines, whose world_size and micro_batch_size hold, need not divide earlier sizes.
 
     Args:
-        dataloader, **bounds: see :class:`BSScheduler`.
         ramp: a string as in :func:`parse_ramp`, or a function samples_seen -> batch size.
         tokens_per_sample: where the ramp counts tokens: the length of a sample; the batch sizes
             stay in samples.
-        world_size, micro_batch_size: every size in use must be a multiple of their product.
-
-    Raises:
-        TypeError: an argument is of the wrong type; in :meth:`step`: ``samples`` is missing.
-        ValueError: an argument is out of range; a size is used that is not divisible.
+        world_size, micro_batch_size: every size in use must be a multiple of their product, or it
+            is a ValueError.
 
     Example:
         >>> from torch.utils.data import DataLoader
         >>> schedule = RampBS(DataLoader(range(4000), batch_size=1), "0:64 1K:128")
-        >>> schedule.step(samples=64)
-        >>> schedule.batch_size
-        64
-        >>> schedule.step(samples=936)
-        >>> schedule.batch_size
-        128
+        >>> [schedule.step(samples=n) or schedule.batch_size for n in (64, 936)]
+        [64, 128]
     """
 
     unsaved = (*BSScheduler.unsaved, "world_size", "micro_batch_size")
 
-    def __init__(
-        self, dataloader: Loader | None, ramp: str | Ramp, tokens_per_sample: int = 1,
-        world_size: int = 1, micro_batch_size: int = 1, **bounds: Unpack[Bounds],
-    ):
+    def __init__(self, dataloader: Loader | None, ramp: str | Ramp, tokens_per_sample: int = 1,
+                 world_size: int = 1, micro_batch_size: int = 1, **bounds: Unpack[Bounds]):
         self.ramp = function("ramp", ramp) if callable(ramp) else stepwise_ramp(ramp)
         self.tokens_per_sample = integer("tokens_per_sample", tokens_per_sample, at_least=1)
         self.world_size = integer("world_size", world_size, at_least=1)
@@ -192,8 +165,6 @@ class RampBS(BSScheduler):
         super().__init__(dataloader, **bounds)
 
     def get_new_bs(self, *, samples: int | None = None, **kwargs: object) -> int:
-        """The ramp's size after ``samples`` more; TypeError where they are missing, ValueError for
-        a size that is not divisible."""
         if self.last_epoch > 0:
             if samples is None:
                 raise TypeError("RampBS is stepped by samples: call step(samples=n) with the size "
@@ -204,13 +175,7 @@ class RampBS(BSScheduler):
         check_divisible(used, self.world_size, self.micro_batch_size)
         return new_bs
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As in :class:`BSScheduler`; world_size and micro_batch_size stay those given here.
-
-        Raises:
-            ValueError: the size in use is not divisible here, or the state is of another version or
-                kind.
-        """
+    def load_state_dict(self, state_dict: State) -> None:
         size = state_dict["sizes"]["batch_size"]
         check_divisible(size, self.world_size, self.micro_batch_size)
         super().load_state_dict(state_dict)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from adabatch._checks import check_version, integer
+from adabatch._types import Argument
+from adabatch.interfaces import State
 
 STATE_VERSION = 1
 
@@ -26,8 +29,8 @@ class SampleClock:
         samples_per_step: samples (or tokens) for one of its steps, at least 1.
 
     Raises:
-        TypeError: ``scheduler`` is not a torch lr scheduler, or samples_per_step not an integer.
-        ValueError: samples_per_step is below 1.
+        TypeError, ValueError: ``scheduler`` is not a torch lr scheduler; a count of samples is not
+            an integer, or too small.
 
     Example:
         >>> import torch
@@ -51,42 +54,34 @@ class SampleClock:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer of the wrapped scheduler."""
         return self.scheduler.optimizer
 
-    def step(self, samples: int, **kwargs) -> None:
+    def step(self, samples: int, **kwargs: Argument) -> None:
         """Count the samples of the batch just stepped, and take the steps that have come due.
 
         Args:
             samples: size of that batch, at least 0.
             **kwargs: for each step of the wrapped scheduler, such as ``metrics=loss``.
-
-        Raises:
-            TypeError: ``samples`` is not an integer.
-            ValueError: it is negative.
         """
         self.samples_seen += integer("samples", samples, at_least=0)
         for _ in range(self.samples_seen // self.samples_per_step - self.steps_taken):
             self.scheduler.step(**kwargs)
             self.steps_taken += 1
 
-    def get_last_lr(self) -> list:
+    def get_last_lr(self) -> list[float | Tensor]:
         """The lr of each group, as the wrapped scheduler set it last."""
         return self.scheduler.get_last_lr()
 
-    def state_dict(self) -> dict:
-        """The count of samples and the wrapped scheduler's state."""
+    def state_dict(self) -> State:
+        """The count of samples and the wrapped scheduler's state; the lrs are in the optimizer's.
+        """
         return {"version": STATE_VERSION, "samples_per_step": self.samples_per_step,
                 "samples_seen": self.samples_seen, "steps_taken": self.steps_taken,
                 "scheduler": self.scheduler.state_dict()}
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a state, the unit samples_per_step included. The lrs themselves are in the
-        optimizer's state.
-
-        Raises:
-            ValueError: the state is of another version.
-        """
+    def load_state_dict(self, state_dict: State) -> None:
+        """Continue from a state, the unit samples_per_step included; ValueError for that of another
+        version."""
         check_version(state_dict, STATE_VERSION, "SampleClock")
         self.samples_per_step = state_dict["samples_per_step"]
         self.samples_seen = state_dict["samples_seen"]

@@ -1,4 +1,4 @@
-"""Where adabatch.schedules departs from bs-scheduler on purpose; the numbers are those of the list in the package's docstring (1, 2, 5 and 9: other files)."""
+"""Where adabatch.schedules departs from bs-scheduler on purpose; the numbers are those of the list in its README (1, 2, 5 and 9: other files)."""
 
 import bs_scheduler
 import pytest
