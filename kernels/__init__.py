@@ -21,6 +21,7 @@ from adabatch.kernels.operators import (
     accumulation_dtype,
     has_kernel,
     outer_form,
+    row_sq_norms,
     sample_chunks,
 )
 
@@ -31,5 +32,5 @@ if TYPE_CHECKING:  # the names added below, with their definitions' types
 
 __all__ = ["CHUNK_BYTES", "OPERATIONS", "accumulation_dtype", "has_kernel", "outer_form"]
 __all__ += ["cpu", "cpu_conv", "reference", "reference_affine", "reference_conv"]
-__all__ += ["sample_chunks", *OPERATIONS]
+__all__ += ["row_sq_norms", "sample_chunks", *OPERATIONS]
 globals().update({name: operation.call for name, operation in OPERATIONS.items()})

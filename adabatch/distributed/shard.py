@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.distributed.grad_norms import (
-    grad_sq_norms,
-    is_sharded,
-    parts_of_grad_sq_norms,
-    replicated_sq_norms,
+    is_sharded, parts_of_grad_sq_norms, replicated_sq_norms,
 )
+from adabatch.estimators.pooling import grad_sq_norms
 
 T = TypeVar("T")
 NOTHING_RUN = (

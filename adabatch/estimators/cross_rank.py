@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch._checks import check_version
-from adabatch._engine import at_backward_end
 from adabatch._transfers import DelayedMoments, HostCopies
 from adabatch.distributed.shard import BatchShard
 from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import check_arguments
+from adabatch.estimators.pooling import at_backward_end, check_arguments
 from adabatch.interfaces import Estimator, State
 from adabatch.kernels import accumulation_dtype
 

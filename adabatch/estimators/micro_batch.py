@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from adabatch._checks import check_version
-from adabatch._engine import at_backward_end
 from adabatch._transfers import DelayedMoments, HostCopies
 from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import check_arguments
+from adabatch.estimators.pooling import at_backward_end, check_arguments
 from adabatch.interfaces import Estimator, State
 from adabatch.micro_batches.batches import BatchSplit
 

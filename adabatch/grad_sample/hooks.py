@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from adabatch._checks import check_version
-from adabatch._engine import at_backward_end, running_backward
-from adabatch.distributed.grad_norms import grad_sq_norms
 from adabatch.distributed.shard import BatchShard
 from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import BackwardPass, PoolOptions, check_arguments
+from adabatch.estimators.pooling import (
+    BackwardPass, PoolOptions, at_backward_end, check_arguments, grad_sq_norms, running_backward,
+)
 from adabatch.grad_sample.backward.finish import (
     NOTHING_MEASURED, REENTRANT, BackwardChecks, DeferredFactors, PendingStep, batch_size_of,
     check_all_seen, check_gradients_left, finish_pass, reported_parameters, trainable_grads,
@@ -128,7 +128,7 @@ class GradSampleHooks(Estimator):
             self._check_not_compiled(model)
         for each in self._statistics:
             each.attach(plan.parameters)
-        self.statistics = frozenset(each.name for each in self._statistics[1:])
+        self.statistics = frozenset(each.name for each in self._statistics)
         self._row_sampler = RowSampler(samples, seed, capacity)
         self._probe_rows = ProbeRows(plan.parameters, groups, per_parameter)
         self._recorder = BackwardRecorder(self._statistics)
@@ -147,7 +147,7 @@ class GradSampleHooks(Estimator):
             torch.float64 if wide else torch.float32, self._row_sampler, on_reports_complete)
         for name, parameter in plan.parameters.items():
             probe = self._probes.on(parameter.device)
-            for each in self._recorder.statistics[1:]:
+            for each in self._recorder.statistics:
                 shape = None if each.per_sample else each.leaf_shape(name)
                 if shape is not None:
                     probe.value(each.name, name, shape)
@@ -199,7 +199,7 @@ class GradSampleHooks(Estimator):
                 for site in self.sites if site.shapes is not None]
         numel = sum(parameter.numel() for parameter in self.parameters.values())
         operations = self._placer.operation_shapes.values()
-        return step_cost(seen, numel, operations, self._statistics[1:])
+        return step_cost(seen, numel, operations, self._statistics)
 
     def set_norm_weights(self, weights: dict[str, float]) -> None:
         """Factors {parameter: weight} on the values of a model that is sharded over processes."""
@@ -283,7 +283,7 @@ class GradSampleHooks(Estimator):
             self._grad_sq_norms = grad_sq_norms(groups)
         else:
             self._grad_sq_norms = self.shard.grad_sq_norms(groups)
-        for each in self._statistics[1:]:
+        for each in self._statistics:
             found = each.of_gradient()
             if found:
                 self._passes[-1].gradient[each.name] = found
@@ -365,14 +365,14 @@ class GradSampleHooks(Estimator):
             rows, shard = self._probe_rows, self.shard
             options = PoolOptions(
                 self.loss_reduction, rows.group_of_row, rows.names, self.by_samples,
-                1 if shard is None else shard.world_size, self._statistics[1:])
+                1 if shard is None else shard.world_size, self._statistics)
             return PendingStep(self._passes, self._grad_sq_norms, scale, weights, self._late,
                                options, self._probes.remote)
         finally:
             self.reset()
 
     def tensors_over_samples(self, moments: GradientMoments) -> list[Tensor]:
-        return [tensor for each in self._statistics[1:] if each.name in moments.statistics
+        return [tensor for each in self._statistics if each.name in moments.statistics
                 for tensor in each.over_samples(moments.statistics[each.name])]
 
     def reset(self) -> None:

@@ -60,9 +60,12 @@ class FusedBackward:
     Class attributes:
         always: used whatever the cost model says, but not in what activation checkpointing runs
             again.
+        from_node: what backward() needs besides weight and input, detached, read from the layer's
+            output with its grad_fn; None for nothing.
     """
 
     always: bool = False
+    from_node: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     def supports(
         self, layer: Layer, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
@@ -70,12 +73,6 @@ class FusedBackward:
         """Whether the call's backward pass can be computed here; all_rows: all samples are
         measured."""
         raise NotImplementedError
-
-    def saved_tensors(self, layer: Layer, inputs: Tensor, output: Tensor) -> tuple[Tensor, ...]:
-        """What backward() needs besides the weight, detached; first the layer's input, in the type
-        that the layer computed with (autocast may have chosen it). `output` has its grad_fn."""
-        saved = inputs.detach()
-        return (saved if saved.dtype == output.dtype else saved.to(output.dtype),)
 
     def backward(
         self,
@@ -93,7 +90,8 @@ class FusedBackward:
         """The backward pass of one call.
 
         Args:
-            saved: what saved_tensors() gave.
+            saved: the layer's input, in the type of its output (autocast may have chosen it), and
+                what from_node gave.
             weight: the layer's weight as the forward pass used it.
             backprops: gradient of the output.
             layout: of the samples in saved[0] and backprops.

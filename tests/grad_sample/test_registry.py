@@ -102,7 +102,7 @@ def test_fused_backward_agrees_with_autograd_and_the_rule(case, norms):
         return
     own = dict(layer.named_parameters())
     expected = torch.autograd.grad(outputs, [inputs, *own.values()], weights, retain_graph=True)
-    saved = fused.saved_tensors(layer, inputs, outputs)
+    saved = (inputs.detach(), *(fused.from_node(outputs) if fused.from_node else ()))
     result = fused.backward(layer, saved, layer.weight.detach(), weights, SAMPLES, layout,
                             needs_inputs=True, norms=norms, second_moment=norms)
     close(result.grad_inputs, expected[0], 1e-10)

@@ -86,7 +86,7 @@ def finish_pass(
         record: of the taps in eager mode.
         rows: {per-sample statistic: [K]}, of compiled graphs so far.
         leaves: {(statistic, parameter): value} of compiled graphs.
-        statistics: those that do not need the gradient.
+        statistics: besides the squared norms, those that do not need the gradient.
         row_of: {parameter: probe row}.
         weights: {parameter: the factor on its norms}, or None for all 1.
         probes: where results are gathered.
@@ -104,15 +104,20 @@ def finish_pass(
             if value is not None:
                 values.setdefault(statistic, {})[name] = value
     repeated = set()
+
+    def add(statistic: str, name: str, value: Tensor) -> None:
+        value = to_result_device(value)
+        value = value if weights is None else value * weights[name]
+        add_to_row(rows, statistic, n_rows, row_of[name], value)
+
     for name, (factor, n_uses) in record.merged().items() if record.uses else ():
+        add("sq_norms", name, factor.sq_norms())
         for each in statistics:
             value = each.of_factor(name, factor)
             if value is None:
                 continue
             if each.per_sample:
-                value = to_result_device(value)
-                value = value if weights is None else value * weights[name]
-                add_to_row(rows, each.name, n_rows, row_of[name], value)
+                add(each.name, name, value)
             else:
                 values.setdefault(each.name, {})[name] = value
         if n_uses > 1:

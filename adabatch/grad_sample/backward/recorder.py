@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adabatch._engine import running_backward
+from adabatch.estimators.pooling import running_backward
 from adabatch._transfers import is_remote, to_device
 from adabatch.grad_sample.backward.verify import GradientSumCheck
 from adabatch.grad_sample.factors.base import Factor
@@ -107,7 +107,7 @@ class BackwardRecorder:
     """The record of the backward pass that runs.
 
     Args:
-        statistics: what is measured; the squared norms first.
+        statistics: what is measured besides the squared norms.
 
     Attributes:
         defers: whether a statistic needs the finished gradient, so that all factors are kept.
@@ -126,7 +126,6 @@ class BackwardRecorder:
         self.norm_weights: Mapping[str, float] | None = None
         self.defers = any(each.needs_gradient for each in statistics)
         self.statistics = tuple(each for each in statistics if not each.needs_gradient)
-        self.only_norms = len(self.statistics) == 1
         self.fuses = all(each.can_fuse for each in self.statistics)
         self.needs_second_moment = any(each.needs_second_moment for each in self.statistics)
         self.fuses_subset = self.fuses and not self.needs_second_moment

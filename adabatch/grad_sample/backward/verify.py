@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adabatch._engine import running_backward
+from adabatch.estimators.pooling import running_backward
 from adabatch.grad_sample.factors.base import Factor
 
 DIFFERS = (

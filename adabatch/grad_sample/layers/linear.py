@@ -62,7 +62,7 @@ def weight_and_bias(
         result.second_moments["weight"] = second
     if bias is not None:
         result.grads["bias"] = bias.sum(0).to(dtype)
-        result.sq_norms["bias"] = kernels.dense_sq_norms(bias)
+        result.sq_norms["bias"] = kernels.row_sq_norms(bias, bias.dtype)
         if second is not None:
             result.second_moments["bias"] = kernels.dense_second_moment(bias)
     return result

@@ -99,12 +99,11 @@ class GroupNormBackward(FusedBackward):
         own_node = node is not None and node.name() == "NativeGroupNormBackward0"
         return own_node and inputs.numel() > 0 and inputs.is_contiguous()
 
-    def saved_tensors(
-        self, layer: nn.Module, inputs: Tensor, output: Tensor
-    ) -> tuple[Tensor, ...]:
+    @staticmethod
+    def from_node(output: Tensor) -> tuple[Tensor, ...]:
         node = output.grad_fn
         mean, rstd = node._saved_result1, node._saved_result2  # type: ignore[union-attr]
-        return inputs.detach(), mean.detach(), rstd.detach()
+        return mean.detach(), rstd.detach()
 
     def backward(
         self, layer: nn.GroupNorm, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,

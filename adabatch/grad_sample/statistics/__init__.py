@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from adabatch.grad_sample.statistics.inner_products import InnerProducts
-from adabatch.grad_sample.statistics.norms import SqNorms
 from adabatch.grad_sample.statistics.preconditioned import PreconditionedTrace
 from adabatch.grad_sample.statistics.second_moment import SecondMoment
 from adabatch.interfaces import Statistic
 
-__all__ = ["InnerProducts", "PreconditionedTrace", "SecondMoment", "SqNorms", "statistics_of"]
+__all__ = ["InnerProducts", "PreconditionedTrace", "SecondMoment", "statistics_of"]
 
 BY_NAME: dict[str, Callable[[], Statistic]] = {
     "inner_products": InnerProducts, "second_moment": SecondMoment,
@@ -18,7 +17,7 @@ BY_NAME: dict[str, Callable[[], Statistic]] = {
 
 
 def statistics_of(given: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
-    """The squared norms, always, and what is given besides, by name or as objects.
+    """What is measured besides the squared norms, given by name or as objects.
 
     Raises:
         ValueError: an unknown name, or two of one name.
@@ -26,11 +25,11 @@ def statistics_of(given: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
 
     Example:
         >>> [each.name for each in statistics_of(["inner_products"])]
-        ['sq_norms', 'inner_products']
+        ['inner_products']
     """
     if isinstance(given, (str, Statistic)):
         raise TypeError(f"statistics must be a list of statistics or their names, got {given!r}")
-    found: dict[str, Statistic] = {"sq_norms": SqNorms()}
+    found: dict[str, Statistic] = {}
     for each in given:
         if isinstance(each, str):
             if each not in BY_NAME:
@@ -38,7 +37,7 @@ def statistics_of(given: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
             each = BY_NAME[each]()
         if not isinstance(each, Statistic):
             raise TypeError(f"a statistic must be an adabatch.interfaces.Statistic, got {each!r}")
-        if each.name in found:
+        if each.name in found or each.name == "sq_norms":
             raise ValueError(f"the statistic {each.name!r} is given twice or always measured")
         found[each.name] = each
     return tuple(found.values())

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adabatch._engine import running_backward
+from adabatch.estimators.pooling import running_backward
 from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.sharded_layers import is_parallel, own_activations, own_backprops
 from adabatch.grad_sample.backward.recorder import (
@@ -150,8 +150,6 @@ class TapSite:
             return []
         extras = [probe.row(row, length) for row in self.probe_rows]
         for each in self.recorder.statistics:
-            if each.name == "sq_norms":
-                continue
             for name in self.parameters.values():
                 shape = None if each.per_sample else each.leaf_shape(name)
                 if shape is None:
@@ -241,9 +239,10 @@ class TapSite:
         self, factors: Mapping[str, Factor], measured: int, dtype: torch.dtype
     ) -> list[Tensor | None]:
         """Report all statistics of a call; gives the gradients of the tap's extra inputs."""
-        if not self.recorder.only_norms:
+        if self.recorder.statistics:
             factors = {name: factor.compact() for name, factor in factors.items()}
-        extras: list[Tensor | None] = []
+        norms = {name: factor.sq_norms() for name, factor in factors.items()}
+        extras = self._report("sq_norms", True, norms, measured, dtype)
         for each in self.recorder.statistics:
             values = {name: each.of_factor(self.parameters[name], factor)
                       for name, factor in factors.items()}
@@ -257,7 +256,7 @@ class TapSite:
         norms, moments = result.sq_norms, result.second_moments
         if rows is not None:
             norms = {name: value.index_select(0, rows) for name, value in norms.items()}
-        extras: list[Tensor | None] = []
+        extras = self._report("sq_norms", True, norms, measured, dtype)
         for each in self.recorder.statistics:
             values = {own: each.of_fused(full, norms[own], moments.get(own))
                       for own, full in self.parameters.items()}
@@ -407,7 +406,7 @@ class FusedBackwardTap(Tap):
     ones (see FusedBackward).
 
     forward(output, inputs, weight, bias, rows, report, site, n_samples, n_saved, *saved, *extras):
-    the detached output; `saved` is what FusedBackward.saved_tensors gave.
+    the detached output; `saved` as for FusedBackward.backward.
     """
 
     @staticmethod
@@ -455,12 +454,15 @@ def fuse(
     layer, sampler = site.layer, site.sampler
     assert sampler is not None
     assert sampler.fused is not None
-    saved = sampler.fused.saved_tensors(layer, inputs, output)
+    saved, from_node = inputs.detach(), sampler.fused.from_node
+    if saved.dtype != output.dtype:
+        saved = saved.to(output.dtype)
+    more = () if from_node is None else from_node(output)
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     layout = site.layout
     known = None if layout is Layout.BATCH_FIRST or layout.stores_batch_size else n_samples
     return FusedBackwardTap.apply(output.detach(), inputs, weight, bias, rows, report, site, known,
-                                  len(saved), *saved, *extras)
+                                  1 + len(more), saved, *more, *extras)
 
 
 class RecomputeTap(Tap):

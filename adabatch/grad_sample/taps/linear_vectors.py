@@ -30,7 +30,7 @@ def has_vectors(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor)
     known = site.vectors
     if known is None or known[0] is not weight or known[1] is not bias:
         known = site.vectors = weight, bias, _is_plain(site, weight, bias, output)
-    if not known[2] or site.deferred or not recorder.only_norms:
+    if not known[2] or site.deferred or recorder.statistics:
         return False
     if recorder.norm_weights is not None or inputs.dim() != 2 or type(output) is not Tensor:
         return False
