@@ -1,9 +1,8 @@
 """Operations in which what is computed from parameters alone meets samples: their per-sample
-gradients, directly or by running the operation again for each sample.
+gradients, by running the operation again for each sample.
 
-Sums, concatenations and products with the samples need not be run again: the gradient of one
-sample is a slice, or a sum, of its output gradient; what lies between the parameter and the
-operation may be expansions and slices.
+Sums, concatenations and products with the samples need not be run again, if only expansions and
+slices lie between them and the parameter: a sample's gradient is a slice or sum of its output's.
 
 Legend: N samples, S measured.
 """
@@ -12,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from adabatch._types import Args, Kwargs
 from adabatch.grad_sample.factors.base import Dense, Factor
 from adabatch.grad_sample.functional.expression import (
-    Args, Kwargs, Leaves, Operation, ParameterExpression,
+    Leaves, Operation, ParameterExpression, run_leaves,
 )
 from adabatch.grad_sample.layers.generic import per_sample_grads
 from adabatch.kernels import accumulation_dtype
@@ -31,13 +30,11 @@ EXPANSIONS = ("expand", "expand_as", "broadcast_to")
 
 @dataclass(eq=False)
 class TracedOp:
-    """An operation in which traced parameters meet samples; answers factors(tensors, backprops,
-    rows) like a call of a layer.
+    """An operation in which traced parameters meet samples.
 
-    What is computed from parameters alone may have a row for every sample (a class token expanded,
-    token types looked up for the batch) or be the same for all (a weight). `aligned` are the
-    places of those with a row each; `may_align` of those that have the shape for it, tried if the
-    operation does not work without.
+    What is computed from parameters alone may have a row for every sample (an expanded class token)
+    or be the same for all (a weight). `aligned` are the places of those with a row each;
+    `may_align` of those whose shape allows it, tried if the operation fails without.
     """
 
     name: str
@@ -78,9 +75,7 @@ class TracedOp:
             return per_sample_grads(self._run, self.parameters, *arguments)
 
     def _run(self, parameters: dict[str, Tensor], row: Tensor, *inputs: Tensor) -> list[Tensor]:
-        done: dict[int, Any] = {}
-        leaves = [leaf.run(parameters, done) if isinstance(leaf, ParameterExpression) else leaf
-                  for leaf in self.leaves]
+        leaves = run_leaves(self.leaves, parameters, {})
         for position in self.aligned:
             leaves[position] = leaves[position].index_select(0, row)
         for position, value in zip(self.positions, inputs, strict=True):
@@ -91,15 +86,15 @@ class TracedOp:
     def _direct_grads(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
     ) -> dict[str, Tensor] | None:
-        """{parameter: [S, *shape]} without running the operation again; None where it is not of a
-        kind for which that is known."""
+        """{parameter: [S, *shape]} without running the operation again; None where that is not
+        known."""
         if len(backprops) != 1 or self.may_align - self.aligned:
             return None
-        leaves = [_Place(leaf, place in self.aligned)
+        leaves = [_Operand(leaf, place in self.aligned)
                   if isinstance(leaf, ParameterExpression) else leaf
                   for place, leaf in enumerate(self.leaves)]
         for position, tensor, each in zip(self.positions, tensors, self.batched, strict=True):
-            leaves[position] = _Samples(tensor, each)
+            leaves[position] = _Operand(tensor, each)
         args, kwargs = tree_unflatten(leaves, self.tree)
         grad = backprops[0] if rows is None else backprops[0].index_select(0, rows)
         grad = grad.to(accumulation_dtype(grad, *self.parameters.values()))
@@ -107,8 +102,8 @@ class TracedOp:
         if parts is None:
             return None
         grads: dict[str, Tensor] = {}
-        for place, part in parts:
-            pulled = _pull_to_parameter(place, part)
+        for part in parts:
+            pulled = _pull_to_parameter(*part)
             if pulled is None:
                 return None
             parameter, own = pulled
@@ -117,12 +112,7 @@ class TracedOp:
 
 
 def function_name(function: Operation) -> str:
-    """The name of an operation, "" where it has none.
-
-    Example:
-        >>> function_name(torch.add), function_name(torch.Tensor.add_)
-        ('add', 'add_')
-    """
+    """The name of an operation, "" where it has none: torch.Tensor.add_ is "add_"."""
     return getattr(function, "__name__", "")
 
 
@@ -132,55 +122,40 @@ def identity(tensor: Tensor) -> Tensor:
 
 
 @dataclass
-class _Samples:
-    """A saved input in an operation's arguments."""
+class _Operand:
+    """An input with samples, or what is computed from parameters, among an operation's arguments;
+    `batched`: it has a row for each sample."""
 
-    tensor: Tensor
+    value: Tensor | ParameterExpression
     batched: bool
 
-    @property
-    def shape(self) -> Sequence[int]:
-        return self.tensor.shape
 
-
-@dataclass
-class _Place:
-    """What is computed from parameters in an operation's arguments; `aligned`: it has a row for
-    each sample."""
-
-    expression: ParameterExpression
-    aligned: bool
-
-    @property
-    def shape(self) -> Sequence[int]:
-        return self.expression.shape
-
-
-Parts = list[tuple[_Place, Tensor]]
+# (expression, whether it has a row for each sample, its gradient [S, ...])
+Parts = list[tuple[ParameterExpression, bool, Tensor]]
 
 
 def _parts(
     name: str, args: Args, kwargs: Kwargs, grad: Tensor, rows: Tensor | None
 ) -> Parts | None:
-    """The gradient [S, ...] of each place, of the samples' part of the output's shape."""
+    """The gradients of the expressions in the output's shape; None where they are not known."""
     if name in ("cat", "concat"):
         return _slices(args, kwargs, grad)
-    if kwargs or len(args) != 2 or not all(isinstance(arg, (_Samples, _Place)) for arg in args):
+    if kwargs or len(args) != 2 or not all(isinstance(arg, _Operand) for arg in args):
         return None
     if name in SIGNS:
-        return [(arg, grad if sign > 0 else -grad)
-                for arg, sign in zip(args, SIGNS[name], strict=True) if isinstance(arg, _Place)]
-    if name.removeprefix("r") == "mul" and sum(isinstance(arg, _Place) for arg in args) == 1:
-        place, samples = args if isinstance(args[0], _Place) else args[::-1]
-        if not samples.batched or samples.tensor.dim() != grad.dim():
-            return None
-        tensor = samples.tensor if rows is None else samples.tensor.index_select(0, rows)
-        return [(place, grad * tensor)]
+        return [(arg.value, arg.batched, grad if sign > 0 else -grad)
+                for arg, sign in zip(args, SIGNS[name], strict=True)
+                if isinstance(arg.value, ParameterExpression)]
+    if name.removeprefix("r") == "mul":
+        own, samples = args if isinstance(args[0].value, ParameterExpression) else args[::-1]
+        tensor = samples.value
+        if isinstance(tensor, Tensor) and samples.batched and tensor.dim() == grad.dim():
+            tensor = tensor if rows is None else tensor.index_select(0, rows)
+            return [(own.value, own.batched, grad * tensor)]
     return None
 
 
 def _slices(args: Args, kwargs: Kwargs, grad: Tensor) -> Parts | None:
-    """Of a concatenation."""
     tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     if len(args) > 2 or not set(kwargs) <= {"dim"} or not isinstance(dim, int):
         return None
@@ -189,22 +164,23 @@ def _slices(args: Args, kwargs: Kwargs, grad: Tensor) -> Parts | None:
         return None
     parts, start = [], 0
     for each in tensors:
-        if isinstance(each, _Place) and each.aligned:
-            parts.append((each, grad.narrow(dim, start, each.shape[dim])))
-        elif not (isinstance(each, _Samples) and each.batched):
+        if not (isinstance(each, _Operand) and each.batched):
             return None
-        start += each.shape[dim]
+        length = each.value.shape[dim]
+        if isinstance(each.value, ParameterExpression):
+            parts.append((each.value, True, grad.narrow(dim, start, length)))
+        start += length
     return parts
 
 
-def _pull_to_parameter(place: _Place, grad: Tensor) -> tuple[str, Tensor] | None:
-    """(parameter, its gradients [S, *shape]) from those of what was computed from it; None where
-    that is more than expansions and slices."""
-    expression, grad = place.expression, grad.unsqueeze(1)  # [S, 1, ...]: each sample's own row
-    if place.aligned and not _repeats_rows(expression):
+def _pull_to_parameter(
+    expression: ParameterExpression, batched: bool, grad: Tensor
+) -> tuple[str, Tensor] | None:
+    """(parameter, its gradients [S, *shape]) through expansions and slices; None of others."""
+    grad = grad.unsqueeze(1)  # [S, 1, ...]: each sample's own row
+    if batched and not _repeats_rows(expression):
         return None
-    shape = (1, *expression.shape[1:]) if place.aligned else expression.shape
-    grad = _sum_to(grad, shape)
+    grad = _sum_to(grad, (1, *expression.shape[1:]) if batched else expression.shape)
     while expression.function is not None:
         parents = [leaf for leaf in expression.leaves if isinstance(leaf, ParameterExpression)]
         name = function_name(expression.function)
@@ -213,13 +189,12 @@ def _pull_to_parameter(place: _Place, grad: Tensor) -> tuple[str, Tensor] | None
         if name in EXPANSIONS:
             grad = _sum_to(grad, parents[0].shape)
         elif name == "__getitem__":
-            _, index = tree_unflatten(list(expression.leaves), expression.spec.tree)[0]
+            _, index = tree_unflatten(list(expression.leaves), expression.tree)[0]
             index = index if isinstance(index, tuple) else (index,)
             if not all(each is None or each is Ellipsis or type(each) in (int, slice)
                        for each in index):
                 return None
-            whole = grad.new_zeros(len(grad), *parents[0].shape)
-            own_rows = (slice(None), *index)
+            whole, own_rows = grad.new_zeros(len(grad), *parents[0].shape), (slice(None), *index)
             whole[own_rows] = grad
             grad = whole
         else:
@@ -229,13 +204,12 @@ def _pull_to_parameter(place: _Place, grad: Tensor) -> tuple[str, Tensor] | None
 
 
 def _repeats_rows(expression: ParameterExpression) -> bool:
-    """Whether its rows are copies of one by an expansion as the last operation."""
+    """Whether its last operation is an expansion of one row."""
     if expression.function is None or function_name(expression.function) not in EXPANSIONS:
         return False
     parent = expression.leaves[0]
-    if not isinstance(parent, ParameterExpression):
-        return False
-    return len(parent.shape) < len(expression.shape) or parent.shape[0] == 1
+    return isinstance(parent, ParameterExpression) and (
+        len(parent.shape) < len(expression.shape) or parent.shape[0] == 1)
 
 
 def _sum_to(grad: Tensor, shape: Sequence[int]) -> Tensor:

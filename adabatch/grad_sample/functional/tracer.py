@@ -1,10 +1,9 @@
-"""Tracing of parameters that no layer with a tap uses: class tokens, position tables, layer scales,
-weights used functionally.
+"""Tracing of parameters that no layer with a tap uses: class tokens, position tables, layer scales.
 
-While the model's forward pass runs, a torch function mode watches the operations. What is computed
-from traced parameters alone (a slice of a position table, −exp(A), a look-up by positions) is
-remembered as an expression. The operation in which it first meets samples gets a tap; in backward
-only that operation and the expression are run again, sample by sample.
+A torch function mode watches the operations of the forward pass. What is computed from traced
+parameters alone (a slice of a position table, −exp(A)) is remembered as an expression. The
+operation in which it first meets samples gets a tap; in backward only that operation and the
+expression are run again, sample by sample.
 
 Legend: N samples, S measured.
 """
@@ -13,36 +12,32 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from adabatch._types import Args, Inputs, Kwargs
 from adabatch.grad_sample.functional.expression import (
-    Args, Kwargs, Leaves, Operation, ParameterExpression, Spec, names_of, versions_of,
+    Leaf, Leaves, Operation, ParameterExpression, names_of, versions_of,
 )
 from adabatch.grad_sample.functional.traced_op import TracedOp, function_name, identity
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.layout import Layout
 
-# They repeat a tensor for every sample: the result has a batch dimension, but all its rows are one.
+# They repeat a tensor: the result may have a row for every sample, but all rows are the same.
 EXPANDING = ("expand", "expand_as", "repeat", "broadcast_to", "repeat_interleave", "tile")
-# Their backward formula reads their result, which must not be marked as changed in place; they get
-# a copy.
+# Their backward formula reads their result, which must not be changed in place: the tap copies it.
 READS_OUTPUT = (
     "exp", "expm1", "sigmoid", "tanh", "softmax", "log_softmax", "logsumexp", "sqrt", "rsqrt",
     "reciprocal", "pow", "relu", "elu", "prod", "cumprod", "baddbmm",
     "scaled_dot_product_attention", "normalize",
 )
-# Their derivative with respect to the parameters does not depend on the samples' values, which may
-# then change in place, as they may for autograd.
+# Their derivative does not depend on the samples' values, which may then change in place.
 ADDING = ("add", "sub", "rsub", "cat", "concat", "stack", "with_item")
-IN_PLACE_OPERATORS = (
-    "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
-    "__iand__", "__ior__", "__ixor__",
-)
+IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))
 RULE_OR_IGNORE = "Give the module a rule with register_grad_sampler, or pass ignore=[...]"
 
 Tap = Callable[[TracedOp, list[Tensor], list[bool]], Sequence[Tensor]]
@@ -54,18 +49,17 @@ class ParameterTracer(TorchFunctionMode):
     Args:
         traced: {parameter name: parameter}.
         n_samples: N.
-        inputs: of the model; its tensors with N rows are the samples, and what is computed from
-            them carries them.
-        tap: called as tap(operation, outputs, copied) with the operation's output tensors, and
-            whether each is to be returned as a copy; returns them tapped.
+        inputs: of the model; its tensors with N rows are the samples.
+        tap: tap(operation, outputs, copied) returns the output tensors tapped, as a copy where
+            `copied` says so.
     """
 
-    def __init__(self, traced: dict[str, Tensor], n_samples: int, inputs: Sequence[Any], tap: Tap):
+    def __init__(self, traced: dict[str, Tensor], n_samples: int, inputs: Sequence[Leaf], tap: Tap):
         super().__init__()
         self._sampled: dict[int, weakref.ref[Tensor]] = {}
         self._parameters, self._n_samples, self._tap = traced, n_samples, tap
         self._add_samples(leaf for leaf in inputs if self._has_rows(leaf))
-        self._suspended = 0  # while above 0 nothing is watched: a layer with a tap runs
+        self._suspended = 0  # above 0 nothing is watched: a layer with a tap runs
         self._suspending: list[bool] = []
         self._expressions: dict[int, tuple[ParameterExpression, Tensor]] = {
             id(parameter): (ParameterExpression.of_parameter(name, parameter), parameter)
@@ -75,13 +69,13 @@ class ParameterTracer(TorchFunctionMode):
     def enter_layer(
         self, name: str, layer: nn.Module, layout: Layout, has_rule: bool, args: Args,
         kwargs: Kwargs,
-    ) -> tuple[Args, Kwargs] | None:
+    ) -> Inputs | None:
         """Before a measured layer: stop watching if it is called with samples, which its tap
-        measures; else what is the same for all of them is traced on through the layer.
+        measures; else tracing continues through the layer.
 
         Returns:
-            (args, kwargs) with tapped rows in place of tensors made of parameters alone that have
-            a row for every sample; None where nothing changes.
+            (args, kwargs) with tapped rows in place of tensors computed from parameters alone that
+            have a row for every sample; None where nothing changes.
 
         Raises:
             RuntimeError: such a tensor has no row for every sample, and operations inside the
@@ -106,17 +100,17 @@ class ParameterTracer(TorchFunctionMode):
         """After the layer: whether it was called with samples; then call resume()."""
         return self._suspending.pop() if self._suspending else True
 
-    def resume(self, output: Any) -> None:
-        """Watch again, behind a layer with this output."""
+    def resume(self, output: object) -> None:
+        """Watch again, after a layer with this output."""
         if self._suspended:
             self._suspended -= 1
             self._add_samples(tree_flatten(output)[0])
 
     def _has_batch_dim(
-        self, layer: nn.Module, layout: Layout, has_rule: bool, leaves: Sequence[Any]
+        self, layer: nn.Module, layout: Layout, has_rule: bool, leaves: Sequence[Leaf]
     ) -> bool:
-        """Whether the layer is called with samples; a position table looked up without a batch
-        dimension is not."""
+        """Whether the layer is called with samples, unlike a position table without a batch
+        dimension."""
         if layout is not Layout.BATCH_FIRST:
             return layout is not Layout.SHARED
         if call_type(layer) is not RecomputedCall:
@@ -128,8 +122,8 @@ class ParameterTracer(TorchFunctionMode):
     def _row_dim(
         self, name: str, layer: nn.Module, layout: Layout, tensor: Tensor, index: int
     ) -> int | None:
-        """Along which dimension the layer's input number `index`, made of parameters alone, has a
-        row for every sample; None if it has none."""
+        """The dimension along which the layer's input number `index`, computed from parameters
+        alone, has a row for every sample; None if there is none."""
         call, dim = call_type(layer), int(layout is Layout.BATCH_SECOND)
         whole = call is not RecomputedCall
         if whole:
@@ -146,11 +140,10 @@ class ParameterTracer(TorchFunctionMode):
         return None
 
     def __torch_function__(
-        self, function: Operation, types: Any, args: Args = (),
-        kwargs: Kwargs | None = None,
-    ) -> Any:
+        self, function: Operation, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Leaf:
         kwargs = kwargs or {}
-        # In this order, so that a compiled part of the model depends on nothing of ours.
+        # In this order, so that compiled submodules depend on nothing of ours.
         if torch.compiler.is_compiling() or self._suspended:
             return function(*args, **kwargs)
         if torch.is_grad_enabled() and _draws(function, args, kwargs):
@@ -163,34 +156,29 @@ class ParameterTracer(TorchFunctionMode):
             self._add_samples(_flat((output,)))
         return output
 
-    def _has_rows(self, leaf: Any) -> bool:
+    def _has_rows(self, leaf: object) -> bool:
         """Whether it is a tensor with N rows."""
         return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self._n_samples
 
-    def _comes_from_samples(self, value: Any) -> bool:
+    def _comes_from_samples(self, value: object) -> bool:
         reference = self._sampled.get(id(value))
         return reference is not None and reference() is value
 
-    def _add_samples(self, values: Iterable[Any]) -> None:
-        """Note that these tensors come from the samples."""
+    def _add_samples(self, values: Iterable[object]) -> None:
         for value in values:
             if isinstance(value, Tensor):
                 self._sampled[id(value)] = weakref.ref(value)
 
     def _tap_rows(self, value: Tensor, dim: int) -> Tensor:
-        """A tensor of parameters alone that has a row for every sample along a dimension, a learned
-        initial state for instance, with these rows tapped."""
+        """A tensor computed from parameters alone with its rows, one for every sample along `dim`,
+        tapped: a learned initial state for instance."""
         own = self._expressions[id(value)][0]
         tree = tree_flatten(((own, 0, dim), {}))[1]
-        rows = ParameterExpression(
-            torch.transpose, (own, 0, dim), Spec(tree), None, own.parameters, ()
-        )
-        names = sorted(own.parameters)
-        every = frozenset((0,))
+        rows = ParameterExpression(torch.transpose, (own, 0, dim), tree, 0, own.parameters, ())
+        names, every = sorted(own.parameters), frozenset((0,))
         operation = TracedOp(
             f"rows of {', '.join(names)}", identity, [rows], tree_flatten(((rows,), {}))[1],
-            [], [], [], {name: self._parameters[name] for name in names}, every, every,
-        )
+            [], [], [], {name: self._parameters[name] for name in names}, every, every)
         return self._tap_outputs(operation, [value.transpose(0, dim)])[0].transpose(0, dim)
 
     def _tap_outputs(self, operation: TracedOp, outputs: list[Tensor]) -> Sequence[Tensor]:
@@ -205,9 +193,9 @@ class ParameterTracer(TorchFunctionMode):
         copied = [reads_output or output._is_view() for output in outputs]
         return self._tap(operation, outputs, copied)
 
-    def _spread(self, args: Any, kwargs: Any) -> tuple[Args, Kwargs]:
-        """The arguments of attention with dropout, which cannot be run again: what is the same for
-        all samples gets a tapped row for each before."""
+    def _spread(self, args: Args, kwargs: Kwargs) -> Inputs:
+        """The arguments of attention with dropout, which cannot be run again, with a tapped row
+        per sample of what is the same for all."""
         leaves, tree = tree_flatten((args, kwargs))
         for index, leaf in enumerate(leaves):
             if id(leaf) not in self._expressions:
@@ -224,9 +212,9 @@ class ParameterTracer(TorchFunctionMode):
                 self._add_samples(leaves[index : index + 1])
         return tree_unflatten(leaves, tree)
 
-    def _traced(self, function: Operation, args: Any, kwargs: Any) -> Any:
+    def _traced(self, function: Operation, args: Args, kwargs: Kwargs) -> Leaf:
         function, in_place = _out_of_place(function, args)
-        original: Any = args[0] if in_place else None
+        original: Leaf = args[0] if in_place else None
         from_samples = self._comes_from_samples(original)
         # What is overwritten is read again: by autograd, or by an expression.
         if in_place and not (_adds(function) and from_samples):
@@ -259,9 +247,9 @@ class ParameterTracer(TorchFunctionMode):
             self._remember(function, found, tree, outputs)
         return self._write_back(original, output) if in_place else output
 
-    def _write_back(self, target: Any, result: Tensor) -> Tensor:
-        """What an in-place operation on `target` leaves there; the target itself stays the result,
-        as the caller expects."""
+    def _write_back(self, target: Tensor, result: Tensor) -> Tensor:
+        """Write an in-place operation's result to its target, which is returned, as callers
+        expect."""
         own = self._expressions.get(id(result))
         with torch._C.DisableTorchFunction():
             target.copy_(result)
@@ -277,8 +265,8 @@ class ParameterTracer(TorchFunctionMode):
         Raises:
             RuntimeError: an input carries samples elsewhere.
         """
-        # What has a gradient and no expression may come out of a compiled function or a
-        # torch.autograd.Function, which are not seen.
+        # What has a gradient and no expression may come out of an operation that is not seen: a
+        # compiled function or a torch.autograd.Function.
         batched = [self._has_rows(leaf) and (leaf.requires_grad or self._comes_from_samples(leaf))
                    for leaf in leaves]
         for leaf, each in zip(leaves, batched, strict=True):
@@ -291,8 +279,8 @@ class ParameterTracer(TorchFunctionMode):
                 )
         dims = [leaf.dim() for leaf, each in zip(leaves, batched, strict=True) if each]
         widest = max(dims, default=0)
-        # A tensor made for the batch, zeros for instance, has as many dimensions as the samples it
-        # meets; a table of N positions has fewer.
+        # Zeros made for the batch have as many dimensions as the samples; a table of N positions
+        # has fewer.
         return [each or bool(widest and self._has_rows(leaf) and leaf.dim() >= widest)
                 for leaf, each in zip(leaves, batched, strict=True)]
 
@@ -312,13 +300,12 @@ class ParameterTracer(TorchFunctionMode):
         grown = stretched or repeated or any(parent.expanded for parent in parents)
         grown = grown or function_name(function) in EXPANDING
         kept = tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        spec, names, versions = Spec(tree), names_of(parents), versions_of(kept)
+        names, versions = names_of(parents), versions_of(kept)
         for index, tensor in enumerate(outputs):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 shape, expanded = tuple(tensor.shape), grown and self._has_rows(tensor)
                 own = ParameterExpression(
-                    function, kept, spec, index, names, shape, expanded, versions=versions
-                )
+                    function, kept, tree, index, names, shape, expanded, versions=versions)
                 self._expressions[id(tensor)] = (own, tensor)
 
     def _operation(
@@ -330,8 +317,7 @@ class ParameterTracer(TorchFunctionMode):
         per_sample = {
             index: leaf for index, leaf in enumerate(leaves)
             if isinstance(leaf, ParameterExpression)
-            and len(leaf.shape) >= widest and leaf.shape[0] == self._n_samples
-        }
+            and len(leaf.shape) >= widest and leaf.shape[0] == self._n_samples}
         return TracedOp(
             name=f"{function_name(function) or 'operation'} of {', '.join(names)}",
             function=function,
@@ -346,7 +332,7 @@ class ParameterTracer(TorchFunctionMode):
         )
 
 
-def _draws(function: Operation, args: Sequence[Any], kwargs: Kwargs) -> bool:
+def _draws(function: Operation, args: Args, kwargs: Kwargs) -> bool:
     if function_name(function) != "scaled_dot_product_attention":
         return False
     return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
@@ -358,12 +344,12 @@ def _adds(function: Operation) -> bool:
 
 
 def _kept(tensor: Tensor, function: Operation) -> Tensor:
-    """What is kept of an operation's input: a stand-in where its values do not matter."""
+    """An operation's input, or a stand-in where its values do not matter."""
     stand_in = tensor.is_floating_point() and _adds(function)
     return tensor.new_zeros(()).expand(tensor.shape) if stand_in else tensor
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
+def _flat(values: Iterable[object]) -> Iterator[object]:
     """The values, with those of lists and tuples among them."""
     for value in values:
         if isinstance(value, (list, tuple)):
@@ -372,31 +358,32 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def _with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
-    """What tensor[index] = value leaves, as a new tensor."""
+def _with_item(tensor: Tensor, index: Leaf, value: Leaf) -> Tensor:
+    """The result of tensor[index] = value as a new tensor."""
     result = tensor.clone()
     result[index] = value
     return result
 
 
-def _writes_to_all_samples(tensor: Tensor, index: Any) -> bool:
+def _writes_to_all_samples(tensor: Tensor, index: Leaf) -> bool:
     first = index[0] if isinstance(index, tuple) and index else index
     if isinstance(first, Tensor):
         return first.dtype is torch.bool and first.shape[:1] == tensor.shape[:1]
     return first is Ellipsis or first == slice(None)
 
 
-def _out_of_place(
-    function: Operation, args: Sequence[Any]
-) -> tuple[Operation, bool]:
+def _out_of_place(function: Operation, args: Args) -> tuple[Operation, bool]:
     """The function that gives an in-place operation's result as a new tensor, and whether it was
-    one."""
+    in place."""
     name = function_name(function)
     if name == "__setitem__":
         return _with_item, True
+    is_method = name.endswith("_") and not name.startswith("_") and bool(args)
     if name in IN_PLACE_OPERATORS:
-        return getattr(Tensor, name.replace("__i", "__", 1)), True
-    is_in_place = name.endswith("_") and not name.startswith("_") and args
-    if is_in_place and hasattr(Tensor, name[:-1]) and getattr(Tensor, name, None) is function:
-        return getattr(Tensor, name[:-1]), True
-    return function, False
+        name = name.replace("__i", "__", 1)
+    elif is_method and getattr(Tensor, name, None) is function:
+        name = name[:-1]
+    else:
+        return function, False
+    plain = getattr(Tensor, name, None)
+    return (function, False) if plain is None else (plain, True)
