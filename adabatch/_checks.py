@@ -13,11 +13,11 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, SupportsIndex, TypeVar
+from typing import ParamSpec, SupportsIndex, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 T = TypeVar("T")
 
 
@@ -27,8 +27,6 @@ def integer(
     """An int, or anything with `__index__` (a NumPy integer), as a plain int; bool is refused.
 
     Example:
-        >>> integer("step_size", 30, at_least=1)
-        30
         >>> integer("step_size", 0, at_least=1)
         Traceback (most recent call last):
         ValueError: step_size must be an integer >= 1, got 0
@@ -45,12 +43,7 @@ def integer(
 
 
 def integers(name: str, values: object, at_least: int) -> list[int]:
-    """A list or tuple of at least one integer.
-
-    Example:
-        >>> integers("milestones", (25, 80), at_least=1)
-        [25, 80]
-    """
+    """A list or tuple of at least one integer, as a list."""
     if not isinstance(values, (list, tuple)):
         kind = type(values).__name__
         raise TypeError(f"{name} must be a list or tuple of integers, got {values!r} ({kind})")
@@ -62,7 +55,7 @@ def integers(name: str, values: object, at_least: int) -> list[int]:
 def real(
     name: str, value: object, *, above: float | None = None, at_least: float | None = None,
     at_most: float | None = None, or_else: str = "",
-) -> float:  # fmt: skip
+) -> float:
     """A finite real number as a plain int or float; bool is refused.
 
     Args:
@@ -70,8 +63,6 @@ def real(
         or_else: another value that the caller takes, for the message.
 
     Example:
-        >>> real("gamma", 1.5, above=0)
-        1.5
         >>> real("gamma", -1.0, above=0)
         Traceback (most recent call last):
         ValueError: gamma must be a positive number, got -1.0
@@ -95,17 +86,12 @@ def real(
 
 
 def positive(name: str, value: object) -> float:
-    """A positive finite number: `real(name, value, above=0)`."""
+    """A positive finite number."""
     return real(name, value, above=0)
 
 
 def fraction(name: str, value: object, usual: float) -> float:
-    """A number from 0 to below 1; the message names a usual one.
-
-    Example:
-        >>> fraction("smoothing", 0.95, usual=0.95)
-        0.95
-    """
+    """A number from 0 to below 1; the message names a usual one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         allowed = f"a number from 0 to below 1 ({usual} is usual)"
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
@@ -118,12 +104,7 @@ def smoothing(value: object) -> float:
 
 
 def level(name: str, value: object) -> float:
-    """A probability, both ends excluded.
-
-    Example:
-        >>> level("level", 0.9)
-        0.9
-    """
+    """A probability, both ends excluded."""
     if not isinstance(value, (int, float)) or not 0 < value < 1:
         allowed = "a number between 0 and 1, both excluded (0.9 is usual)"
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
@@ -131,12 +112,7 @@ def level(name: str, value: object) -> float:
 
 
 def choice(name: str, value: T, allowed: Iterable[object]) -> T:
-    """One of the allowed values.
-
-    Example:
-        >>> choice("mode", "min", ("min", "max"))
-        'min'
-    """
+    """One of the allowed values."""
     allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -144,43 +120,29 @@ def choice(name: str, value: T, allowed: Iterable[object]) -> T:
 
 
 def switch(name: str, value: object) -> bool:
-    """True or False; a string, which would count as true, is refused.
-
-    Example:
-        >>> switch("verbose", False)
-        False
-    """
+    """True or False; a string, which would count as true, is refused."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def function(name: str, value: F) -> F:
-    """A callable.
-
-    Example:
-        >>> function("bs_lambda", abs)
-        <built-in function abs>
-    """
+    """A callable."""
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {value!r} ({type(value).__name__})")
     return value
 
 
-def check_version(state: dict[str, Any], version: int, what: str) -> None:
-    """Raise for a state that is no dict (TypeError) or is of another version (ValueError).
-
-    Example:
-        >>> check_version({"version": 1}, 1, "CABS")
-    """
+def check_version(state: object, version: int, what: str) -> None:
+    """Raise for a state that is no dict (TypeError) or is of another version (ValueError)."""
     if not isinstance(state, dict):
         kind = type(state).__name__
         raise TypeError(f"the state of {what} must be the dict that its state_dict() returned, "
-                        f"got {kind}")  # fmt: skip
+                        f"got {kind}")
     found = state.get("version")
     if found != version:
         raise ValueError(f"the state of {what} has version {found!r}; this release of adabatch "
-                         f"reads version {version}. Use the release that wrote it.")  # fmt: skip
+                         f"reads version {version}. Use the release that wrote it.")
 
 
 def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:

@@ -3,57 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 if TYPE_CHECKING:
     from adabatch.estimators.moments import GradientMoments
 
+T = TypeVar("T")
 # Set by tests: treat the CPU as an accelerator, whose numbers may only be read a step later.
 LAGS_ON_CPU = False
 
 
 def is_remote(value: object) -> bool:
-    """Whether reading the value, or what lies on a device, makes the host wait for an accelerator.
-
-    Example:
-        >>> is_remote(torch.zeros(1)), is_remote(0.5)
-        (False, False)
-    """
+    """Whether reading the value, or what lies on a device, makes the host wait for it."""
     device = value.device if isinstance(value, Tensor) else value
     return isinstance(device, torch.device) and (device.type != "cpu" or LAGS_ON_CPU)
 
 
 class HostCopies:
-    """Copies that are under way: started at once, to be read after wait().
-
-    Example:
-        >>> copies = HostCopies()
-        >>> value = copies.add(torch.ones(2))
-        >>> copies.wait()
-        >>> value.tolist()
-        [1.0, 1.0]
-    """
+    """Copies that are under way: started at once, to be read after wait()."""
 
     def __init__(self) -> None:
         self.under_way = False
         self._events: dict[torch.device, torch.cuda.Event] = {}
 
-    def add(self, value: Any) -> Any:
-        """The value on the host, valid after wait(); what is there already, or is no tensor, as it
-        is."""
-        if not is_remote(value):
+    def add(self, value: T) -> T:
+        """The value on the host, valid after wait(); itself if it is there, or is no tensor."""
+        if not isinstance(value, Tensor) or not is_remote(value):
             return value
         self.under_way = True
         if not value.is_cuda:
-            return value.detach().to("cpu", copy=True)
+            return cast(T, value.detach().to("cpu", copy=True))
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         host.copy_(value.detach(), non_blocking=True)
         # After the last copy on each device; an event is cheap.
         self._events[value.device] = torch.cuda.current_stream(value.device).record_event()
-        return host
+        return cast(T, host)
 
     def wait(self) -> None:
         """Wait until all copies have arrived."""
@@ -65,13 +53,7 @@ class HostCopies:
 class DelayedMoments:
     """A `PendingMoments` that is computed when the copies that it needs have arrived.
 
-    Args:
-        copies: all that `compute` reads.
-        compute: called once, after they have arrived.
-
-    Attributes:
-        lags: whether moments() should be called one step later, because it waits for the device.
-    """
+    copies: all that `compute` reads; compute: called once, after they have arrived."""
 
     def __init__(self, copies: HostCopies, compute: Callable[[], GradientMoments]):
         self.lags, self._copies, self._compute = copies.under_way, copies, compute
@@ -82,11 +64,11 @@ class DelayedMoments:
         return self._compute()
 
 
-def scale_of(grad_scaler: Any) -> Tensor | float:
+def scale_of(grad_scaler: GradScaler) -> Tensor | float:
     """A GradScaler's scale at this moment; on an accelerator a copy of the tensor that holds it,
     as get_scale() would wait."""
-    held = getattr(grad_scaler, "_scale", None)
-    if isinstance(held, Tensor) and is_remote(held):
+    held = grad_scaler._scale if isinstance(grad_scaler, GradScaler) else None
+    if held is not None and is_remote(held):
         return held.detach().clone()
     return float(grad_scaler.get_scale())
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar, cast
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import GetAttrKey, SequenceKey, tree_map_with_path
+from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_map_with_path
 
-Path = tuple[Any, ...]
+from adabatch._types import Argument, Path
+
+T = TypeVar("T")
 
 
-def map_tensors(value: Any, function: Callable[[Path, Tensor], Tensor]) -> Any:
+def map_tensors(value: T, function: Callable[[Path, Tensor], Tensor]) -> T:
     """The value with function(path, tensor) in place of each tensor; other objects are kept.
 
     Example:
@@ -22,13 +24,13 @@ def map_tensors(value: Any, function: Callable[[Path, Tensor], Tensor]) -> Any:
         >>> map_tensors({"a": (torch.zeros(2), 3)}, lambda path, tensor: tensor + len(path))
         {'a': (tensor([2., 2.]), 3)}
     """
-    def at_leaf(path: Path, leaf: Any) -> Any:
+    def at_leaf(path: Path, leaf: object) -> object:
         return function(path, leaf) if isinstance(leaf, Tensor) else leaf
 
-    return _map(value, at_leaf)
+    return cast(T, _map(value, at_leaf))
 
 
-def tensors(value: Any) -> list[tuple[Path, Tensor]]:
+def tensors(value: object) -> list[tuple[Path, Tensor]]:
     """All tensors with their paths, in order.
 
     Example:
@@ -40,15 +42,15 @@ def tensors(value: Any) -> list[tuple[Path, Tensor]]:
     return [(path, leaf) for path, leaf in _leaves(value) if isinstance(leaf, Tensor)]
 
 
-def holds_packed_sequence(value: Any) -> bool:
+def holds_packed_sequence(value: object) -> bool:
     """Whether a PackedSequence, which is a leaf here, is somewhere inside."""
     return any(isinstance(leaf, PackedSequence) for _, leaf in _leaves(value))
 
 
-def _leaves(value: Any) -> list[tuple[Path, Any]]:
-    found: list[tuple[Path, Any]] = []
+def _leaves(value: object) -> list[tuple[Path, object]]:
+    found: list[tuple[Path, object]] = []
 
-    def add(path: Path, leaf: Any) -> Any:
+    def add(path: Path, leaf: object) -> object:
         found.append((path, leaf))
         return leaf
 
@@ -56,9 +58,9 @@ def _leaves(value: Any) -> list[tuple[Path, Any]]:
     return found
 
 
-def _map(value: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+def _map(value: object, function: Callable[[Path, object], object], path: Path = ()) -> object:
     """function(path, leaf) in place of each leaf."""
-    def at_leaf(keys: tuple[Any, ...], leaf: Any) -> Any:
+    def at_leaf(keys: tuple[object, ...], leaf: object) -> object:
         at = (*path, *map(_plain, keys))
         children = _children(leaf)
         new = {key: _map(child, function, (*at, key)) for key, child in children.items()}
@@ -67,25 +69,25 @@ def _map(value: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> A
         if all(new[key] is child for key, child in children.items()):
             return leaf
         if isinstance(leaf, (list, tuple)):
-            named = hasattr(leaf, "_fields")
-            return type(leaf)(*new.values()) if named else type(leaf)(new.values())
-        changed: Any = copy.copy(leaf)
+            make: Argument = type(leaf)
+            return make(*new.values()) if hasattr(make, "_fields") else make(new.values())
+        changed: Argument = copy.copy(leaf)
         for key, child in new.items():
             if isinstance(leaf, Mapping):
                 changed[key] = child
             else:
-                object.__setattr__(changed, key, child)
+                object.__setattr__(changed, str(key), child)
         return changed
 
     return tree_map_with_path(at_leaf, value, is_leaf=_is_special_tuple)
 
 
-def _is_special_tuple(value: Any) -> bool:
+def _is_special_tuple(value: object) -> bool:
     """A named tuple, whose paths are indices here and names in torch, or a PackedSequence."""
     return isinstance(value, tuple) and type(value) is not tuple
 
 
-def _children(leaf: Any) -> dict[Any, Any]:
+def _children(leaf: object) -> dict[Argument, object]:
     """{key, index or name: child} of a container that torch takes for a leaf."""
     if isinstance(leaf, Mapping):
         return dict(leaf)
@@ -96,7 +98,9 @@ def _children(leaf: Any) -> dict[Any, Any]:
     return {}
 
 
-def _plain(key: Any) -> Any:
+def _plain(key: object) -> Argument:
     if isinstance(key, SequenceKey):
         return key.idx
-    return key.name if isinstance(key, GetAttrKey) else key.key
+    if isinstance(key, GetAttrKey):
+        return key.name
+    return cast(MappingKey, key).key

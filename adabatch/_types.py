@@ -1,9 +1,9 @@
-"""Names for values whose type is the user's."""
+"""Types that several folders share, most of them for values whose type is the user's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -21,3 +21,12 @@ Argument: TypeAlias = Any
 Kwargs: TypeAlias = dict[str, Any]
 Args: TypeAlias = tuple[Any, ...]
 Inputs: TypeAlias = tuple[Args, Kwargs]
+# Where a tensor is in nested containers: the keys, indices and names that lead to it.
+Path: TypeAlias = tuple[Any, ...]
+
+
+class Part(Protocol):
+    """Anything that can be saved."""
+
+    def state_dict(self) -> SavedState: ...
+    def load_state_dict(self, state_dict: SavedState, /) -> object: ...

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adabatch._checks import check_version
+from adabatch._types import Part
 from adabatch.interfaces import State
 
 LATEST = "latest"
@@ -28,11 +29,10 @@ LATEST = "latest"
 _ORDER = ("model", "optimizer", "grad_scaler", "lr_scheduler", "loader", "scheduler")
 
 
-class Part(Protocol):
-    """Anything that can be saved."""
+class Counted(Part, Protocol):
+    """The scheduler: a part that counts the steps."""
 
-    def state_dict(self) -> Any: ...
-    def load_state_dict(self, state_dict: Any) -> Any: ...
+    step_count: int
 
 
 def state_dict(**parts: Part) -> State:
@@ -91,7 +91,7 @@ def load_state_dict(state: State, **parts: Part) -> None:
 
 
 def save_checkpoint(
-    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part, scheduler: Any,
+    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part, scheduler: Counted,
     keep: int = 2, **parts: Part,
 ) -> Path:
     """Write a checkpoint, after scheduler.step(loss) and before the next batch is drawn.
@@ -146,7 +146,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part, scheduler: Any,
+    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part, scheduler: Counted,
     **parts: Part,
 ) -> int | None:
     """Load the latest whole checkpoint, before the first batch; all processes together.

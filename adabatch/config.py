@@ -1,17 +1,22 @@
-"""The options of `adabatch.wrap` and `adabatch.monitor`: frozen, checked where they are made."""
+"""The options of `adabatch.wrap` and `adabatch.monitor`: frozen, and checked where they are made: a
+ValueError lists every problem.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from adabatch._types import LossFn
+
+if TYPE_CHECKING:
+    from adabatch.check.report import CheckReport
+
 CouplingRule = Callable[[int, int, float], float]
-LossFn = Callable[[nn.Module, Any], Tensor]
 
 RULES = ("none", "linear", "sqrt", "adascale", "seesaw")
 ON_LIMIT = ("keep", "lower_lr")
@@ -32,11 +37,8 @@ class BatchSizes:
         hysteresis: relative change up to which the size is kept. With size_ratio: how far a
             proposal must be beyond the geometric mean of two neighbours.
 
-    Raises:
-        ValueError: listing every problem.
-
     Example:
-        >>> BatchSizes(16, 4096, multiple_of=8) == BatchSizes.of((16, 4096), multiple_of=8)
+        >>> BatchSizes.of((16, 4096)) == BatchSizes(16, 4096)
         True
         >>> BatchSizes(64, 16, cooldown=-1)
         Traceback (most recent call last):
@@ -54,9 +56,10 @@ integer >= 0, got -1
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} must be a positive integer, got {getattr(self, name)!r}"
-            for name in ("minimum", "maximum", "multiple_of")
-            if not _is_integer(getattr(self, name), least=1)
+            f"{name} must be a positive integer, got {value!r}"
+            for name, value in (("minimum", self.minimum), ("maximum", self.maximum),
+                                ("multiple_of", self.multiple_of))
+            if not _is_integer(value, least=1)
         ]
         if not problems and self.minimum > self.maximum:
             problems = [f"minimum ({self.minimum}) must not exceed maximum ({self.maximum})"]
@@ -72,12 +75,12 @@ integer >= 0, got -1
         _refuse("BatchSizes", problems)
 
     @classmethod
-    def of(cls, given: BatchSizes | tuple[int, int], **options: Any) -> BatchSizes:
+    def of(cls, given: BatchSizes | tuple[int, int]) -> BatchSizes:
         """A BatchSizes as it is; one of a pair (minimum, maximum)."""
-        if isinstance(given, cls) and not options:
+        if isinstance(given, cls):
             return given
         if isinstance(given, (tuple, list)) and len(given) == 2:
-            return cls(*given, **options)
+            return cls(*given)
         raise ValueError("batch_sizes must be a pair (minimum, maximum) or an adabatch.BatchSizes, "
                          f"got {given!r}: pass e.g. batch_sizes=(16, 4096)")
 
@@ -108,14 +111,6 @@ class Coupling:
             drawn ("drop").
         scale_betas: raise Adam's betas to the power B / base_batch_size, which keeps their
             horizon in samples.
-
-    Raises:
-        ValueError: listing every problem.
-
-    Example:
-        >>> Coupling.of("sqrt")
-        Coupling(rule='sqrt', base_batch_size=None, on_limit='keep', short_batch='scale', \
-scale_betas=False)
     """
 
     rule: str | CouplingRule = "none"
@@ -134,8 +129,8 @@ scale_betas=False)
         if self.base_batch_size is not None and not _is_integer(self.base_batch_size, least=1):
             problems.append("base_batch_size must be a positive integer or None, got "
                             f"{self.base_batch_size!r}")
-        for name, allowed in (("on_limit", ON_LIMIT), ("short_batch", SHORT_BATCH)):
-            problems += _choice(name, getattr(self, name), allowed)
+        problems += _choice("on_limit", self.on_limit, ON_LIMIT)
+        problems += _choice("short_batch", self.short_batch, SHORT_BATCH)
         problems += _switches(scale_betas=self.scale_betas)
         _refuse("Coupling", problems)
 
@@ -152,13 +147,6 @@ class Every:
     Args:
         k: the interval, in optimizer steps.
         samples: how many samples of each backward pass to measure; None: all.
-
-    Raises:
-        ValueError: listing every problem.
-
-    Example:
-        >>> Every(10, samples=64)
-        Every(k=10, samples=64)
     """
 
     k: int = 1
@@ -177,15 +165,7 @@ Measure = float | Every | Literal["auto", "all"] | None
 
 
 def measure_of(given: Measure) -> float | Every | Literal["auto"] | None:
-    """What to measure: a share of the training time, an interval, "auto" or None (nothing).
-
-    Args:
-        given: "auto": a share of 0.05 where moments are needed, nothing where they are not; a
-            number > 0: the share of the training time that measuring may cost; Every(k);
-            "all", which is Every(1); None: do not measure.
-
-    Raises:
-        ValueError: none of these.
+    """The measure= of `wrap`, with "all" as Every(1) and a share as a float; ValueError: no such.
 
     Example:
         >>> measure_of("all"), measure_of(0.1)
@@ -203,7 +183,7 @@ def measure_of(given: Measure) -> float | Every | Literal["auto"] | None:
 
 @dataclass(frozen=True)
 class PerSample:
-    """Measure the gradients of single samples, by taps in the backward pass (the default).
+    """Measure the gradients of single samples in the backward pass (the default).
 
     Args:
         layout: what `adabatch.check(model, batch, loss_fn)` returned, for models whose layers
@@ -211,20 +191,12 @@ class PerSample:
         ignore: names of modules to leave out of the measurement, with all their submodules.
         seed: of the random choice of measured samples.
         per_parameter: record each parameter's moments too, for `diagnostics.layers()`.
-        inner_products: measure ⟨g_i, g⟩ too, which `step(loss, weights=...)` needs. Layers must
-            keep their factors from the backward pass on, long before step() is called, so it has
-            to be announced here. Controllers that need inner products request them themselves.
-
-    Raises:
-        ValueError: listing every problem.
-
-    Example:
-        >>> PerSample(ignore=["head"])
-        PerSample(layout=None, ignore=('head',), seed=0, per_parameter=False, inner_products=False)
+        inner_products: measure ⟨g_i, g⟩ too, which `step(loss, weights=...)` needs, and for which
+            layers keep their factors from the backward pass on. Controllers request their own.
     """
 
     _: KW_ONLY
-    layout: Any = None
+    layout: CheckReport | None = None
     ignore: Collection[str] = ()
     seed: int = 0
     per_parameter: bool = False
@@ -251,10 +223,6 @@ class MicroBatch:
     """Estimate the variance from the gradients of micro-batches, at least two a batch.
 
     For models that cannot be measured per sample. Costs one reduction over the gradients.
-
-    Example:
-        >>> MicroBatch()
-        MicroBatch()
     """
 
 
@@ -266,17 +234,10 @@ class CrossRank:
         comm_hook, comm_state: a communication hook (state, bucket) -> future of
             DistributedDataParallel that averages the gradients (and may compress them). Pass it
             here instead of registering it with the model, which takes only one.
-
-    Raises:
-        ValueError: listing every problem.
-
-    Example:
-        >>> CrossRank()
-        CrossRank(comm_hook=None, comm_state=None)
     """
 
-    comm_hook: Callable[[Any, Any], Any] | None = None
-    comm_state: Any = None
+    comm_hook: Callable[..., object] | None = None
+    comm_state: object = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -302,15 +263,7 @@ class MicroBatches:
             found by trial (see `find_micro_batch_size`); None: batches arrive whole.
         loss_fn: (model, batch) -> the loss that is differentiated; needed by "auto".
         lr_scheduler: a torch lr scheduler that optimizer.step() steps once a batch.
-        max_grad_norm: optimizer.step() clips the batch's gradient to this norm. Controllers that
-            need to know are informed.
-
-    Raises:
-        ValueError: listing every problem.
-
-    Example:
-        >>> MicroBatches.of(32).size
-        32
+        max_grad_norm: optimizer.step() clips the batch's gradient to this norm.
     """
 
     size: int | Literal["auto"] | None = None
@@ -328,9 +281,7 @@ class MicroBatches:
                             "the loss that you differentiate")
         if self.loss_fn is not None and not callable(self.loss_fn):
             problems.append(f"loss_fn must be a callable (model, batch), got {self.loss_fn!r}")
-        if self.lr_scheduler is not None and not callable(
-            getattr(self.lr_scheduler, "step", None)
-        ):
+        if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, LRScheduler):
             problems.append("lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got "
                             f"{self.lr_scheduler!r}")
         if self.max_grad_norm is not None and not _is_number(self.max_grad_norm, above=0):

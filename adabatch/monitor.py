@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from adabatch._checks import check_version, suggest_keywords
+from adabatch._types import Part
 from adabatch.config import Every, Measure, PerSample, measure_of
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.record import Record
@@ -25,7 +25,7 @@ from adabatch.scheduler.health import GradientNormCheck, GradScalerDetector, Unt
 from adabatch.scheduler.pipeline import HostTransferStage, Pipeline, StepRecord
 from adabatch.scheduler.plan import plan_for
 from adabatch.scheduler.record import Recorder, StepClock
-from adabatch.wrap import check_not_hooked, per_sample_hooks, plan_of
+from adabatch.wrap import check_not_hooked, check_optimizer, per_sample_hooks, plan_of
 
 
 @suggest_keywords
@@ -37,7 +37,7 @@ def monitor(
     estimator: PerSample | None = None,
     loss_reduction: str = "mean",
     accumulate: int = 1,
-    grad_scaler: Any = None,
+    grad_scaler: GradScaler | None = None,
     diagnostics: Diagnostics | None = None,
 ) -> Monitor:
     """Record the variance of the gradient in any training loop, read only.
@@ -46,19 +46,11 @@ def monitor(
     `diagnostics`. Neither lr nor batch size is written.
 
     Args:
-        model: any module whose trainable layers have a grad_sample rule. Attach before the first
-            compiled run.
+        model, measure, loss_reduction, accumulate, diagnostics: as for `adabatch.wrap`.
         optimizer: its parameters are measured; its step() ends a step.
-        measure: "auto": at a share of 0.05 of the training time; a share; `Every(k)`; "all".
         estimator: a `PerSample` with a layout, ignored modules, per_parameter=True, ...
-        loss_reduction: "mean" or "sum", of the loss that is differentiated.
-        accumulate: backward passes per optimizer step.
-        grad_scaler: the GradScaler that scales the loss. A step that it skips is not
-            recorded, and the next one is not measured.
-        diagnostics: a history to append to; default a new one.
-
-    Returns:
-        A `Monitor`.
+        grad_scaler: the GradScaler that scales the loss. A step that it skips is not recorded, and
+            the next one is not measured.
 
     Raises:
         ValueError: layers that cannot be measured exactly (all listed), unknown options, a model
@@ -76,9 +68,7 @@ def monitor(
         >>> watched.diagnostics.n_steps, watched.latest.batch_size, watched.latest.noise_scale > 0
         (3, 8, True)
     """
-    if not isinstance(optimizer, Optimizer):
-        kind = type(optimizer).__name__
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
+    check_optimizer(optimizer)
     if measure is None:
         raise ValueError("measure=None measures nothing: omit monitor(), or pass 'auto', a share, "
                          "adabatch.Every(k) or 'all'")
@@ -114,7 +104,7 @@ class Monitor:
 
     def __init__(
         self, optimizer: Optimizer, hooks: GradSampleHooks, measure: Every | float, *,
-        grad_scaler: Any = None, diagnostics: Diagnostics | None = None,
+        grad_scaler: GradScaler | None = None, diagnostics: Diagnostics | None = None,
     ):
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.step_count = self.samples_seen = 0
@@ -205,7 +195,7 @@ class Monitor:
         samples = "all samples" if plan.samples is None else f"{plan.samples} samples"
         return f"Monitor(step {self.step_count}, {samples} at one step in {plan.every})"
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Part]:
         # The plan before the hooks, whose number of samples it sets.
         return {"plan": self._plan, "hooks": self._hooks, "diagnostics": self.diagnostics,
                 "trace": self._recorder.trace}
@@ -224,11 +214,9 @@ class Monitor:
             pending = hooks.observe(loss_scale=scale)
             self._untracked.warn(stacklevel=4)
         seen = StepRecord(
-            step=self.step_count, loss=self._loss, moments=None, delivered=0,
-            batch_size=self._batch_size,
-            lrs=[float(group["lr"]) for group in self._optimizer.param_groups], base_lr=None,
-            epoch=0, seconds=self._clock.lap(), pending=pending,
-        )
+            step=self.step_count, loss=self._loss, moments=None, delivered=0, epoch=0, base_lr=None,
+            batch_size=self._batch_size, seconds=self._clock.lap(), pending=pending,
+            lrs=[float(group["lr"]) for group in self._optimizer.param_groups])
         self._loss = math.nan
         self.step_count += 1
         for settled in self._pipeline.push(seen):
@@ -242,12 +230,11 @@ class Monitor:
         moments, loss = seen.moments, float(seen.loss)
         if moments is not None:
             self._batch_size = moments.batch_size
-        samples = self._batch_size if moments is None else moments.batch_size
+        samples = self._batch_size
         if self._hooks.loss_reduction == "sum":
             loss /= max(1, samples)
-        dropped = ""
-        if moments is not None:
-            dropped = rejection_reason(moments, 0.0 if math.isnan(loss) else loss)
+        known_loss = 0.0 if math.isnan(loss) else loss
+        dropped = "" if moments is None else rejection_reason(moments, known_loss)
         usable = None if dropped else moments
         if usable is not None:
             self._norms.update(usable)

@@ -1,27 +1,19 @@
-"""wrap: wires estimator, loader and scheduler in one call. Only the package itself imports it."""
+"""wrap: wires estimator, loader and scheduler in one call."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch._checks import suggest_keywords
+from adabatch._types import Argument, Batch, Kwargs
 from adabatch.config import (
-    DEFAULT_SHARE,
-    BatchSizes,
-    Coupling,
-    CouplingRule,
-    CrossRank,
-    EstimatorOptions,
-    Every,
-    Measure,
-    MicroBatch,
-    MicroBatches,
-    PerSample,
-    measure_of,
+    DEFAULT_SHARE, BatchSizes, Coupling, CouplingRule, CrossRank, EstimatorOptions, Every, Measure,
+    MicroBatch, MicroBatches, PerSample, measure_of,
 )
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
@@ -31,12 +23,15 @@ from adabatch.estimators.cross_rank import CrossRankEstimator
 from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
-from adabatch.interfaces import Controller, RunContext
 from adabatch.grad_sample.statistics import PreconditionedTrace
+from adabatch.interfaces import Controller, Estimator, RunContext
 from adabatch.micro_batches.optimizer import MicroBatching
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.decision import as_controller
 from adabatch.scheduler.scheduler import BatchSizeScheduler, needs_moments
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 KINDS = {PerSample: "per_sample", MicroBatch: "micro_batch", CrossRank: "cross_rank"}
 
@@ -45,7 +40,7 @@ KINDS = {PerSample: "per_sample", MicroBatch: "micro_batch", CrossRank: "cross_r
 def wrap(
     model: nn.Module,
     optimizer: Optimizer,
-    loader: DataLoader[Any] | AdaptiveDataLoader,
+    loader: DataLoader[Batch] | AdaptiveDataLoader,
     *,
     controller: Controller | None = None,
     batch_sizes: BatchSizes | tuple[int, int] = BatchSizes(),  # noqa: B008
@@ -55,8 +50,8 @@ def wrap(
     micro_batches: MicroBatches | int | None = None,
     loss_reduction: str = "mean",
     accumulate: int = 1,
-    grad_scaler: Any = None,
-    process_group: Any = None,
+    grad_scaler: GradScaler | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
     diagnostics: Diagnostics | None = None,
 ) -> tuple[Optimizer, AdaptiveDataLoader, BatchSizeScheduler]:
     """Let a training loop choose its own batch size.
@@ -70,32 +65,28 @@ def wrap(
         optimizer: torch.optim.SGD; with CABS also Adam, AdamW, RMSprop or Adagrad; others with a
             controller that is given an effective_lr. Its parameters are the ones measured.
         loader: a map-style DataLoader with a batch_size. A shuffling one gets an order keyed by a
-            seed drawn from its generator; sampler, collate_fn, workers, pinning, generator and
-            worker_init_fn are kept.
+            seed drawn from its generator; all other options are kept.
         controller: proposes the batch size; default adabatch.CABS(), with coupling="seesaw"
             controllers.Seesaw().
         batch_sizes: (minimum, maximum) of a step, in samples, or `BatchSizes`.
-        coupling: how the lr follows the batch size: "none", "linear", "sqrt", "adascale",
-            "seesaw", a callable, or `Coupling`.
+        coupling: how the lr follows the batch size: a rule's name, a callable, or `Coupling`.
         measure: "auto": a share of 0.05 of the training time where controller, coupling or
             estimator= need moments, nothing where they do not; a share, which a cost model of the
             layers turns into samples and interval (`scheduler.measurement_plan`); `Every(k)`; "all"
             for every sample of every step; None for nothing. MicroBatch and CrossRank, whose cost
             is small, measure at every step or as Every(k) says.
         estimator: `PerSample` (the default), `MicroBatch` or `CrossRank`.
-        micro_batches: a larger batch arrives as nearly equal micro-batches of at most this size,
-            through the same loop: optimizer.step() steps on the last of them. A number or
-            `MicroBatches`.
+        micro_batches: the most samples that arrive at once, or `MicroBatches`: the loop gets larger
+            batches as nearly equal micro-batches; optimizer.step() steps on the last of them.
         loss_reduction: "mean" or "sum", of the loss that is differentiated.
-        accumulate: backward passes per optimizer step in the user's own accumulation; the loader's
-            batches are that much smaller than the step's. Count the passes from epoch to epoch, so
-            that a step may span two.
+        accumulate: backward passes per optimizer step in the user's own accumulation, counted from
+            epoch to epoch; the loader's batches are that much smaller than the step's.
         grad_scaler: the GradScaler that scales the loss under float16; scheduler.step(loss) takes
             the loss without its scale.
-        process_group: where torch.distributed is initialised: the processes that share each batch,
-            a ProcessGroup or DeviceMesh; default all. With tensor parallelism it is the
-            data-parallel part of the mesh. All sizes are then those of the whole batch. Every
-            process calls wrap with the same arguments.
+        process_group: the processes that share each batch, where torch.distributed is initialised:
+            a ProcessGroup or DeviceMesh (with tensor parallelism its data-parallel part); default
+            all. All sizes are then those of the whole batch. Every process calls wrap with the same
+            arguments.
         diagnostics: a history to append to; default a new one.
 
     Returns:
@@ -124,9 +115,7 @@ def wrap(
         >>> scheduler.diagnostics.latest.samples_seen
         64
     """
-    if not isinstance(optimizer, Optimizer):
-        kind = type(optimizer).__name__
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
+    check_optimizer(optimizer)
     sizes, lr_rule = BatchSizes.of(batch_sizes), Coupling.of(coupling)
     micro_options, measured = MicroBatches.of(micro_batches), measure_of(measure)
     how = estimator_options(estimator)
@@ -145,36 +134,32 @@ def wrap(
         controller.bind(RunContext(optimizer, max_grad_norm=micro_options.max_grad_norm))
     needs: frozenset[str] = frozenset() if controller is None else controller.requires
     micro = MicroBatching(
-        adaptive, micro_options.size, accumulate, KINDS[type(how)], micro_options.loss_fn
-    )
+        adaptive, micro_options.size, accumulate, KINDS[type(how)], micro_options.loss_fn)
     asks = needs_moments(controller, lr_rule.rule)
     interval, share = plan_of(measured, how, asks)
     samples = interval.samples if interval is not None else None
     samples = samples if parallel is None else parallel.samples_here(samples)
-    common: dict[str, Any] = {"loss_reduction": loss_reduction}
-    hooks: Any
+    hooks: Estimator
     if interval is None and share is None:
         if asks and measure is None:
             name = type(controller).__name__ if controller is not None else "Seesaw"
             raise ValueError(
                 f"{name} or coupling={lr_rule.rule!r} needs gradient moments, got measure=None: "
-                "omit measure=, or use a controller that needs none, as controllers.Scheduled(...)"
-            )
+                "omit measure=, or use a controller that needs none, as controllers.Scheduled(...)")
         hooks = NullEstimator(accumulate, loss_reduction)
     elif isinstance(how, MicroBatch):
-        measured_parameters = [each for params in _groups(optimizer) for each in params]
-        hooks = MicroBatchEstimator(measured_parameters, adaptive.micro_batches, **common)
+        parameters = [each for params in _groups(optimizer) for each in params]
+        hooks = MicroBatchEstimator(
+            parameters, adaptive.micro_batches, loss_reduction=loss_reduction)
     elif isinstance(how, CrossRank):
         assert parallel is not None  # find() requires a process group
         hooks = CrossRankEstimator(
-            model, parallel.shard, accumulate=accumulate, comm_hook=how.comm_hook,
-            comm_state=how.comm_state, **common,
-        )
+            model, parallel.shard, accumulate=accumulate, loss_reduction=loss_reduction,
+            comm_hook=how.comm_hook, comm_state=how.comm_state)
     else:
         hooks = per_sample_hooks(
             model, optimizer, how, needs, samples=samples, accumulate=accumulate,
-            capacity=sizes.maximum, **common,
-        )
+            capacity=sizes.maximum, loss_reduction=loss_reduction)
     scheduler, before = None, (adaptive.batch_size, adaptive.drop_last)
     try:
         micro.find_limit(model, optimizer, hooks, sizes.maximum)
@@ -183,15 +168,12 @@ def wrap(
         scheduler = BatchSizeScheduler(
             optimizer, adaptive, hooks, controller, batch_sizes=sizes, coupling=lr_rule,
             measure=share if interval is None else Every(interval.k), grad_scaler=grad_scaler,
-            diagnostics=diagnostics,
-        )
+            diagnostics=diagnostics)
         if parallel is not None:
-            between = isinstance(how, CrossRank)
-            parallel.join(model, hooks, scheduler, between_processes=between)
+            parallel.join(model, hooks, scheduler, between_processes=isinstance(how, CrossRank))
         optimizer = micro.accumulating(
             optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=micro_options.lr_scheduler,
-            max_grad_norm=micro_options.max_grad_norm,
-        )
+            max_grad_norm=micro_options.max_grad_norm)
     except Exception:
         (hooks if scheduler is None else scheduler).remove()
         micro.undo()
@@ -201,7 +183,7 @@ def wrap(
 
 
 def plan_of(
-    measure: float | Every | str | None, how: EstimatorOptions, needed: bool
+    measure: float | Every | Literal["auto"] | None, how: EstimatorOptions, needed: bool
 ) -> tuple[Every | None, float | None]:
     """(interval, share of the training time): one of the two, or neither to measure nothing.
 
@@ -209,48 +191,35 @@ def plan_of(
         measure: from measure_of().
         how: the estimator's options; those that request a record of their own count as a need.
         needed: whether controller or coupling reads moments.
-
-    Raises:
-        ValueError: a share, or a number of samples, for an estimator that has no samples.
-
-    Example:
-        >>> plan_of("auto", PerSample(), True), plan_of("auto", MicroBatch(), False)
-        ((None, 0.05), (Every(k=1, samples=None), None))
     """
     if not isinstance(how, PerSample):
         if isinstance(measure, float) or (isinstance(measure, Every) and measure.samples):
             raise ValueError(
                 f"measure={measure!r} chooses among samples, which estimator={type(how).__name__}"
-                "() does not measure: omit measure=, or pass adabatch.Every(k)"
-            )
-        return (measure if isinstance(measure, Every) else None if measure is None else Every(1),
-                None)
-    if measure == "auto":
-        needed = needed or how.per_parameter or how.inner_products
-        return None, DEFAULT_SHARE if needed else None
+                "() does not measure: omit measure=, or pass adabatch.Every(k)")
+        return Every(1) if measure == "auto" else measure, None
     if isinstance(measure, Every):
         return measure, None
-    return None, measure  # type: ignore[return-value]
+    if isinstance(measure, float) or measure is None:
+        return None, measure
+    needed = needed or how.per_parameter or how.inner_products
+    return None, DEFAULT_SHARE if needed else None
 
 
 def estimator_options(given: EstimatorOptions | None) -> EstimatorOptions:
-    """PerSample() for None.
-
-    Raises:
-        ValueError: anything but estimator options.
-    """
+    """PerSample() for None; ValueError: anything but estimator options."""
     if given is None:
         return PerSample()
     if not isinstance(given, (PerSample, MicroBatch, CrossRank)):
         raise ValueError(
             "estimator must be None, adabatch.PerSample(...), adabatch.MicroBatch() or "
-            f"adabatch.CrossRank(...), got {given!r}"
-        )
+            f"adabatch.CrossRank(...), got {given!r}")
     return given
 
 
 def per_sample_hooks(
-    model: nn.Module, optimizer: Optimizer, how: PerSample, needs: frozenset[str], **options: Any
+    model: nn.Module, optimizer: Optimizer, how: PerSample, needs: frozenset[str],
+    **options: Argument,
 ) -> GradSampleHooks:
     """Hooks on the parameters that the optimizer holds, with the statistics in `needs`."""
     names = needs | {"inner_products"} if how.inner_products else needs
@@ -258,34 +227,36 @@ def per_sample_hooks(
                   if name == "preconditioned_trace" else name for name in sorted(names)]
     return GradSampleHooks(
         model, param_groups=_groups(optimizer), statistics=statistics, layout=how.layout,
-        ignore=how.ignore, seed=how.seed, per_parameter=how.per_parameter, **options,
-    )
+        ignore=how.ignore, seed=how.seed, per_parameter=how.per_parameter, **options)
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raise TypeError for anything but an optimizer."""
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
 
 
 def check_not_hooked(model: nn.Module) -> None:
-    """Refuse a model that is measured already.
-
-    Raises:
-        ValueError: it is; TypeError: it is not a module.
-    """
+    """Raise ValueError for a model that is measured already, TypeError for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
     if any(isinstance(getattr(hook, "owner", None), GradSampleHooks) for hook in hooks):
         raise ValueError(
             "the model's gradients are measured already: call remove() of the scheduler, monitor "
-            "or GradSampleHooks that measures them, or use that one"
-        )
+            "or GradSampleHooks that measures them, or use that one")
 
 
 def _adaptive(
-    loader: Any, parallel: DistributedSetup | None, model: nn.Module, optimizer: Optimizer,
-    settings: dict[str, Any],
+    loader: DataLoader[Batch] | AdaptiveDataLoader, parallel: DistributedSetup | None,
+    model: nn.Module, optimizer: Optimizer, settings: Kwargs,
 ) -> AdaptiveDataLoader:
     """The adaptive loader of the processes that share each batch, whose set-ups are compared."""
     if parallel is None:
-        adopted = isinstance(loader, AdaptiveDataLoader)
-        return loader if adopted else AdaptiveDataLoader.from_loader(loader)
+        if isinstance(loader, AdaptiveDataLoader):
+            return loader
+        return AdaptiveDataLoader.from_loader(loader)
     adaptive = parallel.take_loader(loader, summed=settings["loss_reduction"] == "sum")
     parallel.check_same(model, optimizer, adaptive, settings)
     return adaptive
@@ -295,6 +266,6 @@ def _groups(optimizer: Optimizer) -> list[list[Tensor]]:
     return [group["params"] for group in optimizer.param_groups]
 
 
-def _settings(options: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
+def _settings(options: object, but: tuple[str, ...] = ()) -> Kwargs:
     """The fields of an option object, as all processes must have them."""
     return {name: value for name, value in vars(options).items() if name not in but}
