@@ -8,33 +8,14 @@ from adabatch.controllers.cabs import CABS
 from adabatch.controllers.combinators import AtLeast, AtMost, Average, Confident, Monotone, Warmup
 from adabatch.controllers.goodput import Goodput
 from adabatch.controllers.gradient_diversity import GradientDiversity
-from adabatch.controllers.inner_product_test import InnerProductTest
 from adabatch.controllers.noise_scale import NoiseScale
-from adabatch.controllers.norm_test import NormTest
+from adabatch.controllers.norm_test import InnerProductTest, NormTest
 from adabatch.controllers.online_selection import OnlineSelection
 from adabatch.controllers.scheduled import Scheduled
 from adabatch.controllers.seesaw import Seesaw
 
 __all__ = [
-    "CABS",
-    "AdaDamp",
-    "AdaScale",
-    "Annealed",
-    "AtLeast",
-    "AtMost",
-    "Average",
-    "Confident",
-    "Controller",
-    "GeoDamp",
-    "Goodput",
-    "GradientDiversity",
-    "InnerProductTest",
-    "Monotone",
-    "NoiseScale",
-    "NormTest",
-    "OnlineSelection",
-    "PadaDamp",
-    "Scheduled",
-    "Seesaw",
-    "Warmup",
+    "CABS", "AdaDamp", "AdaScale", "Annealed", "AtLeast", "AtMost", "Average", "Confident",
+    "Controller", "GeoDamp", "Goodput", "GradientDiversity", "InnerProductTest", "Monotone",
+    "NoiseScale", "NormTest", "OnlineSelection", "PadaDamp", "Scheduled", "Seesaw", "Warmup",
 ]

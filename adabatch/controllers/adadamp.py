@@ -1,4 +1,8 @@
-"""AdaDamp and its cheaper relatives: the batch grows as the loss falls, or as if it did."""
+"""AdaDamp and its cheaper relatives: the batch grows as the loss falls, or as if it did.
+
+Reference: Sievert, Shah (2019), "Improving the convergence of SGD through adaptive batch sizes",
+arXiv 1910.08222.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ class AdaDamp(Controller):
     """m = B₀·(F₀ − f_star)/(F − f_star), F the smoothed loss, F₀ the loss at the start.
 
     The published rule evaluates F on the whole data set and rounds up; ours takes the losses of the
-    batches, and needs no moments. Beyond the upper bound, on_limit='lower_lr' lowers the lr as
-    published. A smoothed loss at or below f_star proposes infinity. At small batches F₀ is one
-    noisy loss: give initial_loss. The interval is by the error of F, as if F₀ were known.
+    batches (those that are not finite are skipped). Beyond the upper bound, on_limit='lower_lr'
+    lowers the lr as published. A smoothed loss at or below f_star proposes infinity. At small
+    batches F₀ is one noisy loss: give initial_loss. The interval is by the error of F alone.
 
     Args:
         batch_size: B₀, in samples.
@@ -24,27 +28,18 @@ class AdaDamp(Controller):
         initial_loss: F₀; None takes the first loss seen.
         smoothing: μ of the loss's average, 0 <= μ < 1.
 
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, or out of range.
-
     Example:
         >>> rule = AdaDamp(16, smoothing=0.0)
         >>> [rule.propose(None, loss=loss, lr=0.1) for loss in (2.0, 1.0, 0.5)]
         [16.0, 32.0, 64.0]
-
-    References:
-        Sievert, Shah (2019), "Improving the convergence of SGD through adaptive batch sizes",
-        arXiv 1910.08222.
     """
 
     needs_moments = False
     init_args = ("batch_size", "f_star", "initial_loss", "smoothing")
     state_attrs = ("average", "start", "samples")
 
-    def __init__(
-        self, batch_size: int, f_star: float = 0.0, initial_loss: float | None = None,
-        smoothing: float = 0.95,
-    ):  # fmt: skip
+    def __init__(self, batch_size: int, f_star: float = 0.0, initial_loss: float | None = None,
+                 smoothing: float = 0.95):
         self.batch_size, self.f_star = positive("batch_size", batch_size), real("f_star", f_star)
         self.initial_loss = None if initial_loss is None else real("initial_loss", initial_loss)
         self.average, self.smoothing = MovingAverage(smoothing), smoothing
@@ -55,11 +50,9 @@ class AdaDamp(Controller):
         return self.batch_size
 
     def on_step(self, *, samples: int, epoch: int) -> None:
-        """Take the size of the step, the weight of its loss."""
-        self.samples = samples
+        self.samples = samples  # the weight of the step's loss
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The proposal from one step's raw loss, which is passed over where it is not finite."""
         if self.start is None and math.isfinite(loss):
             self.start = loss
         average = self.average.update(loss, self.samples)
@@ -74,23 +67,13 @@ class AdaDamp(Controller):
 
 
 class PadaDamp(Controller):
-    """m = B₀ + rate·k after k steps: what AdaDamp's batch does where the loss falls as 1/k.
-
-    Args:
-        batch_size: B₀, in samples.
-        rate: samples by which the batch grows a step, >= 0.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, or out of range.
+    """m = batch_size + rate·k after k steps: what AdaDamp's batch does where the loss falls as 1/k.
 
     Example:
         >>> rule = PadaDamp(16, rate=0.25)
         >>> rule.on_step(samples=16, epoch=0)
         >>> rule.propose(None, loss=1.0, lr=0.1)
         16.25
-
-    References:
-        Sievert, Shah (2019), arXiv 1910.08222.
     """
 
     needs_moments = False
@@ -110,29 +93,17 @@ class PadaDamp(Controller):
         self.steps += 1
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The size at the present count, in samples."""
         return self.batch_size + self.rate * float(self.steps)
 
 
 class GeoDamp(Controller):
-    """m = B₀·factor^⌊epochs/every⌋: by default doubled every five epochs.
-
-    Args:
-        batch_size: B₀, in samples.
-        factor: of the growth, > 0.
-        every: epochs between two growths, >= 1.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, or out of range.
+    """m = batch_size·factor^⌊epochs/every⌋: by default doubled every five epochs.
 
     Example:
         >>> rule = GeoDamp(16)
         >>> rule.on_step(samples=16, epoch=11)
         >>> rule.propose(None, loss=1.0, lr=0.1)
         64.0
-
-    References:
-        Sievert, Shah (2019), arXiv 1910.08222.
     """
 
     needs_moments = False
@@ -152,5 +123,4 @@ class GeoDamp(Controller):
         self.epoch = epoch
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The size at the present epoch, in samples."""
         return self.batch_size * float(self.factor) ** (self.epoch // self.every)

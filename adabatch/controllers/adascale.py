@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from adabatch._checks import positive
 from adabatch.controllers.base import Controller, measured, ratio
-from adabatch.scheduler.coupling import gain
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
+from adabatch.scheduler.coupling import gain
 
 
 class AdaScale(Controller):
@@ -26,9 +26,6 @@ class AdaScale(Controller):
         batch_size: B, in samples.
         base_batch_size: B₀, for which the lr was chosen.
         smoothing: μ of the averages of T and G², 0 <= μ < 1.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, or out of range.
 
     Example:
         >>> import torch
@@ -66,11 +63,6 @@ class AdaScale(Controller):
         self.base_steps += self.lr_factor()(max(1, samples))
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """B, in samples.
-
-        Raises:
-            ValueError: a batch of one has no variance.
-        """
         moments = measured(moments)
         self.trace.update(moments.variance_trace, moments.n_measured)
         self.square.update(moments.true_grad_sq_norm, moments.batch_size)

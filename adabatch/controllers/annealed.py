@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from adabatch import interfaces
 from adabatch._checks import choice, positive, real
-from adabatch.controllers.base import Controller, Input, Operand
-from adabatch.scheduler.coupling import rule_of_optimizer
+from adabatch.controllers.base import Controller, Input
+from adabatch.controllers.combinators import Operand
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import RunContext
+from adabatch.scheduler.coupling import rule_of_optimizer
 
 SHAPES = ("linear", "power", "cosine")
 EXPONENTS = {"linear": 1.0, "sqrt": 0.5}
@@ -46,15 +47,11 @@ class Annealed(Controller):
         batch_size: B₀, for which the lr was chosen, in samples.
         shape: 'linear', 'power' or 'cosine'.
         power: q of (1 − p)^q, > 0, for 'power'.
-        cap: where the batch stops growing: a number of samples; a controller, asked at every
-            measured step (NoiseScale(scale=c), or CABS(f_star=...)); None leaves it to the upper
-            bound. It is never below B₀.
+        cap: where the batch stops growing, not below B₀: a number of samples; a controller, such as
+            NoiseScale(scale=c), at every measured step; None leaves it to the upper bound.
         final: f at the end, 0 <= final <= 1: f becomes final + (1 − final)·f.
-        rule: 'linear' (SGD) or 'sqrt' (Adam); None lets bind() choose by the optimizer.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range; an optimizer whose
-            rule is not known.
+        rule: 'linear' (SGD) or 'sqrt' (Adam); None lets bind() choose by the optimizer, with a
+            ValueError for one that is not known.
 
     Example:
         >>> rule = Annealed(budget=1000, batch_size=16, cap=64, rule="linear")
@@ -75,10 +72,8 @@ class Annealed(Controller):
     init_args = ("budget", "batch_size", "shape", "power", "cap", "final", "rule")
     state_attrs = ("samples_seen",)
 
-    def __init__(
-        self, budget: int, batch_size: int = 16, shape: str = "linear", power: float = 2.0,
-        cap: Operand | None = None, final: float = 0.0, rule: str | None = None,
-    ):  # fmt: skip
+    def __init__(self, budget: int, batch_size: int = 16, shape: str = "linear", power: float = 2.0,
+                 cap: Operand | None = None, final: float = 0.0, rule: str | None = None):
         self.budget = positive("budget", budget)
         self.batch_size = positive("batch_size", batch_size)
         self.shape, self.power = choice("shape", shape, SHAPES), positive("power", power)
@@ -114,8 +109,6 @@ class Annealed(Controller):
         self.samples_seen += samples
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The size that holds the lr, or the cap, in samples; infinity at the end of a decay to 0
-        without a cap."""
         if isinstance(self.cap, interfaces.Controller):
             self._latest_cap = float(self.cap.propose(moments, loss=loss, lr=lr))
         else:
@@ -126,20 +119,18 @@ class Annealed(Controller):
         return [(self._latest_cap, *child.interval(level)) for child in self.children]
 
     def _rule(self, *inputs: float) -> float:
-        """The growing size, or the cap, which is not below B₀."""
         decayed = self.step_per_sample ** (1 / self._exponent)
         grown = self.batch_size / decayed if decayed > 0 else math.inf
         return min(grown, max(inputs[0], float(self.batch_size)))
 
     def lr_factor(self) -> Callable[[int], float]:
-        """f·(B/B₀)^(1 or ½) as a function of the batch size."""
         return functools.partial(_factor, self.step_per_sample, self.batch_size, self._exponent)
 
     @property
     def _exponent(self) -> float:
         if self.rule is None:
             raise ValueError("Annealed does not know its rule yet: pass rule='linear' (SGD) or "
-                             "'sqrt' (Adam), or let adabatch.wrap bind it")  # fmt: skip
+                             "'sqrt' (Adam), or let adabatch.wrap bind it")
         return EXPONENTS[self.rule]
 
 

@@ -1,34 +1,34 @@
-"""What controllers share: state, repr, composition, the generic interval."""
+"""What controllers share: state, repr, children, the generic interval."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias
 
 from adabatch import interfaces
-from adabatch._checks import check_version, positive
+from adabatch._checks import check_version
+from adabatch.data.order import Stateful
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import NO_INTERVAL, EffectiveLr, RunContext, State
 
-Operand: TypeAlias = interfaces.Controller | float
 Input: TypeAlias = tuple[float, float, float]
 
 
 class Controller(interfaces.Controller):
     """Base of the controllers; a subclass defines propose(moments, *, loss, lr).
 
-    Class attributes a subclass sets:
+    A constructor raises TypeError or ValueError for an argument of the wrong type or out of range;
+    propose ValueError for moments that lack what the rule needs (a batch of one has no variance).
+
+    Attributes:
         init_args: names of the constructor's arguments, kept under the same names.
         state_attrs: names of the attributes that make up the state: plain numbers, lists of them,
             or objects with state_dict and load_state_dict.
-
-    Attributes:
         children: controllers inside this one; their states and requirements count as its own.
-        operands: leading arguments of the constructor, controllers or numbers of samples.
-        proposals: the latest proposal of each operand.
 
     Example:
         >>> class Doubled(Controller):
@@ -45,8 +45,6 @@ class Controller(interfaces.Controller):
     init_args: tuple[str, ...] = ()
     state_attrs: tuple[str, ...] = ()
     children: tuple[interfaces.Controller, ...] = ()
-    operands: tuple[Operand, ...] = ()
-    proposals: Sequence[float] = ()
 
     @property
     def requires(self) -> frozenset[str]:
@@ -102,40 +100,21 @@ class Controller(interfaces.Controller):
         return min(known), max(known)
 
     def _inputs(self, level: float) -> list[Input]:
-        """(value, low, high) of what the latest proposal was worked out from; by default the
-        operands' proposals."""
-        return [
-            (x, *(part.interval(level) if isinstance(part, interfaces.Controller) else NO_INTERVAL))
-            for part, x in zip(self.operands, self.proposals, strict=False)
-        ]
+        """(value, low, high) of what the latest proposal was computed from."""
+        return []
 
     def _rule(self, *inputs: float) -> float:
         """The proposal as a function of its inputs."""
         raise NotImplementedError
 
-    def _compose(self, operands: Sequence[Operand]) -> None:
-        """Take the operands; raise for none, or a number that is not positive."""
-        if not operands:
-            raise ValueError(f"{type(self).__name__} needs at least one controller or number of "
-                             "samples, got none")  # fmt: skip
-        self.children = tuple(x for x in operands if isinstance(x, interfaces.Controller))
-        for operand in operands:
-            if not isinstance(operand, interfaces.Controller):
-                positive("size", operand)
-        self.operands = tuple(operands)
-
-    def _ask(self, moments: GradientMoments | None, loss: float, lr: float) -> list[float]:
-        """The operands' proposals. All are asked, so that the averages of each move on."""
-        self.proposals = [
-            float(x) if not isinstance(x, interfaces.Controller)
-            else x.propose(moments, loss=loss, lr=lr) for x in self.operands
-        ]
-        return self.proposals
+    def _state(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.state_attrs}
 
     def state_dict(self) -> State:
         """The class's name, and averages and counts as plain numbers."""
         state: State = {"version": self.version, "controller": type(self).__name__}
-        state |= {name: _snapshot(getattr(self, name)) for name in self.state_attrs}
+        for name, value in self._state().items():
+            state[name] = value.state_dict() if isinstance(value, Stateful) else copy.copy(value)
         if self.children:
             state["children"] = [child.state_dict() for child in self.children]
         return state
@@ -148,12 +127,11 @@ class Controller(interfaces.Controller):
                 nothing is loaded then.
         """
         self.check_state(state)
-        for name in self.state_attrs:
-            present = getattr(self, name)
-            if hasattr(present, "load_state_dict"):
-                present.load_state_dict(state[name])
+        for name, value in self._state().items():
+            if isinstance(value, Stateful):
+                value.load_state_dict(state[name])
             else:
-                setattr(self, name, _snapshot(state[name]))
+                setattr(self, name, copy.copy(state[name]))
         for child, saved in zip(self.children, state.get("children", ()), strict=True):
             child.load_state_dict(saved)
 
@@ -164,7 +142,7 @@ class Controller(interfaces.Controller):
         if state.get("controller") != name:
             raise ValueError(f"the state of a controller {state.get('controller')} cannot be "
                              f"loaded into {name}: build the controller that was saved, or "
-                             "start without its state")  # fmt: skip
+                             "start without its state")
         saved, fields = state.get("children", ()), {"version", "controller", *self.state_attrs}
         missing = sorted(fields - state.keys())
         others = sorted(state.keys() - fields - {"children"})
@@ -174,24 +152,18 @@ class Controller(interfaces.Controller):
             problems.append(f"has {len(saved)} children, not {len(self.children)}")
         if problems:
             raise ValueError(f"the state of {name} {' and '.join(problems)}: pass what "
-                             "state_dict() of such a controller returned")  # fmt: skip
+                             "state_dict() of such a controller returned")
         for child, part in zip(self.children, saved, strict=True):
             if isinstance(child, Controller):
                 child.check_state(part)
 
     def __repr__(self) -> str:
-        named = [f"{name}={getattr(self, name)!r}" for name in self.init_args]
-        return f"{type(self).__name__}({', '.join([*map(repr, self.operands), *named])})"
+        named = (f"{name}={getattr(self, name)!r}" for name in self.init_args)
+        return f"{type(self).__name__}({', '.join(named)})"
 
 
 def measured(moments: GradientMoments | None) -> GradientMoments:
-    """The moments; ValueError where there are none.
-
-    Example:
-        >>> measured(None)
-        Traceback (most recent call last):
-        ValueError: this controller needs the moments of a measured step, got None
-    """
+    """The moments; ValueError where there are none."""
     if moments is None:
         raise ValueError("this controller needs the moments of a measured step, got None")
     return moments
@@ -213,12 +185,3 @@ def ratio(numerator: float, denominator: float) -> float:
     if numerator <= 0:
         return 0.0
     return numerator / denominator if denominator > 0 else math.inf
-
-
-def _snapshot(value: Any) -> Any:
-    """A copy that does not change as the run continues."""
-    if hasattr(value, "state_dict"):
-        return value.state_dict()
-    if isinstance(value, dict):
-        return dict(value)
-    return list(value) if isinstance(value, (list, tuple)) else value

@@ -34,17 +34,13 @@ class CABS(Controller):
         scale: factor c on the rule, > 0.
         f_star: floor of the loss, F*; 0 as published. Losses with an entropy floor, label smoothing
             or weight decay inside need their own. 'auto' estimates it (`LossFloor`): 0 until there
-            is an estimate, and F − f_star is then at least its own standard error.
+            is an estimate, and F − f_star is then at least its standard error.
         smoothing: μ of the averages, 0 <= μ < 1.
         eps: added to the denominator, >= 0.
         max_grad_norm: what the loop clips the gradient's norm to; None if it does not, or if wrap
             does the clipping.
         effective_lr: a callable of a param group that gives its step per unit of gradient, for
             optimizers other than those above; it takes the preconditioner's place.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an argument out of range.
 
     Example:
         >>> import torch
@@ -61,11 +57,9 @@ class CABS(Controller):
     init_args = ("scale", "f_star", "smoothing", "eps", "max_grad_norm", "effective_lr")
     effective_lr: EffectiveLr | None = None
 
-    def __init__(
-        self, scale: float = 1.0, f_star: float | str = 0.0, smoothing: float = 0.95,
-        eps: float = 0.0, max_grad_norm: float | None = None,
-        effective_lr: EffectiveLr | None = None,
-    ):  # fmt: skip
+    def __init__(self, scale: float = 1.0, f_star: float | str = 0.0, smoothing: float = 0.95,
+                 eps: float = 0.0, max_grad_norm: float | None = None,
+                 effective_lr: EffectiveLr | None = None):
         self.scale, self.smoothing = positive("scale", scale), checked_smoothing(smoothing)
         self.f_star = f_star if f_star == "auto" else real("f_star", f_star, or_else="'auto'")
         self.eps = real("eps", eps, at_least=0)
@@ -73,9 +67,8 @@ class CABS(Controller):
         if effective_lr is not None:
             self.effective_lr = function("effective_lr", effective_lr)
         self.trace, self.loss = MovingAverage(smoothing), MovingAverage(smoothing)
-        self.joint = JointAverages(self.trace, self.loss)
+        self.joint, self.clipping = JointAverages(self.trace, self.loss), MovingAverage(smoothing)
         self.floor = LossFloor() if f_star == "auto" else None
-        self.clipping = MovingAverage(smoothing)
         self.state_attrs = ("trace", "loss", "joint", *(["floor"] if f_star == "auto" else []))
         if max_grad_norm is not None:
             self._clip_to(positive("max_grad_norm", max_grad_norm))
@@ -84,10 +77,8 @@ class CABS(Controller):
         self._lr = math.nan
 
     @classmethod
-    def reference(
-        cls, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0,
-        effective_lr: EffectiveLr | None = None,
-    ) -> ReferenceCABS:  # fmt: skip
+    def reference(cls, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0,
+                  effective_lr: EffectiveLr | None = None) -> ReferenceCABS:
         """The authors' TensorFlow code, number for number: see `ReferenceCABS`."""
         return ReferenceCABS(scale, smoothing, eps, effective_lr)
 
@@ -100,17 +91,13 @@ class CABS(Controller):
         return frozenset() if self._optimizer is None else frozenset({"preconditioned_trace"})
 
     def bind(self, context: RunContext) -> None:
-        """Take the optimizer's preconditioner, if it has one, and the norm of the clipping.
-
-        Raises:
-            ValueError: another norm was given to the constructor.
-        """
+        """Take the optimizer's preconditioner, if it has one, and the norm of the clipping;
+        ValueError where the constructor was given another norm."""
         if context.max_grad_norm not in (None, self.max_grad_norm):
             if self.max_grad_norm is not None:
-                raise ValueError(
-                    f"CABS(max_grad_norm={self.max_grad_norm!r}), but optimizer.step() clips to "
-                    f"{context.max_grad_norm!r}: leave max_grad_norm of CABS at None"
-                )
+                raise ValueError(f"CABS(max_grad_norm={self.max_grad_norm!r}), but optimizer.step()"
+                                 f" clips to {context.max_grad_norm!r}: leave max_grad_norm of "
+                                 "CABS at None")
             self._clip_to(context.max_grad_norm)
         preconditioner = preconditioner_of(context.optimizer)
         preconditioned = self.effective_lr is None and preconditioner is not None
@@ -122,14 +109,8 @@ class CABS(Controller):
         self.state_attrs = (*self.state_attrs, "clipping")
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The proposal from one step's raw moments and loss and the base effective lr.
-
-        0 for a smoothed trace that is negative; infinity for a smoothed loss at or below f_star;
-        NaN before the first step of an optimizer with a preconditioner.
-
-        Raises:
-            ValueError: a batch of one has no variance; what tr(PΣ) needs is missing.
-        """
+        """The proposal: 0 for a smoothed trace that is negative; infinity for a smoothed loss at or
+        below f_star; NaN before the first step of an optimizer with a preconditioner."""
         moments = measured(moments)
         raw: tuple[float, ...]
         if self._optimizer is None:
@@ -179,7 +160,6 @@ class CABS(Controller):
         return found
 
     def _floor(self) -> tuple[float, float]:
-        """F* as the rule takes it, and its standard error."""
         if self.floor is None:
             return float(self.f_star), 0.0
         known = not math.isnan(self.floor.bounded)
@@ -200,12 +180,7 @@ class ReferenceCABS(Controller):
     averages start at 0 and 1, weight all steps alike and are not bias-corrected, so that the first
     proposals are low and no interval is known; they are updated before use. The published code then
     rounds half to even and clips to 16..2048: bounds that the scheduler applies.
-
-    Args:
-        scale, smoothing, eps, effective_lr: as in CABS.
-
-    Raises:
-        TypeError, ValueError: as in CABS.
+    Arguments as in CABS.
 
     Example:
         >>> import torch
@@ -224,10 +199,8 @@ class ReferenceCABS(Controller):
     needs_effective_lr = True
     effective_lr: EffectiveLr | None = None
 
-    def __init__(
-        self, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0,
-        effective_lr: EffectiveLr | None = None,
-    ):  # fmt: skip
+    def __init__(self, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0,
+                 effective_lr: EffectiveLr | None = None):
         self.scale, self.smoothing = positive("scale", scale), checked_smoothing(smoothing)
         self.eps = real("eps", eps, at_least=0)
         if effective_lr is not None:
@@ -235,7 +208,6 @@ class ReferenceCABS(Controller):
         self.trace_average, self.loss_average = 0.0, 1.0
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The proposal from one step's raw moments and loss and the base effective lr."""
         keep = self.smoothing
         self.loss_average = keep * self.loss_average + (1 - keep) * loss
         raw = measured(moments).biased_variance_trace

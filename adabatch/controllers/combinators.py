@@ -4,18 +4,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+from adabatch import interfaces
 from adabatch._checks import level as checked_level, positive, real
-from adabatch.controllers.base import Controller, Operand
+from adabatch.controllers.base import Controller, Input
 from adabatch.estimators.moments import GradientMoments
-from adabatch.interfaces import RunContext
+from adabatch.interfaces import NO_INTERVAL, RunContext
+
+Operand: TypeAlias = interfaces.Controller | float
 
 
-class AtLeast(Controller):
+class _Combinator(Controller):
+    """Holds operands, controllers or positive numbers of samples, and their latest proposals."""
+
+    def __init__(self, *operands: Operand):
+        if not operands:
+            raise ValueError(f"{type(self).__name__} needs at least one controller or number of "
+                             "samples, got none")
+        for operand in operands:
+            if not isinstance(operand, interfaces.Controller):
+                positive("size", operand)
+        self.children = tuple(x for x in operands if isinstance(x, interfaces.Controller))
+        self.operands, self.proposals = operands, list[float]()
+
+    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
+        return self._rule(*self._ask(moments, loss, lr))
+
+    def _ask(self, moments: GradientMoments | None, loss: float, lr: float) -> list[float]:
+        """The operands' proposals. All are called, so that the averages of each are updated."""
+        self.proposals = [
+            x.propose(moments, loss=loss, lr=lr) if isinstance(x, interfaces.Controller)
+            else float(x) for x in self.operands
+        ]
+        return self.proposals
+
+    def _inputs(self, level: float) -> list[Input]:
+        return [
+            (x, *(part.interval(level) if isinstance(part, interfaces.Controller) else NO_INTERVAL))
+            for part, x in zip(self.operands, self.proposals, strict=False)
+        ]
+
+    def __repr__(self) -> str:
+        name, named = type(self).__name__, super().__repr__()
+        arguments = [*map(repr, self.operands), named[len(name) + 1 : -1]]
+        return f"{name}({', '.join(filter(None, arguments))})"
+
+
+class AtLeast(_Combinator):
     """The largest of several proposals, each a controller's or a number of samples.
-
-    Raises:
-        ValueError: no operand, or a number that is not positive.
 
     Example:
         >>> from adabatch.controllers import PadaDamp
@@ -23,22 +60,12 @@ class AtLeast(Controller):
         64.0
     """
 
-    def __init__(self, *operands: Operand):
-        self._compose(operands)
-
-    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The largest of the operands' proposals, in samples."""
-        return self._rule(*self._ask(moments, loss, lr))
-
     def _rule(self, *inputs: float) -> float:
         return max(inputs)
 
 
-class AtMost(Controller):
+class AtMost(_Combinator):
     """The smallest of several proposals, each a controller's or a number of samples.
-
-    Raises:
-        ValueError: no operand, or a number that is not positive.
 
     Example:
         >>> from adabatch.controllers import PadaDamp
@@ -46,29 +73,16 @@ class AtMost(Controller):
         16.0
     """
 
-    def __init__(self, *operands: Operand):
-        self._compose(operands)
-
-    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The smallest of the operands' proposals, in samples."""
-        return self._rule(*self._ask(moments, loss, lr))
-
     def _rule(self, *inputs: float) -> float:
         return min(inputs)
 
 
-class Average(Controller):
-    """The weighted arithmetic mean of several proposals, Σ w_i m_i / Σ w_i.
+class Average(_Combinator):
+    """The weighted arithmetic mean of several proposals, Σ w_i m_i / Σ w_i, each a controller's or
+    a number of samples; by default all w_i are 1.
 
     It is a mean over controllers, not over time: each smooths its own numerator and denominator,
     and an average of ratios would mislead. One infinite proposal makes the mean infinite.
-
-    Args:
-        operands: controllers or numbers of samples.
-        weights: one positive number for each; None: all alike.
-
-    Raises:
-        ValueError: no operand, weights that do not fit, or a number that is not positive.
 
     Example:
         >>> Average(64, 16, weights=(1, 3)).propose(None, loss=1.0, lr=0.1)
@@ -78,28 +92,22 @@ class Average(Controller):
     init_args = ("weights",)
 
     def __init__(self, *operands: Operand, weights: Sequence[float] | None = None):
-        self._compose(operands)
+        super().__init__(*operands)
         self.weights = None
         if weights is not None:
             self.weights = tuple(positive("weight", weight) for weight in weights)
             if len(weights) != len(operands):
                 raise ValueError(f"weights must have one number for each of the {len(operands)} "
-                                 f"operands, got {len(weights)}")  # fmt: skip
-
-    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The mean of the operands' proposals, in samples."""
-        return self._rule(*self._ask(moments, loss, lr))
+                                 f"operands, got {len(weights)}")
 
     def _rule(self, *inputs: float) -> float:
         weights = self.weights or (1,) * len(inputs)
         return sum(w * x for w, x in zip(weights, inputs, strict=True)) / sum(weights)
 
 
-class Monotone(Controller):
-    """The largest proposal so far, and not less than the largest batch used: it never shrinks.
-
-    Raises:
-        ValueError: the operand is a number that is not positive.
+class Monotone(_Combinator):
+    """The largest proposal so far, and not less than the largest batch used: it never shrinks. NaN
+    where the operand proposes NaN.
 
     Example:
         >>> from adabatch.controllers import AdaDamp
@@ -111,7 +119,7 @@ class Monotone(Controller):
     state_attrs = ("largest",)
 
     def __init__(self, operand: Operand):
-        self._compose((operand,))
+        super().__init__(operand)
         self.largest = self._before = 0.0
 
     def on_step(self, *, samples: int, epoch: int) -> None:
@@ -119,7 +127,6 @@ class Monotone(Controller):
         self.largest = max(self.largest, float(samples))
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The largest proposal so far, in samples; NaN where the operand proposes NaN."""
         [proposal] = self._ask(moments, loss, lr)
         if math.isnan(proposal):
             return proposal
@@ -130,19 +137,11 @@ class Monotone(Controller):
         return max(self._before, *inputs)
 
 
-class Warmup(Controller):
+class Warmup(_Combinator):
     """Grows by at most `growth` every `samples` samples: min(proposal, limit·growth^(n/samples)).
 
     n is the size of the step, limit the last proposal of this controller, or the size in use where
-    that is larger. It may fall as fast as it likes.
-
-    Args:
-        operand: a controller, or a number of samples.
-        growth: > 1.
-        samples: over which the batch may grow by that factor, > 0.
-
-    Raises:
-        ValueError: an argument out of range.
+    that is larger. It may fall at any rate. NaN where the operand proposes NaN.
 
     Example:
         >>> rule = Warmup(1024, growth=2.0, samples=64)
@@ -158,7 +157,7 @@ class Warmup(Controller):
 
     def __init__(self, operand: Operand, growth: float = 2.0, samples: int = 10_000):
         self.growth, self.samples = real("growth", growth, above=1), positive("samples", samples)
-        self._compose((operand,))
+        super().__init__(operand)
         self.limit, self._before = 0.0, math.inf
 
     def on_step(self, *, samples: int, epoch: int) -> None:
@@ -168,7 +167,6 @@ class Warmup(Controller):
         self.limit = min(1e300, max(self.limit, float(samples)) * self.growth**exponent)
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The operand's proposal or the limit, in samples; NaN where the operand proposes NaN."""
         [proposal] = self._ask(moments, loss, lr)
         if math.isnan(proposal):
             return proposal
@@ -180,18 +178,11 @@ class Warmup(Controller):
         return min(self._before, *inputs)
 
 
-class Confident(Controller):
-    """Keeps the size in force while the interval of the proposal holds it.
+class Confident(_Combinator):
+    """Keeps the size in force while `Controller.interval(level)` of the proposal holds it.
 
     A proposal whose error is not known yet moves nothing; one that has none is followed. The size
     in force is read through `RunContext.batch_size`; without it every proposal is followed.
-
-    Args:
-        operand: a controller.
-        level: of `Controller.interval`, between 0 and 1.
-
-    Raises:
-        ValueError: a level outside (0, 1).
 
     Example:
         >>> import torch
@@ -207,7 +198,7 @@ class Confident(Controller):
 
     def __init__(self, operand: Operand, level: float = 0.9):
         self.level = checked_level("level", level)
-        self._compose((operand,))
+        super().__init__(operand)
         self._batch_size: Callable[[], float] = lambda: math.nan
 
     def bind(self, context: RunContext) -> None:
@@ -215,7 +206,6 @@ class Confident(Controller):
         self._batch_size = context.batch_size or self._batch_size
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The operand's proposal, or the size in force, in samples."""
         [proposal] = self._ask(moments, loss, lr)
         low, high = self.interval(self.level)
         size = self._batch_size()

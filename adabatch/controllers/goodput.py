@@ -15,11 +15,11 @@ import numpy as np
 
 from adabatch._checks import positive, real
 from adabatch.controllers.base import Controller, Input, measured, ratio
-from adabatch.scheduler.coupling import gain as gain_of
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.intervals import JointAverages, trace_and_signal
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import RunContext
+from adabatch.scheduler.coupling import gain as gain_of
 
 KEPT_TIMES, TIMES_OF_A_SIZE = 992, 31  # of steps, the latest ones
 REFIT = 20  # steps between two decisions
@@ -33,25 +33,18 @@ class StepTime:
     """seconds(B) = ((a + b·B/R)^γ + c^γ)^(1/γ): computing and network overlap in part; γ = 1 not at
     all, γ = 10 nearly wholly. With R = 1, a + b·B.
 
-    Args:
-        per_step, per_sample: a, b, in seconds.
-        network: c, in seconds: the published a' + b'·(R − 2) at a fixed R.
-        gamma: γ in [1, 10].
-        replicas: R.
-
     Example:
         >>> StepTime(0.5, 0.25).seconds(2)
         1.0
     """
 
-    per_step: float
-    per_sample: float
-    network: float = 0.0
-    gamma: float = 1.0
-    replicas: int = 1
+    per_step: float  # a, in seconds
+    per_sample: float  # b, in seconds
+    network: float = 0.0  # c, in seconds: the published a' + b'·(R − 2) at a fixed R
+    gamma: float = 1.0  # γ in [1, 10]
+    replicas: int = 1  # R
 
     def seconds(self, batch_size: float) -> float:
-        """Of one step at this size."""
         compute = self.per_step + self.per_sample * batch_size / self.replicas
         if not self.network:
             return compute
@@ -60,19 +53,12 @@ class StepTime:
         return larger * parts ** (1 / gamma)
 
 
-def fit_step_time(
-    sizes: Sequence[float], seconds: Sequence[float], counts: Sequence[float], replicas: int = 1
-) -> StepTime:
+def fit_step_time(sizes: Sequence[float], seconds: Sequence[float], counts: Sequence[float],
+                  replicas: int = 1) -> StepTime:
     """Minimise Σ n_j (log seconds(B_j) − log s_j)² by L-BFGS-B over the parameters' logarithms.
 
-    Args:
-        sizes: B_j, in samples, at least two different ones.
-        seconds: s_j, the typical time of a step at each.
-        counts: n_j, the steps that each stands for.
-        replicas: R.
-
-    Raises:
-        ValueError: fewer than two sizes.
+    sizes are the B_j, in samples, at least two different ones (else a ValueError); seconds the s_j,
+    the typical time of a step at each; counts the n_j, the steps that each stands for.
 
     Example:
         >>> fitted = fit_step_time([16, 64, 256], [1.16, 1.64, 3.56], [1, 1, 1])
@@ -128,9 +114,6 @@ class Goodput(Controller):
         smoothing: μ of the averages of T̂ and Ĝ², 0 <= μ < 1.
         clock: seconds since some moment; None for that of the run.
 
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, or out of range.
-
     Example:
         >>> times = StepTime(per_step=0.01, per_sample=0.0001)
         >>> Goodput(16).best_size(times, noise_scale=100.0, largest=4096)  # √(φ·a/b) = 100
@@ -142,18 +125,16 @@ class Goodput(Controller):
     """
 
     init_args = ("base_batch_size", "max_batch_size", "gain", "replicas", "smoothing")
-    state_attrs = (
-        "trace", "square", "joint", "sizes", "seconds", "proposal", "steps", "decided_at", "decided"
-    )  # fmt: skip
+    state_attrs = ("trace", "square", "joint", "sizes", "seconds", "proposal", "steps",
+                   "decided_at", "decided")
 
-    def __init__(
-        self, base_batch_size: int = 16, max_batch_size: int | None = None, gain: float = 0.05,
-        replicas: int = 1, smoothing: float = 0.95, clock: Callable[[], float] | None = None,
-    ):  # fmt: skip
+    def __init__(self, base_batch_size: int = 16, max_batch_size: int | None = None,
+                 gain: float = 0.05, replicas: int = 1, smoothing: float = 0.95,
+                 clock: Callable[[], float] | None = None):
         self.base_batch_size = positive("base_batch_size", base_batch_size)
         if max_batch_size is not None and not max_batch_size >= base_batch_size:
             raise ValueError("max_batch_size must not be below base_batch_size "
-                             f"({base_batch_size}), got {max_batch_size!r}")  # fmt: skip
+                             f"({base_batch_size}), got {max_batch_size!r}")
         self.max_batch_size, self.gain = max_batch_size, real("gain", gain, at_least=0)
         self.replicas, self.smoothing = int(positive("replicas", replicas)), smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
@@ -171,7 +152,7 @@ class Goodput(Controller):
         self.clock = self.clock or context.clock
 
     def on_step(self, *, samples: int, epoch: int) -> None:
-        """Time the step. The first one at a size is omitted, as it may compile or allocate."""
+        """Time the step, except the first one at a size, which may compile or allocate."""
         now, before = (self.clock or time.perf_counter)(), self._last
         self._last = now
         self.steps += 1
@@ -186,11 +167,6 @@ class Goodput(Controller):
         self.seconds.append(now - before if known else math.nan)
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The proposal from one step's raw moments, in samples.
-
-        Raises:
-            ValueError: a batch of one has no variance.
-        """
         moments = measured(moments)
         self.joint.update(*trace_and_signal(moments))
         if math.isnan(self.proposal):
@@ -234,7 +210,6 @@ class Goodput(Controller):
         return float(f"{grid[best]:.6g}")
 
     def _goodput(self, size: float, step_time: StepTime, noise_scale: float) -> float:
-        """B/seconds(B) · gain/(B/B₀), but for the constant B₀."""
         return gain_of(size, self.base_batch_size, noise_scale) / step_time.seconds(size)
 
     @property

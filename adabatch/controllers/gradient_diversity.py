@@ -13,8 +13,8 @@ UNDECAYED = 1 - 1e-12  # of a moving average that is a mean
 
 
 class GradientDiversity(Controller):
-    """m = δ·n·Δ, n·Δ = n·Σ‖g_i‖²/‖Σ g_i‖² over n samples = E‖g_i‖²/‖E g_i‖² = 1 + T/G²; worked out
-    once every n samples, and held in between.
+    """m = δ·n·Δ, n·Δ = n·Σ‖g_i‖²/‖Σ g_i‖² over n samples = E‖g_i‖²/‖E g_i‖² = 1 + T/G², once every
+    n samples, and kept in between.
 
     On one batch of m the plain m·Δ cannot exceed m where noise dominates, as ‖g‖² holds the noise
     T/m. So Σ m·mean‖g_i‖² and Σ m·Ĝ², Ĝ² unbiased, are summed over the epoch and divided at its
@@ -26,9 +26,6 @@ class GradientDiversity(Controller):
     Args:
         delta: δ, > 0.
         epoch_samples: n, after which the rule is applied; None: at the end of each epoch.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, or out of range.
 
     Example:
         >>> import torch
@@ -45,10 +42,8 @@ class GradientDiversity(Controller):
     """
 
     init_args = ("delta", "epoch_samples")
-    state_attrs = (
-        "norms", "signals", "last_norms", "last_signals", "proposal", "samples", "epoch",
-        "decided_at",
-    )  # fmt: skip
+    state_attrs = ("norms", "signals", "last_norms", "last_signals", "proposal", "samples", "epoch",
+                   "decided_at")
 
     def __init__(self, delta: float = 1.0, epoch_samples: int | None = None):
         self.delta, self.epoch_samples = positive("delta", delta), epoch_samples
@@ -64,11 +59,6 @@ class GradientDiversity(Controller):
         self.epoch = epoch
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The proposal of the last epoch that ended, in samples.
-
-        Raises:
-            ValueError: a batch of one has no variance.
-        """
         moments = measured(moments)
         self.norms.update(moments.mean_sq_norm, moments.batch_size)
         self.signals.update(moments.true_grad_sq_norm, moments.batch_size)

@@ -21,9 +21,6 @@ class NoiseScale(Controller):
         scale: c, > 0.
         smoothing: μ of both averages, 0 <= μ < 1.
 
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, or out of range.
-
     Example:
         >>> import torch
         >>> norms = torch.tensor([4.0, 8.0])
@@ -45,14 +42,9 @@ class NoiseScale(Controller):
         self.joint = JointAverages(self.trace, self.square)
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The proposal from one step's raw moments, in samples.
-
-        Raises:
-            ValueError: a batch of one has no variance.
-        """
         trace, square = self.joint.update(*trace_and_signal(measured(moments)))
         return ratio(self.scale * trace, square)
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """scale times the noise scale's, which has no upper end where G² might be 0."""
+        """Fieller's, without an upper end where G² might be 0."""
         return self.joint.ratio_interval(level, scale=self.scale)

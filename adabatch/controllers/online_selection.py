@@ -12,22 +12,18 @@ from adabatch.schedules.online import CANDIDATES, select_batch_size
 
 class OnlineSelection(Controller):
     """Proposes one of a few sizes, chosen again after as many samples as the largest has: two 128s
-    or four 64s for one 256. It needs no moments, and the choice has no interval.
+    or four 64s for one 256. The last one stays where all losses are NaN.
 
     With coupling="linear" and base_batch_size=<largest>, a batch steps with lr · size/largest, as
-    published. There one batch is loaded, split and stepped: that is
-    `adabatch.schedules.online.online_step`. Here the loader's batches have the chosen size, so the
-    losses are of a batch that `losses_by_size` picks: a fresh one, or the last one.
+    published. There one batch is loaded, split and stepped: `schedules.online.online_step`. Here
+    the loader's batches have the chosen size, so the losses are of a batch that `losses_by_size`
+    picks: a new one, or the last one.
 
     Args:
-        losses_by_size: called without arguments for {size: mean loss}, usually of
-            `adabatch.schedules.online.split_losses`.
+        losses_by_size: called without arguments for {size: mean loss} of all candidates, usually of
+            `schedules.online.split_losses`.
         candidates: sizes in samples.
         pick: 'smallest' or 'largest'.
-
-    Raises:
-        TypeError: losses_by_size is not callable, or candidates no list or tuple of integers.
-        ValueError: a candidate below 1, or another pick.
 
     Example:
         >>> controller = OnlineSelection(lambda: {256: 0.7, 128: 0.6, 64: 0.8})
@@ -35,18 +31,15 @@ class OnlineSelection(Controller):
         >>> controller.propose(None, loss=0.7, lr=0.1)
         128.0
 
-    References:
-        Reported with AlexNet on CIFAR-10; `adabatch.schedules.online` says when losses differ.
+    Reported with AlexNet on CIFAR-10; `adabatch.schedules.online` says when losses differ.
     """
 
     needs_moments = False
     init_args = ("candidates", "pick")
     state_attrs = ("chosen", "samples")
 
-    def __init__(
-        self, losses_by_size: Callable[[], Mapping[int, float]],
-        candidates: Sequence[int] = CANDIDATES, pick: str = "smallest",
-    ):  # fmt: skip
+    def __init__(self, losses_by_size: Callable[[], Mapping[int, float]],
+                 candidates: Sequence[int] = CANDIDATES, pick: str = "smallest"):
         self.losses_by_size = function("losses_by_size", losses_by_size)
         self.candidates = integers("candidates", candidates, at_least=1)
         self.pick = choice("pick", pick, ("smallest", "largest"))
@@ -60,18 +53,13 @@ class OnlineSelection(Controller):
         self.samples += samples
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The size chosen, in samples; the last one where all losses are NaN.
-
-        Raises:
-            ValueError: losses_by_size gave no loss for some candidate.
-        """
         if self.samples >= max(self.candidates):
             self.samples = 0
             losses = self.losses_by_size()
             missing = [size for size in self.candidates if size not in losses]
             if missing:
                 raise ValueError(f"losses_by_size() must give a loss for each of "
-                                 f"{self.candidates}, got none for {missing}")  # fmt: skip
+                                 f"{self.candidates}, got none for {missing}")
             found = {size: losses[size] for size in self.candidates if losses[size] == losses[size]}
             self.chosen = select_batch_size(found, self.pick) if found else self.chosen
         return float(self.chosen)

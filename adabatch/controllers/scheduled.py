@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 
 from adabatch._checks import choice, integer
 from adabatch.controllers.base import Controller
@@ -14,8 +15,8 @@ UNITS = ("step", "epoch", "samples")
 
 
 class Scheduled(Controller):
-    """Proposes what a schedule says, whatever the gradients: nothing need be measured, and the
-    proposal has no interval. Bounds, coupling, state and diagnostics are the scheduler's.
+    """Proposes what a schedule says, whatever the gradients: nothing need be measured. Bounds,
+    coupling, state and diagnostics are the scheduler's.
 
     A schedule of `adabatch.schedules` is built over `VirtualBatchSize(n)`, with None for its
     loader. It is stepped with `metrics=` the mean loss of the samples since its last step (losses
@@ -30,32 +31,19 @@ class Scheduled(Controller):
         every: units to one step of the schedule; default 1. With unit='samples' it must be given,
             except for a RampBS, which counts the samples itself.
 
-    Raises:
-        TypeError: no schedule, string or function; every is no integer.
-        ValueError: a schedule over a loader, which only the BatchSizeScheduler may write to; an
-            unknown unit; every missing, below 1, or out of place.
-
     Example:
         >>> from adabatch.schedules import StepBS
-        >>> schedule = StepBS(None, step_size=2, batch_size_manager=VirtualBatchSize(64))
+        >>> schedule = StepBS(None, step_size=1, batch_size_manager=VirtualBatchSize(64))
         >>> controller = Scheduled(schedule)
-        >>> controller.first_batch_size
-        64
-        >>> for _ in range(4):
-        ...     controller.on_step(samples=64, epoch=0)
-        ...     print(controller.propose(None, loss=1.0, lr=0.1))
-        64.0
-        128.0
-        128.0
-        256.0
+        >>> controller.on_step(samples=64, epoch=0)
+        >>> controller.first_batch_size, controller.propose(None, loss=1.0, lr=0.1)
+        (64, 128.0)
     """
 
     needs_moments = False
 
-    def __init__(
-        self, schedule: BSScheduler | str | Callable[[int], float], unit: str = "step",
-        every: int | None = None,
-    ):  # fmt: skip
+    def __init__(self, schedule: BSScheduler | str | Callable[[int], float], unit: str = "step",
+                 every: int | None = None):
         self.unit = choice("unit", unit, UNITS)
         self.schedule = _checked(schedule)
         self.every = _checked_every(self.schedule, unit, every)
@@ -67,7 +55,6 @@ class Scheduled(Controller):
 
     @property
     def first_batch_size(self) -> float:
-        """The schedule's size, or the function's at the count 0."""
         if isinstance(self.schedule, BSScheduler):
             return self.schedule.batch_size
         return self.schedule(0)
@@ -85,7 +72,6 @@ class Scheduled(Controller):
         self.samples += samples
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The size of the schedule at the present count, in samples."""
         count = self.counts[self.unit]
         if not isinstance(self.schedule, BSScheduler):
             return float(self.schedule(count // self.every))
@@ -107,9 +93,9 @@ class Scheduled(Controller):
         self.loss_sum, self.loss_samples = 0.0, 0
 
     def __repr__(self) -> str:
-        kind = self.schedule if isinstance(self.schedule, type) else type(self.schedule)
-        name = getattr(self.schedule, "__name__", kind.__name__)
-        return f"Scheduled({name}, unit={self.unit!r}, every={self.every})"
+        schedule = self.schedule
+        named = schedule if isinstance(schedule, (type, FunctionType)) else type(schedule)
+        return f"Scheduled({named.__name__}, unit={self.unit!r}, every={self.every})"
 
 
 def _checked(schedule: object) -> BSScheduler | Callable[[int], float]:
@@ -118,15 +104,13 @@ def _checked(schedule: object) -> BSScheduler | Callable[[int], float]:
     if isinstance(schedule, BSScheduler):
         manager, kind = schedule.batch_size_manager, type(schedule).__name__
         if not isinstance(manager, VirtualBatchSize):
-            raise ValueError(
-                f"the schedule writes to a loader ({type(manager).__name__}), which only the "
-                f"BatchSizeScheduler may: build it as {kind}(None, ..., "
-                f"batch_size_manager=VirtualBatchSize({schedule.batch_size}))"
-            )
+            raise ValueError(f"the schedule writes to a loader ({type(manager).__name__}), which "
+                             f"only the BatchSizeScheduler may: build it as {kind}(None, ..., "
+                             f"batch_size_manager=VirtualBatchSize({schedule.batch_size}))")
         return schedule
     if not callable(schedule):
         raise TypeError("schedule must be a schedule over VirtualBatchSize, a ramp as a string, or "
-                        f"a function of the count, got {schedule!r}")  # fmt: skip
+                        f"a function of the count, got {schedule!r}")
     return schedule
 
 

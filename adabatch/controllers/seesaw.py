@@ -19,15 +19,11 @@ class Seesaw(Controller):
     schedule's lr/c. Beyond the upper bound the lr falls as scheduled. coupling="seesaw" without a
     controller is both. The exchange holds at or below the critical batch size, which the rule does
     not measure: bound the size. Call the lr scheduler's step before this scheduler's, or the batch
-    follows one step later (the coupling keeps lr and batch in step even so).
+    follows one step later. An lr of 0 proposes infinity.
 
     Args:
         batch_size: the base, for which the largest lr was chosen, in samples.
         rule: 'sqrt' for Adam and its family, 'linear' for SGD.
-
-    Raises:
-        TypeError: batch_size is no integer.
-        ValueError: it is below 1, or the rule unknown.
 
     Example:
         >>> controller = Seesaw(64, rule="linear")
@@ -49,11 +45,9 @@ class Seesaw(Controller):
         self.largest_lr = 0.0
 
     def on_optimizer_step(self, lr: float) -> None:
-        """Take the lr of the step: the lr scheduler may have cut it since."""
-        self.largest_lr = max(self.largest_lr, lr)
+        self.largest_lr = max(self.largest_lr, lr)  # the lr scheduler may have cut it since
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The size for this lr, in samples: infinity for 0, the base while no other was seen."""
         self.largest_lr = max(self.largest_lr, lr)
         if not self.largest_lr:
             return float(self.batch_size)
