@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ Inputs: TypeAlias = tuple[Args, Kwargs]
 Path: TypeAlias = tuple[Any, ...]
 
 
+@runtime_checkable
 class Part(Protocol):
     """Anything that can be saved."""
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,17 +22,16 @@ from torch.optim import Optimizer
 
 from adabatch._checks import check_version
 from adabatch._types import Part
+from adabatch.distributed.group import is_initialized, ranks_of, registered_group
 from adabatch.interfaces import State
+from adabatch.micro_batches.optimizer import AccumulatingOptimizer
+
+if TYPE_CHECKING:
+    from adabatch.scheduler.scheduler import BatchSizeScheduler
 
 LATEST = "latest"
 # The loader before the scheduler, which writes the batch size last.
 _ORDER = ("model", "optimizer", "grad_scaler", "lr_scheduler", "loader", "scheduler")
-
-
-class Counted(Part, Protocol):
-    """The scheduler: a part that counts the steps."""
-
-    step_count: int
 
 
 def state_dict(**parts: Part) -> State:
@@ -55,7 +54,7 @@ def state_dict(**parts: Part) -> State:
         ['parts', 'random', 'version']
     """
     for name, part in parts.items():
-        if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+        if not isinstance(part, Part):
             raise TypeError(f"{name} must have state_dict() and load_state_dict(), got "
                             f"{type(part).__name__}: pass the object itself")
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -65,10 +64,6 @@ def state_dict(**parts: Part) -> State:
 
 def load_state_dict(state: State, **parts: Part) -> None:
     """Load what state_dict(...) gave; the next iteration over the loader continues from there.
-
-    Args:
-        state: from state_dict().
-        parts: the same names as there.
 
     Raises:
         ValueError: an unknown version, or other parts than were saved. Nothing is loaded then.
@@ -91,14 +86,14 @@ def load_state_dict(state: State, **parts: Part) -> None:
 
 
 def save_checkpoint(
-    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part, scheduler: Counted,
-    keep: int = 2, **parts: Part,
+    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part,
+    scheduler: BatchSizeScheduler, keep: int = 2, **parts: Part,
 ) -> Path:
     """Write a checkpoint, after scheduler.step(loss) and before the next batch is drawn.
 
-    With several processes all call it together, and each writes its part of model and optimizer.
-    The new folder gets its name when all of it is on the disk, and `folder/latest` names it: a
-    run that is killed meanwhile finds the one before.
+    The processes that train together (`process_group=` of wrap) all call it, and each writes its
+    part of model and optimizer. The new folder gets its name when all of it is on the disk, and
+    `folder/latest` names it: a run that is killed meanwhile finds the one before.
 
     Args:
         folder: of the checkpoints; the same for all processes.
@@ -125,38 +120,36 @@ def save_checkpoint(
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    folder, step = Path(folder), scheduler.step_count
+    folder, step, processes = Path(folder), scheduler.step_count, _Processes.of(scheduler)
     # The scheduler's state before the optimizer's, which may take an empty step to have one.
     run = _packed(state_dict(loader=loader, scheduler=scheduler, **parts)["parts"])
     models, optimizers = get_state_dict(model, _innermost(optimizer))
     state = {"model": models, "optimizer": optimizers, "run": run,
-             "random": {str(_rank()): _random_states()}}
+             "random": {str(processes.rank): _random_states()}}
     part = folder / f"step-{step:09d}.part"
-    if _rank() == 0:
+    if processes.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-    _wait_for_all()
+    processes.wait()
     with _quiet():
-        dcp.save(state, checkpoint_id=part, no_dist=not _many())
+        dcp.save(state, checkpoint_id=part, process_group=processes.group,
+                 no_dist=processes.count == 1)
     path = part.with_suffix("")
-    if _rank() == 0:
+    if processes.rank == 0:
         _commit(folder, part, path, keep)
-    _wait_for_all()
+    processes.wait()
     return path
 
 
 def load_checkpoint(
-    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part, scheduler: Counted,
-    **parts: Part,
+    folder: str | Path, *, model: nn.Module, optimizer: Optimizer, loader: Part,
+    scheduler: BatchSizeScheduler, **parts: Part,
 ) -> int | None:
     """Load the latest whole checkpoint, before the first batch; all processes together.
 
     It may come from another number of processes or another wrapper of the model: the loader's
     position counts samples of the one order that all share. With the same number of processes,
-    each continues with its own random numbers.
-
-    Args:
-        folder, model, optimizer, loader, scheduler, parts: as for save_checkpoint.
+    each continues with its own random numbers. Arguments as for save_checkpoint.
 
     Returns:
         The number of steps done, or None where there is no checkpoint.
@@ -170,28 +163,46 @@ def load_checkpoint(
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    path = latest.parent / latest.read_text().strip()
-    inner, own = _innermost(optimizer), str(_rank())
+    path, processes = latest.parent / latest.read_text().strip(), _Processes.of(scheduler)
+    inner, own = _innermost(optimizer), str(processes.rank)
     models, optimizers = get_state_dict(model, inner)
     state: State = {"model": models, "optimizer": optimizers, "run": b""}
     keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     saved = {key.split(".")[1] for key in keys if key.startswith("random.")}
-    if len(saved) == _world() and own in saved:
-        present = _random_states()
-        state["random"] = {own: {name: value for name, value in present.items()
+    if len(saved) == processes.count and own in saved:
+        state["random"] = {own: {name: value for name, value in _random_states().items()
                                  if f"random.{own}.{name}" in keys}}
     with _quiet():
-        dcp.load(state, checkpoint_id=path, no_dist=not _many())
+        dcp.load(state, checkpoint_id=path, process_group=processes.group,
+                 no_dist=processes.count == 1)
     set_state_dict(model, inner, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"])
     run = torch.load(io.BytesIO(state["run"]), weights_only=True)
-    random = {"cpu": torch.get_rng_state(), "cuda": []}
-    random |= {"cpu": state["random"][own]["cpu"]} if "random" in state else {}
-    everything = {"loader": loader, "scheduler": scheduler, **parts}
-    load_state_dict({"version": 1, "parts": run, "random": random}, **everything)
-    if "random" in state and "cuda" in state["random"][own]:
-        torch.cuda.set_rng_state(state["random"][own]["cuda"])
-    return int(scheduler.step_count)
+    random = state["random"][own] if "random" in state else {"cpu": torch.get_rng_state()}
+    load_state_dict({"version": 1, "parts": run, "random": {"cpu": random["cpu"], "cuda": []}},
+                    loader=loader, scheduler=scheduler, **parts)
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"])
+    return scheduler.step_count
+
+
+class _Processes(NamedTuple):
+    """Those that train together, and torch's group of them; None for the default, or none."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    count: int
+
+    @classmethod
+    def of(cls, scheduler: BatchSizeScheduler) -> _Processes:
+        if not is_initialized() or len(ranks_of(scheduler.process_group)) == 1:
+            return cls(None, 0, 1)
+        group = registered_group(scheduler.process_group)
+        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def wait(self) -> None:
+        if self.count > 1:
+            dist.barrier(self.group)
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -234,8 +245,6 @@ def _packed(state: State) -> bytes:
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
-    from adabatch.micro_batches.optimizer import AccumulatingOptimizer  # imports the loader
-
     return optimizer.optimizer if isinstance(optimizer, AccumulatingOptimizer) else optimizer
 
 
@@ -245,20 +254,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
-
-
-def _many() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _rank() -> int:
-    return dist.get_rank() if _many() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if _many() else 1
-
-
-def _wait_for_all() -> None:
-    if _many():
-        dist.barrier()

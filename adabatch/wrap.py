@@ -169,6 +169,7 @@ def wrap(
             optimizer, adaptive, hooks, controller, batch_sizes=sizes, coupling=lr_rule,
             measure=share if interval is None else Every(interval.k), grad_scaler=grad_scaler,
             diagnostics=diagnostics)
+        scheduler.process_group = process_group
         if parallel is not None:
             parallel.join(model, hooks, scheduler, between_processes=isinstance(how, CrossRank))
         optimizer = micro.accumulating(

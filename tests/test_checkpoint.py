@@ -1,12 +1,15 @@
-"""save_checkpoint and load_checkpoint of one process; those of many: tests/distributed."""
+"""save_checkpoint and load_checkpoint of one process and of a part of many; those of all processes:
+tests/distributed/test_elastic.py."""
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 import adabatch
+from tests.distributed.processes import assert_checks_pass
 from tests.scripted import Indexed, Proposals
 
 
@@ -78,3 +81,9 @@ def test_other_parts_than_were_saved(tmp_path):
         adabatch.load_checkpoint(tmp_path, **parts)
     with pytest.raises(TypeError, match="lr must have state_dict"):
         adabatch.state_dict(lr=0.1)
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_a_part_of_all_processes(tmp_path):
+    checks = ["checkpoints_of_some_processes", "checkpoints_of_a_process_alone"]
+    assert_checks_pass(3, [*checks, "checkpoints_of_a_mesh_without_a_group"], tmp_path)

@@ -9,48 +9,56 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from adabatch.controllers.base import Controller
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    # A group; a mesh, all of whose processes are meant; ranks in the default group; None for all.
+    Processes: TypeAlias = dist.ProcessGroup | DeviceMesh | list[int] | None
+
+T = TypeVar("T")
 NOT_INITIALISED = (
     "{why}, but torch.distributed has no process group: call "
     "torch.distributed.init_process_group() (and wrap the model in DistributedDataParallel or "
-    "fully_shard) before adabatch.wrap"
-)
+    "fully_shard) before adabatch.wrap")
 CHANGED = (
     "this run was wrapped with {before} processes, and the process group {now}: call adabatch.wrap "
-    "again in the new group and load the last checkpoint (it fits any number of processes)"
-)
+    "again in the new group and load the last checkpoint (it fits any number of processes)")
 ALONE = (
     "estimator=CrossRank() compares the gradients of at least 2 processes, and there is one: "
-    "launch more processes, or omit estimator="
-)
+    "launch more processes, or omit estimator=")
 DIVERGED = (
     "the processes decided differently, although all were given the same numbers:\n{lines}\nA "
     "controller, a schedule or a training loop that uses a clock, a random number or numbers of "
     "one process makes them differ: use those of scheduler.diagnostics, which are the same "
-    "everywhere"
-)
+    "everywhere")
+UNREGISTERED = (
+    "a checkpoint of the processes {ranks} alone needs torch's own group of them: on every process "
+    "of the world call group = torch.distributed.new_group({ranks}), and on these set "
+    "scheduler.process_group = group")
 SHOWN = 200  # characters of a value in an error
 CHECKSUM = 4  # numbers that a checksum adds to a vector
 
 # {ranks: (the default group it was made in, the group)}, and how many were made, which names the
 # next one.
-_host_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
+_host_groups: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, dist.ProcessGroup]] = {}
 _made: Counter[tuple[int, ...]] = Counter()
 
 
 class HostGroup:
-    """Processes, and a gloo group for small vectors of theirs on the host.
-
-    The gloo group is separate, so that nothing here mixes with the gradients' communication.
+    """Processes, and a gloo group for small vectors of theirs on the host, separate from the
+    gradients' communication. All of them must make their HostGroup.
 
     Args:
         group: a ProcessGroup, a DeviceMesh all of whose processes are meant, a list of ranks in the
-            default group, or None for all processes. All of them must make their HostGroup.
+            default group, or None for all processes.
         timeout: of the collectives; None for torch's default.
 
     Attributes:
@@ -65,12 +73,12 @@ class HostGroup:
         >>> init = f"file://{tempfile.mktemp()}"
         >>> dist.init_process_group("gloo", init_method=init, rank=0, world_size=1)
         >>> group = HostGroup()
-        >>> group.sum([1.0, 2.0]), group.gather("a")
+        >>> group.start_sum([1.0, 2.0])(), group.gather("a")
         ([1.0, 2.0], ['a'])
         >>> dist.destroy_process_group()
     """
 
-    def __init__(self, group: Any = None, timeout: timedelta | None = None):
+    def __init__(self, group: Processes = None, timeout: timedelta | None = None):
         if not is_initialized():
             raise RuntimeError(NOT_INITIALISED.format(why="several processes are to share batches"))
         self._default = dist.group.WORLD
@@ -78,12 +86,9 @@ class HostGroup:
         self.world_size, self.rank = len(self.ranks), self.ranks.index(dist.get_rank())
         self._group = _host_group(tuple(self.ranks), timeout)
 
-    def sum(self, values: list[float]) -> list[float]:
-        """The vectors of all processes added up, in float64: the same bits on each."""
-        return self.start_sum(values)()
-
     def start_sum(self, values: list[float]) -> Callable[[], list[float]]:
-        """The same without waiting: a function that waits for the sum and returns it."""
+        """Start adding up the vectors of all processes, in float64: a function that waits for the
+        sum, the same bits on each, and returns it."""
         vector = torch.tensor(values, dtype=torch.float64)
         work = self._group.allreduce([vector])
 
@@ -93,7 +98,7 @@ class HostGroup:
 
         return wait
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """The objects of all processes, in the order of their ranks."""
         packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [int(size) for size in self._all_gather(torch.tensor([len(packed)]))]
@@ -102,7 +107,7 @@ class HostGroup:
         parts = zip(self._all_gather(padded), sizes, strict=True)
         return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]
 
-    def broadcast_from_first(self, value: Any) -> Any:
+    def broadcast_from_first(self, value: T) -> T:
         """The first process's object."""
         return self.gather(value)[0]
 
@@ -117,16 +122,13 @@ class HostGroup:
             tensor.copy_(part.view(tensor.shape))
 
     def check_unchanged(self) -> None:
-        """Refuse to continue in another process group than the one this was made in.
-
-        Raises:
-            RuntimeError: the group was destroyed, or created again.
-        """
-        if not dist.is_initialized():
-            raise RuntimeError(CHANGED.format(before=self.world_size, now="is gone"))
-        if dist.group.WORLD is not self._default:
+        """Raise RuntimeError where the default group was destroyed, or created again."""
+        if dist.is_initialized() and dist.group.WORLD is self._default:
+            return
+        now = "is gone"
+        if dist.is_initialized():
             now = f"was created again, with {dist.get_world_size()}"
-            raise RuntimeError(CHANGED.format(before=self.world_size, now=now))
+        raise RuntimeError(CHANGED.format(before=self.world_size, now=now))
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -139,8 +141,8 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def ranks_of(group: Any = None) -> list[int]:
-    """The ranks in the default group of what HostGroup takes."""
+def ranks_of(group: Processes = None) -> list[int]:
+    """Their ranks in the default group, in order."""
     if group is None:
         return list(range(dist.get_world_size()))
     if isinstance(group, list):
@@ -150,17 +152,13 @@ def ranks_of(group: Any = None) -> list[int]:
     return sorted(group.mesh.flatten().tolist())
 
 
-def find_group(group: Any = None, *, required: bool = False) -> HostGroup | None:
+def find_group(group: Processes = None, *, required: bool = False) -> HostGroup | None:
     """The processes that share each batch; None where this one is alone.
-
-    Args:
-        group: as for HostGroup.
-        required: several are needed.
 
     Raises:
         RuntimeError: a launcher started several processes, or a group is given, but there is no
             process group.
-        ValueError: several are needed, and this one is alone.
+        ValueError: several are `required`, and this one is alone.
 
     Example:
         >>> find_group() is None
@@ -179,14 +177,27 @@ def find_group(group: Any = None, *, required: bool = False) -> HostGroup | None
     return None if alone else HostGroup(group)
 
 
-def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> Any:
-    """A gloo group of these processes.
+def registered_group(group: Processes = None) -> dist.ProcessGroup | None:
+    """torch's own group of these processes, for its collectives; None for the default group.
 
-    Not by torch.distributed.new_group, which all processes must call in the same order, members or
-    not: it names a group by the number of groups that the process has created.
+    Raises:
+        RuntimeError: there is none, of a mesh of several dimensions over a part of all processes.
     """
+    ranks = ranks_of(group)
+    if len(ranks) == dist.get_world_size():
+        return None
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if group is None or isinstance(group, list) or group.ndim > 1:
+        raise RuntimeError(UNREGISTERED.format(ranks=ranks))
+    return group.get_group()
+
+
+def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+    """A gloo group of these processes. Not by torch.distributed.new_group, which numbers the groups
+    that the process has created: all processes, members or not, would have to call it."""
     world, group = _host_groups.get(ranks, (None, None))
-    if world is not dist.group.WORLD:
+    if group is None or world is not dist.group.WORLD:
         # torchrun may keep its store, with the addresses of processes that are gone, from one
         # attempt to the next.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -212,13 +223,11 @@ def check_same(group: HostGroup, facts: Mapping[str, str]) -> None:
     sums = group.gather({name: zlib.crc32(value.encode()) for name, value in facts.items()})
     names = {name for each in sums for name in each}
     differing = sorted(name for name in names if len({each.get(name) for each in sums}) > 1)
-    if not differing:
-        return
-    values = group.gather({name: facts.get(name, "nothing") for name in differing})
-    lines = _differences(group, differing, values)
-    raise ValueError(
-        f"the {group.world_size} processes are set up differently; give each the same:\n{lines}"
-    )
+    if differing:
+        values = group.gather({name: facts.get(name, "nothing") for name in differing})
+        lines = _differences(group, differing, values)
+        raise ValueError(f"the {group.world_size} processes are set up differently; give each the "
+                         f"same:\n{lines}")
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -236,7 +245,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def canonical_repr(value: Any) -> str:
+def canonical_repr(value: object) -> str:
     """A value as text that is the same in every process; objects by type and arguments.
 
     Example:
@@ -247,20 +256,23 @@ def canonical_repr(value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple, set, frozenset)):
         values = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        return f"[{', '.join(canonical_repr(each) for each in values)}]"
+        return f"[{', '.join(map(canonical_repr, values))}]"
     if isinstance(value, Mapping):
         pairs = sorted(value.items(), key=repr)
         return f"{{{', '.join(f'{key!r}: {canonical_repr(each)}' for key, each in pairs)}}}"
-    names = getattr(value, "init_args", ()) or getattr(value, "arguments", ())
-    if is_dataclass(value):
-        names = tuple(field.name for field in fields(value))
-    if isinstance(names, tuple) and names and not isinstance(value, type):
-        arguments = [f"{name}={canonical_repr(getattr(value, name, None))}" for name in names]
+    names: Sequence[str] = ()
+    arguments = []
+    if isinstance(value, Controller):
+        names, arguments = value.init_args, [canonical_repr(each) for each in value.operands]
+    elif is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value)]
+    arguments += [f"{name}={canonical_repr(getattr(value, name))}" for name in names]
+    if arguments:
         return f"{type(value).__name__}({', '.join(arguments)})"
     return getattr(value, "__name__", type(value).__name__)
 
 
-def checksum(decision: Any) -> list[float]:
+def checksum(decision: object) -> list[float]:
     """CHECKSUM numbers to add up over the processes, from which `checksums_agree` decides.
 
     Two halves h of a CRC, each with its square: Σh² = (Σh)²/W only if all h are equal. 16 bits
@@ -282,12 +294,8 @@ def checksums_agree(sums: Sequence[float], world_size: int) -> bool:
     return all(sums[at] ** 2 == world_size * sums[at + 1] for at in range(0, CHECKSUM, 2))
 
 
-def raise_divergence(group: HostGroup, decision: Mapping[str, Any]) -> None:
-    """Raise on every process, with what differs and on which ranks.
-
-    Raises:
-        RuntimeError: always.
-    """
+def raise_divergence(group: HostGroup, decision: Mapping[str, object]) -> NoReturn:
+    """Raise RuntimeError on every process, with what differs and on which ranks."""
     values = group.gather({name: canonical_repr(value) for name, value in decision.items()})
     names = [name for name in decision if len({each[name] for each in values}) > 1]
     raise RuntimeError(DIVERGED.format(lines=_differences(group, names, values)))
@@ -301,10 +309,8 @@ def _differences(group: HostGroup, names: Sequence[str], values: Sequence[dict[s
         shown = _first_difference([each[name] for each in values])
         for rank, value in zip(group.ranks, shown, strict=True):
             ranks_of_value.setdefault(value, []).append(rank)
-        parts = [
-            f"{value[:SHOWN]} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-            for value, ranks in ranks_of_value.items()
-        ]
+        parts = [f"{value[:SHOWN]} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                 for value, ranks in ranks_of_value.items()]
         lines.append(f"  - {name}: {'; '.join(parts)}")
     return "\n".join(lines)
 

@@ -159,6 +159,8 @@ class DistributedSetup:
         elif foreign:
             raise ValueError(WRONG_MESH.format(world=world, names=", ".join(foreign[:10])))
         hooks.shard = self.shard
+        if tensor_parallel is not None:
+            scheduler.process_group = self.group.ranks
 
         def decision() -> dict[str, Any]:
             loader = scheduler.loader

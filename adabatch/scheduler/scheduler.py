@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,6 +30,9 @@ from adabatch.scheduler.lr import (LrAdjuster, MeanEffectiveLr, check_unscaled,
 from adabatch.scheduler.pipeline import HostTransferStage, Pipeline, Stage, StepRecord
 from adabatch.scheduler.plan import plan_for
 from adabatch.scheduler.record import EpochCount, LossPool, Recorder, StepClock
+
+if TYPE_CHECKING:
+    from adabatch.distributed.group import Processes
 
 # Measured steps whose loss graph is checked: the first ones, and then one in CHECKED_EVERY.
 CHECKED_STEPS, CHECKED_EVERY = 10, 50
@@ -146,6 +149,7 @@ class BatchSizeScheduler:
         of_group = effective_lr_of_controller(chosen, optimizer)
         self._base_lr = MeanEffectiveLr(optimizer, of_group, parameters)
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
+        self.process_group: Processes = None  # the processes that train together; None: all
         self.step_count = self.samples_seen = 0
         self._epochs, self._clock = EpochCount(loader), StepClock()
         self._losses, self._recorder = LossPool(loader, summed), Recorder(self.diagnostics)

@@ -60,7 +60,7 @@ def assert_checks_pass(world_size: int, names: list[str], folder: Path) -> None:
 def _child(rank: int, world_size: int, names: list[str], folder: str, timeout: float, queue: multiprocessing.Queue) -> None:
     import torch.distributed as dist
 
-    from tests.distributed import bad_setups, checks, tensor_parallel
+    from tests.distributed import bad_setups, checkpoints, checks, tensor_parallel
 
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(0.9 * timeout, exit=True)
@@ -70,7 +70,7 @@ def _child(rank: int, world_size: int, names: list[str], folder: str, timeout: f
         try:
             store = f"file://{folder}/store-{number}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
-            check: Callable[[Path], None] = next(getattr(module, name) for module in (checks, bad_setups, tensor_parallel) if hasattr(module, name))
+            check: Callable[[Path], None] = next(getattr(module, name) for module in (checks, bad_setups, checkpoints, tensor_parallel) if hasattr(module, name))
             torch.manual_seed(0)
             torch._dynamo.reset()
             check(Path(folder))

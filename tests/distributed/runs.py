@@ -20,9 +20,9 @@ from tests.options import grouped
 SAMPLES = 61  # no multiple of 2, 3 or 4: shares differ
 
 
-def make_model() -> nn.Module:
+def make_model(seed: int = 3) -> nn.Module:
     with torch.random.fork_rng():
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2))
 
 
