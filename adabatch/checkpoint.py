@@ -133,7 +133,7 @@ def save_checkpoint(
     processes.wait()
     with _quiet():
         dcp.save(state, checkpoint_id=part, process_group=processes.group,
-                 no_dist=processes.count == 1)
+                 no_dist=processes.size == 1)
     path = part.with_suffix("")
     if processes.rank == 0:
         _commit(folder, part, path, keep)
@@ -169,12 +169,12 @@ def load_checkpoint(
     state: State = {"model": models, "optimizer": optimizers, "run": b""}
     keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     saved = {key.split(".")[1] for key in keys if key.startswith("random.")}
-    if len(saved) == processes.count and own in saved:
+    if len(saved) == processes.size and own in saved:
         state["random"] = {own: {name: value for name, value in _random_states().items()
                                  if f"random.{own}.{name}" in keys}}
     with _quiet():
         dcp.load(state, checkpoint_id=path, process_group=processes.group,
-                 no_dist=processes.count == 1)
+                 no_dist=processes.size == 1)
     set_state_dict(model, inner, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"])
     run = torch.load(io.BytesIO(state["run"]), weights_only=True)
@@ -191,7 +191,7 @@ class _Processes(NamedTuple):
 
     group: dist.ProcessGroup | None
     rank: int
-    count: int
+    size: int
 
     @classmethod
     def of(cls, scheduler: BatchSizeScheduler) -> _Processes:
@@ -201,7 +201,7 @@ class _Processes(NamedTuple):
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
     def wait(self) -> None:
-        if self.count > 1:
+        if self.size > 1:
             dist.barrier(self.group)
 
 

@@ -48,7 +48,7 @@ CHECKSUM = 4  # numbers that a checksum adds to a vector
 
 # {ranks: (the default group it was made in, the group)}, and how many were made, which names the
 # next one.
-_host_groups: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, dist.ProcessGroup]] = {}
+_host_groups: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, dist.ProcessGroupGloo]] = {}
 _made: Counter[tuple[int, ...]] = Counter()
 
 
@@ -193,7 +193,7 @@ def registered_group(group: Processes = None) -> dist.ProcessGroup | None:
     return group.get_group()
 
 
-def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroupGloo:
     """A gloo group of these processes. Not by torch.distributed.new_group, which numbers the groups
     that the process has created: all processes, members or not, would have to call it."""
     world, group = _host_groups.get(ranks, (None, None))
