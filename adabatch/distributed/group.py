@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ CHECKSUM = 4  # numbers that a checksum adds to a vector
 
 # {ranks: (the default group it was made in, the group)}, and how many were made, which names the
 # next one.
-_host_groups: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, dist.ProcessGroupGloo]] = {}
+_host_groups: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, dist.ProcessGroup]] = {}
 _made: Counter[tuple[int, ...]] = Counter()
 
 
@@ -193,7 +193,7 @@ def registered_group(group: Processes = None) -> dist.ProcessGroup | None:
     return group.get_group()
 
 
-def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroupGloo:
+def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
     """A gloo group of these processes. Not by torch.distributed.new_group, which numbers the groups
     that the process has created: all processes, members or not, would have to call it."""
     world, group = _host_groups.get(ranks, (None, None))
@@ -206,7 +206,8 @@ def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.Proce
         _made[ranks] += 1
         timeout = timeout or dist.default_pg_timeout
         rank = ranks.index(dist.get_rank())
-        group = dist.ProcessGroupGloo(store, rank, len(ranks), timeout=timeout)
+        gloo = dist.ProcessGroupGloo(store, rank, len(ranks), timeout=timeout)
+        group = cast("dist.ProcessGroup", gloo)  # torch's stubs call it a Backend
         _host_groups[ranks] = dist.group.WORLD, group
     return group
 
