@@ -1,20 +1,9 @@
 """adabatch: training that chooses its own batch size."""
 
 from adabatch.check import check
-from adabatch.checkpoint import (
-    load_checkpoint,
-    load_state_dict,
-    save_checkpoint,
-    state_dict,
-)
+from adabatch.checkpoint import load_checkpoint, load_state_dict, save_checkpoint, state_dict
 from adabatch.config import (
-    BatchSizes,
-    Coupling,
-    CrossRank,
-    Every,
-    MicroBatch,
-    MicroBatches,
-    PerSample,
+    BatchSizes, Coupling, CrossRank, Every, MicroBatch, MicroBatches, PerSample,
 )
 from adabatch.controllers import CABS
 from adabatch.data import AdaptiveDataLoader, ResizableBatchSampler
@@ -28,27 +17,8 @@ from adabatch.wrap import wrap
 __version__ = "0.2.0"
 
 __all__ = [
-    "CABS",
-    "AdaptiveDataLoader",
-    "BatchSizeScheduler",
-    "BatchSizes",
-    "Coupling",
-    "CrossRank",
-    "Diagnostics",
-    "Every",
-    "GradSampleHooks",
-    "GradientMoments",
-    "MicroBatch",
-    "MicroBatches",
-    "Monitor",
-    "PerSample",
-    "ResizableBatchSampler",
-    "check",
-    "load_checkpoint",
-    "load_state_dict",
-    "monitor",
-    "register_grad_sampler",
-    "save_checkpoint",
-    "state_dict",
-    "wrap",
+    "CABS", "AdaptiveDataLoader", "BatchSizeScheduler", "BatchSizes", "Coupling", "CrossRank",
+    "Diagnostics", "Every", "GradSampleHooks", "GradientMoments", "MicroBatch", "MicroBatches",
+    "Monitor", "PerSample", "ResizableBatchSampler", "check", "load_checkpoint", "load_state_dict",
+    "monitor", "register_grad_sampler", "save_checkpoint", "state_dict", "wrap",
 ]

@@ -90,17 +90,12 @@ def positive(name: str, value: object) -> float:
     return real(name, value, above=0)
 
 
-def fraction(name: str, value: object, usual: float) -> float:
-    """A number from 0 to below 1; the message names a usual one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        allowed = f"a number from 0 to below 1 ({usual} is usual)"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return value
-
-
 def smoothing(value: object) -> float:
     """The decay of a moving average, from 0 (no smoothing) to below 1."""
-    return fraction("smoothing", value, usual=0.95)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        allowed = "a number from 0 to below 1 (0.95 is usual)"
+        raise ValueError(f"smoothing must be {allowed}, got {value!r}")
+    return value
 
 
 def level(name: str, value: object) -> float:
@@ -116,13 +111,6 @@ def choice(name: str, value: T, allowed: Iterable[object]) -> T:
     allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def switch(name: str, value: object) -> bool:
-    """True or False; a string, which would count as true, is refused."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 

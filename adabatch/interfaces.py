@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from adabatch.estimators.moments import GradientMoments
     from adabatch.grad_sample.cost import LayerCost, StepCost
     from adabatch.grad_sample.factors.base import Factor
+    from adabatch.micro_batches.batches import BatchSplit
 
 State = dict[str, Any]
 ParamGroup = dict[str, Any]
 EffectiveLr = Callable[[ParamGroup], float]
+Weights = Tensor | Sequence[float]
 NO_INTERVAL = (math.nan, math.nan)
 
 
@@ -72,10 +74,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def observe(
-        self,
-        *,
-        weights: Tensor | Sequence[float] | None = None,
-        loss_scale: float | StepScale | None = None,
+        self, *, weights: Weights | None = None, loss_scale: float | StepScale | None = None
     ) -> PendingMoments:
         """Take the moments of the step without waiting for an accelerator.
 
@@ -85,10 +84,7 @@ class Estimator(ABC):
         """
 
     def collect(
-        self,
-        *,
-        weights: Tensor | Sequence[float] | None = None,
-        loss_scale: float | StepScale | None = None,
+        self, *, weights: Weights | None = None, loss_scale: float | StepScale | None = None
     ) -> GradientMoments:
         """The moments of the step, now."""
         return self.observe(weights=weights, loss_scale=loss_scale).moments()
@@ -160,7 +156,7 @@ class Controller(ABC):
 
     @property
     def needs_moments(self) -> bool:
-        """False for a rule that is asked at every step, measured or not."""
+        """False for a rule that proposes at every step, measured or not."""
         return True
 
     @property
@@ -189,7 +185,7 @@ class Controller(ABC):
 
     @abstractmethod
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        """The batch size the rule asks for, in samples; NaN for none.
+        """The proposed batch size, in samples; NaN for none.
 
         Args:
             moments: raw moments of the step; None only where `needs_moments` is False.
@@ -207,8 +203,8 @@ class Controller(ABC):
         return {}
 
     def lr_factor(self) -> Callable[[int], float] | None:
-        """A function of the batch size that gives the rule's own factor on the learning rate of
-        the steps to come; it must not change when the controller moves on."""
+        """The rule's own factor on the lr of the steps to come, as a function of the batch size
+        that must not change when the controller moves on."""
         return None
 
     def state_dict(self) -> State:
@@ -250,7 +246,7 @@ class BatchSource(Protocol):
     @property
     def runs_ahead(self) -> bool: ...
     @property
-    def micro_batches(self) -> Any: ...
+    def micro_batches(self) -> BatchSplit | None: ...
 
 
 class Statistic(ABC):
@@ -281,10 +277,9 @@ class Statistic(ABC):
 
     @abstractmethod
     def of_factor(self, name: str, factor: Factor, grad: Tensor | None = None) -> Tensor | None:
-        """The value of one parameter in one backward pass; None for none.
+        """The value of the parameter `name` in one backward pass; None for none.
 
         Args:
-            name: of the parameter.
             factor: its per-sample gradients over the measured samples.
             grad: the step's finished gradient, only where `needs_gradient`.
         """
@@ -311,9 +306,7 @@ class Statistic(ABC):
         return {}
 
     def pool(
-        self,
-        passes: Sequence[Mapping[str, Tensor]],
-        scales: Sequence[float],
+        self, passes: Sequence[Mapping[str, Tensor]], scales: Sequence[float],
         gradient: Mapping[str, Tensor],
     ) -> Any:
         """What `GradientMoments.statistics` holds: by default {parameter: sum over the passes}.
