@@ -55,12 +55,8 @@ integer >= 0, got -1
     hysteresis: float = 0.0
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be a positive integer, got {value!r}"
-            for name, value in (("minimum", self.minimum), ("maximum", self.maximum),
-                                ("multiple_of", self.multiple_of))
-            if not _is_integer(value, least=1)
-        ]
+        problems = _not_positive(
+            minimum=self.minimum, maximum=self.maximum, multiple_of=self.multiple_of)
         if not problems and self.minimum > self.maximum:
             problems = [f"minimum ({self.minimum}) must not exceed maximum ({self.maximum})"]
         elif not problems and self.lowest > self.highest:
@@ -126,9 +122,8 @@ class Coupling:
         if not named and (isinstance(self.rule, (str, type)) or not callable(self.rule)):
             problems.append(f"rule must be one of {RULES} or a callable (batch_size, "
                             f"base_batch_size, noise_scale) -> factor, got {self.rule!r}")
-        if self.base_batch_size is not None and not _is_integer(self.base_batch_size, least=1):
-            problems.append("base_batch_size must be a positive integer or None, got "
-                            f"{self.base_batch_size!r}")
+        if self.base_batch_size is not None:
+            problems += _not_positive(" or None", base_batch_size=self.base_batch_size)
         problems += _choice("on_limit", self.on_limit, ON_LIMIT)
         problems += _choice("short_batch", self.short_batch, SHORT_BATCH)
         problems += _switches(scale_betas=self.scale_betas)
@@ -153,11 +148,9 @@ class Every:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        if not _is_integer(self.k, least=1):
-            problems.append(f"k must be a positive integer, got {self.k!r}")
-        if self.samples is not None and not _is_integer(self.samples, least=1):
-            problems.append(f"samples must be a positive integer or None, got {self.samples!r}")
+        problems = _not_positive(k=self.k)
+        if self.samples is not None:
+            problems += _not_positive(" or None", samples=self.samples)
         _refuse("Every", problems)
 
 
@@ -207,9 +200,8 @@ class PerSample:
         if not _is_integer(self.seed):
             problems.append(f"seed must be an integer, got {self.seed!r}")
         names = self.ignore
-        if isinstance(names, str) or not isinstance(names, Collection) or not all(
-            isinstance(name, str) for name in names
-        ):
+        if (isinstance(names, str) or not isinstance(names, Collection)
+                or not all(isinstance(name, str) for name in names)):
             problems.append(f"ignore must be a list of module names, got {names!r}")
         else:
             object.__setattr__(self, "ignore", tuple(names))
@@ -274,8 +266,8 @@ class MicroBatches:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.size not in (None, "auto") and not _is_integer(self.size, least=1):
-            problems.append(f"size must be a positive integer, 'auto' or None, got {self.size!r}")
+        if self.size not in (None, "auto"):
+            problems = _not_positive(", 'auto' or None", size=self.size)
         if self.size == "auto" and self.loss_fn is None:
             problems.append("size='auto' tries steps: pass loss_fn=, a callable (model, batch) -> "
                             "the loss that you differentiate")
@@ -297,6 +289,11 @@ class MicroBatches:
 
 def _is_integer(value: object, least: float = -math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _not_positive(or_else: str = "", **counts: object) -> list[str]:
+    return [f"{name} must be a positive integer{or_else}, got {value!r}"
+            for name, value in counts.items() if not _is_integer(value, least=1)]
 
 
 def _is_number(value: object, above: float) -> bool:

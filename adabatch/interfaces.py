@@ -34,42 +34,27 @@ NO_INTERVAL = (math.nan, math.nan)
 
 
 class PendingMoments(Protocol):
-    """The moments of a step whose numbers may still be on their way from an accelerator.
+    """The moments of a step whose numbers may still be on their way from an accelerator."""
 
-    Attributes:
-        lags: whether moments() should be called one step later, because it waits for the device.
-    """
-
-    lags: bool
+    lags: bool  # whether moments() should be called one step later, because it waits for the device
 
     def moments(self) -> GradientMoments:
         """The moments; waits for copies that are under way."""
 
 
 class Estimator(ABC):
-    """Measures the gradient moments of each optimizer step.
+    """Measures the gradient moments of each optimizer step."""
 
-    Attributes:
-        loss_reduction: "mean" or "sum", of the loss that is differentiated.
-        accumulate: backward passes per optimizer step in a user's own gradient accumulation.
-        by_samples: the passes of a step are micro-batches, weighted by their samples.
-        parameters: {name: parameter} of what is measured; empty where nothing is.
-        statistics: names of what is measured besides the squared norms.
-        samples: samples measured of each backward pass; None for all of them.
-        shard: what is known of batches that several processes share.
-        enabled: whether the next forward pass is measured; may be set between steps.
-        on_backward_end: called without arguments at the end of each measured backward pass, when
-            the gradients are complete, before anybody clips or unscales them.
-    """
-
-    loss_reduction: str = "mean"
-    accumulate: int = 1
-    by_samples: bool = False
-    parameters: Mapping[str, Tensor] = {}
-    statistics: frozenset[str] = frozenset()
-    samples: int | None = None
-    shard: BatchShard | None = None
-    enabled: bool = True
+    loss_reduction: str = "mean"  # or "sum", of the loss that is differentiated
+    accumulate: int = 1  # backward passes per optimizer step in a user's own accumulation
+    by_samples: bool = False  # the passes of a step are micro-batches, weighted by their samples
+    parameters: Mapping[str, Tensor] = {}  # what is measured, by name; empty where nothing is
+    statistics: frozenset[str] = frozenset()  # names of what is measured besides squared norms
+    samples: int | None = None  # measured of each backward pass; None: all of them
+    shard: BatchShard | None = None  # what is known of batches that several processes share
+    enabled: bool = True  # whether the next forward pass is measured; may be set between steps
+    # Called without arguments at the end of each measured backward pass, when the gradients are
+    # complete, before anybody clips or unscales them.
     on_backward_end: list[Callable[[], None]]
 
     @abstractmethod
@@ -125,21 +110,14 @@ class Estimator(ABC):
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a controller may know of the run it controls; passed to `Controller.bind`.
+    """What a controller may know of the run it controls; passed to `Controller.bind`."""
 
-    Attributes:
-        optimizer: never written to.
-        parameters: {name: parameter} of what is measured; empty where nothing is, or not yet known.
-        max_grad_norm: optimizer.step() clips the gradient to this norm; None where it does not.
-        clock: seconds since some moment, for rules that look at the speed of training.
-        batch_size: called for the size in force, in samples of a step.
-    """
-
-    optimizer: Optimizer
+    optimizer: Optimizer  # never written to
+    # What is measured, by name; empty where nothing is, or not yet known.
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    max_grad_norm: float | None = None
-    clock: Callable[[], float] | None = None
-    batch_size: Callable[[], int] | None = None
+    max_grad_norm: float | None = None  # to which optimizer.step() clips; None: it does not
+    clock: Callable[[], float] | None = None  # seconds since some moment
+    batch_size: Callable[[], int] | None = None  # the size in force, in samples of a step
 
 
 class Controller(ABC):
@@ -216,37 +194,25 @@ class Controller(ABC):
 
 
 class BatchSource(Protocol):
-    """Where batches come from: an AdaptiveDataLoader or a ResizableBatchSampler.
+    """Where batches come from: an AdaptiveDataLoader or a ResizableBatchSampler."""
 
-    Attributes:
-        batch_size: of the next batch drawn, in samples; written by the scheduler only.
-        drop_last: whether a last short batch is left out.
-        num_samples: samples of an epoch; None where that is not known.
-        position: samples of the present epoch delivered so far.
-        n_batches: batches delivered since the start.
-        n_iterations: epochs begun; None where that is not known.
-        recent: (size requested, size delivered) of the latest batches.
-        runs_ahead: whether batches may be drawn before they are trained on.
-        micro_batches: how batches are cut into micro-batches; None where they are not.
-    """
-
-    batch_size: int
-    drop_last: bool
+    batch_size: int  # of the next batch drawn, in samples; written by the scheduler only
+    drop_last: bool  # whether a last short batch is left out
 
     @property
-    def num_samples(self) -> int | None: ...
+    def num_samples(self) -> int | None: ...  # of an epoch; None where that is not known
     @property
-    def position(self) -> int: ...
+    def position(self) -> int: ...  # samples of the present epoch delivered so far
     @property
-    def n_batches(self) -> int: ...
+    def n_batches(self) -> int: ...  # delivered since the start
     @property
-    def n_iterations(self) -> int | None: ...
+    def n_iterations(self) -> int | None: ...  # epochs begun; None where that is not known
     @property
-    def recent(self) -> Sequence[tuple[int, int]]: ...
+    def recent(self) -> Sequence[tuple[int, int]]: ...  # (requested, delivered) of the latest
     @property
-    def runs_ahead(self) -> bool: ...
+    def runs_ahead(self) -> bool: ...  # whether batches may be drawn before they are trained on
     @property
-    def micro_batches(self) -> BatchSplit | None: ...
+    def micro_batches(self) -> BatchSplit | None: ...  # how batches are cut; None: they are not
 
 
 class Statistic(ABC):
@@ -258,18 +224,12 @@ class Statistic(ABC):
 
     Legend: N samples in a pass, S of them measured, G_n the contribution of sample n to the
     gradient of the loss that was differentiated (the 1/m of a mean loss is still in it).
-
-    Attributes:
-        name: under which `GradientMoments.statistics` holds the pooled result.
-        per_sample: a value is a vector [S], not a tensor of any other shape.
-        needs_gradient: the factors are kept until the step's gradient is complete.
-        needs_second_moment: `of_fused` wants the elementwise sum of squares, which exists only
-            where all samples are measured.
     """
 
-    name: ClassVar[str]
-    per_sample: ClassVar[bool] = False
-    needs_gradient: ClassVar[bool] = False
+    name: ClassVar[str]  # under which `GradientMoments.statistics` holds the pooled result
+    per_sample: ClassVar[bool] = False  # a value is a vector [S], not a tensor of any other shape
+    needs_gradient: ClassVar[bool] = False  # factors are kept until the step's gradient is complete
+    # `of_fused` wants the elementwise sum of squares, which exists only where all are measured.
     needs_second_moment: ClassVar[bool] = False
 
     def attach(self, parameters: Mapping[str, Tensor]) -> None:

@@ -92,14 +92,11 @@ def monitor(
 
 
 class Monitor:
-    """Records each optimizer step in `diagnostics`; made by `monitor`.
+    """Records each optimizer step in `diagnostics`; made by `monitor`, removed at the end of with.
 
     On an accelerator a step's numbers are copied while the next one runs and recorded then;
-    flush() records what is under way. A context manager, which removes it at the end.
-
-    Attributes:
-        diagnostics: the history. Of a step that was not measured the batch size is not known:
-            that of the last measured step stands for it.
+    flush() records what is under way. The batch size of a step that was not measured is not known:
+    that of the last measured step stands for it.
     """
 
     def __init__(
@@ -135,10 +132,7 @@ class Monitor:
     def record_loss(self, loss: Tensor | float) -> None:
         """Optional: the loss of the step, for its record. Call before optimizer.step().
 
-        Args:
-            loss: as it was differentiated, without a GradScaler's scale and not divided by
-                `accumulate`.
-        """
+        loss: as it was differentiated: not scaled by a GradScaler, not divided by `accumulate`."""
         self._loss = loss.detach().clone() if isinstance(loss, Tensor) else loss
 
     @contextmanager

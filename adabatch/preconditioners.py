@@ -159,8 +159,7 @@ def preconditioner_reader(optimizer: Optimizer) -> Callable[[Tensor], Tensor | N
 
 
 def _function_of(optimizer: Optimizer) -> Preconditioner:
-    function = preconditioner_of(optimizer)
-    if function is None:
+    if (function := preconditioner_of(optimizer)) is None:
         raise ValueError(f"no preconditioner is known for {type(optimizer).__name__}: register one "
                          "with adabatch.preconditioners.register_preconditioner")
     return function
