@@ -1,10 +1,6 @@
 """Gradient-moment kernels: per-sample squared norms, second moments and inner products, straight
-from a layer's activations and output gradients.
-
-`adabatch.kernels.<operation>` picks the form for the first tensor's device; its definition, in
-plain torch, is `OPERATIONS["<operation>"].definition` (reference*.py). ADABATCH_KERNELS=reference,
-read at import, forces the definitions everywhere. Kernels import nothing of adabatch but each
-other, and know no layers.
+from a layer's activations and output gradients (see README.md). They import nothing of adabatch but
+each other.
 
 Example:
     >>> import torch
@@ -16,12 +12,7 @@ from typing import TYPE_CHECKING
 
 from adabatch.kernels import cpu, cpu_conv, reference, reference_affine, reference_conv
 from adabatch.kernels.operators import (
-    CHUNK_BYTES,
-    OPERATIONS,
-    accumulation_dtype,
-    has_kernel,
-    outer_form,
-    row_sq_norms,
+    CHUNK_BYTES, OPERATIONS, accumulation_dtype, has_kernel, outer_form, row_sq_norms,
     sample_chunks,
 )
 

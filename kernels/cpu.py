@@ -1,10 +1,7 @@
-"""Forms of the kernels for matrices and normalization layers that are faster on a CPU. Each agrees
-with its definition in reference*.py.
+"""Forms of the kernels for matrices and normalization layers that are faster on a CPU: a chunk of
+per-sample gradients is added to the weight gradient and squared while it lies in the cache.
 
 Legend: N samples, T positions, I in, O out, P elements of a scale.
-
-Weight gradients come out of the per-sample gradients: a chunk of samples is multiplied while it
-lies in the cache, added to the weight gradient and squared.
 """
 
 from __future__ import annotations
@@ -16,11 +13,7 @@ from torch import Tensor
 
 from adabatch.kernels import reference, reference_affine
 from adabatch.kernels.operators import (
-    LONGEST_SUM,
-    accumulation_dtype,
-    implements,
-    outer_form,
-    sample_chunks,
+    LONGEST_SUM, accumulation_dtype, implements, outer_form, sample_chunks,
 )
 
 # From this size on, one product a sample into one buffer beat batches of them.
@@ -34,13 +27,7 @@ def weight_grad_moments(
     activations: Tensor, backprops: Tensor, *, second_moment: bool = False,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One product, and norms without G_n where T is small, else a product a sample.
-
-    Example:
-        >>> b = torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 3, 1)
-        >>> weight_grad_moments(torch.ones(2, 3, 2), b)[0]
-        tensor([[9., 9.]])
-    """
+    """One product, and norms without G_n where T is small, else a product a sample."""
     (samples, positions, width_in), width_out = activations.shape, backprops.shape[2]
     dtype = accumulation_dtype(activations, backprops)
     form = outer_form(positions, width_in, width_out, with_gradient=True)
@@ -55,13 +42,7 @@ def weight_grad_moments(
 def affine_grad_sample(
     activations: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Without statistics the products of all chunks share one buffer.
-
-    Example:
-        >>> a, b = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]])
-        >>> affine_grad_sample(a, b, None, None)
-        (tensor([[2., 3.]]), tensor([[2., 1.]]))
-    """
+    """Without statistics the products of all chunks share one buffer."""
     if mean is not None or rstd is not None:
         return reference_affine.affine_grad_sample(activations, backprops, mean, rstd)
     dtype = accumulation_dtype(activations, backprops)
@@ -82,13 +63,7 @@ def affine_grad_sample(
 def affine_sq_norms(
     activations: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Norms of the sums above.
-
-    Example:
-        >>> a, b = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]])
-        >>> affine_sq_norms(a, b, None, None)
-        (tensor([13.]), tensor([5.]))
-    """
+    """Norms of the sums above."""
     scale_NP, shift_NP = affine_grad_sample(activations, backprops, mean, rstd)
     norm = torch.linalg.vector_norm
     return norm(scale_NP, dim=1).square(), norm(shift_NP, dim=1).square()

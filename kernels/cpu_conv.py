@@ -23,11 +23,7 @@ from torch.nn import functional as F
 
 from adabatch.kernels.cpu import sum_moments
 from adabatch.kernels.operators import (
-    Ints,
-    accumulation_dtype,
-    implements,
-    row_sq_norms,
-    sample_chunks,
+    Ints, accumulation_dtype, implements, row_sq_norms, sample_chunks,
 )
 from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
 
@@ -44,12 +40,10 @@ def conv_form(
     activations_shape: Ints, backprops_shape: Ints, weight_shape: Ints, padding: Ints, groups: int,
     *, second_moment: bool = False,
 ) -> Literal["gram", "windows", "groups"]:
-    """How ‖G_n‖² of a convolution is found on a CPU, from its arguments' shapes.
-
-    "gram": from Gram matrices, where that costs less than forming G_n, the gradient of the batch
-    being one call in either case, and no second moment is wanted; "windows": products with copied
-    windows of the input, for few channels in a small kernel; "groups": weight-gradient calls with
-    the samples as groups.
+    """How ‖G_n‖² of a convolution is found on a CPU, from its arguments' shapes: "gram", from Gram
+    matrices, where that costs less than forming G_n and there is no second moment to compute;
+    "windows", products with copied windows of the input, for few channels in a small kernel;
+    "groups", weight-gradient calls with the samples as groups.
 
     Example:
         >>> few, many = (64, 128, 8, 8), (64, 32, 32, 32)
@@ -81,14 +75,7 @@ def conv_weight_grad_moments(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int, *, second_moment: bool = False, deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the form that conv_form chooses.
-
-    Example:
-        >>> geometry = dict(stride=(1,), padding=(0,), dilation=(1,), groups=1)
-        >>> a, b = torch.ones(2, 1, 4), torch.ones(2, 1, 3)
-        >>> conv_weight_grad_moments(a, b, (1, 1, 2), **geometry)[0]
-        tensor([[[6., 6.]]])
-    """
+    """In the form that conv_form chooses."""
     dtype, samples = accumulation_dtype(activations, backprops), activations.shape[0]
     geometry = (stride, padding, dilation)
     shapes = activations.shape, backprops.shape, weight_shape
@@ -117,13 +104,7 @@ def conv_sq_norms(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Tensor:
-    """In the form that conv_form chooses.
-
-    Example:
-        >>> geometry = dict(stride=(1,), padding=(0,), dilation=(1,), groups=1)
-        >>> conv_sq_norms(torch.ones(2, 1, 6), torch.ones(2, 1, 3), (1, 1, 4), **geometry)
-        tensor([36., 36.])
-    """
+    """In the form that conv_form chooses."""
     kernel, geometry = weight_shape[2:], (stride, padding, dilation)
     form = conv_form(activations.shape, backprops.shape, weight_shape, padding, groups)
     if form == "gram":
@@ -140,13 +121,7 @@ def gram_sq_norms(
     dilation: Ints,
 ) -> Tensor:
     """‖G_n‖², [N], from Gram matrices: one group, any number of dimensions, a chunk of samples at a
-    time; padding is symmetric, with zeros.
-
-    Example:
-        >>> geometry = dict(stride=(1,), padding=(0,), dilation=(1,))
-        >>> gram_sq_norms(torch.ones(2, 1, 6), torch.ones(2, 1, 3), (4,), **geometry)
-        tensor([36., 36.])
-    """
+    time; padding is symmetric, with zeros."""
     dtype, dims = accumulation_dtype(activations, backprops), len(kernel)
     size, size_out = activations.shape[2:], backprops.shape[2:]
     lengths = [length + 2 * amount for length, amount in zip(size, padding, strict=True)]
@@ -177,13 +152,7 @@ def group_grads(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Iterator[Tensor]:
-    """G_n, a chunk [n, O, C/g, *K] at a time; chunks of equal size where N allows.
-
-    Example:
-        >>> a, b = torch.ones(18, 1, 4), torch.ones(18, 1, 3)
-        >>> [len(chunk) for chunk in group_grads(a, b, (1, 1, 2), (1,), (0,), (1,), 1)]
-        [9, 9]
-    """
+    """G_n, a chunk [n, O, C/g, *K] at a time; chunks of equal size where N allows."""
     dtype, samples = accumulation_dtype(activations, backprops), len(activations)
     fitting = CALL_BYTES // max(1, dtype.itemsize * math.prod(weight_shape))
     most = max(1, min(LONGEST_CHUNK, fitting))
@@ -216,13 +185,7 @@ def weight_grad(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints,
 ) -> Tensor:
-    """Σ_n G_n by one call, one group.
-
-    Example:
-        >>> a, b = torch.ones(2, 1, 4), torch.ones(2, 1, 3)
-        >>> weight_grad(a, b, (1, 1, 2), (1,), (0,), (1,))
-        tensor([[[6., 6.]]])
-    """
+    """Σ_n G_n by one call, one group."""
     weight = activations.new_empty(()).expand(tuple(weight_shape))  # its values do not matter
     return torch.ops.aten.convolution_backward(
         backprops, activations, weight, None, list(stride), list(padding), list(dilation), False,

@@ -1,10 +1,5 @@
-"""What all kernels share: the registry of operations, their dispatch, types, chunks and forms.
-
-An operation is registered once, by `@operation(...)` over its definition in plain torch. Faster
-forms register themselves over the same name: `@implements("cpu")`, `@implements("triton")`. With a
-schema the operation is also a torch operator, `torch.ops.adabatch.<name>`, opaque to torch.compile:
-the Triton kernel on CUDA (and ROCm) tensors, the definition on CPU tensors and wherever Triton
-cannot be imported. Triton is imported by the first call that needs it.
+"""What all kernels share: the registry of operations, their dispatch (see README.md), types, chunks
+and forms.
 
 Legend: N samples, T positions, I in, O out.
 """
@@ -38,8 +33,9 @@ if FORCED not in ("", "reference"):
     )
 
 Ints = Sequence[int]
-Shapes = Callable[..., list[Sequence[int]]]
-Function = Callable[..., Any]
+Results = Tensor | tuple[Tensor | None, ...]
+Shapes = Callable[..., list[Ints]]
+Function = Callable[..., Results]
 F = TypeVar("F", bound=Function)
 _LIBRARY = torch.library.Library("adabatch", "FRAGMENT")
 
@@ -48,8 +44,7 @@ class Operation(NamedTuple):
     """A registered operation.
 
     Attributes:
-        call: as users call it: what `forms` has for the first tensor's device, else `definition`.
-        definition: plain torch; every form must agree with it.
+        call: what `forms` has for the first tensor's device, else `definition`.
         operator: calls torch.ops.adabatch.<name>; None without a schema.
         forms: device type, or "triton" -> the function that replaces the definition.
         compiled: the same for device types under torch.compile.
@@ -89,7 +84,7 @@ def operation(
                 compiled.update(dict.fromkeys(opaque, operator))
 
         @functools.wraps(definition)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Results:
             first = args[0] if args else next(iter(kwargs.values()))
             form = forms.get(first.device.type)
             if form is None:
@@ -108,14 +103,14 @@ def operation(
 def implements(
     backend: Literal["cpu", "triton"], takes: Callable[..., bool] | None = None
 ) -> Callable[[F], F]:
-    """Register a faster form, returned as it is, of the operation with the function's name and
-    signature; positional arguments that it does not take are left to the definition."""
+    """Register a faster form, returned as it is, of the operation with the function's name;
+    positional arguments for which `takes` is False are left to the definition."""
 
     def register(form: F) -> F:
         operation = OPERATIONS[form.__name__]
 
         @functools.wraps(form)
-        def checked(*args: Any, **kwargs: Any) -> Any:
+        def checked(*args: object, **kwargs: object) -> Results:
             taken = takes is None or takes(*args)
             return (form if taken else operation.definition)(*args, **kwargs)
 
@@ -140,8 +135,7 @@ def has_kernel(name: str, tensor: Tensor) -> bool:
 
 @functools.cache
 def load_triton() -> bool:
-    """Import adabatch.kernels.triton, which registers its kernels; False, with one warning, where
-    that fails. Called for tensors on a GPU only."""
+    """Import adabatch.kernels.triton, for a GPU's tensors; False, with a warning, if that fails."""
     try:
         importlib.import_module("adabatch.kernels.triton")
     except (ImportError, AttributeError) as error:  # an old Triton lacks names that are used
@@ -159,33 +153,30 @@ def load_triton() -> bool:
 def _define(
     definition: Function, schema: str, shapes: Shapes, forms: dict[str, Function]
 ) -> Function:
-    """Define the torch operator; returns a caller with the definition's signature."""
+    """Define the torch operator; gives a caller with the definition's signature."""
     name = definition.__name__
 
-    def filled(results: Any, *args: Any) -> Any:
-        """None, which an operator cannot return, is an empty tensor."""
+    def run(form: Function, first: Tensor, *args: object, **kwargs: bool) -> Results:
+        results = form(first, *args, **kwargs)
         if isinstance(results, Tensor):
             return results
-        dtype = accumulation_dtype(*args)
-        return tuple(args[0].new_empty(0, dtype=dtype) if r is None else r for r in results)
+        # None, which an operator cannot return, is an empty tensor.
+        empty = first.new_empty(0, dtype=accumulation_dtype(first, *args))
+        return tuple(empty if each is None else each for each in results)
 
-    def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        return filled(definition(*args, **kwargs), *args)
+    def on_gpu(first: Tensor, *args: object, **kwargs: bool) -> Results:
+        return run(forms["triton"] if load_triton() else definition, first, *args, **kwargs)
 
-    def on_gpu(*args: Any, **kwargs: Any) -> Any:
-        form = forms["triton"] if load_triton() else definition
-        return filled(form(*args, **kwargs), *args)
-
-    def fake(*args: Any, second_moment: bool = True, **_: bool) -> Any:
-        dtype = accumulation_dtype(*args)
-        sizes = [tuple(shape) for shape in shapes(*args)]
+    def fake(first: Tensor, *args: object, second_moment: bool = True, **_: bool) -> Results:
+        dtype = accumulation_dtype(first, *args)
+        sizes = [tuple(shape) for shape in shapes(first, *args)]
         if not second_moment:
             sizes[-1] = (0,)
-        results = tuple(args[0].new_empty(size, dtype=dtype) for size in sizes)
+        results = tuple(first.new_empty(size, dtype=dtype) for size in sizes)
         return results if len(results) > 1 else results[0]
 
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, on_cpu, "CPU")
+    _LIBRARY.impl(name, functools.partial(run, definition), "CPU")
     _LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"adabatch::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.adabatch, name).default
@@ -194,7 +185,8 @@ def _define(
 
     @functools.wraps(definition)
     def with_moments(
-        *args: Any, second_moment: bool = False, deterministic: bool | None = None, **kwargs: Any
+        *args: object, second_moment: bool = False, deterministic: bool | None = None,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Determinism is settled where the call is traced."""
         kwargs["deterministic"] = follows_determinism(deterministic)
@@ -229,17 +221,11 @@ def accumulation_dtype(*tensors: object) -> torch.dtype:
 def sample_chunks(
     numel_per_sample: int, dtype: torch.dtype, *tensors: Tensor, longest: int | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """Views of the tensors along dimension 0, in runs of samples whose intermediate result fits
-    CHUNK_BYTES.
+    """Views of the tensors [N, ...] in runs of at most `longest` samples, whose intermediate
+    results, numel_per_sample of dtype, fit CHUNK_BYTES.
 
     Under torch.compile there is one chunk: a loop over a number of samples that changes would be
     unrolled, and compiled again for each number.
-
-    Args:
-        numel_per_sample: elements of the intermediate result of one sample.
-        dtype: type of the intermediate result.
-        tensors: [N, ...] each.
-        longest: the most samples in a chunk.
 
     Example:
         >>> [len(rows) for rows, in sample_chunks(2**19, torch.float32, torch.zeros(5))]
@@ -280,7 +266,6 @@ def outer_form(
     "gradients": G_n, T I O multiplications, or 2 PASS passes of I O with the weight gradient.
 
     Args:
-        positions, width_in, width_out: T, I, O.
         with_gradient: Σ_n G_n is computed as well, by one product for all samples.
         halved: the Gram matrices' lower triangle suffices (the Triton kernel).
 

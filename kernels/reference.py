@@ -1,12 +1,13 @@
 """The definition of the kernels in plain torch: every other form must agree with it. Matrices,
 embeddings, and gradients that exist already; see reference_conv.py and reference_affine.py too.
 
-Legend: N samples, T positions, I in, O out, D embedding width, V rows of an embedding, P numel.
+Legend: N samples, T positions, I in, O out, D embedding width, V rows of an embedding; a is
+`activations` [N, T, I], b is `backprops` [N, T, O]. G_n is the gradient of one parameter through
+sample n, with or without the 1/m of a mean loss; sums over samples are not means.
 
 Inputs may be float16, bfloat16, float32 or float64, also mixed. Sums are kept, and results
 returned, in float32, or in float64 if any input is float64; low-precision inputs are converted a
 chunk of samples at a time. Call outside autocast, which would round the products.
-G_n is the gradient of one parameter through sample n, with or without the 1/m of a mean loss.
 """
 
 from __future__ import annotations
@@ -18,27 +19,16 @@ import torch
 from torch import Tensor
 
 from adabatch.kernels.operators import (
-    accumulation_dtype,
-    operation,
-    outer_form,
-    row_sq_norms,
-    sample_chunks,
+    accumulation_dtype, operation, outer_form, row_sq_norms, sample_chunks,
 )
 
 
 @operation("(Tensor activations, Tensor backprops) -> Tensor", lambda a, b: [(a.shape[0],)])
 def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
-    """Squared norms ‖G_n‖², G_n = Σ_t b_nt a_ntᵀ, without the [N, O, I] tensor of all G.
+    """Squared norms ‖G_n‖² [N], G_n = Σ_t b_nt a_ntᵀ, without the [N, O, I] tensor of all G.
 
     T = 1: ‖a_n‖² ‖b_n‖². T > 1: the Gram form Σ_{t,s} (a_nt·a_ns)(b_nt·b_ns), N T² (I + O)
     multiplications, or G_n itself, N T I O, a chunk of samples at a time, whichever costs less.
-
-    Args:
-        activations: a, [N, T, I].
-        backprops: b, [N, T, O].
-
-    Returns:
-        [N], float32 or float64.
 
     Example:
         >>> outer_sq_norms(torch.ones(2, 1, 4), torch.tensor([[[1.0]], [[2.0]]]))
@@ -65,14 +55,7 @@ def outer_sq_norms(activations: Tensor, backprops: Tensor) -> Tensor:
     "(Tensor activations, Tensor backprops) -> Tensor", lambda a, b: [(b.shape[2], a.shape[2])]
 )
 def outer_second_moment(activations: Tensor, backprops: Tensor) -> Tensor:
-    """Elementwise Σ_n G_n², G_n = Σ_t b_nt a_ntᵀ; for T = 1 that is (b²)ᵀ a².
-
-    Args:
-        activations: a, [N, T, I].
-        backprops: b, [N, T, O].
-
-    Returns:
-        [O, I], float32 or float64: a sum over the samples, not a mean.
+    """Elementwise Σ_n G_n² [O, I], G_n = Σ_t b_nt a_ntᵀ; for T = 1 that is (b²)ᵀ a².
 
     Example:
         >>> a = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])
@@ -93,15 +76,8 @@ def outer_second_moment(activations: Tensor, backprops: Tensor) -> Tensor:
 
 @operation()
 def outer_dot(activations: Tensor, backprops: Tensor, other: Tensor) -> Tensor:
-    """Inner products ⟨G_n, other⟩ = Σ_t b_ntᵀ other a_nt, without any G_n.
-
-    Args:
-        activations: a, [N, T, I].
-        backprops: b, [N, T, O].
-        other: [O, I], for instance the batch gradient.
-
-    Returns:
-        [N], float32 or float64.
+    """Inner products ⟨G_n, other⟩ = Σ_t b_ntᵀ other a_nt [N], without any G_n; other [O, I], for
+    instance the batch gradient.
 
     Example:
         >>> outer_dot(torch.ones(1, 2, 3), torch.ones(1, 2, 1), torch.tensor([[1.0, 2.0, 3.0]]))
@@ -124,19 +100,13 @@ def weight_grad_moments(
     activations: Tensor, backprops: Tensor, *, second_moment: bool = False,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The weight gradient Σ_n G_n of y = W a, G_n = Σ_t b_nt a_ntᵀ, and in the same pass ‖G_n‖² and
-    Σ_n G_n² (elementwise).
+    """The weight gradient Σ_n G_n [O, I] of y = W a, G_n = Σ_t b_nt a_ntᵀ, and in the same pass
+    ‖G_n‖² [N] and Σ_n G_n² [O, I] (elementwise), or None in its place.
 
     Args:
-        activations: a, [N, T, I].
-        backprops: b, [N, T, O].
         second_moment: whether to return Σ_n G_n².
         deterministic: the same bits at every call, with every kernel; None follows
             torch.use_deterministic_algorithms. It changes nothing in plain torch.
-
-    Returns:
-        The weight gradient [O, I], the squared norms [N] and the second moment [O, I] or None;
-        float32 or float64. Sums over the samples, not means.
 
     Example:
         >>> b = torch.tensor([[[1.0], [1.0]], [[2.0], [2.0]]])
@@ -155,16 +125,8 @@ def weight_grad_moments(
     "(Tensor activations, Tensor backprops, Tensor preconditioner) -> Tensor", lambda a, b, p: [()]
 )
 def preconditioned_trace(activations: Tensor, backprops: Tensor, preconditioner: Tensor) -> Tensor:
-    """Σ p ∘ Σ_n G_n², G_n = Σ_t b_nt a_ntᵀ: the second moment's trace in the geometry of a diagonal
-    preconditioner p, such as Adam's 1/(√v̂ + ε).
-
-    Args:
-        activations: a, [N, T, I].
-        backprops: b, [N, T, O].
-        preconditioner: p, [O, I].
-
-    Returns:
-        A number, [], float32 or float64: a sum over the samples, not a mean.
+    """Σ p ∘ Σ_n G_n², a number, G_n = Σ_t b_nt a_ntᵀ: the second moment's trace in the geometry of
+    a diagonal preconditioner p [O, I], such as Adam's 1/(√v̂ + ε).
 
     Example:
         >>> a, p = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([[1.0, 0.5]])
@@ -186,7 +148,7 @@ def preconditioned_trace(activations: Tensor, backprops: Tensor, preconditioner:
 
 @operation("(Tensor ids, Tensor backprops) -> Tensor", lambda ids, b: [(ids.shape[0],)])
 def embedding_sq_norms(ids: Tensor, backprops: Tensor) -> Tensor:
-    """Squared norms ‖G_n‖² of an embedding's gradient: Σ_v ‖Σ_{t: id_nt = v} b_nt‖².
+    """Squared norms ‖G_n‖² [N] of an embedding's gradient: Σ_v ‖Σ_{t: id_nt = v} b_nt‖².
 
     Equal ids of a sample are summed in slots found by sorting: N T D memory a chunk, neither
     [N, V, D] nor [N, T, T].
@@ -194,9 +156,6 @@ def embedding_sq_norms(ids: Tensor, backprops: Tensor) -> Tensor:
     Args:
         ids: [N, T], integers.
         backprops: b, [N, T, D]; rows that must not count, such as padding, are zero.
-
-    Returns:
-        [N], float32 or float64.
 
     Example:
         >>> b = torch.tensor([[[1.0], [1.0]], [[3.0], [4.0]]])
@@ -212,15 +171,7 @@ def embedding_sq_norms(ids: Tensor, backprops: Tensor) -> Tensor:
 
 @operation()
 def embedding_second_moment(ids: Tensor, backprops: Tensor, num_embeddings: int) -> Tensor:
-    """Elementwise Σ_n G_n² of an embedding's gradient.
-
-    Args:
-        ids: [N, T], integers in [0, V).
-        backprops: b, [N, T, D]; rows that must not count, such as padding, are zero.
-        num_embeddings: V.
-
-    Returns:
-        [V, D], float32 or float64: a sum over the samples, not a mean.
+    """Elementwise Σ_n G_n² [V, D] of an embedding's gradient; arguments as for embedding_sq_norms.
 
     Example:
         >>> embedding_second_moment(torch.tensor([[2, 2], [2, 0]]), torch.ones(2, 2, 1), 3).T
@@ -237,15 +188,8 @@ def embedding_second_moment(ids: Tensor, backprops: Tensor, num_embeddings: int)
 
 @operation()
 def embedding_dot(ids: Tensor, backprops: Tensor, other: Tensor) -> Tensor:
-    """Inner products ⟨G_n, other⟩ = Σ_t b_nt · other[id_nt] of an embedding's gradient.
-
-    Args:
-        ids: [N, T], integers in [0, V).
-        backprops: b, [N, T, D].
-        other: [V, D].
-
-    Returns:
-        [N], float32 or float64.
+    """Inner products ⟨G_n, other⟩ = Σ_t b_nt · other[id_nt] [N] of an embedding's gradient with
+    other [V, D]; the rest as for embedding_sq_norms.
 
     Example:
         >>> other = torch.tensor([[1.0], [2.0], [3.0]])
@@ -259,7 +203,7 @@ def embedding_dot(ids: Tensor, backprops: Tensor, other: Tensor) -> Tensor:
 
 @operation()
 def dense_sq_norms(grad: Tensor) -> Tensor:
-    """Squared norms ‖G_n‖² of gradients G [N, *shape] that exist already: [N], float32 or float64.
+    """Squared norms ‖G_n‖² [N] of gradients G [N, *shape] that exist already.
 
     Example:
         >>> dense_sq_norms(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
@@ -270,8 +214,7 @@ def dense_sq_norms(grad: Tensor) -> Tensor:
 
 @operation()
 def dense_second_moment(grad: Tensor) -> Tensor:
-    """Elementwise Σ_n G_n² of gradients G [N, *shape] that exist already: [*shape], a sum over the
-    samples, float32 or float64.
+    """Elementwise Σ_n G_n² [*shape] of gradients G [N, *shape] that exist already.
 
     Example:
         >>> dense_second_moment(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
@@ -286,8 +229,7 @@ def dense_second_moment(grad: Tensor) -> Tensor:
 
 @operation()
 def dense_dot(grad: Tensor, other: Tensor) -> Tensor:
-    """Inner products ⟨G_n, other⟩ of gradients G [N, *shape] that exist already with one tensor
-    [*shape]: [N], float32 or float64.
+    """Inner products ⟨G_n, other⟩ [N] of gradients G [N, *shape] that exist already.
 
     Example:
         >>> dense_dot(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([2.0, 1.0]))

@@ -20,20 +20,17 @@ from adabatch.kernels.operators import accumulation_dtype, operation, sample_chu
 def affine_sq_norms(
     activations: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Squared norms ‖Σ_t b_nt ∘ x̂_nt‖² of a scale and ‖Σ_t b_nt‖² of a shift, x̂ = (a − mean)·rstd.
+    """Squared norms ‖Σ_t b_nt ∘ x̂_nt‖² of a scale's gradients and ‖Σ_t b_nt‖² of a shift's, [N]
+    each, x̂ = (a − mean)·rstd.
 
     LayerNorm: statistics [N, T, 1]. RMSNorm: the same, mean=None. GroupNorm and BatchNorm of inputs
     [N, C, *S]: pass the views `inputs.flatten(2).mT` [N, S, C] and statistics [N, 1, C] (each
     group's repeated for its channels) or [1, 1, C].
 
     Args:
-        activations: a, [N, T, P], the layer's input.
-        backprops: b, [N, T, P].
+        activations, backprops: a, the layer's input, and b, [N, T, P].
         mean: [N or 1, T, 1] or [N or 1, 1, P]; None is zero.
         rstd: 1/√(variance + ε), shaped as mean; None is one.
-
-    Returns:
-        Squared norms of the scale's and of the shift's gradients, [N] each, float32 or float64.
 
     Raises:
         ValueError: statistics of another shape.
@@ -52,14 +49,8 @@ def affine_sq_norms(
 def affine_grad_sample(
     activations: Tensor, backprops: Tensor, mean: Tensor | None, rstd: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients Σ_t b_nt ∘ x̂_nt of a normalization layer's scale and Σ_t b_nt of its shift; the
-    product is stored a chunk of samples at a time.
-
-    Args:
-        activations, backprops, mean, rstd: as for affine_sq_norms.
-
-    Returns:
-        [N, P] each, float32 or float64.
+    """The gradients Σ_t b_nt ∘ x̂_nt of a scale and Σ_t b_nt of a shift, [N, P] each; the product is
+    stored a chunk of samples at a time. Arguments as for affine_sq_norms.
 
     Example:
         >>> a, b = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]])
@@ -84,11 +75,7 @@ def affine_grad_sample(
 
 
 def check_statistics(activations: Tensor, mean: Tensor | None, rstd: Tensor | None) -> None:
-    """Refuse statistics that are neither per position nor per element.
-
-    Example:
-        >>> check_statistics(torch.zeros(2, 3, 4), torch.zeros(2, 3, 1), None)
-    """
+    """Raise for statistics that are neither per position nor per element."""
     samples, positions, width = activations.shape
     allowed = [(n, t, p) for n in (samples, 1) for t, p in ((positions, 1), (1, width))]
     for name, value in (("mean", mean), ("rstd", rstd)):

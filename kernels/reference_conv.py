@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from adabatch.kernels.operators import (
-    Ints,
-    accumulation_dtype,
-    operation,
-    row_sq_norms,
-    sample_chunks,
+    Ints, accumulation_dtype, operation, row_sq_norms, sample_chunks,
 )
 from adabatch.kernels.reference import sum_moments
 
@@ -37,7 +33,7 @@ def conv_sq_norms(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Tensor:
-    """Squared norms ‖G_n‖² of a convolution's weight gradient, a chunk of samples at a time.
+    """Squared norms ‖G_n‖² [N] of a convolution's weight gradient, a chunk of samples at a time.
 
     Args:
         activations: [N, C, *S]; padding that is not zero, or not symmetric, is already in it.
@@ -45,9 +41,6 @@ def conv_sq_norms(
         weight_shape: (O, C/g, *K).
         stride, padding, dilation: one number per dimension; symmetric padding with zeros.
         groups: g.
-
-    Returns:
-        [N], float32 or float64.
 
     Example:
         >>> geometry = dict(stride=(1,), padding=(0,), dilation=(1,), groups=1)
@@ -63,14 +56,8 @@ def conv_second_moment(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Tensor:
-    """Elementwise Σ_n G_n² of a convolution's weight gradient, exact: with the cross terms between
-    positions.
-
-    Args:
-        activations, backprops, weight_shape, ..., groups: as for conv_sq_norms.
-
-    Returns:
-        [*weight_shape], float32 or float64: a sum over the samples, not a mean.
+    """Elementwise Σ_n G_n² [*weight_shape] of a convolution's weight gradient, with the cross terms
+    between positions. Arguments as for conv_sq_norms.
 
     Example:
         >>> geometry = dict(stride=(1,), padding=(0,), dilation=(1,), groups=1)
@@ -93,16 +80,8 @@ def conv_weight_grad_moments(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int, *, second_moment: bool = False, deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A convolution's weight gradient Σ_n G_n, and in the same pass ‖G_n‖² and Σ_n G_n²
-    (elementwise).
-
-    Args:
-        activations, backprops, weight_shape, ..., groups: as for conv_sq_norms.
-        second_moment, deterministic: as for weight_grad_moments.
-
-    Returns:
-        The weight gradient [O, C/g, *K], the squared norms [N] and the second moment [O, C/g, *K]
-        or None; float32 or float64.
+    """A convolution's weight gradient Σ_n G_n [*weight_shape], and in the same pass ‖G_n‖² [N] and
+    Σ_n G_n² [*weight_shape] or None. Arguments as for conv_sq_norms and weight_grad_moments.
 
     Example:
         >>> geometry = dict(stride=(1,), padding=(0,), dilation=(1,), groups=1)
@@ -121,14 +100,8 @@ def conv_dot(
     activations: Tensor, backprops: Tensor, other: Tensor, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Tensor:
-    """Inner products ⟨G_n, other⟩ = Σ over outputs of b_n · conv(a_n; other), without any G_n.
-
-    Args:
-        activations, backprops, stride, padding, dilation, groups: as for conv_sq_norms.
-        other: [O, C/g, *K].
-
-    Returns:
-        [N], float32 or float64.
+    """Inner products ⟨G_n, other⟩ = Σ over outputs of b_n · conv(a_n; other) [N], without any G_n;
+    other [O, C/g, *K], the rest as for conv_sq_norms.
 
     Example:
         >>> a, b, other = torch.ones(2, 1, 4), torch.ones(2, 1, 3), torch.tensor([[[1.0, 2.0]]])
@@ -151,17 +124,11 @@ def conv_grad_sample(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Tensor:
-    """The per-sample weight gradients G.
+    """The per-sample weight gradients G [N, *weight_shape]; arguments as for conv_sq_norms.
 
     In eager mode one weight-gradient call with the samples as groups. Under torch.compile, where
     the number of groups would be compiled in, one product per position of the kernel:
     G[:, :, :, k] = Σ over outputs of b ⊗ the inputs that position k meets.
-
-    Args:
-        activations, backprops, weight_shape, ..., groups: as for conv_sq_norms.
-
-    Returns:
-        [N, *weight_shape], float32 or float64.
 
     Example:
         >>> a, geometry = torch.tensor([[[1.0, 2.0, 3.0]]]), ((1,), (0,), (1,), 1)
@@ -187,11 +154,15 @@ def conv_grad_sample(
     return grads.reshape(samples, *weight_shape)
 
 
-def _chunks(activations: Tensor, backprops: Tensor, weight_shape: Ints, *geometry: Any) -> Any:
+def _chunks(
+    activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
+    dilation: Ints, groups: int,
+) -> Iterator[Tensor]:
     """G_n, a chunk [n, *weight_shape] at a time."""
     dtype, numel = accumulation_dtype(activations, backprops), math.prod(weight_shape)
+    geometry = (weight_shape, stride, padding, dilation, groups)
     chunks = sample_chunks(numel, dtype, activations, backprops, longest=LONGEST_CHUNK)
-    return (conv_grad_sample(a, b, weight_shape, *geometry) for a, b in chunks)
+    return (conv_grad_sample(a, b, *geometry) for a, b in chunks)
 
 
 def _products_by_kernel_position(

@@ -103,21 +103,18 @@ def conv_weight_grad_moments(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int, *, second_moment: bool = False, deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One and two dimensions; three are left to the definition."""
+    """In one and two dimensions."""
     inputs = (activations, backprops, weight_shape, stride, padding, dilation, groups)
-    second: Tensor | None
     if (views := _as_matrix(*inputs)) is not None:
         grad, norms, second = outer.weight_grad_moments(
-            *views, second_moment=second_moment, deterministic=deterministic
-        )
+            *views, second_moment=second_moment, deterministic=deterministic)
     else:
         grad, partial_norms, second = _implicit(
-            *inputs, grad=True, second=second_moment, norms=True, deterministic=deterministic
-        )
+            *inputs, grad=True, second=second_moment, norms=True, deterministic=deterministic)
         norms = partial_norms.sum(0)
-    if second is not None:
-        second = second.view(tuple(weight_shape)) if second_moment else None
-    return grad.view(tuple(weight_shape)), norms, second
+    shape = tuple(weight_shape)
+    wanted = second_moment and second is not None
+    return grad.view(shape), norms, second.view(shape) if wanted else None
 
 
 @implements("triton", _takes)
@@ -125,7 +122,7 @@ def conv_sq_norms(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Tensor:
-    """One and two dimensions; three are left to the definition."""
+    """In one and two dimensions."""
     inputs = (activations, backprops, weight_shape, stride, padding, dilation, groups)
     if (views := _as_matrix(*inputs)) is not None:
         return outer.outer_sq_norms(*views)
@@ -137,7 +134,7 @@ def conv_second_moment(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
     dilation: Ints, groups: int,
 ) -> Tensor:
-    """One and two dimensions; three are left to the definition."""
+    """In one and two dimensions."""
     inputs = (activations, backprops, weight_shape, stride, padding, dilation, groups)
     if (views := _as_matrix(*inputs)) is not None:
         return outer.outer_second_moment(*views).view(tuple(weight_shape))
@@ -204,6 +201,4 @@ def _implicit(
 
 def configurations(dtype: tl.dtype, rounding: str) -> list[Config]:
     """For a type that products are formed in."""
-    if dtype != tl.float32:
-        return CONV
-    return CONV_IEEE if rounding == "ieee" else CONV_TF32
+    return tuning.by_precision(dtype, rounding, CONV, CONV_TF32, CONV_IEEE)

@@ -106,4 +106,4 @@ def embedding_sq_norms(ids: Tensor, backprops: Tensor) -> Tensor:
 
 def configurations(dtype: tl.dtype, rounding: str) -> list[Config]:
     """For a type that products are formed in."""
-    return RUNS_IEEE if dtype == tl.float32 and rounding == "ieee" else RUNS
+    return tuning.by_precision(dtype, rounding, RUNS, RUNS, RUNS_IEEE)

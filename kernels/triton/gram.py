@@ -13,12 +13,7 @@ from torch import Tensor
 from triton import Config
 
 from adabatch.kernels.triton.tuning import (
-    OPTIONS,
-    bucket,
-    compute_type,
-    config,
-    launch,
-    precision,
+    OPTIONS, bucket, by_precision, compute_type, config, launch, precision,
 )
 
 # Configurations that spilled on sm_80 or sm_90 are not in these lists.
@@ -153,9 +148,7 @@ def gram_norms(a: Tensor, b: Tensor) -> Tensor:
 
 def configurations(dtype: tl.dtype, rounding: str) -> list[Config]:
     """Of gram_kernel, for a type that products are formed in."""
-    if dtype != tl.float32:
-        return GRAM
-    return GRAM_IEEE if rounding == "ieee" else GRAM_TF32
+    return by_precision(dtype, rounding, GRAM, GRAM_TF32, GRAM_IEEE)
 
 
 def row_norms_product(a: Tensor, b: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import triton
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 OPTIONS = {"enable_fp_fusion": True}
 # Kernels are compiled or interpreted for good when their module is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_fastest: dict[tuple[Any, ...], Config] = {}
+_fastest: dict[tuple[object, ...], Config] = {}
 
 
 def config(warps: int, stages: int | None = None, **blocks: int) -> Config:
@@ -31,9 +31,7 @@ def config(warps: int, stages: int | None = None, **blocks: int) -> Config:
 
 
 def launch(
-    key: tuple[Any, ...],
-    configs: Sequence[Config],
-    run: Callable[[Config], Result],
+    key: tuple[object, ...], configs: Sequence[Config], run: Callable[[Config], Result],
     deterministic: bool | None = None,
 ) -> Result:
     """run(config) with the fastest configuration for this key, timed once per process; the first
@@ -44,9 +42,8 @@ def launch(
     impossible. The interpreter takes the last configuration, by convention the smallest.
 
     Args:
-        key: the operation, bucketed sizes, types and device.
         configs: best guess first, smallest last.
-        run: launches the kernel and returns its results; may be called several times.
+        run: launches the kernel; may be called several times.
         deterministic: choose by order; None follows torch.use_deterministic_algorithms.
 
     Raises:
@@ -77,12 +74,19 @@ def _first_that_fits(configs: Sequence[Config], run: Callable[[Config], Result])
     return run(configs[-1])
 
 
-def _time(config: Config, run: Callable[[Config], Any]) -> float:
+def _time(config: Config, run: Callable[[Config], object]) -> float:
     """Milliseconds; infinite where the device lacks memory for it."""
     try:
         return triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
     except OutOfResources:
         return math.inf
+
+
+def by_precision(
+    dtype: tl.dtype, rounding: str, low: list[Config], tf32: list[Config], ieee: list[Config]
+) -> list[Config]:
+    """The list for a type that products are formed in, and a rounding of float32."""
+    return low if dtype != tl.float32 else ieee if rounding == "ieee" else tf32
 
 
 def bucket(size: int) -> int:
@@ -131,11 +135,8 @@ def major(device: torch.device) -> int:
 
 
 def split_samples(n_samples: int, tiles: int, device: torch.device) -> tuple[int, int]:
-    """(samples per program, number of splits), so that tiles × splits fill the device about twice.
-
-    One split where the tiles alone do: each further one costs a partial result of the weight's
-    size.
-    """
+    """(samples per program, number of splits), so that tiles × splits fill the device about twice:
+    each further split costs a partial result of the weight's size."""
     splits = max(1, min(n_samples, 2 * processors(device) // max(1, tiles)))
     per_split = max(1, triton.cdiv(n_samples, splits))
     return per_split, triton.cdiv(n_samples, per_split)
