@@ -371,6 +371,13 @@ class GradSampleHooks(Estimator):
         finally:
             self.reset()
 
+    def collect(
+        self, *, weights: Tensor | Sequence[float] | None = None,
+        loss_scale: float | StepScale | None = None,
+    ) -> GradientMoments:
+        """The moments of the step, now; arguments and errors are those of observe()."""
+        return self.observe(weights=weights, loss_scale=loss_scale).moments()
+
     def tensors_over_samples(self, moments: GradientMoments) -> list[Tensor]:
         return [tensor for each in self._statistics if each.name in moments.statistics
                 for tensor in each.over_samples(moments.statistics[each.name])]
