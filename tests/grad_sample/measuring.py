@@ -1,4 +1,4 @@
-"""Measuring a small model through the hooks, and holding the result against the oracle."""
+"""Measuring a small model through the hooks, and comparing the result with the oracle."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def squared_error(model, batch):
-    """Per-sample losses [N] of a model with one input; distinct for each output, so that no gradient cancels."""
+    """Per-sample losses [N] of a model with one input; no gradient cancels."""
     inputs, targets = batch
     return (model(inputs).flatten(1) - targets).square().sum(1)
 
 
 def make_mlp(dtype=torch.float32):
-    """A stack of two Linear layers with an in-place ReLU between, and a function that draws batches for it."""
+    """Two Linear layers with an in-place ReLU between."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)).to(dtype)
 
@@ -59,9 +59,10 @@ def mean_grad_sq_norm(grads):
 
 
 def agrees(moments, grads, rtol=1e-5):
-    """The moments are those of the oracle's per-sample gradients, of the measured rows where only some were measured."""
+    """The moments are those of the oracle's per-sample gradients, of the measured rows."""
     sq_norms = oracle.sq_norms(grads)
-    close(moments.sq_norms, sq_norms if moments.indices is None else sq_norms[moments.indices], rtol)
+    measured = sq_norms if moments.indices is None else sq_norms[moments.indices]
+    close(moments.sq_norms, measured, rtol)
     close(moments.grad_sq_norm, mean_grad_sq_norm(grads), rtol)
     if moments.indices is None:
         difference = abs(moments.variance_trace - float(oracle.variance_trace(grads)))

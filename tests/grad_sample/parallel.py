@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+has_gloo = dist.is_available() and dist.is_gloo_available()
+needs_gloo = pytest.mark.skipif(not has_gloo, reason="needs gloo")
 
 
 def shard(model, *indices, world_size=1):
@@ -20,7 +21,8 @@ def shard(model, *indices, world_size=1):
 
 
 def tripled(model):
-    """Under DistributedDataParallel with a communication hook that triples the gradient, which stands for the average over ranks."""
+    """Under DistributedDataParallel with a communication hook that triples the gradient, in place
+    of an average over ranks."""
 
     def triple(state, bucket):
         future = torch.futures.Future()

@@ -1,4 +1,5 @@
-"""An oracle for models with dropout: float64, one backward pass per sample through the graph of ONE forward pass, whose draws the hooks' pass repeats."""
+"""An oracle for models with dropout: float64, one backward pass per sample through the graph of ONE
+forward pass, whose draws the hooks' pass repeats."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ SEED = 7
 
 
 def outputs_loss(model, batch):
-    """Per-sample losses [N] of a model called with the batch's tensors, whatever it returns; distinct for every output."""
+    """Per-sample losses [N] of a model called with the batch's tensors, of any output structure;
+    distinct for every output."""
     output = model(*batch)
     while not isinstance(output, torch.Tensor):
         output = next(iter(output.values() if isinstance(output, dict) else output))
@@ -24,20 +26,30 @@ def outputs_loss(model, batch):
 
 def grads_of_one_forward(model, batch, loss_fn=outputs_loss):
     """{name of a trainable parameter: [N, *shape]}."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     torch.manual_seed(SEED)
-    losses = loss_fn(model, batch)
-    rows = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True) for loss in losses]
-    return {name: torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in rows]) for k, (name, p) in enumerate(parameters.items())}
+    grads = {name: [] for name in parameters}
+    for loss in loss_fn(model, batch):
+        row = torch.autograd.grad(
+            loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for (name, parameter), grad in zip(parameters.items(), row, strict=True):
+            grads[name].append(torch.zeros_like(parameter) if grad is None else grad)
+    return {name: torch.stack(rows) for name, rows in grads.items()}
 
 
 def double(batch):
     """Its floating-point tensors in float64."""
-    return tuple(each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in batch)
+    return tuple(
+        each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+        for each in batch)
 
 
-def exact(model, *batch, loss_fn=outputs_loss, steps=2, rtol=1e-9, around=contextlib.nullcontext, **options):
-    """Assert that the hooks' norms and the gradient are those of one backward pass per sample, in several steps; the last step's moments."""
+def exact(
+    model, *batch, loss_fn=outputs_loss, steps=2, rtol=1e-9, around=contextlib.nullcontext,
+    **options,
+):
+    """Assert that the hooks' norms and the gradient are those of one backward pass per sample, in
+    several steps; the last step's moments."""
     model, batch = model.double(), double(batch)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with around():
@@ -58,7 +70,8 @@ def exact(model, *batch, loss_fn=outputs_loss, steps=2, rtol=1e-9, around=contex
                 if parameter.requires_grad and parameter.grad is not None:
                     close(parameter.grad, grads[name].mean(0), rtol)
             moments = hooks.collect()
-            close(moments.sq_norms, expected if moments.indices is None else expected[moments.indices], rtol)
+            measured = expected if moments.indices is None else expected[moments.indices]
+            close(moments.sq_norms, measured, rtol)
     finally:
         hooks.remove()
     return moments

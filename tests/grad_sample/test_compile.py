@@ -33,15 +33,19 @@ class Counting:
 
 def make_image_model(dtype=torch.float32):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.GroupNorm(2, 4), nn.PReLU(), nn.Conv2d(4, 3, 3, stride=2), nn.ReLU(inplace=True)]
+    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.GroupNorm(2, 4), nn.PReLU(),
+              nn.Conv2d(4, 3, 3, stride=2), nn.ReLU(inplace=True)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, 3)).to(dtype)
-    return model, lambda size: (torch.randn(size, 2, 6, 6, dtype=dtype), torch.randn(size, 3, dtype=dtype))
+    return model, lambda size: (
+        torch.randn(size, 2, 6, 6, dtype=dtype), torch.randn(size, 3, dtype=dtype))
 
 
 def make_token_model(dtype=torch.float32):
     torch.manual_seed(0)
-    layers = [nn.Embedding(7, 5), nn.LayerNorm(5), nn.Linear(5, 6), nn.ReLU(inplace=True), nn.RMSNorm(6), nn.Linear(6, 3), nn.Flatten()]
-    return nn.Sequential(*layers).to(dtype), lambda size: (torch.randint(7, (size, 4)), torch.randn(size, 12, dtype=dtype))
+    layers = [nn.Embedding(7, 5), nn.LayerNorm(5), nn.Linear(5, 6), nn.ReLU(inplace=True),
+              nn.RMSNorm(6), nn.Linear(6, 3), nn.Flatten()]
+    return nn.Sequential(*layers).to(dtype), lambda size: (
+        torch.randint(7, (size, 4)), torch.randn(size, 12, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -55,9 +59,11 @@ def make_token_model(dtype=torch.float32):
 )
 def test_several_batch_sizes_in_two_graphs(make, samples, dtype):
     model, make_batch_of = make(dtype)
-    batches = [make_batch_of(size) for size in (8, 12, 5, 15, 9)]  # from 16 on torch itself compiles this convolution once more
+    # From 16 samples on torch itself compiles this convolution once more.
+    batches = [make_batch_of(size) for size in (8, 12, 5, 15, 9)]
     expected = [oracle.per_sample_grads(model, squared_error, batch) for batch in batches]
-    hooks = GradSampleHooks(model, samples=samples, per_parameter=True, statistics=["second_moment"])
+    hooks = GradSampleHooks(
+        model, samples=samples, per_parameter=True, statistics=["second_moment"])
     backend = Counting()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     rows = []
@@ -88,7 +94,8 @@ def test_inductor():
 @pytest.mark.parametrize("samples", [None, 3])
 def test_batch_norm_in_train_mode(samples):
     torch.manual_seed(0)
-    model, batch = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 3)), make_batch(7)
+    layers = [nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 3)]
+    model, batch = nn.Sequential(*layers), make_batch(7)
     grads = oracle.contributions(model, squared_error, batch)
     hooks = GradSampleHooks(model, samples=samples)
     backward(torch.compile(model, backend="aot_eager", fullgraph=True), batch)
@@ -132,7 +139,8 @@ def test_compiled_and_run_before_the_hooks_were_attached_raises():
     compiled(batch[0])
     hooks = GradSampleHooks(compiled)
     backward(compiled, batch)
-    with pytest.raises(RuntimeError, match=r"compiled and run before the hooks were attached.*torch\._dynamo\.reset\(\)"):
+    message = r"compiled and run before the hooks were attached.*torch\._dynamo\.reset\(\)"
+    with pytest.raises(RuntimeError, match=message):
         hooks.collect()
     torch._dynamo.reset()
     model.zero_grad()
@@ -151,7 +159,8 @@ def test_a_part_compiled_before_an_in_place_operation_is_exact_or_raises(in_plac
         model(batch[0])
     hooks = GradSampleHooks(model)
     if run_before and part is not None:
-        with pytest.raises(RuntimeError, match=r"no tap saw: 0\.weight, 0\.bias\..*compiled and run before"):
+        message = r"no tap saw: 0\.weight, 0\.bias\..*compiled and run before"
+        with pytest.raises(RuntimeError, match=message):
             backward(model, batch)
     else:
         backward(model, batch)
@@ -196,7 +205,8 @@ def test_several_uses_inside_one_graph_raise(tied):
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"(?s)do not compile the model|run the model without torch\.compile"):
+    message = r"(?s)do not compile the model|run the model without torch\.compile"
+    with pytest.raises(Exception, match=message):
         backward(compiled, batch)
     hooks.reset()
     model.zero_grad()
@@ -221,7 +231,8 @@ def test_uses_in_parts_that_are_compiled_apart_raise_or_are_exact():
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_models_have_no_tap(strict):
     model, batch = make_mlp(), make_batch()
-    expected = [node.name for node in torch.export.export(model, (batch[0],), strict=strict).graph.nodes]
+    plain = torch.export.export(model, (batch[0],), strict=strict)
+    expected = [node.name for node in plain.graph.nodes]
     GradSampleHooks(model, samples=3)
     exported = torch.export.export(model, (batch[0],), strict=strict)
     assert [node.name for node in exported.graph.nodes] == expected
@@ -243,7 +254,10 @@ def test_func_transforms_are_not_tapped():
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(parameters, inputs, targets):
-        return squared_error(lambda inputs: torch.func.functional_call(model, parameters, (inputs,)), (inputs[None], targets[None])).sum()
+        def call(inputs):
+            return torch.func.functional_call(model, parameters, (inputs,))
+
+        return squared_error(call, (inputs[None], targets[None])).sum()
 
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model, samples=3)
@@ -259,6 +273,8 @@ def test_func_transforms_are_not_tapped():
 
 
 def test_importing_leaves_the_compiler_alone():
-    """It takes as long to import as torch itself."""
-    source = "import sys, torch\nbefore = 'torch._dynamo' in sys.modules\nimport adabatch\nassert before or 'torch._dynamo' not in sys.modules"
+    """Importing it takes as long as importing torch itself."""
+    source = (
+        "import sys, torch\nbefore = 'torch._dynamo' in sys.modules\nimport adabatch\n"
+        "assert before or 'torch._dynamo' not in sys.modules")
     subprocess.run([sys.executable, "-c", source], check=True)

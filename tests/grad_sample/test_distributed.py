@@ -1,4 +1,5 @@
-"""DistributedDataParallel and fully_shard on one process: gradients are finished after the taps have reported."""
+"""DistributedDataParallel and fully_shard on one process: the taps report before the gradients are
+finished."""
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from tests.grad_sample.parallel import needs_gloo, shard, tripled
 pytestmark = [needs_gloo, pytest.mark.usefixtures("one_process")]
 
 
-@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True},
+                {"static_graph": True}], ids=str)
 @pytest.mark.parametrize("attach_first", [True, False])
 def test_data_parallel(attach_first, options):
     model, batch = make_mlp(), make_batch()

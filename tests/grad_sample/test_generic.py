@@ -15,7 +15,7 @@ N, T, D = 5, 6, 8
 
 
 class Layer(nn.Module):
-    """A layer without parts: a weight [D], another, a buffer, and the function the case gives."""
+    """A layer without submodules: two weights [D], a buffer, and the case's function."""
 
     def __init__(self, forward, shape=(D,)):
         super().__init__()
@@ -225,7 +225,7 @@ def test_dropout_between_recurrent_layers_is_refused():
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled(fullgraph):
-    """A graph break, or an error that names the cure."""
+    """A graph break, or an error that names the fix."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = in_a_stack(Layer(rms_norm)).double()

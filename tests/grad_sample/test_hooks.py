@@ -1,4 +1,5 @@
-"""Moments through the hooks against the oracle: every rule, mixed models, subsets, groups, parts."""
+"""Moments through the hooks against the oracle: every rule, mixed models, subsets, groups,
+ignored modules."""
 
 import warnings
 
@@ -26,12 +27,13 @@ MIXED = "ignore:.*batch normalization in train mode:UserWarning"
 
 
 class Behind(nn.Module):
-    """A layer, an in-place ReLU on its output, and a head, so that there is always something to measure."""
+    """A layer, an in-place ReLU on its output, and a head: there is always something to measure."""
 
     def __init__(self, layer, inputs):
         super().__init__()
         self.layer = layer
-        self.head = nn.Linear(layer(inputs).reshape(len(inputs), -1).shape[1], 3).to(next(layer.parameters(), torch.empty(0, dtype=inputs.dtype)).dtype)
+        width = layer(inputs).reshape(len(inputs), -1).shape[1]
+        self.head = nn.Linear(width, 3).to(next(layer.parameters(), inputs).dtype)
 
     def forward(self, inputs):
         return self.head(torch.relu_(self.layer(inputs).add_(0.1)).reshape(len(inputs), -1))
@@ -46,30 +48,35 @@ def test_every_rule_before_an_in_place_relu(case, dtype, loss_reduction):
     layer, inputs = case.make_layer(dtype), case.make_inputs(dtype)
     model, batch = Behind(layer, inputs), (inputs, torch.randn(SAMPLES, 3, dtype=dtype))
     mixes = find_grad_sampler(layer).full_batch(layer)
-    grads = (oracle.contributions if mixes else oracle.per_sample_grads)(model, squared_error, batch)
+    reference = oracle.contributions if mixes else oracle.per_sample_grads
+    grads = reference(model, squared_error, batch)
     agrees(measure(model, batch, loss_reduction=loss_reduction), grads, TOLERANCE[dtype])
-    subset = measure(model, batch, loss_reduction=loss_reduction, samples=3, per_parameter=True, statistics=["second_moment"])
+    subset = measure(model, batch, loss_reduction=loss_reduction, samples=3, per_parameter=True,
+                     statistics=["second_moment"])
     agrees(subset, grads, TOLERANCE[dtype])
     assert subset.by_parameter.keys() == subset.second_moment.keys() == grads.keys()
     for name, rows in grads.items():
         measured = rows[subset.indices]
         close(subset.by_parameter[name], oracle.sq_norms({name: measured}), TOLERANCE[dtype])
-        close(subset.second_moment[name], oracle.second_moment({name: measured})[name], TOLERANCE[dtype])
+        expected = oracle.second_moment({name: measured})[name]
+        close(subset.second_moment[name], expected, TOLERANCE[dtype])
 
 
 def make_convolutional():
-    relu = {"inplace": True}
-    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(**relu), nn.GroupNorm(2, 4), nn.ReLU(**relu), nn.Conv2d(4, 3, 3, stride=2, groups=1), nn.ReLU(**relu)]
+    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.GroupNorm(2, 4),
+              nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3, stride=2), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, 3)), torch.randn(9, 2, 6, 6)
 
 
 def make_tokens():
-    layers = [nn.Embedding(7, 5), nn.LayerNorm(5), nn.Linear(5, 6), nn.ReLU(inplace=True), nn.RMSNorm(6), nn.PReLU(), nn.Flatten(), nn.Linear(24, 3)]
+    layers = [nn.Embedding(7, 5), nn.LayerNorm(5), nn.Linear(5, 6), nn.ReLU(inplace=True),
+              nn.RMSNorm(6), nn.PReLU(), nn.Flatten(), nn.Linear(24, 3)]
     return nn.Sequential(*layers), torch.randint(7, (9, 4))
 
 
 def make_batch_norm():
-    layers = [nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True)]
+    layers = [nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Flatten(),
+              nn.Linear(16, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(5, 3)), torch.randn(9, 2, 6)
 
 
@@ -83,7 +90,8 @@ def test_mixed_models(make, dtype, loss_reduction, samples):
     model, inputs = model.to(dtype), inputs.to(dtype) if inputs.is_floating_point() else inputs
     batch = inputs, torch.randn(9, 3, dtype=dtype)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    agrees(measure(model, batch, loss_reduction=loss_reduction, samples=samples), grads, TOLERANCE[dtype])
+    moments = measure(model, batch, loss_reduction=loss_reduction, samples=samples)
+    agrees(moments, grads, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("samples", [None, 4])
@@ -121,11 +129,12 @@ def test_batch_norm_whose_mode_changes_between_forward_and_backward_raises(train
     GradSampleHooks(model.train(training), samples=samples)
     loss = squared_error(model, (inputs, torch.randn(9, 3))).mean()
     model.train(not training)
-    with pytest.raises(RuntimeError, match=r"5 changed between train and eval mode.*eval\(\) after loss\.backward\(\)"):
+    message = r"5 changed between train and eval mode.*eval\(\) after loss\.backward\(\)"
+    with pytest.raises(RuntimeError, match=message):
         loss.backward()
 
 
-def test_rows_are_distinct_seeded_and_drawn_anew_each_step():
+def test_rows_are_distinct_seeded_and_drawn_again_each_step():
     def draws(seed, steps=30):
         model = make_mlp()
         hooks = GradSampleHooks(model, samples=3, seed=seed)
@@ -187,7 +196,8 @@ def test_batches_beyond_the_capacity(samples):
         assert moments.batch_size == size
         assert moments.n_measured == (size if samples is None else min(size, samples))
         expected = per_sample_by_closed_form(model, batch)
-        close(moments.sq_norms, expected if moments.indices is None else expected[moments.indices], 1e-5)
+        measured = expected if moments.indices is None else expected[moments.indices]
+        close(moments.sq_norms, measured, 1e-5)
 
 
 def per_sample_by_closed_form(model, batch):
@@ -197,20 +207,23 @@ def per_sample_by_closed_form(model, batch):
     hidden = (inputs @ first.weight.double().T + first.bias.double()).clamp(min=0).detach()
     outer = 2 * (hidden @ second.weight.double().T + second.bias.double() - targets).detach()
     inner = (outer @ second.weight.double()).detach() * (hidden > 0)
-    return outer.square().sum(1) * (1 + hidden.square().sum(1)) + inner.square().sum(1) * (1 + inputs.square().sum(1))
+    return (outer.square().sum(1) * (1 + hidden.square().sum(1))
+            + inner.square().sum(1) * (1 + inputs.square().sum(1)))
 
 
 def test_param_groups_add_up_and_leave_out_what_is_in_none():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    weights, biases = {name: grads[name] for name in ("0.weight", "2.weight")}, {"0.bias": grads["0.bias"]}
+    weights = {name: grads[name] for name in ("0.weight", "2.weight")}
+    biases = {"0.bias": grads["0.bias"]}
     groups = [[], [model[0].weight, model[2].weight], iter([model[0].bias])]
     moments = measure(model, batch, param_groups=groups)
     assert moments.by_group.keys() == {1, 2}
     agrees(moments, weights | biases)
     agrees(moments.by_group[1], weights)
     agrees(moments.by_group[2], biases)
-    close(sum(part.variance_trace for part in moments.by_group.values()), moments.variance_trace, 1e-5)
+    total = sum(group.variance_trace for group in moments.by_group.values())
+    close(total, moments.variance_trace, 1e-5)
 
 
 def test_one_group_needs_no_by_group():
@@ -221,7 +234,8 @@ def test_one_group_needs_no_by_group():
 def test_ignored_modules_count_neither_in_the_norms_nor_in_the_gradient():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    agrees(measure(model, batch, ignore=["0"]), {name: rows for name, rows in grads.items() if name.startswith("2.")})
+    head = {name: rows for name, rows in grads.items() if name.startswith("2.")}
+    agrees(measure(model, batch, ignore=["0"]), head)
 
 
 def test_frozen_parameters_and_those_frozen_later_are_left_out():

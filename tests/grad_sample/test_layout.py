@@ -68,7 +68,7 @@ def test_split_compiles_without_a_break(name):
         ("flat_time_major", ()),
     ],
 )
-def test_a_shape_that_does_not_fit_is_a_value_error_that_names_the_cure(name, shape):
+def test_a_shape_that_does_not_fit_is_a_value_error_that_names_the_fix(name, shape):
     with pytest.raises(ValueError,
                        match=rf"(?s)shape \[.*\] does not hold 3 samples in the layout "
                              rf"'{name}'.*adabatch\.check"):

@@ -1,4 +1,5 @@
-"""What hooks leave behind, what they survive: removal, reference counts, failures, copies, checkpoints of their state."""
+"""What hooks leave behind, what they survive: removal, reference counts, failures, copies,
+checkpoints of their state."""
 
 import copy
 import gc
@@ -28,8 +29,12 @@ def node_names(tensor):
 
 def traces(model):
     """Everything a hook could leave on a model's modules and parameters."""
-    modules = [(sorted(vars(layer)), {name: len(value) for name, value in vars(layer).items() if "hooks" in name and value}) for layer in model.modules()]
-    parameters = [(vars(parameter), parameter._backward_hooks, parameter._post_accumulate_grad_hooks) for parameter in model.parameters()]
+    modules = [
+        (sorted(vars(layer)), {name: len(value) for name, value in vars(layer).items()
+                               if "hooks" in name and value})
+        for layer in model.modules()]
+    parameters = [(vars(each), each._backward_hooks, each._post_accumulate_grad_hooks)
+                  for each in model.parameters()]
     return modules, parameters
 
 
@@ -90,9 +95,11 @@ def test_hooks_and_model_are_freed_by_reference_count_alone(remove):
         gc.enable()
 
 
-@pytest.mark.parametrize("options", [{}, {"samples": 3}, {"statistics": ["second_moment"], "per_parameter": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"samples": 3}, {"statistics": ["second_moment"], "per_parameter": True}],
+    ids=str)
 def test_no_memory_grows_over_steps(options):
-    """Also where the steps go wrong: gradients taken with autograd.grad from layers whose uses are stashed."""
+    """Also where steps go wrong: autograd.grad through layers whose factors are deferred."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     hooks = GradSampleHooks(model, **options)
@@ -124,7 +131,8 @@ def test_gradients_are_unchanged_bit_for_bit():
     model.zero_grad()
     GradSampleHooks(model, samples=3)
     backward(model, batch)
-    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), expected, strict=True))
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, grad)
 
 
 def test_removing_the_hooks_between_forward_and_backward_is_harmless():
@@ -158,11 +166,13 @@ def fail_half_way(model, batch, at):
     model.zero_grad()
 
 
-@pytest.mark.parametrize("options", [{}, {"per_parameter": True, "statistics": ["second_moment"]}, {"samples": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"per_parameter": True, "statistics": ["second_moment"]}, {"samples": 3}],
+    ids=str)
 @pytest.mark.parametrize("reset", [True, False])
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_good_step_after_a_failed_backward_pass_is_exact(at, reset, options):
-    """at=0: all taps had reported when the pass failed, but it was never harvested."""
+    """at=0: all taps had reported when the pass failed, but it was never finished."""
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model, **options)
