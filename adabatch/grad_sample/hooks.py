@@ -237,9 +237,7 @@ class GradSampleHooks(Estimator):
     def _take_pass(self) -> None:
         probes, placer, sites, task = self._probes, self._placer, self.sites, self._finished_task
         # On accelerators, after the first pass, the reports are read one step later.
-        size, late = placer.forward_sizes.known_batch_size(), None
-        if self._seen and probes.remote:
-            late = size
+        late = placer.forward_sizes.known_batch_size() if self._seen and probes.remote else None
         record = self._recorder.drain(task)
         rows, reports, leaves = probes.drain(task, record.reports(len(sites)), late)
         if isinstance(reports, Tensor):
@@ -278,11 +276,8 @@ class GradSampleHooks(Estimator):
         """The step's last pass has ended, its gradient is complete."""
         if seen:
             check_gradients_left(seen, trainable_grads(self.parameters), self.sites)
-        groups = self._probe_rows.groups
-        if self.shard is None:
-            self._grad_sq_norms = grad_sq_norms(groups)
-        else:
-            self._grad_sq_norms = self.shard.grad_sq_norms(groups)
+        of_groups = grad_sq_norms if self.shard is None else self.shard.grad_sq_norms
+        self._grad_sq_norms = of_groups(self._probe_rows.groups)
         for each in self._statistics:
             found = each.of_gradient()
             if found:
@@ -309,9 +304,7 @@ class GradSampleHooks(Estimator):
         self._mixing[0] = self._mixing[0] or warn_of_mixing(reports, self.sites)
         seen = reported_parameters(reports, self.sites, used)
         if not self._n_passes:
-            grads = {name: parameter.grad for name, parameter in self.parameters.items()}
-            check_all_seen(seen, {name: grad for name, grad in grads.items()
-                                  if grad is not None and name not in seen})
+            check_all_seen(seen, self._grads_except(seen))
         self._seen |= seen
         if self._probes.remote:
             self._recorder.sum_check = None  # it would wait again
@@ -320,12 +313,14 @@ class GradSampleHooks(Estimator):
     def _checks(
         self, reports: Sequence[Sequence[float]] | Tensor, n_samples: int, used: set[str]
     ) -> BackwardChecks:
-        parameters = self.parameters
-        unknown = {name: parameter.grad for name, parameter in parameters.items()
-                   if name not in self._seen and parameter.grad is not None}
-        nonzero = {name: torch.count_nonzero(grad) for name, grad in unknown.items()}
+        nonzero = {name: torch.count_nonzero(grad)
+                   for name, grad in self._grads_except(self._seen).items()}
         return BackwardChecks(reports, self.sites, frozenset(self._placer.input_sizes), n_samples,
-                              used, trainable_grads(parameters), nonzero, self._mixing)
+                              used, trainable_grads(self.parameters), nonzero, self._mixing)
+
+    def _grads_except(self, names: set[str]) -> dict[str, Tensor]:
+        return {name: parameter.grad for name, parameter in self.parameters.items()
+                if name not in names and parameter.grad is not None}
 
     # -- Estimator
 
@@ -347,9 +342,9 @@ class GradSampleHooks(Estimator):
             loss_scale: the factor on the loss: a number, or what `LossScale.take()` returns.
 
         Raises:
-            RuntimeError: no measured backward pass, or another number of them than `accumulate`.
-            ValueError: weights without inner products or that do not fit the samples; a loss_scale
-                that is not a positive number.
+            RuntimeError: another number of measured backward passes than `accumulate`.
+            ValueError: weights without inner products or of another length than the samples; a
+                loss_scale that is not a positive number.
         """
         if not self._n_passes:
             raise RuntimeError(NOTHING_MEASURED)
@@ -358,9 +353,7 @@ class GradSampleHooks(Estimator):
                 raise RuntimeError(
                     f"saw {self._n_passes} backward passes since the last collect(), but "
                     f"accumulate={self.accumulate}: pass accumulate=k for k backward passes per "
-                    "step, and pause the hooks (hooks.paused()) around backward passes that do "
-                    "not belong to it"
-                )
+                    "step, and pause the hooks (hooks.paused()) around passes outside of it")
             scale = None if loss_scale is None else step_scale(loss_scale)
             rows, shard = self._probe_rows, self.shard
             options = PoolOptions(

@@ -47,7 +47,7 @@ class Layout(str, Enum):
         return self in (Layout.BATCH_FIRST, Layout.BATCH_SECOND)
 
     def size(self, tensor: Tensor) -> int:
-        """N, of a tensor whose layout stores it."""
+        """N of a tensor whose layout stores it."""
         return tensor.shape[1 if self is Layout.BATCH_SECOND else 0]
 
     def split(self, tensor: Tensor, n_samples: int) -> Tensor:  # type: ignore[override]
@@ -120,24 +120,19 @@ class BatchSizeSource:
     dim: int
 
     def read(self, args: Args, kwargs: Kwargs) -> int:
-        """N, from the arguments of a call of the model.
-
-        Raises:
-            ValueError: the call has no such argument, or the argument no such tensor or dimension.
-        """
+        """N, from the arguments of a call of the model; a ValueError where it is not there."""
         if self.position is not None and self.position < len(args):
             value = args[self.position]
         elif self.name is not None and self.name in kwargs:
             value = kwargs[self.name]
         else:
-            keywords = f"{len(args)} positional arguments and the keywords {sorted(kwargs)}"
-            raise self._missing(f"the call has {keywords}")
+            raise self._missing(f"the call has {len(args)} positional arguments and the keywords "
+                                f"{sorted(kwargs)}")
         for key in self.path:
             try:
                 value = value[key]
             except (KeyError, IndexError, TypeError):
-                error = self._missing(f"a {type(value).__name__} has no item {key!r}")
-                raise error from None
+                raise self._missing(f"a {type(value).__name__} has no item {key!r}") from None
         if not isinstance(value, Tensor) or value.dim() <= self.dim:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise self._missing(f"found {found}")

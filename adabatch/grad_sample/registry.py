@@ -41,8 +41,7 @@ class FusedResult:
     Attributes:
         grad_inputs: gradient of the layer's input, or None.
         grads: {own parameter name: its gradient}, in the weight's type.
-        sq_norms: {own parameter name: ‖G_n‖² [N]}; empty where norms=False.
-        second_moments: {own parameter name: Σ_n G_n²}; only where second_moment=True.
+        sq_norms, second_moments: {own parameter name: ‖G_n‖² [N] or Σ_n G_n²}, where requested.
     """
 
     grad_inputs: Tensor | None
@@ -75,16 +74,8 @@ class FusedBackward:
         raise NotImplementedError
 
     def backward(
-        self,
-        layer: Layer,
-        saved: tuple[Tensor, ...],
-        weight: Tensor,
-        backprops: Tensor,
-        n_samples: int,
-        layout: Layout,
-        *,
-        needs_inputs: bool,
-        norms: bool = True,
+        self, layer: Layer, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,
+        n_samples: int, layout: Layout, *, needs_inputs: bool, norms: bool = True,
         second_moment: bool = False,
     ) -> FusedResult:
         """The backward pass of one call.
@@ -101,26 +92,18 @@ class FusedBackward:
         raise NotImplementedError
 
 
-def _never(layer: nn.Module) -> bool:
-    return False
-
-
-def _nothing(layer: nn.Module) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class GradSampler:
     """What is registered for a layer type, see register_grad_sampler; `may_mix`: whether its layers
     can mix samples at all."""
 
     rule: Rule
-    full_batch: Callable[..., bool] = _never
-    unsupported: Callable[..., str | None] = _nothing
-    parameters: frozenset[str] | None = None
-    fused: FusedBackward | None = None
-    cost: CostFunction | None = None
-    may_mix: bool = False
+    full_batch: Callable[..., bool]
+    unsupported: Callable[..., str | None]
+    parameters: frozenset[str] | None
+    fused: FusedBackward | None
+    cost: CostFunction | None
+    may_mix: bool
 
 
 def register_grad_sampler(
@@ -176,15 +159,14 @@ def register_grad_sampler(
     wrong = [repr(each) for each in layer_types
              if not (isinstance(each, type) and issubclass(each, nn.Module))]
     if wrong:
-        raise TypeError(
-            f"register_grad_sampler() takes subclasses of torch.nn.Module, got {', '.join(wrong)}. "
-            "Pass the layer's class."
-        )
+        raise TypeError(f"register_grad_sampler() takes subclasses of torch.nn.Module, got "
+                        f"{', '.join(wrong)}. Pass the layer's class.")
     names = None if parameters is None else frozenset(parameters)
 
     def register(rule: RuleT) -> RuleT:
-        sampler = GradSampler(rule, full_batch or _never, unsupported or _nothing, names, fused,
-                              cost, may_mix=full_batch is not None)
+        sampler = GradSampler(
+            rule, full_batch or (lambda layer: False), unsupported or (lambda layer: None), names,
+            fused, cost, may_mix=full_batch is not None)
         _SAMPLERS.update(dict.fromkeys(layer_types, sampler))
         return rule
 
@@ -213,15 +195,13 @@ def find_grad_sampler(layer: nn.Module) -> GradSampler | None:
         sampler = _SAMPLERS.get(layer_type)
         if sampler is None:
             continue
-        same_computation = all(
-            getattr(own, method, None) is getattr(layer_type, method, None)
-            for method in _COMPUTING_METHODS
-        )
+        same_computation = all(getattr(own, method, None) is getattr(layer_type, method, None)
+                               for method in _COMPUTING_METHODS)
         known = sampler.parameters is None or sampler.parameters == layer._parameters.keys()
         return sampler if same_computation and known else None
     return None
 
 
 def registered_layer_types() -> tuple[type[nn.Module], ...]:
-    """Every layer type with a rule of its own, in the order of registration."""
+    """Every layer type with a rule, in the order of registration."""
     return tuple(_SAMPLERS)

@@ -78,8 +78,7 @@ class ParameterTracer(TorchFunctionMode):
             have a row for every sample; None where nothing changes.
 
         Raises:
-            RuntimeError: such a tensor has no row for every sample, and operations inside the
-                layer cannot be watched.
+            RuntimeError: such a tensor has no row for every sample, and the layer is not watched.
         """
         leaves, tree = tree_flatten((args, kwargs))
         traced = [] if self._suspended else [
@@ -109,8 +108,7 @@ class ParameterTracer(TorchFunctionMode):
     def _has_batch_dim(
         self, layer: nn.Module, layout: Layout, has_rule: bool, leaves: Sequence[Leaf]
     ) -> bool:
-        """Whether the layer is called with samples, unlike a position table without a batch
-        dimension."""
+        """Whether the layer is called with samples, unlike a position table."""
         if layout is not Layout.BATCH_FIRST:
             return layout is not Layout.SHARED
         if call_type(layer) is not RecomputedCall:
@@ -170,8 +168,8 @@ class ParameterTracer(TorchFunctionMode):
                 self._sampled[id(value)] = weakref.ref(value)
 
     def _tap_rows(self, value: Tensor, dim: int) -> Tensor:
-        """A tensor computed from parameters alone with its rows, one for every sample along `dim`,
-        tapped: a learned initial state for instance."""
+        """A tensor computed from parameters alone (a learned initial state) with its rows, one for
+        each sample along `dim`, tapped."""
         own = self._expressions[id(value)][0]
         tree = tree_flatten(((own, 0, dim), {}))[1]
         rows = ParameterExpression(torch.transpose, (own, 0, dim), tree, 0, own.parameters, ())
@@ -260,11 +258,8 @@ class ParameterTracer(TorchFunctionMode):
         return target
 
     def _batched(self, function: Operation, leaves: Leaves) -> list[bool]:
-        """Which of an operation's inputs carry samples along their first dimension.
-
-        Raises:
-            RuntimeError: an input carries samples elsewhere.
-        """
+        """Which of an operation's inputs carry samples along their first dimension; a RuntimeError
+        where one carries them elsewhere."""
         # What has a gradient and no expression may come out of an operation that is not seen: a
         # compiled function or a torch.autograd.Function.
         batched = [self._has_rows(leaf) and (leaf.requires_grad or self._comes_from_samples(leaf))

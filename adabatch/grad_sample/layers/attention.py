@@ -27,7 +27,6 @@ INPUTS = ("query", "key", "value", "key_padding_mask", "attn_mask")
 
 
 def random_state(device: torch.device) -> RandomState:
-    """The states of the host's generator and of a GPU's."""
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return torch.get_rng_state(), on_device
 
@@ -87,7 +86,6 @@ class AttentionCall(RecomputedCall):
     def factors(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
     ) -> dict[str, Factor]:
-        """Factors of the projections' weights and biases."""
         given = dict(zip(self._present, tensors, strict=True))
         outer = dict(zip(self.tapped, backprops, strict=True))
         inputs = [self._time_first(given[key]) for key in ("query", "key", "value")]
@@ -125,8 +123,7 @@ class AttentionCall(RecomputedCall):
         self, projected: list[Tensor], given: dict[str, Tensor], output_grad: Tensor,
         weights_grad: Tensor | None,
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The context [T, N, E] before the output projection, and the gradients at the projected
-        queries, keys and values."""
+        """The context [T, N, E] before the output projection, and the projections' gradients."""
         layer, width, weight = self.layer, self.layer.embed_dim, self._weight.detach()
         eye = torch.eye(width, dtype=weight.dtype, device=weight.device)
         devices = [eye.device] if eye.device.type == "cuda" else []

@@ -93,10 +93,8 @@ def conv_grad_sample(layer: Conv, activations: Tensor, backprops: Tensor) -> dic
     weight, Σ over positions of b_n for the bias.
 
     Args:
-        activations, backprops: a, [N, C, *S], and b, [N, O, *S'].
-
-    Raises:
-        ValueError: the input has no batch dimension.
+        activations, backprops: a, [N, C, *S], and b, [N, O, *S']; without a batch dimension it
+            raises a ValueError.
 
     Example:
         >>> import torch

@@ -37,11 +37,8 @@ def embedding_grad_sample(
     padding_idx. With max_norm it is the gradient of the table as the forward pass left it.
 
     Args:
-        activations: ids, [N, ...], integers.
-        backprops: b, [N, ..., D].
-
-    Raises:
-        ValueError: the input has no batch dimension.
+        activations, backprops: ids, [N, ...], integers, and b, [N, ..., D]; without a batch
+            dimension it raises a ValueError.
 
     Example:
         >>> import torch

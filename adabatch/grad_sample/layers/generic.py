@@ -23,7 +23,7 @@ from adabatch.kernels import CHUNK_BYTES
 
 RANDOM = (
     "draws random numbers inside its forward pass, so that its per-sample gradients cannot be "
-    "computed again with the same draws. Put the dropout into a layer behind it (nn.Dropout), set "
+    "computed again with the same draws. Put the dropout into a layer after it (nn.Dropout), set "
     "its probability to 0, or pass ignore=[...]."
 )
 MIXES = (
@@ -133,7 +133,6 @@ class RecomputedCall:
     def _of_samples(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and output gradients, [S, ...] where they carry samples."""
         def first(tensor: Tensor, layout: Layout | None) -> Tensor:
             if layout is None:
                 return tensor
@@ -189,20 +188,12 @@ def register_call(layer_type: type[nn.Module]) -> Callable[[CallT], CallT]:
 
 
 def call_type(layer: nn.Module) -> type[RecomputedCall]:
-    """The kind of call that a layer without a rule is run again by.
-
-    Example:
-        >>> call_type(nn.Bilinear(2, 3, 4)).__name__
-        'RecomputedCall'
-    """
-    for layer_type, call in _CALLS.items():
-        if isinstance(layer, layer_type) and call.serves(layer):
-            return call
-    return RecomputedCall
+    """The kind of call that runs a layer without a rule again."""
+    return next((call for layer_type, call in _CALLS.items()
+                 if isinstance(layer, layer_type) and call.serves(layer)), RecomputedCall)
 
 
 def leaves_with_gradient(leaves: Sequence[object]) -> list[int]:
-    """Indices of the tensors that require a gradient."""
     return [index for index, leaf in enumerate(leaves)
             if isinstance(leaf, Tensor) and leaf.requires_grad]
 
@@ -225,11 +216,8 @@ def per_sample_grads(
         RuntimeError: the function draws random numbers, changes its inputs or mixes samples.
 
     Example:
-        >>> ones = torch.ones(3, 2)
-        >>> def scaled(parameters, inputs):
-        ...     return [parameters["scale"] * inputs]
-        >>> grads = per_sample_grads(scaled, {"scale": ones[0]}, [ones], [True], [ones], "Scale")
-        >>> grads["scale"].shape
+        >>> ones, scaled = torch.ones(3, 2), lambda parameters, inputs: [parameters["a"] * inputs]
+        >>> per_sample_grads(scaled, {"a": ones[0]}, [ones], [True], [ones], "Scale")["a"].shape
         torch.Size([3, 2])
     """
     double = any(tensor.dtype == torch.float64 for tensor in (*parameters.values(), *cotangents))
@@ -265,7 +253,7 @@ def per_sample_grads(
     grads = [one(tuple(row[sample] if each else row
                        for row, each in zip(rows, batched, strict=True)),
                  tuple(grad[sample] for grad in outer))
-             for sample in range(outer[0].shape[0])]
+             for sample in range(len(outer[0]))]
     return {key: torch.stack([grad[key] for grad in grads]) for key in grads[0]}
 
 

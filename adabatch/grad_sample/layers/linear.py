@@ -117,10 +117,8 @@ def linear_grad_sample(
     """Linear, y = W a + bias: G_n = Σ_t b_nt a_ntᵀ for the weight, Σ_t b_nt for the bias.
 
     Args:
-        activations, backprops: a, [N, ..., I], and b, [N, ..., O].
-
-    Raises:
-        ValueError: the input has no batch dimension.
+        activations, backprops: a, [N, ..., I], and b, [N, ..., O]; without a batch dimension it
+            raises a ValueError.
 
     Example:
         >>> import torch
