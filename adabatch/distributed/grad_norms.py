@@ -19,10 +19,9 @@ def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) 
     """This process's part of Σ ‖p.grad‖² of each group, [K]: the parts of all processes add up.
 
     No collective per parameter: a gradient that every process holds whole counts 1/world_size on
-    each; of a sharded one (a DTensor of fully_shard) the own shard counts, divided by the number of
-    processes that hold the same shard: the replicas of a hybrid mesh, and other meshes of the same
-    kind where this one has fewer processes (the data-parallel ones under tensor parallelism). Only
-    partial sums are gathered to their norm.
+    each; of a DTensor the own shard counts, divided by the number of processes that hold the same
+    shard (replicas of a hybrid mesh, and other meshes of the same kind under tensor parallelism).
+    Only partial sums are gathered to their norm.
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(2))
@@ -36,9 +35,7 @@ def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) 
         for grad in gradients(group):
             local, factor = _own_part(grad, world_size)
             locals_of_factor.setdefault(factor, []).append(local)
-        squares = [
-            total_norm(grads).square() * factor for factor, grads in locals_of_factor.items()
-        ]
+        squares = [total_norm(grads).square() * k for k, grads in locals_of_factor.items()]
         parts.append(sum(squares[1:], squares[0]) if squares else torch.zeros(()))
     return stacked(parts)
 
@@ -64,24 +61,14 @@ def replicated_sq_norms(groups: Sequence[Sequence[Tensor]], replica: Collection[
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
-    """Whether the tensor is a DTensor, of which this process holds a part.
-
-    Example:
-        >>> is_sharded(torch.zeros(2))
-        False
-    """
+    """Whether the tensor is a DTensor, of which this process holds a part."""
     if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
         return False
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor of a DTensor, gathered from its processes; any other as it is.
-
-    Example:
-        >>> full_tensor(torch.ones(1))
-        tensor([1.])
-    """
+    """The whole tensor of a DTensor, gathered from its processes; any other as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 

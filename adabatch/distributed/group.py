@@ -264,7 +264,7 @@ def canonical_repr(value: object) -> str:
     names: Sequence[str] = ()
     arguments = []
     if isinstance(value, Controller):
-        names, arguments = value.init_args, [canonical_repr(each) for each in value.operands]
+        names, arguments = value.init_args, [canonical_repr(each) for each in value.children]
     elif is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in fields(value)]
     arguments += [f"{name}={canonical_repr(getattr(value, name))}" for name in names]

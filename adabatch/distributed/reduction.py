@@ -8,20 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from adabatch.distributed.group import (
-    CHECKSUM,
-    HostGroup,
-    checksum,
-    checksums_agree,
-    raise_divergence,
-)
+from adabatch.distributed.group import (CHECKSUM, HostGroup, checksum, checksums_agree,
+                                        raise_divergence)
 from adabatch.distributed.shard import BatchShard, OutputWeights
 from adabatch.distributed.tensor_parallel import TensorParallel
-from adabatch.estimators.moments import GradientMoments
+from adabatch.estimators.moments import GradientMoments, centred_terms
 from adabatch.estimators.totals import N_SUMS, Totals, between_processes, sums_of, totals_of
 
 if TYPE_CHECKING:
@@ -32,8 +27,7 @@ UNREDUCED = (
     "the gradients are not the same in all {world} processes when the backward pass ends (‖g‖² "
     "differs by {spread:.2g} of its value): nothing averaged them. Wrap the model in "
     "torch.nn.parallel.DistributedDataParallel or fully_shard before training, and run a step's "
-    "last backward pass outside no_sync()"
-)
+    "last backward pass outside no_sync()")
 
 
 class MomentReduction:
@@ -44,8 +38,6 @@ class MomentReduction:
     moments of one process are not finite, the measurement is dropped on all.
 
     Args:
-        group: the processes.
-        shard: this process's part of the batches.
         batches: accumulated batches per step.
         summed: the loss is a sum over the samples.
         decision: () -> what this process last decided, by name.
@@ -55,26 +47,17 @@ class MomentReduction:
         weights: on the model's outputs, held and removed with this.
         tensor_parallel: of a model that several processes hold together: what they add is divided
             by their number, except norms, of which each has a part.
-        waits: the sum is waited for in the next step, so that nothing on an accelerator's step path
-            waits for other processes.
+        waits: the sum is waited for in the next step, so that an accelerator's step waits for none.
 
     Attributes:
         seconds: since the first step, by the mean of all processes' clocks.
     """
 
     def __init__(
-        self,
-        group: HostGroup,
-        shard: BatchShard,
-        *,
-        batches: int,
-        summed: bool,
-        decision: Callable[[], Mapping[str, Any]],
-        over_samples: Callable[[GradientMoments], list[Tensor]],
-        between_processes: bool = False,
-        weights: OutputWeights | None = None,
-        tensor_parallel: TensorParallel | None = None,
-        waits: bool = False,
+        self, group: HostGroup, shard: BatchShard, *, batches: int, summed: bool,
+        decision: Callable[[], Mapping[str, object]],
+        over_samples: Callable[[GradientMoments], list[Tensor]], between_processes: bool,
+        weights: OutputWeights, tensor_parallel: TensorParallel | None, waits: bool,
     ):
         self.group, self.seconds = group, 0.0
         self._shard, self._batches, self._summed, self._decision = shard, batches, summed, decision
@@ -82,7 +65,7 @@ class MomentReduction:
         self._over_samples = over_samples
         self._tensor_parallel, self._waits = tensor_parallel, waits
         # By the step's number: loading a state drops records that were waiting here.
-        self._pending: dict[int, tuple[Callable[[], list[float]], Mapping[str, Any]]] = {}
+        self._pending: dict[int, tuple[Callable[[], list[float]], Mapping[str, object]]] = {}
 
     def start(self, record: StepRecord) -> bool:
         """Send this process's numbers; whether the sum is to be waited for in the next step."""
@@ -103,11 +86,8 @@ class MomentReduction:
         return self._waits
 
     def finish(self, record: StepRecord) -> None:
-        """Put the sums into the record.
-
-        Raises:
-            RuntimeError: on every process, where their decisions or their gradients differ.
-        """
+        """Put the sums into the record. RuntimeError on every process, where their decisions or
+        their gradients differ."""
         wait, decision = self._pending.pop(record.step)
         world = self.group.world_size
         loss, bad, rows, seconds, whole, square, *rest = wait()
@@ -127,10 +107,9 @@ class MomentReduction:
 
     def remove(self) -> None:
         """Take the weights off the model."""
-        if self._weights is not None:
-            self._weights.remove()
+        self._weights.remove()
 
-    def _vector(self, record: StepRecord, decision: Mapping[str, Any]) -> list[float]:
+    def _vector(self, record: StepRecord, decision: Mapping[str, object]) -> list[float]:
         moments, loss, replica = record.moments, float(record.loss), self._shard.replica
         bad = not math.isfinite(loss) or (moments is not None and not moments.is_finite)
         fraction = self._shard.fraction_of(self._batches) if moments is None else moments.share
@@ -146,32 +125,26 @@ class MomentReduction:
         head = [own_loss, float(bad), rows, seconds, whole, whole**2]
         return [*head, *checksum(tuple(decision.values())), *sums]
 
-    def _global(
-        self, moments: GradientMoments, sums: list[float], m: int, bad: bool
-    ) -> GradientMoments:
+    def _global(self, moments: GradientMoments, sums: list[float], m: int, bad: bool
+                ) -> GradientMoments:
         """The moments of the whole batch, with NaN where they cannot be used."""
         groups = sorted(moments.by_group)
-        parts = [
-            self._whole(part, sums[at * N_SUMS :], m, bad)
-            for at, part in enumerate([moments, *(moments.by_group[group] for group in groups)])
-        ]
+        own = [moments, *(moments.by_group[group] for group in groups)]
+        parts = [self._whole(part, sums[k * N_SUMS :], m, bad) for k, part in enumerate(own)]
         whole = replace(parts[0], by_group=dict(zip(groups, parts[1:], strict=True)))
         if not moments.parameter_grad_sq_norms or whole.totals is None:
             return whole
         names, rest = list(moments.by_parameter), sums[(1 + len(groups)) * N_SUMS :]
-        sq_norms = {name: math.nan if bad else rest[2 * at] for at, name in enumerate(names)}
+        sq_norms = {name: math.nan if bad else rest[2 * k] for k, name in enumerate(names)}
         # The second sum is that of the terms without what ‖g_k‖² adds to each: c_i w_i² with
         # inner_products, otherwise -1.
         added = sums[4] / m if moments.inner_products is not None else -1.0
-        terms = {
-            name: rest[2 * at + 1] / m + added * sq_norms[name] for at, name in enumerate(names)
-        }
+        terms = {name: rest[2 * k + 1] / m + added * sq_norms[name] for k, name in enumerate(names)}
         totals = replace(whole.totals, parameter_terms=terms)
         return replace(whole, parameter_grad_sq_norms=sq_norms, totals=totals)
 
-    def _whole(
-        self, moments: GradientMoments, sums: list[float], m: int, bad: bool
-    ) -> GradientMoments:
+    def _whole(self, moments: GradientMoments, sums: list[float], m: int, bad: bool
+               ) -> GradientMoments:
         if bad or not m:
             empty = Totals(0, math.nan)
             return replace(moments, batch_size=m, grad_sq_norm=math.nan, totals=empty)
@@ -190,8 +163,8 @@ def _sums(moments: GradientMoments, replica: int) -> list[float]:
     for name, norms in moments.by_parameter.items() if moments.parameter_grad_sq_norms else ():
         terms = norms.double()
         if moments.parameter_inner_products:
-            weights = 1.0 if moments.weights is None else moments.weights
-            terms = terms - 2 * weights * moments.parameter_inner_products[name].double()
+            products = moments.parameter_inner_products[name]
+            terms, _ = centred_terms(replace(moments, sq_norms=norms, inner_products=products))
             terms = terms if moments.corrections is None else moments.corrections * terms
         sums += [moments.parameter_grad_sq_norms[name], float(terms.mean()) * rows]
     return sums

@@ -19,30 +19,20 @@ from adabatch.distributed.grad_norms import is_sharded
 ALONE = (
     "{name} is sharded over several processes (tensor parallel), each of which sees its own part "
     'only: let adabatch.wrap measure it, with process_group=mesh["dp"], the processes that share '
-    "each batch, or pass ignore=[{name!r}]"
-)
+    "each batch, or pass ignore=[{name!r}]")
 COMPILED = (
     "{name} is sharded over several processes (tensor parallel), which cannot be measured under "
-    "torch.compile: run the model uncompiled"
-)
+    "torch.compile: run the model uncompiled")
 
 
 def is_parallel(layer: nn.Module) -> bool:
-    """Whether the layer computes with DTensors: under tensor parallelism, not under fully_shard.
-
-    Example:
-        >>> is_parallel(nn.Linear(2, 1))
-        False
-    """
+    """Whether the layer computes with DTensors: under tensor parallelism, not under fully_shard."""
     return any(is_sharded(parameter) for parameter in layer._parameters.values())
 
 
 def check_parallel(name: str, layer: nn.Module, measured: bool) -> bool:
-    """Whether the layer is parallel; refuses one whose pieces nothing adds up, or that is compiled.
-
-    Raises:
-        RuntimeError: naming the layer and the fix.
-    """
+    """Whether the layer is parallel; RuntimeError where nothing adds its pieces up (it is not
+    `measured` by wrap), or where it is compiled."""
     if not is_parallel(layer):
         return False
     if torch.compiler.is_compiling():
@@ -74,10 +64,8 @@ def _sharded_dim(weight: Tensor) -> int | None:
 
 
 def _local(tensor: Tensor, layer: nn.Module, split: bool) -> Tensor:
-    """The local part, whole or split along the last dimension.
-
-    Communicates only where the layer left it otherwise (sequence parallel).
-    """
+    """The local part, whole or split along the last dimension. Communicates only where the layer
+    left it otherwise (sequence parallel)."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = next(each.device_mesh for each in layer._parameters.values() if is_sharded(each))
