@@ -20,9 +20,8 @@ from adabatch.controllers.base import Controller
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    # A group; a mesh, all of whose processes are meant; ranks in the default group; None for all.
-    Processes: TypeAlias = dist.ProcessGroup | DeviceMesh | list[int] | None
-
+# A group; a mesh, all of whose processes are meant; ranks in the default group; None for all.
+Processes: TypeAlias = "dist.ProcessGroup | DeviceMesh | list[int] | None"
 T = TypeVar("T")
 NOT_INITIALISED = (
     "{why}, but torch.distributed has no process group: call "

@@ -47,6 +47,9 @@ def different_set_ups(folder: Path) -> None:
     raises_alike(ValueError, f"lr=0.1.*lr=0.2.*on rank {last}", lambda: wrap(lr=own([0.1, 0.2])))
     controllers = [adabatch.CABS, lambda: adabatch.CABS(scale=2.0)]
     raises_alike(ValueError, "controller: ", lambda: wrap(controller=own(controllers)()))
+    inner = [adabatch.CABS, lambda: adabatch.CABS(scale=2.0)]
+    raises_alike(ValueError, r"controller: .*scale=2\.0", lambda: wrap(
+        controller=adabatch.controllers.Confident(own(inner)(), level=0.9)))
     raises_alike(ValueError, "multiple_of: 1 on rank", lambda: wrap(multiple_of=own([1, 2])))
 
 
@@ -140,6 +143,20 @@ def a_controller_of_its_own_mind(folder: Path) -> None:
     model, optimizer, loader, scheduler = wrap()
     optimizer.param_groups[0]["lr"] *= 1 + dist.get_rank()
     raises_alike(RuntimeError, "lr: ", lambda: one_step(model, optimizer, loader, scheduler))
+    scheduler.remove()
+
+
+class Fixed:
+    """An object with propose() and nothing else."""
+
+    def propose(self, moments: Any, *, loss: float, lr: float) -> float:
+        return 16.0
+
+
+def a_controller_with_propose_alone(folder: Path) -> None:
+    model, optimizer, loader, scheduler = wrap(controller=Fixed())
+    one_step(model, optimizer, loader, scheduler)
+    assert scheduler.get_last_batch_size() == 16
     scheduler.remove()
 
 

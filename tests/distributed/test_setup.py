@@ -15,6 +15,7 @@ BAD = [
     *("orders_agree_whatever_the_generators", "a_process_with_nan_spoils_no_other"),
     *("gradients_that_nobody_averages", "outputs_without_tensors_cannot_be_weighed"),
     *("a_controller_of_its_own_mind", "goodput_goes_by_one_clock", "a_group_made_anew"),
+    "a_controller_with_propose_alone",
 ]
 CHECKS = {
     2: BAD,
