@@ -135,13 +135,13 @@ def wrap(
     needs: frozenset[str] = frozenset() if controller is None else controller.requires
     micro = MicroBatching(
         adaptive, micro_options.size, accumulate, KINDS[type(how)], micro_options.loss_fn)
-    asks = needs_moments(controller, lr_rule.rule)
-    interval, share = plan_of(measured, how, asks)
+    needed = needs_moments(controller, lr_rule.rule)
+    interval, share = plan_of(measured, how, needed)
     samples = interval.samples if interval is not None else None
     samples = samples if parallel is None else parallel.samples_here(samples)
     hooks: Estimator
     if interval is None and share is None:
-        if asks and measure is None:
+        if needed and measure is None:
             name = type(controller).__name__ if controller is not None else "Seesaw"
             raise ValueError(
                 f"{name} or coupling={lr_rule.rule!r} needs gradient moments, got measure=None: "

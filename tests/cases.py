@@ -13,7 +13,7 @@ SAMPLES = 5
 
 @dataclass(frozen=True)
 class Case:
-    """A layer to measure: how to make it, what to feed it, and which of its parameters are frozen."""
+    """A layer to measure: how to make it, its inputs, and which parameters are frozen."""
 
     id: str
     layer: Callable[[], nn.Module]
@@ -22,13 +22,15 @@ class Case:
     evaluation: bool = False
 
     def make_layer(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The layer with random parameters and buffers, also where torch's start is ones and zeros."""
+        """The layer with random parameters and buffers, also those that torch sets to 1 or 0."""
         layer = self.layer().to(dtype)
         for parameter in layer.parameters():
             nn.init.normal_(parameter)
         for name, buffer in layer.named_buffers():
             if buffer.is_floating_point():
-                buffer.copy_(torch.rand_like(buffer) + 0.5 if name.endswith("var") else torch.randn_like(buffer))
+                buffer.copy_(
+                    torch.rand_like(buffer) + 0.5
+                    if name.endswith("var") else torch.randn_like(buffer))
         for name in self.frozen:
             layer.get_parameter(name).requires_grad_(False)
         return layer.eval() if self.evaluation else layer
@@ -63,24 +65,48 @@ LINEAR = [
 CONV = [
     Case("conv1d", lambda: nn.Conv1d(3, 5, 4), _normal(3, 11)),
     Case("conv1d-one-wide", lambda: nn.Conv1d(1, 1, 1), _normal(1, 1)),
-    Case("conv1d-same-even", lambda: nn.Conv1d(2, 3, 4, padding="same", dilation=3), _normal(2, 10)),
-    Case("conv1d-circular", lambda: nn.Conv1d(2, 3, 3, padding=2, padding_mode="circular"), _normal(2, 7)),
+    Case(
+        "conv1d-same-even", lambda: nn.Conv1d(2, 3, 4, padding="same", dilation=3), _normal(2, 10)),
+    Case(
+        "conv1d-circular", lambda: nn.Conv1d(2, 3, 3, padding=2, padding_mode="circular"),
+        _normal(2, 7)),
     Case("conv2d", lambda: nn.Conv2d(3, 4, (3, 2)), _normal(3, 7, 6)),
     Case("conv2d-no-bias", lambda: nn.Conv2d(3, 4, 3, padding=1, bias=False), _normal(3, 5, 5)),
-    Case("conv2d-left-over", lambda: nn.Conv2d(2, 3, 3, stride=(2, 3), padding=(1, 0)), _normal(2, 8, 7)),
-    Case("conv2d-dilated", lambda: nn.Conv2d(2, 3, (3, 2), stride=2, padding=(2, 1), dilation=(2, 3)), _normal(2, 9, 8)),
+    Case(
+        "conv2d-left-over", lambda: nn.Conv2d(2, 3, 3, stride=(2, 3), padding=(1, 0)),
+        _normal(2, 8, 7)),
+    Case(
+        "conv2d-dilated",
+        lambda: nn.Conv2d(2, 3, (3, 2), stride=2, padding=(2, 1), dilation=(2, 3)),
+        _normal(2, 9, 8)),
     Case("conv2d-groups", lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), _normal(4, 5, 6)),
-    Case("conv2d-depthwise", lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=3), _normal(3, 6, 7)),
+    Case(
+        "conv2d-depthwise", lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=3),
+        _normal(3, 6, 7)),
     Case("conv2d-valid", lambda: nn.Conv2d(2, 3, 3, padding="valid"), _normal(2, 5, 5)),
     Case("conv2d-same", lambda: nn.Conv2d(2, 3, 3, padding="same"), _normal(2, 5, 4)),
-    Case("conv2d-same-even", lambda: nn.Conv2d(2, 4, (2, 4), padding="same", groups=2), _normal(2, 5, 6)),
-    Case("conv2d-same-even-reflect", lambda: nn.Conv2d(2, 3, (4, 3), padding="same", padding_mode="reflect"), _normal(2, 6, 5)),
-    Case("conv2d-reflect", lambda: nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="reflect"), _normal(2, 5, 4)),
-    Case("conv2d-replicate", lambda: nn.Conv2d(2, 3, 3, stride=2, padding=(1, 2), padding_mode="replicate"), _normal(2, 5, 4)),
+    Case(
+        "conv2d-same-even", lambda: nn.Conv2d(2, 4, (2, 4), padding="same", groups=2),
+        _normal(2, 5, 6)),
+    Case(
+        "conv2d-same-even-reflect",
+        lambda: nn.Conv2d(2, 3, (4, 3), padding="same", padding_mode="reflect"), _normal(2, 6, 5)),
+    Case(
+        "conv2d-reflect", lambda: nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="reflect"),
+        _normal(2, 5, 4)),
+    Case(
+        "conv2d-replicate",
+        lambda: nn.Conv2d(2, 3, 3, stride=2, padding=(1, 2), padding_mode="replicate"),
+        _normal(2, 5, 4)),
     Case("conv2d-frozen-weight", lambda: nn.Conv2d(2, 3, 3), _normal(2, 5, 5), frozen=("weight",)),
     Case("conv2d-frozen-bias", lambda: nn.Conv2d(2, 3, 3), _normal(2, 5, 5), frozen=("bias",)),
-    Case("conv3d", lambda: nn.Conv3d(2, 3, (2, 3, 1), stride=(1, 2, 1), padding=(1, 1, 0)), _normal(2, 4, 5, 3)),
-    Case("conv3d-same-circular", lambda: nn.Conv3d(2, 2, 2, padding="same", padding_mode="circular", groups=2), _normal(2, 3, 4, 3)),
+    Case(
+        "conv3d", lambda: nn.Conv3d(2, 3, (2, 3, 1), stride=(1, 2, 1), padding=(1, 1, 0)),
+        _normal(2, 4, 5, 3)),
+    Case(
+        "conv3d-same-circular",
+        lambda: nn.Conv3d(2, 2, 2, padding="same", padding_mode="circular", groups=2),
+        _normal(2, 3, 4, 3)),
 ]
 
 EMBEDDING = [
@@ -112,17 +138,28 @@ NORMALIZATION = [
     Case("instance-norm2d", lambda: nn.InstanceNorm2d(3, affine=True, eps=0.3), _normal(3, 4, 5)),
     Case("instance-norm3d", lambda: nn.InstanceNorm3d(1, affine=True), _normal(1, 2, 3, 4)),
     Case("instance-norm-plain", lambda: nn.InstanceNorm2d(3), _normal(3, 4, 5)),
-    Case("instance-norm-tracking", lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), _normal(3, 4, 5)),
-    Case("instance-norm-tracking-eval", lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), _normal(3, 4, 5), evaluation=True),
-    Case("instance-norm-eval", lambda: nn.InstanceNorm1d(3, affine=True), _normal(3, 4), evaluation=True),
+    Case(
+        "instance-norm-tracking",
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), _normal(3, 4, 5)),
+    Case(
+        "instance-norm-tracking-eval",
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), _normal(3, 4, 5),
+        evaluation=True),
+    Case(
+        "instance-norm-eval", lambda: nn.InstanceNorm1d(3, affine=True), _normal(3, 4),
+        evaluation=True),
     Case("batch-norm1d", lambda: nn.BatchNorm1d(3), _normal(3)),
     Case("batch-norm1d-positions", lambda: nn.BatchNorm1d(3, eps=0.3), _normal(3, 4)),
     Case("batch-norm1d-eval", lambda: nn.BatchNorm1d(3), _normal(3), evaluation=True),
     Case("batch-norm1d-one-wide", lambda: nn.BatchNorm1d(1), _normal(1)),
     Case("batch-norm2d", lambda: nn.BatchNorm2d(3), _normal(3, 4, 5)),
     Case("batch-norm2d-eval", lambda: nn.BatchNorm2d(3), _normal(3, 4, 5), evaluation=True),
-    Case("batch-norm2d-no-running-eval", lambda: nn.BatchNorm2d(3, track_running_stats=False), _normal(3, 4, 5), evaluation=True),
-    Case("batch-norm2d-frozen-weight", lambda: nn.BatchNorm2d(3), _normal(3, 4, 5), frozen=("weight",)),
+    Case(
+        "batch-norm2d-no-running-eval", lambda: nn.BatchNorm2d(3, track_running_stats=False),
+        _normal(3, 4, 5), evaluation=True),
+    Case(
+        "batch-norm2d-frozen-weight", lambda: nn.BatchNorm2d(3), _normal(3, 4, 5),
+        frozen=("weight",)),
     Case("batch-norm3d", lambda: nn.BatchNorm3d(2), _normal(2, 2, 3, 2)),
     Case("batch-norm3d-eval", lambda: nn.BatchNorm3d(2), _normal(2, 2, 3, 2), evaluation=True),
 ]

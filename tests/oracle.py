@@ -1,7 +1,7 @@
 """The one oracle of the tests: float64, one backward pass per sample.
 
-Batches are a tensor, or tuples, lists and dicts of them, samples first. loss_fn(model, batch) returns the per-sample losses [N].
-Call before hooks are attached: the model is copied, hooks and all.
+Batches are a tensor, or tuples, lists and dicts of them, samples first. loss_fn(model, batch)
+returns the per-sample losses [N]. Call before hooks are attached: the model is copied with them.
 """
 
 from __future__ import annotations
@@ -25,30 +25,40 @@ def per_sample_grads(model: nn.Module, loss_fn: LossFunction, batch: Any) -> dic
     for sample in range(num_samples(batch)):
         copied = copy.deepcopy(model).double()
         copied.zero_grad(set_to_none=True)
-        _backward(loss_fn(copied, map_tensors(batch, lambda tensor, i=sample: _double(tensor[i : i + 1]))).sum())
+        _backward(loss_fn(
+            copied, map_tensors(batch, lambda tensor, i=sample: _double(tensor[i : i + 1]))).sum())
         for name, parameter in copied.named_parameters():
             if parameter.requires_grad:
-                grads[name].append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                grads[name].append(
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     return {name: torch.stack(rows) for name, rows in grads.items()}
 
 
 def contributions(model: nn.Module, loss_fn: LossFunction, batch: Any) -> dict[str, Tensor]:
-    """Contribution of each sample to the gradient of the summed loss, {name: [N, *shape] float64}; for models that mix samples, as train-mode batch norm does.
+    """Contribution of each sample to the gradient of the summed loss, {name: [N, *shape] float64};
+    for models that mix samples, as train-mode batch norm does.
 
-    Every sample i gets parameters of its own, θ_i, all of equal value. A layer's output row i is that of the layer run on the whole batch with θ_i. The
-    gradient of the summed loss with respect to θ_i is the contribution of sample i: it passes through the rows of sample i only, and the contributions
-    add up to the whole gradient. Parameters must belong to layers that return one tensor, samples first.
+    Every sample i gets its own parameters θ_i, all of equal value. A layer's output row i is that
+    of the layer run on the whole batch with θ_i. The gradient of the summed loss with respect to
+    θ_i is the contribution of sample i: it passes through the rows of sample i only, and the
+    contributions add up to the whole gradient. Parameters must belong to layers that return one
+    tensor, samples first.
     """
     copied = copy.deepcopy(model).double()
     samples = num_samples(batch)
-    trainable = {name: parameter for name, parameter in copied.named_parameters() if parameter.requires_grad}
-    own = {parameter: parameter.detach().expand(samples, *parameter.shape).clone().requires_grad_() for parameter in trainable.values()}
+    trainable = {
+        name: parameter for name, parameter in copied.named_parameters() if parameter.requires_grad}
+    own = {
+        parameter: parameter.detach().expand(samples, *parameter.shape).clone().requires_grad_()
+        for parameter in trainable.values()}
     for layer in copied.modules():
         if any(parameter in own for parameter in layer._parameters.values()):
             layer.forward = _forward_with_own_parameters(layer, own, samples)
     _backward(loss_fn(copied, map_tensors(batch, _double)).sum())
     thetas = {name: own[parameter] for name, parameter in trainable.items()}
-    return {name: torch.zeros_like(theta) if theta.grad is None else theta.grad for name, theta in thetas.items()}
+    return {
+        name: torch.zeros_like(theta) if theta.grad is None else theta.grad
+        for name, theta in thetas.items()}
 
 
 def sq_norms(grads: dict[str, Tensor]) -> Tensor:
@@ -62,7 +72,7 @@ def second_moment(grads: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def variance_trace(grads: dict[str, Tensor]) -> Tensor:
-    """Σ_i ‖g_i − ḡ‖² / (N − 1) over all parameters, of per-sample gradients of the samples' own losses."""
+    """Σ_i ‖g_i − ḡ‖² / (N − 1) over all parameters; grads: of the samples' own losses."""
     return sum(grad.var(0, correction=1).sum() for grad in grads.values())
 
 
@@ -91,13 +101,17 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().double() if tensor.is_floating_point() else tensor
 
 
-def _forward_with_own_parameters(layer: nn.Module, own: dict[nn.Parameter, Tensor], samples: int) -> Callable[..., Tensor]:
+def _forward_with_own_parameters(
+    layer: nn.Module, own: dict[nn.Parameter, Tensor], samples: int
+) -> Callable[..., Tensor]:
     forward, shared = layer.forward, dict(layer._parameters)
 
     def per_sample_forward(*args: Any, **kwargs: Any) -> Tensor:
         rows = []
         for sample in range(samples):
-            layer._parameters.update({name: own[parameter][sample] for name, parameter in shared.items() if parameter in own})
+            layer._parameters.update({
+                name: own[parameter][sample] for name, parameter in shared.items()
+                if parameter in own})
             rows.append(forward(*args, **kwargs)[sample : sample + 1])
         layer._parameters.update(shared)
         return torch.cat(rows)

@@ -1,4 +1,4 @@
-"""A controller whose proposals are written down beforehand, and models on which every quantity is known."""
+"""A controller with a given list of proposals, and models on which every quantity is known."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tests.options import grouped, make_scheduler
 
 
 class Proposals(adabatch.controllers.Controller):
-    """Returns the proposals in turn, the last one for ever; `passed` holds the arguments of each call."""
+    """Returns the proposals in turn, then the last one; `passed`: the arguments of each call."""
 
     needs_effective_lr, needs_moments, effective_lr = False, True, None
 
     def __init__(self, *proposals, needs_effective_lr=False, effective_lr=None):
-        self.proposals, self.needs_effective_lr, self.effective_lr = list(proposals), needs_effective_lr, effective_lr
+        self.proposals = list(proposals)
+        self.needs_effective_lr, self.effective_lr = needs_effective_lr, effective_lr
         self.passed: list[dict] = []
 
     def propose(self, moments, *, loss, lr):
@@ -35,7 +36,8 @@ class Proposals(adabatch.controllers.Controller):
 
 
 class Slope(nn.Module):
-    """The mean output has gradient 1 in its one weight, whatever the batch: each step of SGD moves the weight by exactly the lr."""
+    """The mean output has gradient 1 in its one weight, whatever the batch: each step of SGD moves
+    the weight by exactly the lr."""
 
     def __init__(self):
         super().__init__()
@@ -59,21 +61,29 @@ def regression(n: int, seed: int = 0, width: int = 3) -> TensorDataset:
     """Inputs [n, width] and noisy linear targets [n, 1]."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(n, width, generator=generator)
-    return TensorDataset(inputs, inputs.sum(1, keepdim=True) + torch.randn(n, 1, generator=generator))
+    return TensorDataset(
+        inputs, inputs.sum(1, keepdim=True) + torch.randn(n, 1, generator=generator))
 
 
-def slope_run(controller, n=400, batch_size=16, lr=1.0, accumulate=1, optimizer=SGD, loader_options=None, **options):
+def slope_run(
+    controller, n=400, batch_size=16, lr=1.0, accumulate=1, optimizer=SGD, loader_options=None,
+    **options,
+):
     """(model, optimizer, loader, scheduler) for the slope model."""
     model = Slope()
     stepping = optimizer(model.parameters(), lr=lr)
     loader = AdaptiveDataLoader(ones(n), batch_size, **(loader_options or {}))
     options = {"min_batch_size": 2, "max_batch_size": 64, **options}
-    hooks = GradSampleHooks(model, accumulate=accumulate, loss_reduction=options.pop("loss_reduction", "mean"))
+    hooks = GradSampleHooks(
+        model, accumulate=accumulate, loss_reduction=options.pop("loss_reduction", "mean"))
     return model, stepping, loader, make_scheduler(stepping, loader, hooks, controller, **options)
 
 
-def steps(model, optimizer, loader, scheduler, n_steps=None, scheduler_first=False, loss_of=lambda outputs: outputs.mean(), after=lambda: None):
-    """Trains for so many steps (None: one epoch); yields (rows, how far the weight moved) of each step."""
+def steps(
+    model, optimizer, loader, scheduler, n_steps=None, scheduler_first=False,
+    loss_of=lambda outputs: outputs.mean(), after=lambda: None,
+):
+    """Trains for n_steps (None: one epoch); yields (samples, how far the weight moved) of each."""
     done = count(1)
     while True:
         for (inputs,) in loader:

@@ -40,17 +40,21 @@ def test_selection_of_nothing():
 
 
 def spread_loss(model, part):
-    """The variance of the part: what the loss of a batch-normalised network has in common with it is that it depends on the batch."""
+    """The variance of the part: like a batch-normalised network's loss, it depends on the batch."""
     return model(part["x"]).var(correction=0)
 
 
 def test_losses_are_means_over_the_samples_of_the_parts():
     x = torch.tensor([1.0, 3.0, 2.0, 8.0, 5.0])
-    losses = split_losses(nn.Identity(), spread_loss, {"x": x, "name": "kept"}, candidates=(8, 2, 1))
+    losses = split_losses(
+        nn.Identity(), spread_loss, {"x": x, "name": "kept"}, candidates=(8, 2, 1))
     parts = {8: [x], 2: [x[:2], x[2:4], x[4:]], 1: list(x[:, None])}
-    expected = {size: sum(len(part) * part.var(correction=0).item() for part in split) / 5 for size, split in parts.items()}
+    expected = {
+        size: sum(len(part) * part.var(correction=0).item() for part in split) / 5
+        for size, split in parts.items()}
     assert losses == pytest.approx(expected, rel=1e-6)
-    assert split_losses(nn.Identity(), lambda model, part: part, x, candidates=(2,)) == pytest.approx({2: 3.8})
+    assert split_losses(
+        nn.Identity(), lambda model, part: part, x, candidates=(2,)) == pytest.approx({2: 3.8})
 
 
 def normalised():
@@ -72,7 +76,7 @@ def test_evaluating_changes_neither_running_statistics_nor_gradients():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_that_looks_at_each_sample_alone_ties():
+def test_a_model_without_dependence_between_samples_ties():
     losses = split_losses(nn.Linear(3, 1), loss_fn, regression(256).tensors)
     assert select_batch_size(losses) == select_batch_size(losses, pick="largest") == 256
 
@@ -100,7 +104,8 @@ def test_one_step_per_part_with_its_share_of_the_lr(size, moves, lr):
 def test_against_the_steps_by_hand():
     inputs, targets = regression(32).tensors
     ours, theirs = normalised(), normalised()
-    optimizer, other = SGD(ours.parameters(), lr=0.2, momentum=0.9), SGD(theirs.parameters(), lr=0.2, momentum=0.9)
+    optimizer = SGD(ours.parameters(), lr=0.2, momentum=0.9)
+    other = SGD(theirs.parameters(), lr=0.2, momentum=0.9)
     schedule, reference = StepLR(optimizer, 2, 0.5), StepLR(other, 2, 0.5)
     for _ in range(3):
         step = online_step(ours, optimizer, loss_fn, (inputs, targets), candidates=(32, 16, 8))
@@ -108,7 +113,8 @@ def test_against_the_steps_by_hand():
         lr, losses = other.param_groups[0]["lr"], []
         for start in range(0, 32, step.batch_size):
             other.zero_grad()
-            loss = loss_fn(theirs, (inputs[start : start + step.batch_size], targets[start : start + step.batch_size]))
+            part = slice(start, start + step.batch_size)
+            loss = loss_fn(theirs, (inputs[part], targets[part]))
             loss.backward()
             other.param_groups[0]["lr"] = lr * step.batch_size / 32
             other.step()
@@ -117,7 +123,9 @@ def test_against_the_steps_by_hand():
         reference.step()
         assert step.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
         assert step.batch_size == min(step.losses_by_size, key=step.losses_by_size.get)
-    assert all(torch.equal(*pair) for pair in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert isinstance(step, OnlineStep)
 
 
@@ -125,14 +133,17 @@ def test_a_step_that_raises_leaves_the_lr():
     model = Slope()
     optimizer = SGD(model.parameters(), lr=0.4)
     with pytest.raises(RuntimeError, match="does not require grad"):
-        online_step(model, optimizer, lambda model, part: part.mean(), torch.ones(8, 1), candidates=(4,))
+        online_step(
+            model, optimizer, lambda model, part: part.mean(), torch.ones(8, 1), candidates=(4,))
     assert optimizer.param_groups[0]["lr"] == 0.4
     assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_bad_batches_and_candidates():
     for batch in ((), torch.tensor(1.0), (torch.ones(3), torch.ones(4)), torch.ones(0, 2)):
-        with pytest.raises(ValueError, match="batch must hold tensors whose first dimension is the sample's"):
+        with pytest.raises(
+            ValueError, match="batch must hold tensors whose first dimension is the sample's"
+        ):
             split_losses(nn.Identity(), loss_fn, batch)
     with pytest.raises(ValueError, match=r"candidates\[1\] must be an integer >= 1, got 0"):
         split_losses(nn.Identity(), loss_fn, torch.ones(4), candidates=(4, 0))
@@ -150,7 +161,7 @@ def controller(*choices, **options):
     return OnlineSelection(losses, candidates=(64, 32, 16), **options)
 
 
-def test_as_a_controller_it_chooses_anew_after_as_many_samples_as_the_largest_has():
+def test_as_a_controller_it_chooses_again_after_the_largest_candidates_samples():
     run = slope_run(controller(16, 32, 64, 16), n=64 * 5, coupling="linear")
     moved = list(steps(*run))
     sizes = [64] + [16] * 4 + [32] * 2 + [64] + [16] * 4

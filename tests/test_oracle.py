@@ -26,8 +26,10 @@ def test_per_sample_grads_of_linear_regression():
     expected = closed_form(model, batch)
     torch.testing.assert_close(grads, {"weight": expected.unsqueeze(1)})
     torch.testing.assert_close(oracle.sq_norms(grads), expected.square().sum(1))
-    torch.testing.assert_close(oracle.second_moment(grads)["weight"], expected.square().sum(0, keepdim=True))
-    torch.testing.assert_close(oracle.variance_trace(grads), (expected - expected.mean(0)).square().sum() / 5)
+    torch.testing.assert_close(
+        oracle.second_moment(grads)["weight"], expected.square().sum(0, keepdim=True))
+    torch.testing.assert_close(
+        oracle.variance_trace(grads), (expected - expected.mean(0)).square().sum() / 5)
 
 
 def test_contributions_are_per_sample_grads_where_nothing_mixes_samples():
@@ -36,7 +38,9 @@ def test_contributions_are_per_sample_grads_where_nothing_mixes_samples():
     model = nn.Sequential(first, nn.Tanh(), first, nn.LayerNorm(3), nn.Linear(3, 1))
     model[3].bias.requires_grad_(False)
     _, batch = make_regression()
-    torch.testing.assert_close(oracle.contributions(model, squared_error, batch), oracle.per_sample_grads(model, squared_error, batch))
+    torch.testing.assert_close(
+        oracle.contributions(model, squared_error, batch),
+        oracle.per_sample_grads(model, squared_error, batch))
 
 
 def test_contributions_through_batch_norm_add_up_and_follow_the_rows():
@@ -46,12 +50,15 @@ def test_contributions_through_batch_norm_add_up_and_follow_the_rows():
     batch = {name: tensor.double() for name, tensor in batch.items()}
     contributions = oracle.contributions(model, squared_error, batch)
     squared_error(model, batch).sum().backward()
-    torch.testing.assert_close({name: rows.sum(0) for name, rows in contributions.items()}, {name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(
+        {name: rows.sum(0) for name, rows in contributions.items()},
+        {name: p.grad for name, p in model.named_parameters()})
 
     hidden = model[0](batch["inputs"]).detach()
     normalized = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + model[1].eps).sqrt()
     outputs = (normalized * model[1].weight + model[1].bias).detach().requires_grad_()
-    (backprops,) = torch.autograd.grad((0.5 * (model[3](model[2](outputs)) - batch["targets"]).square()).sum(), outputs)
+    (backprops,) = torch.autograd.grad(
+        (0.5 * (model[3](model[2](outputs)) - batch["targets"]).square()).sum(), outputs)
     torch.testing.assert_close(contributions["1.weight"], backprops * normalized)
     torch.testing.assert_close(contributions["1.bias"], backprops)
 

@@ -28,7 +28,8 @@ def test_the_loop_of_the_design_as_it_stands():
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = DataLoader(regression(20_000, width=200), batch_size=600, shuffle=True)
     original = optimizer
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=adabatch.CABS(), batch_sizes=(16, 4096))
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, optimizer, loader, controller=adabatch.CABS(), batch_sizes=(16, 4096))
 
     for inputs, targets in loader:
         optimizer.zero_grad()
@@ -56,25 +57,40 @@ def test_every_step_measured_the_size_settles_where_theory_says():
         loss.backward()
         optimizer.step()
         scheduler.step(loss)
-    # Near the optimum g_i = 2 r_i x_i with r_i of variance F, so that T = 4 F (200 + 1), and the size settles at lr * T / F.
+    # Near the optimum g_i = 2 r_i x_i with r_i of variance F, so that T = 4 F (200 + 1), and the
+    # size settles at lr * T / F.
     assert scheduler.get_last_batch_size() == pytest.approx(0.1 * 4 * 201, rel=0.15)
 
 
 ERRORS = {
-    "no-batches": ({"loader": lambda: DataLoader(ones(8), batch_size=None)}, ValueError, "has no batch sampler"),
+    "no-batches": (
+        {"loader": lambda: DataLoader(ones(8), batch_size=None)}, ValueError,
+        "has no batch sampler"),
     "own-batches": (
-        {"loader": lambda: DataLoader(ones(8), batch_sampler=BatchSampler(SequentialSampler(range(8)), 4, False))},
+        {"loader": lambda: DataLoader(
+            ones(8), batch_sampler=BatchSampler(SequentialSampler(range(8)), 4, False))},
         ValueError,
         r"batch sampler \(BatchSampler\) cannot be set.*ResizableBatchSampler",
     ),
-    "unordered": ({"loader": lambda: DataLoader(ones(8), num_workers=1, in_order=False)}, ValueError, "in_order=False"),
-    "not-a-loader": ({"loader": lambda: [torch.ones(3, 3)]}, TypeError, "loader must be a torch.utils.data.DataLoader .* got list"),
-    "not-an-optimizer": ({"optimizer": lambda model: "sgd"}, TypeError, "optimizer must be a torch.optim.Optimizer, got str"),
-    "frozen": ({"model": lambda: nn.Linear(3, 1).requires_grad_(False)}, ValueError, "no trainable parameters"),
-    "adadelta": ({"optimizer": lambda model: Adadelta(model.parameters())}, ValueError, "known for Adadelta.*effective_lr="),
+    "unordered": (
+        {"loader": lambda: DataLoader(ones(8), num_workers=1, in_order=False)}, ValueError,
+        "in_order=False"),
+    "not-a-loader": (
+        {"loader": lambda: [torch.ones(3, 3)]}, TypeError,
+        "loader must be a torch.utils.data.DataLoader .* got list"),
+    "not-an-optimizer": (
+        {"optimizer": lambda model: "sgd"}, TypeError,
+        "optimizer must be a torch.optim.Optimizer, got str"),
+    "frozen": (
+        {"model": lambda: nn.Linear(3, 1).requires_grad_(False)}, ValueError,
+        "no trainable parameters"),
+    "adadelta": (
+        {"optimizer": lambda model: Adadelta(model.parameters())}, ValueError,
+        "known for Adadelta.*effective_lr="),
     "bounds": ({"batch_sizes": (100, 64)}, ValueError, r"minimum \(100\) must not exceed"),
     "bound": ({"batch_sizes": 64}, ValueError, r"batch_sizes must be a pair .* got 64"),
-    "reduction": ({"loss_reduction": "none"}, ValueError, r"loss_reduction must be one of .*'none'"),
+    "reduction": (
+        {"loss_reduction": "none"}, ValueError, r"loss_reduction must be one of .*'none'"),
     "typo": (
         {"batchsizes": (4, 8)}, TypeError,
         r"^wrap\(\) got an unexpected keyword argument 'batchsizes': did you mean batch_sizes=\?$",
@@ -126,7 +142,9 @@ def test_errors_leave_everything_as_it_was(options, error, message):
 
 
 def test_all_layers_that_cannot_be_measured_are_listed():
-    model = nn.ModuleDict({"one": nn.Linear(3, 1), "two": nn.Embedding(4, 2, sparse=True), "three": nn.Embedding(4, 2, scale_grad_by_freq=True)})
+    model = nn.ModuleDict({
+        "one": nn.Linear(3, 1), "two": nn.Embedding(4, 2, sparse=True),
+        "three": nn.Embedding(4, 2, scale_grad_by_freq=True)})
     with pytest.raises(ValueError, match=r"Embedding \(two\)[\s\S]*Embedding \(three\)"):
         adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(8)))
     assert not any(module._forward_hooks for module in model.modules())
@@ -137,9 +155,13 @@ def test_a_compiled_model_takes_the_same_steps(backend):
     def run(compiled):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 1))
-        callable_model = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
+        callable_model = model
+        if compiled:
+            callable_model = torch.compile(model, backend=backend, fullgraph=True)
         options = {"batch_sizes": (4, 64), "measure": "all"}
-        parts = adabatch.wrap(callable_model, SGD(model.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=16), **options)
+        parts = adabatch.wrap(
+            callable_model, SGD(model.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=16),
+            **options)
         return train_epoch(callable_model, *parts), parts[2].diagnostics
 
     torch._dynamo.reset()
@@ -147,7 +169,8 @@ def test_a_compiled_model_takes_the_same_steps(backend):
     assert batches == expected
     measured = history.column("measured")
     assert list(measured) == list(reference.column("measured"))
-    assert list(history.column("variance_trace")[measured]) == pytest.approx(list(reference.column("variance_trace")[measured]), rel=1e-4)
+    assert list(history.column("variance_trace")[measured]) == pytest.approx(
+        list(reference.column("variance_trace")[measured]), rel=1e-4)
 
 
 def test_adam_with_an_effective_lr():
@@ -164,9 +187,11 @@ def test_adam_with_an_effective_lr():
 
 def test_two_param_groups_are_measured_apart():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-    optimizer = SGD([{"params": model[0].parameters(), "lr": 0.01}, {"params": model[1].parameters(), "lr": 0.02}])
+    optimizer = SGD([{"params": model[0].parameters(), "lr": 0.01},
+                     {"params": model[1].parameters(), "lr": 0.02}])
     controller = Proposals(16)
-    parts = adabatch.wrap(model, optimizer, DataLoader(Indexed(), batch_size=16), controller=controller)
+    parts = adabatch.wrap(
+        model, optimizer, DataLoader(Indexed(), batch_size=16), controller=controller)
     train_epoch(model, *parts)
     assert set(controller.passed[0]["moments"].by_group) == {0, 1}
     assert all(0.01 < passed["lr"] < 0.02 for passed in controller.passed)
@@ -174,7 +199,8 @@ def test_two_param_groups_are_measured_apart():
 
 def test_options_reach_their_places():
     model, optimizer, loader, scheduler = wrapped(
-        DataLoader(Indexed(), batch_size=16), samples=6, seed=3, every=2, multiple_of=8, on_limit="lower_lr", short_batch="keep"
+        DataLoader(Indexed(), batch_size=16), samples=6, seed=3, every=2, multiple_of=8,
+        on_limit="lower_lr", short_batch="keep",
     )
     train_epoch(model, optimizer, loader, scheduler)
     passed = scheduler.controller.passed
@@ -186,8 +212,10 @@ def test_options_reach_their_places():
 
 
 def test_accumulation_end_to_end():
-    """The loader's batches are a k-th of the step; loss / k is differentiated; propose gets the mean over the step."""
-    model, optimizer, loader, scheduler = wrapped(DataLoader(regression(1000), batch_size=8), CABS(scale=2.0), accumulate=4)
+    """The loader's batches are a k-th of the step; loss / k is differentiated; propose gets the
+    mean over the step."""
+    model, optimizer, loader, scheduler = wrapped(
+        DataLoader(regression(1000), batch_size=8), CABS(scale=2.0), accumulate=4)
     assert (loader.batch_size, scheduler.get_last_batch_size()) == (8, 32)
     losses, rows = [], []
     for inputs, targets in loader:
@@ -200,14 +228,17 @@ def test_accumulation_end_to_end():
             optimizer.zero_grad()
             scheduler.step(sum(losses[-4:]) / 4)
     history = scheduler.diagnostics
-    assert list(history.column("batch_size")) == [sum(rows[start : start + 4]) for start in range(0, len(rows) - 3, 4)]
-    assert list(history.column("loss")) == [sum(losses[start : start + 4]) / 4 for start in range(0, len(losses) - 3, 4)]
+    assert list(history.column("batch_size")) == [
+        sum(rows[start : start + 4]) for start in range(0, len(rows) - 3, 4)]
+    assert list(history.column("loss")) == [
+        sum(losses[start : start + 4]) / 4 for start in range(0, len(losses) - 3, 4)]
     assert {4, 32} <= set(history.column("batch_size"))
     assert 1000 - 3 * loader.batch_size <= scheduler.samples_seen <= 1000
 
 
 def test_an_accumulated_step_may_span_two_epochs():
-    model, optimizer, loader, scheduler = wrapped(DataLoader(Indexed(), batch_size=16, shuffle=True), Proposals(39, 21, 60), accumulate=3)
+    model, optimizer, loader, scheduler = wrapped(
+        DataLoader(Indexed(), batch_size=16, shuffle=True), Proposals(39, 21, 60), accumulate=3)
     passes = samples = 0
     for _ in range(5):
         for _indices, inputs, targets in loader:
@@ -225,15 +256,20 @@ def test_an_accumulated_step_may_span_two_epochs():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nothing_of_ours_warns(compiled):
-    """As under python -W error. torch.compile itself (2.13) instantiates torch.autograd.Function for any custom function, which torch warns of."""
+    """As under python -W error. torch.compile itself (2.13) instantiates torch.autograd.Function
+    for any custom function, which torch warns of."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if compiled:
-            warnings.filterwarnings("ignore", "<class 'torch.autograd.function.Function'> should not be instantiated", DeprecationWarning)
+            warnings.filterwarnings(
+                "ignore", "<class 'torch.autograd.function.Function'> should not be instantiated",
+                DeprecationWarning)
         model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
-        optimizer, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8, shuffle=True), batch_sizes=(8, 2048))
+        optimizer, loader, scheduler = adabatch.wrap(
+            model, SGD(model.parameters(), lr=0.01), DataLoader(regression(64), 8, shuffle=True),
+            batch_sizes=(8, 2048))
         forward = torch.compile(model, backend="aot_eager") if compiled else model
         for inputs, targets in loader:
             optimizer.zero_grad()
@@ -297,7 +333,8 @@ def test_wrap_takes_few_keywords_all_with_a_default():
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(names=strategies.sets(strategies.sampled_from(sorted(DEFAULTS))), short=strategies.booleans())
+@given(
+    names=strategies.sets(strategies.sampled_from(sorted(DEFAULTS))), short=strategies.booleans())
 def test_a_default_passed_explicitly_changes_nothing(names, short):
     """Each default as itself, or as the object it stands for."""
     options = {name: DEFAULTS[name]() for name in names}

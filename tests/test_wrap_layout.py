@@ -1,4 +1,4 @@
-"""wrap(layout=): what adabatch.check found carries a model whose samples do not lie along dimension 0."""
+"""wrap with the layout that adabatch.check found: samples not along dimension 0."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def test_a_time_first_model_is_measured_exactly_with_the_layout_that_check_found
     truth = oracle.variance_trace(oracle.per_sample_grads(model, losses, (inputs[:16],)))
     layout = adabatch.check(model, (inputs[:6],), losses, verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    _, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(TensorDataset(inputs), 16), estimator=adabatch.PerSample(layout=layout))
+    _, loader, scheduler = adabatch.wrap(
+        model, optimizer, DataLoader(TensorDataset(inputs), 16),
+        estimator=adabatch.PerSample(layout=layout))
     batch = next(iter(loader))
     loss = losses(model, batch).mean()
     loss.backward()
@@ -69,5 +71,9 @@ def test_layers_that_check_refused_are_refused_unless_ignored():
     layout = adabatch.check(model, (inputs[:6],), losses, verbose=False)
     assert layout.refused
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=rf"leave them out with ignore=.*{next(iter(layout.refused))}"):
-        adabatch.wrap(model, optimizer, DataLoader(TensorDataset(inputs), 16), estimator=adabatch.PerSample(layout=layout))
+    with pytest.raises(
+        ValueError, match=rf"leave them out with ignore=.*{next(iter(layout.refused))}"
+    ):
+        adabatch.wrap(
+            model, optimizer, DataLoader(TensorDataset(inputs), 16),
+            estimator=adabatch.PerSample(layout=layout))

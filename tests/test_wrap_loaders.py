@@ -1,4 +1,4 @@
-"""wrap takes over a plain DataLoader: its order, workers and options stay, its sizes follow the proposals."""
+"""wrap adopts a plain DataLoader: order, workers and options stay, sizes follow the proposals."""
 
 import gc
 import weakref
@@ -44,7 +44,7 @@ def test_every_index_once_an_epoch(options):
     assert run[3].samples_seen == 2 * N
 
 
-def test_the_order_is_kept_or_drawn_anew():
+def test_the_order_is_kept_or_drawn_again_each_epoch():
     def orders(**options):
         run = wrapped(DataLoader(Indexed(), batch_size=16, **options))
         return [[index for batch in train_epoch(*run) for index in batch] for _ in range(2)]
@@ -57,9 +57,10 @@ def test_the_order_is_kept_or_drawn_anew():
     assert orders(shuffle=True, generator=torch.Generator().manual_seed(2))[0] != first
 
 
-def test_samplers_of_weights_and_subsets_are_taken_as_they_are():
+def test_samplers_of_weights_and_subsets_are_kept():
     def weighted():
-        return WeightedRandomSampler([0.0] * 120 + [1.0] * 120, 100, generator=torch.Generator().manual_seed(4))
+        return WeightedRandomSampler(
+            [0.0] * 120 + [1.0] * 120, 100, generator=torch.Generator().manual_seed(4))
 
     batches = train_epoch(*wrapped(DataLoader(Indexed(), batch_size=16, sampler=weighted())))
     assert [index for batch in batches for index in batch] == list(weighted())
@@ -69,7 +70,8 @@ def test_samplers_of_weights_and_subsets_are_taken_as_they_are():
 
 
 def test_drop_last_holds_for_every_size():
-    batches = train_epoch(*wrapped(DataLoader(Indexed(), batch_size=16, drop_last=True), Proposals(50)))
+    batches = train_epoch(
+        *wrapped(DataLoader(Indexed(), batch_size=16, drop_last=True), Proposals(50)))
     assert [len(batch) for batch in batches] == [16, 50, 50, 50, 50]
 
 
@@ -83,19 +85,26 @@ def start_worker(worker):
 
 
 def test_collate_fn_worker_init_fn_and_the_other_options_are_kept():
-    loader = DataLoader(Indexed(), batch_size=16, collate_fn=collate, num_workers=2, worker_init_fn=start_worker, pin_memory=False, timeout=30)
+    loader = DataLoader(
+        Indexed(), batch_size=16, collate_fn=collate, num_workers=2, worker_init_fn=start_worker,
+        pin_memory=False, timeout=30)
     model, optimizer, adaptive, scheduler = wrapped(loader)
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.extend(args[0][:, 0].tolist()))
     batches = train_epoch(model, optimizer, adaptive, scheduler)
-    assert sorted(index for batch in batches for index in batch) == [index + 1000 for index in range(N)]
+    assert sorted(index for batch in batches for index in batch) == [
+        index + 1000 for index in range(N)]
     assert set(seen) == {0.0, 1.0}
-    for name in ("num_workers", "collate_fn", "worker_init_fn", "pin_memory", "timeout", "prefetch_factor", "persistent_workers", "generator", "dataset"):
+    for name in (
+        "num_workers", "collate_fn", "worker_init_fn", "pin_memory", "timeout", "prefetch_factor",
+        "persistent_workers", "generator", "dataset",
+    ):
         assert getattr(adaptive, name) is getattr(loader, name), name
 
 
-def test_pinned_memory_is_asked_for():
-    loader = DataLoader(ones(40), batch_size=8, pin_memory=True, multiprocessing_context="fork", num_workers=1)
+def test_pinned_memory_is_requested():
+    loader = DataLoader(
+        ones(40), batch_size=8, pin_memory=True, multiprocessing_context="fork", num_workers=1)
     _, _, adaptive, _ = wrapped(loader)
     assert adaptive.pin_memory
     assert adaptive.multiprocessing_context == loader.multiprocessing_context
@@ -110,11 +119,12 @@ def test_an_adaptive_loader_and_a_resizable_sampler_are_used_as_they_are():
     assert train_epoch(*adopted) == train_epoch(*wrapped(own))
 
 
-def test_let_go_of_it_takes_the_loader_and_its_workers_along():
-    """In a reference cycle, persistent workers would be waited for ten seconds when the cycle is collected."""
+def test_deleting_the_last_reference_ends_the_loader_and_its_workers():
+    """In a reference cycle, collecting it would wait ten seconds for persistent workers."""
     gc.disable()
     try:
-        model, optimizer, loader, scheduler = wrapped(DataLoader(Indexed(), batch_size=16, num_workers=1, persistent_workers=True))
+        model, optimizer, loader, scheduler = wrapped(
+            DataLoader(Indexed(), batch_size=16, num_workers=1, persistent_workers=True))
         train_epoch(model, optimizer, loader, scheduler)
         workers = loader._engine._iterator._workers
         gone = weakref.ref(loader)

@@ -1,4 +1,4 @@
-"""The examples are scripts, not a package: their folders go on the path, as a script's own does when it is run."""
+"""The examples are scripts, not a package: their folders go on the path, as a script's own does."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
 @pytest.fixture(autouse=True)
 def compiler_settings():
-    """The benchmarks change settings of the compiler, as scripts of their own may; the tests after them must not see it."""
+    """The benchmarks change settings of the compiler, which the tests after them must not see."""
     before = torch._dynamo.config.skip_nnmodule_hook_guards
     yield
     if torch._dynamo.config.skip_nnmodule_hook_guards != before:

@@ -111,7 +111,7 @@ def test_steps_of_a_model(options, monkeypatch, broken):
 
 
 def test_all_parts_in_one_run(tmp_path, monkeypatch, capsys):
-    """What was found is written after each part, and what was asked for is judged."""
+    """Results are written after each part, and compared with the targets."""
     shape = "N=8 T=2048 I=4096 O=4096 bfloat16"
     row = {"kernel": "weight_grad_moments", "case": shape, "ms": 3.0, "reached": 1e12}
     row |= {"unit": "FLOP/s", "share": 0.5, "weight_grad": 2.0, "materialised": 9.0, "error": 0.005}

@@ -8,19 +8,24 @@ from idx_data import load_folder, read_idx
 
 LABELS = bytes.fromhex("00 00 08 01  00 00 00 03  07 00 ff")
 IMAGES = bytes.fromhex("00 00 08 03  00 00 00 03  00 00 00 01  00 00 00 02  01 02 03 04 05 fe")
-NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+NAMES = (
+    "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte")
 
 
 def write_folder(folder, names=NAMES):
     for name in names:
         content = IMAGES if "images" in name else LABELS
-        (folder / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
+        (folder / name).write_bytes(
+            gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
 
 
 @pytest.mark.parametrize("name", ["file", "file.gz"])
-@pytest.mark.parametrize(("content", "expected"), [(LABELS, [7, 0, 255]), (IMAGES, [[[1, 2]], [[3, 4]], [[5, 254]]])])
+@pytest.mark.parametrize(
+    ("content", "expected"), [(LABELS, [7, 0, 255]), (IMAGES, [[[1, 2]], [[3, 4]], [[5, 254]]])])
 def test_reads_numbers_and_shape(tmp_path, name, content, expected):
-    (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(
+        gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
     numbers = read_idx(tmp_path / name)
     assert numbers.dtype == torch.uint8
     assert numbers.tolist() == expected
@@ -58,7 +63,8 @@ def test_wrong_magic_number(tmp_path, content, shown):
     assert str(tmp_path / "file") in str(error.value)
 
 
-@pytest.mark.parametrize("content", [LABELS[:-1], LABELS + b"\0", LABELS[:6], gzip.compress(LABELS, mtime=0)[:-9]])
+@pytest.mark.parametrize(
+    "content", [LABELS[:-1], LABELS + b"\0", LABELS[:6], gzip.compress(LABELS, mtime=0)[:-9]])
 def test_wrong_length(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match="Download it again"):

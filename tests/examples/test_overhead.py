@@ -1,4 +1,6 @@
-"""The overhead benchmark on tiny models: its methods agree with its own float64 trace, and compiled steps are measured."""
+"""The overhead benchmark on tiny models: its methods agree with its float64 trace, and
+compiled steps are measured.
+"""
 
 import json
 from pathlib import Path
@@ -19,8 +21,11 @@ def ids():
 
 
 TINY = {
-    "compiled": Workload("x", "GPT", lambda: UnderAutocast(Gpt(1, 16, 2, 8, 32)), ids, token_losses, compiled=True),
-    "batch norm": Workload("y", "CNN", lambda: UnderAutocast(resnet((1, 1), 4)), images(4, 3, 32, 32), class_losses, alone=False),
+    "compiled": Workload(
+        "x", "GPT", lambda: UnderAutocast(Gpt(1, 16, 2, 8, 32)), ids, token_losses, compiled=True),
+    "batch norm": Workload(
+        "y", "CNN", lambda: UnderAutocast(resnet((1, 1), 4)), images(4, 3, 32, 32), class_losses,
+        alone=False),
     "images": Workload("z", "ViT", lambda: Vit(1, 16, 2, 32), images(4, 3, 32, 32), class_losses),
 }
 
@@ -29,7 +34,8 @@ TINY = {
 @pytest.mark.parametrize("which", TINY)
 def test_all_of_ours(which):
     torch._dynamo.reset()
-    result = overhead.measure(TINY[which], [*NAMES, "Vmap"] if which == "images" else NAMES, 3, "cpu")
+    result = overhead.measure(
+        TINY[which], [*NAMES, "Vmap"] if which == "images" else NAMES, 3, "cpu")
     assert not result["skipped"]
     assert [row["median"] for row in result["rows"][:1]] == [1.0]
     errors = {row["method"]: row["error"] for row in result["rows"]}
@@ -52,6 +58,8 @@ def test_peak_memory():
 def test_written_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(overhead.EVERY, "z", TINY["images"])
     threads = torch.get_num_threads()
-    overhead.main(["--models", "z", "--repeats", "2", "--peers", "", "--no-memory", "--threads", str(threads), "--out", str(tmp_path)])
+    overhead.main([
+        "--models", "z", "--repeats", "2", "--peers", "", "--no-memory", "--threads", str(threads),
+        "--out", str(tmp_path)])
     assert json.loads((tmp_path / "overhead.json").read_text())["results"][0]["model"] == "z"
     assert (tmp_path / "overhead.md").read_text().strip() in capsys.readouterr().out

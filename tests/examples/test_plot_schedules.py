@@ -6,8 +6,12 @@ from adabatch import schedules
 
 
 def test_every_schedule_is_drawn():
-    drawn = {type(build(plot_schedules.place())).__name__ for build in plot_schedules.BATCH_SIZES.values()}
-    known = {name for name in schedules.__all__ if isinstance(getattr(schedules, name), type) and issubclass(getattr(schedules, name), schedules.BSScheduler)}
+    drawn = {
+        type(build(plot_schedules.place())).__name__
+        for build in plot_schedules.BATCH_SIZES.values()}
+    known = {
+        name for name in schedules.__all__ if isinstance(getattr(schedules, name), type)
+        and issubclass(getattr(schedules, name), schedules.BSScheduler)}
     assert drawn == known - {"BSScheduler"}
 
 

@@ -14,8 +14,11 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "resumable.py"
 
 
 def start(out, workers, pause):
-    options = {"out": out, "samples": 400, "epochs": 2, "every": 2, "workers": workers, "pause": pause}
-    command = [sys.executable, str(SCRIPT), *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    options = {
+        "out": out, "samples": 400, "epochs": 2, "every": 2, "workers": workers, "pause": pause}
+    command = [
+        sys.executable, str(SCRIPT),
+        *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -33,9 +36,11 @@ def killed_and_resumed(out, kills, workers, seed):
         marker, before = out / "checkpoint.pt", None
         if marker.exists():
             before = marker.stat().st_mtime_ns
-        # Not before it has come further than the last time, so that the kills fall all over the run.
+        # Not before it has come further than the last time: the kills are spread over the run.
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and (not marker.exists() or marker.stat().st_mtime_ns == before):
+        while process.poll() is None and time.monotonic() < deadline and (
+            not marker.exists() or marker.stat().st_mtime_ns == before
+        ):
             time.sleep(0.01)
         time.sleep(moments.random() * 0.5)
         process.send_signal(signal.SIGKILL)
@@ -48,7 +53,8 @@ def check(tmp_path, kills, workers):
     ours = killed_and_resumed(tmp_path / "killed", kills, workers, seed=kills)
     assert ours["seen"] == expected["seen"]
     for epoch in (0, 1):
-        indices = [index for batch in expected["seen"] for index in batch][400 * epoch : 400 * (epoch + 1)]
+        indices = [index for batch in expected["seen"] for index in batch][
+            400 * epoch : 400 * (epoch + 1)]
         assert sorted(indices) == list(range(400))
     sizes = {len(batch) for batch in expected["seen"]}
     assert len(sizes) > 3
@@ -56,7 +62,7 @@ def check(tmp_path, kills, workers):
     assert torch.equal(ours["weights"], expected["weights"])
 
 
-@pytest.mark.timeout(1200)  # five processes one after the other, each of which imports torch: minutes where the cores are busy
+@pytest.mark.timeout(1200)  # five processes in turn, each of which imports torch
 def test_killed_three_times(tmp_path):
     check(tmp_path, 3, [0, 1, 2])
 
