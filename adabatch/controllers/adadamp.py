@@ -15,18 +15,12 @@ from adabatch.estimators.moments import GradientMoments
 
 
 class AdaDamp(Controller):
-    """m = B₀·(F₀ − f_star)/(F − f_star), F the smoothed loss, F₀ the loss at the start.
+    """m = batch_size·(F₀ − f_star)/(F − f_star), F the smoothed loss, F₀ the loss at the start.
 
     The published rule evaluates F on the whole data set and rounds up; ours takes the losses of the
     batches (those that are not finite are skipped). Beyond the upper bound, on_limit='lower_lr'
     lowers the lr as published. A smoothed loss at or below f_star proposes infinity. At small
-    batches F₀ is one noisy loss: give initial_loss. The interval is by the error of F alone.
-
-    Args:
-        batch_size: B₀, in samples.
-        f_star: floor of the loss.
-        initial_loss: F₀; None takes the first loss seen.
-        smoothing: μ of the loss's average, 0 <= μ < 1.
+    batches F₀, the first loss, is noisy: give initial_loss. The interval is by the error of F.
 
     Example:
         >>> rule = AdaDamp(16, smoothing=0.0)
@@ -41,13 +35,10 @@ class AdaDamp(Controller):
     def __init__(self, batch_size: int, f_star: float = 0.0, initial_loss: float | None = None,
                  smoothing: float = 0.95):
         self.batch_size, self.f_star = positive("batch_size", batch_size), real("f_star", f_star)
+        self._first_batch_size = self.batch_size
         self.initial_loss = None if initial_loss is None else real("initial_loss", initial_loss)
         self.average, self.smoothing = MovingAverage(smoothing), smoothing
         self.start, self.samples = self.initial_loss, 1
-
-    @property
-    def first_batch_size(self) -> float:
-        return self.batch_size
 
     def on_step(self, *, samples: int, epoch: int) -> None:
         self.samples = samples  # the weight of the step's loss
@@ -81,13 +72,9 @@ class PadaDamp(Controller):
     state_attrs = ("steps",)
 
     def __init__(self, batch_size: int, rate: float):
-        self.batch_size = positive("batch_size", batch_size)
+        self._first_batch_size = self.batch_size = positive("batch_size", batch_size)
         self.rate = real("rate", rate, at_least=0)
         self.steps = 0
-
-    @property
-    def first_batch_size(self) -> float:
-        return self.batch_size
 
     def on_step(self, *, samples: int, epoch: int) -> None:
         self.steps += 1
@@ -111,13 +98,9 @@ class GeoDamp(Controller):
     state_attrs = ("epoch",)
 
     def __init__(self, batch_size: int, factor: float = 2.0, every: int = 5):
-        self.batch_size = positive("batch_size", batch_size)
+        self._first_batch_size = self.batch_size = positive("batch_size", batch_size)
         self.factor, self.every = positive("factor", factor), positive("every", every)
         self.epoch = 0
-
-    @property
-    def first_batch_size(self) -> float:
-        return self.batch_size
 
     def on_step(self, *, samples: int, epoch: int) -> None:
         self.epoch = epoch

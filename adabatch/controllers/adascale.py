@@ -22,36 +22,25 @@ class AdaScale(Controller):
     gain under a batch that another controller moves. Choose the base lr with room for a gain of
     B/B₀, and warm up: see adabatch/controllers/README.md.
 
-    Args:
-        batch_size: B, in samples.
-        base_batch_size: B₀, for which the lr was chosen.
-        smoothing: μ of the averages of T and G², 0 <= μ < 1.
-
     Example:
         >>> import torch
         >>> rule = AdaScale(batch_size=64, base_batch_size=16)
-        >>> norms = torch.tensor([17.0, 17.0])
-        >>> moments = GradientMoments(batch_size=2, sq_norms=norms, grad_sq_norm=9.0)  # T 16, G² 1
+        >>> moments = GradientMoments(2, torch.tensor([17.0, 17.0]), grad_sq_norm=9.0)  # T 16, G² 1
         >>> rule.propose(moments, loss=1.0, lr=0.1), rule.lr_factor()(64)
         (64.0, 1.6)
 
-    References:
-        Johnson, Agrawal, Gu, Guestrin (2020), "AdaScale SGD", arXiv 2007.05105.
+    Reference: Johnson, Agrawal, Gu, Guestrin (2020), "AdaScale SGD", arXiv 2007.05105.
     """
 
     init_args = ("batch_size", "base_batch_size", "smoothing")
     state_attrs = ("trace", "square", "base_steps")
 
     def __init__(self, batch_size: int, base_batch_size: int, smoothing: float = 0.95):
-        self.batch_size = positive("batch_size", batch_size)
+        self._first_batch_size = self.batch_size = positive("batch_size", batch_size)
         self.base_batch_size = positive("base_batch_size", base_batch_size)
         self.smoothing = smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
         self.base_steps = 0.0
-
-    @property
-    def first_batch_size(self) -> float:
-        return self.batch_size
 
     def lr_factor(self) -> Callable[[int], float]:
         """r as a function of the batch size."""

@@ -19,12 +19,7 @@ EXPONENTS = {"linear": 1.0, "sqrt": 0.5}
 
 
 def decay(progress: float, shape: str = "linear", power: float = 2.0) -> float:
-    """f(p), p = samples seen / budget, cut to [0, 1]: 1 − p, (1 − p)^power or (1 + cos πp)/2.
-
-    Example:
-        >>> [round(decay(0.5, shape), 3) for shape in SHAPES]
-        [0.5, 0.25, 0.5]
-    """
+    """f(p), p = samples seen / budget, cut to [0, 1]: 1 − p, (1 − p)^power or (1 + cos πp)/2."""
     left = 1.0 - min(max(progress, 0.0), 1.0)
     if shape == "cosine":
         return (1 - math.cos(math.pi * left)) / 2
@@ -45,8 +40,7 @@ class Annealed(Controller):
     Args:
         budget: samples of the whole run; afterwards η stays at final·η₀.
         batch_size: B₀, for which the lr was chosen, in samples.
-        shape: 'linear', 'power' or 'cosine'.
-        power: q of (1 − p)^q, > 0, for 'power'.
+        shape: f: 'linear' for 1 − p, 'power' for (1 − p)^power, 'cosine' for (1 + cos πp)/2.
         cap: where the batch stops growing, not below B₀: a number of samples; a controller, such as
             NoiseScale(scale=c), at every measured step; None leaves it to the upper bound.
         final: f at the end, 0 <= final <= 1: f becomes final + (1 − final)·f.
@@ -55,18 +49,15 @@ class Annealed(Controller):
 
     Example:
         >>> rule = Annealed(budget=1000, batch_size=16, cap=64, rule="linear")
-        >>> for samples in (500, 200, 200):
+        >>> for samples in (500, 400):
         ...     rule.on_step(samples=samples, epoch=0)
         ...     size = rule.propose(None, loss=1.0, lr=0.1)
-        ...     print(round(size, 6), round(rule.lr_factor()(size), 6))
+        ...     print(size, round(rule.lr_factor()(size), 6))
         32.0 1.0
-        53.333333 1.0
         64.0 0.4
 
-    References:
-        Smith, Kindermans, Ying, Le (2018), "Don't decay the learning rate, increase the batch
-        size", arXiv 1711.00489; for budgets Li, Yumer, Ramanan (2020), "Budgeted training",
-        arXiv 1905.04753. The cap and the composition are ours.
+    References: Smith, Kindermans, Ying, Le (2018), arXiv 1711.00489; for budgets Li, Yumer, Ramanan
+    (2020), arXiv 1905.04753. The cap and the composition are ours.
     """
 
     init_args = ("budget", "batch_size", "shape", "power", "cap", "final", "rule")
@@ -75,7 +66,7 @@ class Annealed(Controller):
     def __init__(self, budget: int, batch_size: int = 16, shape: str = "linear", power: float = 2.0,
                  cap: Operand | None = None, final: float = 0.0, rule: str | None = None):
         self.budget = positive("budget", budget)
-        self.batch_size = positive("batch_size", batch_size)
+        self._first_batch_size = self.batch_size = positive("batch_size", batch_size)
         self.shape, self.power = choice("shape", shape, SHAPES), positive("power", power)
         self.rule = choice("rule", rule, (None, *EXPONENTS))
         self.final = real("final", final, at_least=0, at_most=1)
@@ -89,10 +80,6 @@ class Annealed(Controller):
     @property
     def needs_moments(self) -> bool:
         return any(child.needs_moments for child in self.children)
-
-    @property
-    def first_batch_size(self) -> float:
-        return self.batch_size
 
     @property
     def step_per_sample(self) -> float:

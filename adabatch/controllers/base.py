@@ -23,6 +23,7 @@ class Controller(interfaces.Controller):
 
     A constructor raises TypeError or ValueError for an argument of the wrong type or out of range;
     propose ValueError for moments that lack what the rule needs (a batch of one has no variance).
+    `smoothing` is always the decay μ of the moving averages, 0 <= μ < 1.
 
     Attributes:
         init_args: names of the constructor's arguments, kept under the same names.
@@ -45,6 +46,7 @@ class Controller(interfaces.Controller):
     init_args: tuple[str, ...] = ()
     state_attrs: tuple[str, ...] = ()
     children: tuple[interfaces.Controller, ...] = ()
+    _first_batch_size: float | None = None  # None: that of the first child
 
     @property
     def requires(self) -> frozenset[str]:
@@ -65,7 +67,9 @@ class Controller(interfaces.Controller):
 
     @property
     def first_batch_size(self) -> float | None:
-        return self.children[0].first_batch_size if self.children else None
+        if self._first_batch_size is None and self.children:
+            return self.children[0].first_batch_size
+        return self._first_batch_size
 
     def bind(self, context: RunContext) -> None:
         for child in self.children:

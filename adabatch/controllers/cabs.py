@@ -31,12 +31,9 @@ class CABS(Controller):
     Derivations and limits: adabatch/controllers/README.md.
 
     Args:
-        scale: factor c on the rule, > 0.
         f_star: floor of the loss, F*; 0 as published. Losses with an entropy floor, label smoothing
             or weight decay inside need their own. 'auto' estimates it (`LossFloor`): 0 until there
             is an estimate, and F − f_star is then at least its standard error.
-        smoothing: μ of the averages, 0 <= μ < 1.
-        eps: added to the denominator, >= 0.
         max_grad_norm: what the loop clips the gradient's norm to; None if it does not, or if wrap
             does the clipping.
         effective_lr: a callable of a param group that gives its step per unit of gradient, for
@@ -44,14 +41,11 @@ class CABS(Controller):
 
     Example:
         >>> import torch
-        >>> norms = torch.tensor([1.0, 3.0])
-        >>> moments = GradientMoments(batch_size=2, sq_norms=norms, grad_sq_norm=1.0)
+        >>> moments = GradientMoments(2, torch.tensor([1.0, 3.0]), grad_sq_norm=1.0)
         >>> CABS().propose(moments, loss=0.5, lr=4.0)  # 4 · 2 / 0.5
         16.0
 
-    References:
-        Balles, Romero, Hennig (2017), "Coupling Adaptive Batch Sizes with Learning Rates",
-        arXiv 1612.05086.
+    Reference: Balles, Romero, Hennig (2017), arXiv 1612.05086.
     """
 
     init_args = ("scale", "f_star", "smoothing", "eps", "max_grad_norm", "effective_lr")
@@ -180,18 +174,14 @@ class ReferenceCABS(Controller):
     averages start at 0 and 1, weight all steps alike and are not bias-corrected, so that the first
     proposals are low and no interval is known; they are updated before use. The published code then
     rounds half to even and clips to 16..2048: bounds that the scheduler applies.
-    Arguments as in CABS.
 
     Example:
         >>> import torch
-        >>> norms = torch.tensor([1.0, 3.0])
-        >>> moments = GradientMoments(batch_size=2, sq_norms=norms, grad_sq_norm=1.0)
-        >>> rule = CABS.reference()
-        >>> round(rule.propose(moments, loss=1.0, lr=4.0), 12)  # 4 · (0.05 · 1) / 1
+        >>> moments = GradientMoments(2, torch.tensor([1.0, 3.0]), grad_sq_norm=1.0)
+        >>> round(CABS.reference().propose(moments, loss=1.0, lr=4.0), 12)  # 4 · (0.05 · 1) / 1
         0.2
 
-    References:
-        Balles, Romero, Hennig (2017), arXiv 1612.05086, and their published code.
+    Reference: Balles, Romero, Hennig (2017), arXiv 1612.05086, and their published code.
     """
 
     init_args = ("scale", "smoothing", "eps", "effective_lr")

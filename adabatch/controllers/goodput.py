@@ -109,9 +109,7 @@ class Goodput(Controller):
     Args:
         base_batch_size: B₀, for which the lr was chosen.
         max_batch_size: no larger size is considered; None for no bound.
-        gain: relative gain that a move must promise.
-        replicas: processes that share a batch.
-        smoothing: μ of the averages of T̂ and Ĝ², 0 <= μ < 1.
+        replicas: R, processes that share a batch.
         clock: seconds since some moment; None for that of the run.
 
     Example:
@@ -119,9 +117,7 @@ class Goodput(Controller):
         >>> Goodput(16).best_size(times, noise_scale=100.0, largest=4096)  # √(φ·a/b) = 100
         100.0
 
-    References:
-        Qiao et al. (2021), "Pollux: co-adaptive cluster scheduling for goodput-optimized deep
-        learning", OSDI.
+    Reference: Qiao et al. (2021), "Pollux", OSDI.
     """
 
     init_args = ("base_batch_size", "max_batch_size", "gain", "replicas", "smoothing")

@@ -23,22 +23,18 @@ class GradientDiversity(Controller):
     or bound the size to a few times the first one: with 'linear' as published runs collapsed
     (adabatch/controllers/README.md).
 
-    Args:
-        delta: δ, > 0.
-        epoch_samples: n, after which the rule is applied; None: at the end of each epoch.
+    n is epoch_samples, or the epoch's where that is None.
 
     Example:
         >>> import torch
-        >>> norms = torch.tensor([4.0, 8.0])
-        >>> moments = GradientMoments(2, norms, grad_sq_norm=4.0)  # E‖g_i‖² = 6, Ĝ² = 2
+        >>> moments = GradientMoments(2, torch.tensor([4.0, 8.0]), grad_sq_norm=4.0)
         >>> rule = GradientDiversity(delta=0.5, epoch_samples=2)
         >>> rule.on_step(samples=2, epoch=0)
-        >>> rule.propose(moments, loss=1.0, lr=0.1)
+        >>> rule.propose(moments, loss=1.0, lr=0.1)  # E‖g_i‖² = 6, Ĝ² = 2
         1.5
 
-    References:
-        Yin, Pananjady, Lam, Papailiopoulos, Ramchandran, Bartlett (2018), "Gradient diversity",
-        arXiv 1706.05699; DiveBatch (2025), arXiv 2509.16173.
+    Reference: Yin et al. (2018), "Gradient diversity", arXiv 1706.05699; DiveBatch (2025), arXiv
+    2509.16173.
     """
 
     init_args = ("delta", "epoch_samples")

@@ -17,20 +17,13 @@ class NoiseScale(Controller):
     an average of ratios would be badly biased. Where the smoothed Ĝ² is not above 0 the proposal is
     infinite. Limits: adabatch/controllers/README.md.
 
-    Args:
-        scale: c, > 0.
-        smoothing: μ of both averages, 0 <= μ < 1.
-
     Example:
         >>> import torch
-        >>> norms = torch.tensor([4.0, 8.0])
-        >>> moments = GradientMoments(batch_size=2, sq_norms=norms, grad_sq_norm=4.0)  # T 4, Ĝ² 2
+        >>> moments = GradientMoments(2, torch.tensor([4.0, 8.0]), grad_sq_norm=4.0)  # T 4, Ĝ² 2
         >>> NoiseScale(scale=0.5).propose(moments, loss=1.0, lr=0.1)
         1.0
 
-    References:
-        McCandlish, Kaplan, Amodei et al. (2018), "An empirical model of large-batch training",
-        arXiv 1812.06162.
+    Reference: McCandlish, Kaplan, Amodei et al. (2018), arXiv 1812.06162.
     """
 
     init_args = ("scale", "smoothing")

@@ -19,21 +19,15 @@ class NormTest(Controller):
     infinity where the latter is not above 0. The published rule never shrinks the batch:
     Monotone(NormTest(signal="raw")), rounded up.
 
-    Args:
-        theta: θ, the error allowed relative to the gradient, > 0.
-        signal: 'smoothed' or 'raw'.
-        smoothing: μ of the averages for 'smoothed', 0 <= μ < 1.
+    θ is the error allowed relative to the gradient.
 
     Example:
         >>> import torch
-        >>> norms = torch.tensor([4.0, 8.0])
-        >>> moments = GradientMoments(batch_size=2, sq_norms=norms, grad_sq_norm=4.0)  # T 4, Ĝ² 2
+        >>> moments = GradientMoments(2, torch.tensor([4.0, 8.0]), grad_sq_norm=4.0)  # T 4, Ĝ² 2
         >>> NormTest(theta=0.5).propose(moments, loss=1.0, lr=0.1)
         8.0
 
-    References:
-        Byrd, Chin, Nocedal, Wu (2012), "Sample size selection in optimization methods for machine
-        learning", Mathematical Programming 134.
+    Reference: Byrd, Chin, Nocedal, Wu (2012), Mathematical Programming 134.
     """
 
     init_args = ("theta", "signal", "smoothing")
@@ -70,10 +64,8 @@ class InnerProductTest(Controller):
     divides the averages of V, of the part across and of the unbiased Ĝ². The published rule never
     shrinks the batch: wrap it in Monotone. Limits: adabatch/controllers/README.md.
 
-    Args:
-        theta: θ, the error of ⟨g, G⟩ allowed relative to ‖G‖², > 0.
-        nu: ν of the orthogonality test, > 0; None omits it. Usual: 5.84.
-        signal, smoothing: as in NormTest.
+    θ is the error of ⟨g, G⟩ allowed relative to ‖G‖², ν (None omits it, 5.84 is usual) that of the
+    orthogonality test.
 
     Example:
         >>> import torch
@@ -86,9 +78,7 @@ class InnerProductTest(Controller):
         >>> rule.propose(moments, loss=1.0, lr=0.1)  # the variance across g is 2: 2 / (0.25 · 4)
         2.0
 
-    References:
-        Bollapragada, Byrd, Nocedal (2017), "Adaptive sampling strategies for stochastic
-        optimization", arXiv 1710.11258.
+    Reference: Bollapragada, Byrd, Nocedal (2017), arXiv 1710.11258.
     """
 
     requires = frozenset({"inner_products"})

@@ -22,7 +22,6 @@ class OnlineSelection(Controller):
     Args:
         losses_by_size: called without arguments for {size: mean loss} of all candidates, usually of
             `schedules.online.split_losses`.
-        candidates: sizes in samples.
         pick: 'smallest' or 'largest'.
 
     Example:
@@ -43,11 +42,8 @@ class OnlineSelection(Controller):
         self.losses_by_size = function("losses_by_size", losses_by_size)
         self.candidates = integers("candidates", candidates, at_least=1)
         self.pick = choice("pick", pick, ("smallest", "largest"))
-        self.chosen, self.samples = max(self.candidates), 0
-
-    @property
-    def first_batch_size(self) -> int:
-        return max(self.candidates)
+        self._first_batch_size = self.chosen = max(self.candidates)
+        self.samples = 0
 
     def on_step(self, *, samples: int, epoch: int) -> None:
         self.samples += samples

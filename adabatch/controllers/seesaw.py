@@ -21,18 +21,15 @@ class Seesaw(Controller):
     not measure: bound the size. Call the lr scheduler's step before this scheduler's, or the batch
     follows one step later. An lr of 0 proposes infinity.
 
-    Args:
-        batch_size: the base, for which the largest lr was chosen, in samples.
-        rule: 'sqrt' for Adam and its family, 'linear' for SGD.
+    batch_size is the base, for which the largest lr was chosen; rule is 'sqrt' for Adam and its
+    family, 'linear' for SGD.
 
     Example:
         >>> controller = Seesaw(64, rule="linear")
         >>> [controller.propose(None, loss=1.0, lr=lr) for lr in (0.1, 0.4, 0.1)]
         [64.0, 64.0, 128.0]
 
-    References:
-        Meterez et al. (2025), "Seesaw: Accelerating Training by Balancing Learning Rate and Batch
-        Size Scheduling", arXiv 2510.14717.
+    Reference: Meterez et al. (2025), "Seesaw", arXiv 2510.14717.
     """
 
     needs_moments = False
