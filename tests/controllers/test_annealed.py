@@ -1,4 +1,5 @@
-"""Annealed: the step per sample of every optimizer step, as taken, is the decay's own, whatever the batch."""
+"""Annealed: the step per sample of every optimizer step, as taken, is the decay's own, whatever the
+batch."""
 
 import math
 
@@ -17,7 +18,8 @@ SHAPES = {
     "power": lambda p: (1 - p) ** 2,
     "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
 }
-CAPS = {"max_batch_size": lambda: None, "number": lambda: 40, "measured": lambda: Proposals(100.0, 60.0, 30.0)}
+CAPS = {"max_batch_size": lambda: None, "number": lambda: 40,
+        "measured": lambda: Proposals(100.0, 60.0, 30.0)}
 
 
 @pytest.mark.parametrize("scheduler_first", [False, True])
@@ -26,12 +28,15 @@ CAPS = {"max_batch_size": lambda: None, "number": lambda: 40, "measured": lambda
 def test_alpha_over_m_is_the_decay_at_every_step_of_sgd(shape, cap, scheduler_first):
     budget, base = 1500, 8
     controller = Annealed(budget, base, shape=shape, cap=CAPS[cap]())
-    model, optimizer, loader, scheduler = slope_run(controller, n=600, batch_size=30, lr=0.5, min_batch_size=4, max_batch_size=64)
+    model, optimizer, loader, scheduler = slope_run(controller, n=600, batch_size=30, lr=0.5,
+                                                    min_batch_size=4, max_batch_size=64)
     assert scheduler.get_last_batch_size() == base
     seen, sizes, etas = 0, [], []
-    for rows, moved in steps(model, optimizer, loader, scheduler, n_steps=300, scheduler_first=scheduler_first):
+    for rows, moved in steps(model, optimizer, loader, scheduler, n_steps=300,
+                             scheduler_first=scheduler_first):
         expected = 0.5 / base * SHAPES[shape](min(1.0, seen / budget))
-        assert moved / rows == pytest.approx(expected, rel=1e-4, abs=1e-6)  # the gradient is 1: the way moved is the lr
+        # The gradient is 1, so that the distance moved is the lr.
+        assert moved / rows == pytest.approx(expected, rel=1e-4, abs=1e-6)
         seen += rows
         sizes.append(rows)
         etas.append(moved / rows)
@@ -52,42 +57,48 @@ class Ratio(torch.optim.SGD):
 
 def test_alpha_over_the_root_of_m_is_the_decay_for_adams_family():
     controller = Annealed(1500, 8, rule="sqrt", cap=50)
-    model, optimizer, loader, scheduler = slope_run(controller, n=1600, lr=0.5, min_batch_size=4, max_batch_size=64)
+    model, optimizer, loader, scheduler = slope_run(controller, n=1600, lr=0.5, min_batch_size=4,
+                                                    max_batch_size=64)
     seen, sizes = 0, []
     for rows, moved in steps(model, optimizer, loader, scheduler):
         if seen + rows > 1500:
             break
-        assert moved / math.sqrt(rows) == pytest.approx(0.5 / math.sqrt(8) * (1 - seen / 1500), rel=1e-3)
+        assert moved / math.sqrt(rows) == pytest.approx(0.5 / math.sqrt(8) * (1 - seen / 1500),
+                                                        rel=1e-3)
         seen += rows
         sizes.append(rows)
     assert max(sizes) == 50
 
 
-@pytest.mark.parametrize(("optimizer", "rule"), [(torch.optim.SGD, "linear"), (torch.optim.AdamW, "sqrt"), (torch.optim.RMSprop, "sqrt")])
-def test_the_rule_is_settled_by_the_optimizer(optimizer, rule):
+@pytest.mark.parametrize(("optimizer", "rule"), [(torch.optim.SGD, "linear"),
+                                                 (torch.optim.AdamW, "sqrt"),
+                                                 (torch.optim.RMSprop, "sqrt")])
+def test_the_optimizer_decides_the_rule(optimizer, rule):
     model = nn.Linear(1, 1)
     loader = torch.utils.data.DataLoader(ones(64), batch_size=8)
     controller = AtMost(Annealed(1000, 8), 32)
-    *_, scheduler = adabatch.wrap(model, optimizer(model.parameters(), lr=0.1), loader, controller=controller, batch_sizes=(4, 2048))
+    *_, scheduler = adabatch.wrap(model, optimizer(model.parameters(), lr=0.1), loader,
+                                  controller=controller, batch_sizes=(4, 2048))
     assert controller.operands[0].rule == rule
     scheduler.remove()
 
 
 def test_while_the_batch_grows_the_lr_is_held_to_rounding():
     controller = Annealed(4000, 16)
-    model, optimizer, loader, scheduler = slope_run(controller, n=5000, lr=0.5, max_batch_size=10_000)
+    model, optimizer, loader, scheduler = slope_run(controller, n=5000, lr=0.5,
+                                                    max_batch_size=10_000)
     for rows, _ in steps(model, optimizer, loader, scheduler):
         if controller.samples_seen > 3800:
             break
         assert scheduler.get_last_lr()[0] == pytest.approx(0.5, rel=0.5 / (rows - 0.5) + 1e-9)
 
 
-def test_saved_in_the_middle_it_goes_on_with_the_same_rates():
+def test_a_resumed_run_has_the_same_rates():
     def build():
         return slope_run(Annealed(800, 8, cap=20), n=800, lr=0.5, min_batch_size=4)
 
-    whole = build()
-    moves = [moved for _, moved in steps(*whole, n_steps=30)]
+    unbroken = build()
+    moves = [moved for _, moved in steps(*unbroken, n_steps=30)]
     first = build()
     part = [moved for _, moved in steps(*first, n_steps=12)]
     resumed = build()
@@ -98,7 +109,7 @@ def test_saved_in_the_middle_it_goes_on_with_the_same_rates():
     assert part == moves
 
 
-def test_the_cap_is_never_below_the_base_and_is_asked_at_every_step():
+def test_the_cap_is_never_below_the_base_and_proposes_at_every_step():
     rule = Annealed(100, 16, cap=NoiseScale(), rule="linear")
     moments = adabatch.GradientMoments(2, torch.tensor([1.0, 1.0]), 0.9)  # a noise scale of 0.25
     rule.on_step(samples=90, epoch=0)
@@ -132,7 +143,8 @@ def test_a_summed_loss_is_refused():
         (lambda: Annealed(10, cap=-1), "cap must be a positive number, got -1"),
         (lambda: Annealed(10, final=2.0), "final must be a number from 0 to 1, got 2.0"),
         (lambda: Annealed(10, rule="cube"), "rule must be one of"),
-        (lambda: Annealed(10).propose(None, loss=1.0, lr=0.1), "Annealed does not know its rule yet"),
+        (lambda: Annealed(10).propose(None, loss=1.0, lr=0.1),
+         "Annealed does not know its rule yet"),
     ],
 )
 def test_arguments_out_of_range(make, message):
@@ -152,8 +164,10 @@ def test_cabs_can_be_the_cap():
 def test_the_model_is_not_measured_where_the_cap_is_not():
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = make_scheduler(optimizer, AdaptiveDataLoader(ones(64), 8), None, Annealed(1000, 8), min_batch_size=4)
+    scheduler = make_scheduler(optimizer, AdaptiveDataLoader(ones(64), 8), None, Annealed(1000, 8),
+                               min_batch_size=4)
     scheduler.remove()
     with pytest.raises(ValueError, match="needs gradient moments"):
-        make_scheduler(optimizer, AdaptiveDataLoader(ones(64), 8), None, Annealed(1000, 8, cap=NoiseScale()), min_batch_size=4)
+        make_scheduler(optimizer, AdaptiveDataLoader(ones(64), 8), None,
+                       Annealed(1000, 8, cap=NoiseScale()), min_batch_size=4)
     GradSampleHooks(model).remove()

@@ -16,13 +16,15 @@ from tests.scripted import Proposals, regression, squared_error
 
 
 def trained(steps=150, controller=None, lr=0.02, **options):
-    """A scheduler after so many steps of linear regression."""
+    """A scheduler after `steps` steps of linear regression."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     options = {"batch_sizes": (4, 256), "measure": "all", **options}
     controller = NoiseScale(smoothing=0.9) if controller is None else controller
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, DataLoader(regression(4000), batch_size=16, shuffle=True), controller=controller, **options)
+    loader = DataLoader(regression(4000), batch_size=16, shuffle=True)
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=controller,
+                                                 **options)
     while True:
         for inputs, targets in loader:
             optimizer.zero_grad()
@@ -51,11 +53,15 @@ def noise_scale(level=None, **options):
 
 @pytest.mark.parametrize("inner_products", [False, True])
 def test_the_size_moves_only_out_of_the_interval(inner_products):
-    runs = [trained(controller=noise_scale(level), estimator=adabatch.PerSample(inner_products=inner_products)) for level in (None, 0.9)]
+    runs = [trained(controller=noise_scale(level),
+                    estimator=adabatch.PerSample(inner_products=inner_products))
+            for level in (None, 0.9)]
     free, held = (moves(scheduler.diagnostics) for scheduler in runs)
     assert all(before == after for before, after, low, high in held if low <= before <= high)
     assert any(before != after for before, after, *_ in held)
-    assert sum(before != after for before, after, *_ in held) < 0.5 * sum(before != after for before, after, *_ in free)
+    kept_moves, free_moves = (sum(before != after for before, after, *_ in rows)
+                              for rows in (held, free))
+    assert kept_moves < 0.5 * free_moves
     assert held[0] == (16, 16, 0.0, math.inf)  # after one step nothing is known
 
 
@@ -76,7 +82,8 @@ def test_it_gives_the_size_in_force_while_the_interval_holds_it(interval, propos
             return interval
 
     rule = Confident(Known(proposal))
-    assert rule.propose(None, loss=1.0, lr=0.1) == pytest.approx(proposal, nan_ok=True)  # no size known
+    unbound = rule.propose(None, loss=1.0, lr=0.1)  # the size in force is not known
+    assert unbound == pytest.approx(proposal, nan_ok=True)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     rule.bind(RunContext(optimizer, batch_size=lambda: 32))
     assert rule.propose(None, loss=1.0, lr=0.1) == pytest.approx(given, nan_ok=True)
@@ -93,22 +100,24 @@ def test_a_size_at_the_bound_is_held_like_any_other():
 
 
 def test_goodput_has_an_interval_once_it_knows_two_sizes():
-    """The clock of a run is not to be foretold, but that its interval holds the proposal is."""
+    """The times of a run vary, but its interval holds the proposal."""
     history = trained(80, controller=Goodput(16), coupling="adascale").diagnostics
     known = [record for record in history if not math.isnan(record.proposed_low)]
     assert known
-    assert all(record.proposed_low <= record.proposed_batch_size <= record.proposed_high for record in known)
+    assert all(record.proposed_low <= record.proposed_batch_size <= record.proposed_high
+               for record in known)
 
 
 def test_a_higher_level_moves_less_often():
     counts = [
-        sum(before != after for before, after, *_ in moves(trained(controller=noise_scale(level)).diagnostics))
+        sum(before != after
+            for before, after, *_ in moves(trained(controller=noise_scale(level)).diagnostics))
         for level in (0.5, 0.99)
     ]
     assert counts[0] > counts[1]
 
 
-def test_a_rule_without_errors_moves_as_ever():
+def test_a_rule_without_errors_moves_as_before():
     history = trained(20, controller=Confident(PadaDamp(16, rate=2.0))).diagnostics
     assert history.column("next_batch_size").tolist() == [18 + 2 * step for step in range(20)]
     assert all(math.isnan(value) for value in history.column("proposed_low"))
@@ -120,7 +129,7 @@ def test_levels_are_checked(level):
         Confident(NoiseScale(), level)
 
 
-def test_the_history_shows_what_the_controller_knows(tmp_path):
+def test_the_history_holds_the_interval(tmp_path):
     scheduler = trained(controller=CABS(f_star="auto", smoothing=0.9), lr=0.05)
     history, rule = scheduler.diagnostics, scheduler.controller
     latest = history.latest
@@ -134,8 +143,12 @@ def test_the_history_shows_what_the_controller_knows(tmp_path):
     assert same_records(Diagnostics.from_jsonl(tmp_path / "run.jsonl"), history)
 
 
-def test_spill_does_not_follow_a_wish_that_is_in_doubt():
+def test_lower_lr_does_not_follow_an_uncertain_proposal():
     """Held by doubt, a size meets the proposal as far as is known: the lr stays."""
-    scheduler = trained(3, coupling=adabatch.Coupling(on_limit="lower_lr"), controller=Confident(NoiseScale(scale=100.0), 0.9999))
+    coupling = adabatch.Coupling(on_limit="lower_lr")
+    scheduler = trained(3, coupling=coupling,
+                        controller=Confident(NoiseScale(scale=100.0), 0.9999))
     assert scheduler.get_last_lr() == [0.02]
-    assert trained(40, coupling=adabatch.Coupling(on_limit="lower_lr"), batch_sizes=(4, 32), controller=NoiseScale(scale=100.0)).get_last_lr()[0] < 0.02
+    followed = trained(40, coupling=coupling, batch_sizes=(4, 32),
+                       controller=NoiseScale(scale=100.0))
+    assert followed.get_last_lr()[0] < 0.02

@@ -1,4 +1,5 @@
-"""Goodput: the fitted step time against the one that made the times, the chosen size against closed forms and a search by brute force."""
+"""Goodput: the fitted step time against the one that made the times, the chosen size against closed
+forms and a search by brute force."""
 
 import math
 from itertools import pairwise
@@ -23,14 +24,17 @@ def test_the_fit_finds_the_times_it_was_made_from(seed, noise):
     seconds = [truth.seconds(size) * math.exp(noise * rng.normal()) for size in sizes]
     fitted = fit_step_time(sizes, seconds, np.ones(len(sizes)))
     for size in sizes:
-        assert fitted.seconds(size) == pytest.approx(truth.seconds(size), rel=1e-3 if noise == 0 else 3 * noise)
+        assert fitted.seconds(size) == pytest.approx(truth.seconds(size),
+                                                     rel=1e-3 if noise == 0 else 3 * noise)
 
 
 def test_the_fit_of_several_replicas_predicts_times_within_the_range():
     truth = StepTime(0.01, 1e-3, network=0.2, gamma=2.0, replicas=4)
     sizes = np.geomspace(16, 8192, 20)
     fitted = fit_step_time(sizes, [truth.seconds(size) for size in sizes], np.ones(20), replicas=4)
-    assert [fitted.seconds(size) for size in sizes] == pytest.approx([truth.seconds(size) for size in sizes], rel=0.02)
+    assert [fitted.seconds(size) for size in sizes] == pytest.approx(
+        [truth.seconds(size) for size in sizes], rel=0.02
+    )
 
 
 def test_the_fit_weights_each_size_by_its_count():
@@ -50,7 +54,8 @@ def test_network_and_compute_overlap_by_gamma():
     assert StepTime(3.0, 0.0, network=4.0, gamma=2.0, replicas=2).seconds(8) == pytest.approx(5.0)
 
 
-@pytest.mark.parametrize(("per_step", "per_sample", "noise_scale"), [(0.1, 1e-3, 50.0), (0.01, 1e-4, 1e4), (1.0, 1e-3, 300.0)])
+@pytest.mark.parametrize(("per_step", "per_sample", "noise_scale"),
+                         [(0.1, 1e-3, 50.0), (0.01, 1e-4, 1e4), (1.0, 1e-3, 300.0)])
 def test_on_one_process_the_best_size_is_the_closed_form(per_step, per_sample, noise_scale):
     best = Goodput(16).best_size(StepTime(per_step, per_sample), noise_scale, 1e6)
     assert best == pytest.approx(math.sqrt(noise_scale * per_step / per_sample), rel=1e-3)
@@ -68,12 +73,13 @@ class Steps:
             self.now += self.truth.seconds(size)
             self.rule.on_step(samples=size, epoch=0)
             square = 1.0 + self.noise_scale / size
-            moments = GradientMoments(size, torch.full((size,), 1.0 + self.noise_scale, dtype=torch.float64), square)
+            moments = GradientMoments(size, torch.full((size,), 1.0 + self.noise_scale,
+                                                       dtype=torch.float64), square)
             proposal = self.rule.propose(moments, loss=1.0, lr=0.1)
         return proposal
 
 
-def test_it_doubles_once_to_learn_then_goes_where_goodput_is_greatest_no_faster_than_doubling():
+def test_it_doubles_once_then_maximizes_goodput_at_most_doubling():
     steps = Steps(StepTime(0.1, 1e-3), noise_scale=100.0)  # the best size is √(100 · 100) = 100
     assert steps.take(16) == 32
     assert steps.take(32) == 64
@@ -100,13 +106,15 @@ def test_a_gain_below_the_threshold_moves_nothing():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_steps_that_something_else_held_up_do_not_count(seed):
+def test_outliers_among_the_times_do_not_count(seed):
     rng, truth = np.random.default_rng(seed), StepTime(1e-3, 2e-5)
     steps, size = Steps(truth, noise_scale=100.0), 16
 
     class Busy:
         def seconds(self, size):
-            return truth.seconds(size) * math.exp(0.1 * rng.normal()) * (rng.uniform(3, 20) if rng.random() < 0.1 else 1.0)
+            return truth.seconds(size) * math.exp(0.1 * rng.normal()) * (
+                rng.uniform(3, 20) if rng.random() < 0.1 else 1.0
+            )
 
     steps.truth = Busy()
     for _ in range(40):
@@ -136,7 +144,7 @@ def test_no_size_beyond_the_bound():
     assert [steps.take(16), steps.take(32), steps.take(50)] == [32, 50, 50]
 
 
-def test_a_saved_run_goes_on():
+def test_a_saved_run_continues():
     steps, other = (Steps(StepTime(0.1, 1e-3), noise_scale=100.0) for _ in range(2))
     steps.take(16), steps.take(32)
     other.rule.load_state_dict(steps.rule.state_dict())
@@ -146,14 +154,17 @@ def test_a_saved_run_goes_on():
 @pytest.mark.parametrize("seed", range(20))
 def test_a_larger_noise_scale_never_makes_a_smaller_size_best(seed):
     rng = np.random.default_rng(seed)
-    network = {"network": 10 ** rng.uniform(-3, 1), "gamma": rng.uniform(1, 10), "replicas": 4} if seed % 2 else {}
-    truth, rule = StepTime(10 ** rng.uniform(-4, 0), 10 ** rng.uniform(-6, -2), **network), Goodput(16)
-    sizes = [rule.best_size(truth, noise_scale, 8192) for noise_scale in [0.0, *np.geomspace(1, 1e6, 12), math.inf]]
+    network = {"network": 10 ** rng.uniform(-3, 1), "gamma": rng.uniform(1, 10),
+               "replicas": 4} if seed % 2 else {}
+    truth = StepTime(10 ** rng.uniform(-4, 0), 10 ** rng.uniform(-6, -2), **network)
+    rule = Goodput(16)
+    sizes = [rule.best_size(truth, noise_scale, 8192)
+             for noise_scale in [0.0, *np.geomspace(1, 1e6, 12), math.inf]]
     assert all(first <= second * (1 + 1e-4) for first, second in pairwise(sizes))
 
 
 def noisy_run(seed, gain, truth, problem, sizes=(64, 256), n=2 * REFIT, size=0.8):
-    """A rule after so many steps of alternating sizes, and the statistics of each."""
+    """A rule after n steps of alternating sizes, and the statistics of each."""
     rng, w, now = np.random.default_rng(seed), np.full((1, 12), size / math.sqrt(12)), [0.0]
     rule, seen = Goodput(16, gain=gain, clock=lambda: now[0]), []
     for step in range(n):
@@ -163,7 +174,8 @@ def noisy_run(seed, gain, truth, problem, sizes=(64, 256), n=2 * REFIT, size=0.8
         seen.append((m, float(found["trace"][0]), float(found["signal"][0])))
         now[0] += truth.seconds(m)
         rule.on_step(samples=m, epoch=0)
-        moments = GradientMoments(m, torch.from_numpy((grads[0] ** 2).sum(1)), float((found["mean"][0] ** 2).sum()))
+        moments = GradientMoments(m, torch.from_numpy((grads[0] ** 2).sum(1)),
+                                  float((found["mean"][0] ** 2).sum()))
         rule.propose(moments, loss=1.0, lr=0.1)
     return rule, np.array(seen), w
 
@@ -179,7 +191,8 @@ def ratio_ends(seen, smoothing=0.95):
     shares = p**2 / m
     quantile = stats.t.ppf(0.95, shares.sum() ** 2 / (shares**2).sum() - 1)
     ratios = np.geomspace(0.1, 1e4, 200_000)
-    kept = (p @ x - ratios * (p @ y)) ** 2 <= quantile**2 * (cov[0][0] - 2 * ratios * cov[0][1] + ratios**2 * cov[1][1])
+    kept = (p @ x - ratios * (p @ y)) ** 2 <= quantile**2 * (cov[0][0] - 2 * ratios * cov[0][1]
+                                                             + ratios**2 * cov[1][1])
     return ratios[kept][0], ratios[kept][-1]
 
 
@@ -191,19 +204,22 @@ def test_the_interval_is_what_would_be_decided_at_the_ends_of_the_noise_scale(ga
     def goodput(size, noise_scale):
         return size / truth.seconds(size) / (noise_scale + size)
 
-    grid, before = np.geomspace(16, 512, 20_000), 64.0  # the first decision is by both models; until then the proposal is the first size
+    # The first decision is by both models; until then the proposal is the first size.
+    grid, before = np.geomspace(16, 512, 20_000), 64.0
     expected = []
     for end in ratio_ends(seen):
         best = grid[np.argmax([goodput(size, end) for size in grid])]
         expected.append(best if goodput(best, end) > (1 + gain) * goodput(64, end) else before)
     low, high = rule.interval(0.9)
-    assert (low, high) == pytest.approx((min(*expected, rule.proposal), max(*expected, rule.proposal)), rel=2e-3)
+    assert (low, high) == pytest.approx((min(*expected, rule.proposal),
+                                         max(*expected, rule.proposal)), rel=2e-3)
     assert low <= rule.proposal <= high
 
 
 def test_the_interval_holds_the_best_size():
     problem, hits = Quadratic(), []
-    noise_scale = problem.trace / float(problem.grad_sq_norm(np.full((1, 12), 0.8 / math.sqrt(12)))[0])
+    square = problem.grad_sq_norm(np.full((1, 12), 0.8 / math.sqrt(12)))[0]
+    noise_scale = problem.trace / float(square)
     truth = StepTime(200.0**2 / noise_scale, 1.0)  # the best size is √(φ·a/b) = 200
     for seed in range(120):
         low, high = noisy_run(seed, 0.0, truth, problem)[0].interval(0.9)

@@ -1,4 +1,4 @@
-"""Intervals of proposals: Fieller's inequality on averages worked out here with NumPy for the noise
+"""Intervals of proposals: Fieller's inequality on averages computed here with NumPy for the noise
 scale and CABS, the rule at the ends of its inputs for all others."""
 
 import math
@@ -39,7 +39,9 @@ class Run:
             m = (8, 32, 16)[step % 3]
             grads = 0.4 + torch.randn(m, 6, generator=generator, dtype=torch.float64)
             mean = grads.mean(0)
-            self.moments.append(GradientMoments(m, grads.square().sum(1), float(mean @ mean), inner_products=grads @ mean if inner_products else None))
+            products = grads @ mean if inner_products else None
+            self.moments.append(GradientMoments(m, grads.square().sum(1), float(mean @ mean),
+                                                inner_products=products))
             self.losses.append(1.5 + float(torch.randn((), generator=generator)) / m**0.5)
         self.sizes = np.array([moments.batch_size for moments in self.moments], float)
         self.traces = np.array([moments.variance_trace for moments in self.moments])
@@ -64,12 +66,15 @@ def covered_ratios(run, x, y, errors=None):
         cov *= np.array([[factor**2, factor], [factor, 1]])
     shares = p**2 / run.sizes
     quantile = stats.t.ppf(0.95, shares.sum() ** 2 / (shares**2).sum() - 1)
-    return lambda ratio: (p @ x - ratio * (p @ y)) ** 2 <= quantile**2 * (cov[0, 0] - 2 * ratio * cov[0, 1] + ratio**2 * cov[1, 1])
+    return lambda ratio: (p @ x - ratio * (p @ y)) ** 2 <= quantile**2 * (
+        cov[0, 0] - 2 * ratio * cov[0, 1] + ratio**2 * cov[1, 1]
+    )
 
 
 def is_interval(inside, low, high, scale=1.0):
     """The test keeps what lies just within the interval and rejects what lies just beyond it."""
-    return all(inside(end * (1 + shift) / scale) == (shift * side > 0) for end, side in ((low, 1), (high, -1)) for shift in (1e-6, -1e-6))
+    return all(inside(end * (1 + shift) / scale) == (shift * side > 0)
+               for end, side in ((low, 1), (high, -1)) for shift in (1e-6, -1e-6))
 
 
 @pytest.mark.parametrize("inner_products", [False, True])
@@ -103,7 +108,9 @@ def test_cabs_counts_the_errors_of_clipping_and_of_an_estimated_floor():
     run = Run()
     plain, clipped = CABS(smoothing=SMOOTHING), CABS(smoothing=SMOOTHING, max_grad_norm=1.0)
     proposals = [run.feed(rule) for rule in (plain, clipped)]
-    lengths = [(high - low) / proposal for (low, high), proposal in zip([rule.interval() for rule in (plain, clipped)], proposals, strict=True)]
+    intervals = [rule.interval() for rule in (plain, clipped)]
+    lengths = [(high - low) / proposal
+               for (low, high), proposal in zip(intervals, proposals, strict=True)]
     assert lengths[1] > 1.02 * lengths[0]
     auto = CABS(f_star="auto", smoothing=SMOOTHING)
     run.feed(auto)
@@ -112,7 +119,8 @@ def test_cabs_counts_the_errors_of_clipping_and_of_an_estimated_floor():
     run.feed(known)
     assert auto.floor.std_error > 0
     assert auto.interval()[0] < known.interval()[0]
-    assert auto.metrics() == {"f_star": auto.floor.bounded, "f_star_std_error": auto.floor.std_error}
+    assert auto.metrics() == {"f_star": auto.floor.bounded,
+                              "f_star_std_error": auto.floor.std_error}
 
 
 def ends(values, weights, level=0.9, smoothing=SMOOTHING):
@@ -130,7 +138,8 @@ def test_norm_test_at_the_ends_of_its_averages():
     run, rule = Run(), NormTest(theta=0.5, smoothing=SMOOTHING)
     proposal = run.feed(rule)
     traces, signals = ends(run.traces, run.sizes), ends(run.signals, run.sizes)
-    assert rule.interval(0.9) == pytest.approx((4 * traces[0] / signals[1], 4 * traces[1] / signals[0]))
+    assert rule.interval(0.9) == pytest.approx((4 * traces[0] / signals[1],
+                                                4 * traces[1] / signals[0]))
     assert rule.interval(0.9)[0] < proposal < rule.interval(0.9)[1]
 
 
@@ -150,7 +159,8 @@ def test_inner_product_test_is_the_larger_of_its_two_tests():
     assert expected[0] < proposal < expected[1]
 
 
-@pytest.mark.parametrize("rule", [NormTest(signal="raw"), PadaDamp(16, 1.0), AdaScale(64, 16), Scheduled("0:16 1K:32"), AtMost(PadaDamp(16, 1.0), 64)])
+@pytest.mark.parametrize("rule", [NormTest(signal="raw"), PadaDamp(16, 1.0), AdaScale(64, 16),
+                                  Scheduled("0:16 1K:32"), AtMost(PadaDamp(16, 1.0), 64)])
 def test_rules_without_an_error_have_no_interval(rule):
     Run().feed(rule)
     assert all(math.isnan(end) for end in rule.interval())
@@ -182,8 +192,9 @@ def test_adadamp_by_the_error_of_its_loss():
     assert rule.interval(0.9) == pytest.approx((16 * 2.5 / (high - 0.5), 16 * 2.5 / (low - 0.5)))
 
 
-def test_annealed_takes_its_caps_interval_as_far_as_it_reaches():
-    cap, rule, run = NoiseScale(smoothing=SMOOTHING), Annealed(1200, 4, cap=NoiseScale(smoothing=SMOOTHING), rule="linear"), Run()
+def test_annealed_has_the_interval_of_its_cap_up_to_its_size():
+    cap, run = NoiseScale(smoothing=SMOOTHING), Run()
+    rule = Annealed(1200, 4, cap=NoiseScale(smoothing=SMOOTHING), rule="linear")
     run.feed(cap)
     proposal = run.feed(rule)
     low, high = cap.interval()
@@ -193,7 +204,7 @@ def test_annealed_takes_its_caps_interval_as_far_as_it_reaches():
     assert all(math.isnan(end) for end in Annealed(100, 4, cap=8, rule="linear").interval())
 
 
-def test_combinations_combine_the_ends():
+def test_combinators_combine_the_ends():
     def made(build):
         rule = build(NoiseScale(smoothing=SMOOTHING))
         Run().feed(rule)
@@ -203,22 +214,26 @@ def test_combinations_combine_the_ends():
     middle = (low + high) / 2
     assert made(lambda rule: AtLeast(rule, middle)) == (middle, high)
     assert made(lambda rule: AtMost(rule, middle)) == (low, middle)
-    assert made(lambda rule: Average(rule, 10.0, weights=(1, 3))) == pytest.approx(((low + 30) / 4, (high + 30) / 4))
+    assert made(lambda rule: Average(rule, 10.0, weights=(1, 3))) == pytest.approx(
+        ((low + 30) / 4, (high + 30) / 4)
+    )
     assert made(lambda rule: Monotone(AtMost(rule, 1000.0)))[0] >= low
-    fast, slow = made(lambda rule: Warmup(rule, growth=1e6, samples=1)), made(lambda rule: Warmup(AtLeast(rule, 1e9), growth=1.1, samples=1000))
+    fast = made(lambda rule: Warmup(rule, growth=1e6, samples=1))
+    slow = made(lambda rule: Warmup(AtLeast(rule, 1e9), growth=1.1, samples=1000))
     assert fast == (low, high)
     assert slow[0] == slow[1] < 1e9
 
 
 def test_a_saved_rule_has_the_interval_it_had():
     run = Run()
-    for make in (lambda: CABS(smoothing=SMOOTHING), lambda: NoiseScale(smoothing=SMOOTHING), lambda: InnerProductTest(smoothing=SMOOTHING)):
-        whole, resumed = make(), make()
-        dotted = Run(inner_products=True)
-        for rule, moments, loss in ((whole, m, x) for m, x in zip(dotted.moments[:30], run.losses, strict=False)):
-            rule.propose(moments, loss=loss, lr=0.3)
-        resumed.load_state_dict(whole.state_dict())
-        for rule in (whole, resumed):
-            for moments, loss in zip(dotted.moments[30:], run.losses[30:], strict=True):
+    for make in (lambda: CABS(smoothing=SMOOTHING), lambda: NoiseScale(smoothing=SMOOTHING),
+                 lambda: InnerProductTest(smoothing=SMOOTHING)):
+        unbroken, resumed = make(), make()
+        measured = Run(inner_products=True)
+        for moments, loss in zip(measured.moments[:30], run.losses, strict=False):
+            unbroken.propose(moments, loss=loss, lr=0.3)
+        resumed.load_state_dict(unbroken.state_dict())
+        for rule in (unbroken, resumed):
+            for moments, loss in zip(measured.moments[30:], run.losses[30:], strict=True):
                 rule.propose(moments, loss=loss, lr=0.3)
-        assert resumed.interval() == whole.interval()
+        assert resumed.interval() == unbroken.interval()

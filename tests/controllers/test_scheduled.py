@@ -1,4 +1,5 @@
-"""Open-loop schedules in a controller's place: every one per step, per epoch and per samples, as bs-scheduler users would step it by hand."""
+"""Open-loop schedules in a controller's place: every one per step, per epoch and per samples, as
+bs-scheduler users would step it by hand."""
 
 import math
 
@@ -23,18 +24,21 @@ def single(name):
 
 
 def chained(at):
-    return schedules.ChainedBSScheduler([schedules.ConstantBS(factor=3.0, milestone=4, **at), schedules.ExponentialBS(gamma=1.1, **at)])
+    return schedules.ChainedBSScheduler([schedules.ConstantBS(factor=3.0, milestone=4, **at),
+                                         schedules.ExponentialBS(gamma=1.1, **at)])
 
 
 def sequential(at):
-    return schedules.SequentialBS([schedules.ConstantBS(factor=3.0, milestone=4, **at), schedules.StepBS(step_size=2, **at)], [5])
+    return schedules.SequentialBS([schedules.ConstantBS(factor=3.0, milestone=4, **at),
+                                   schedules.StepBS(step_size=2, **at)], [5])
 
 
 def ramp(at):
     return schedules.RampBS(ramp="0:10 200:20 1K:45", **at)
 
 
-BUILDERS = {name: single(name) for name in FIXED} | {"Chained": chained, "Sequential": sequential, "RampBS": ramp}
+BUILDERS = {name: single(name) for name in FIXED} | {"Chained": chained, "Sequential": sequential,
+                                                     "RampBS": ramp}
 every_schedule = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 
 
@@ -49,7 +53,8 @@ class Run:
         self.model = Slope()
         self.optimizer = SGD(self.model.parameters(), lr=0.01)
         self.loader = AdaptiveDataLoader(ones(N), START)
-        self.scheduler = make_scheduler(self.optimizer, self.loader, None, controller, **{"min_batch_size": 1, "max_batch_size": N, **options})
+        self.scheduler = make_scheduler(self.optimizer, self.loader, None, controller,
+                                        **{"min_batch_size": 1, "max_batch_size": N, **options})
         self.done = 0
 
     def train(self, n_steps):
@@ -72,7 +77,8 @@ def loss_at(step):
     return [1.0, 0.7, 0.9, 0.8, 0.8, 0.8, 0.5, 0.6, 0.6][step % 9]
 
 
-UNITS = {"step": {}, "two steps": {"unit": "step", "every": 2}, "epoch": {"unit": "epoch"}, "samples": {"unit": "samples", "every": 50}}
+UNITS = {"step": {}, "two steps": {"unit": "step", "every": 2}, "epoch": {"unit": "epoch"},
+         "samples": {"unit": "samples", "every": 50}}
 
 
 def by_hand(build, unit="step", every=1, n_steps=STEPS):
@@ -109,7 +115,7 @@ def test_sizes_are_those_of_the_schedule_stepped_by_hand(build, unit):
 @every_schedule
 def test_k_reload_k_is_2k(build, unit, k):
     options = {"unit": unit, "every": 30 if unit == "samples" and build is not ramp else None}
-    whole = Run(Scheduled(build(held()), **options)).train(2 * k)
+    unbroken = Run(Scheduled(build(held()), **options)).train(2 * k)
     first = Run(Scheduled(build(held()), **options))
     rows = first.train(k)
     state = first.scheduler.state_dict()
@@ -117,7 +123,7 @@ def test_k_reload_k_is_2k(build, unit, k):
     second.loader.batch_sampler.load_state_dict(first.loader.batch_sampler.state_dict())
     second.scheduler.load_state_dict(state)
     second.done = k
-    assert [row[:2] for row in rows + second.train(k)] == [row[:2] for row in whole]
+    assert [row[:2] for row in rows + second.train(k)] == [row[:2] for row in unbroken]
 
 
 def test_per_epoch_over_a_plain_loader_that_drops_its_last_batch():
@@ -125,7 +131,9 @@ def test_per_epoch_over_a_plain_loader_that_drops_its_last_batch():
     optimizer = SGD(model.parameters(), lr=0.01)
     schedule = schedules.StepBS(None, 1, batch_size_manager=schedules.VirtualBatchSize(16))
     loader = DataLoader(ones(100), batch_size=16, drop_last=True)
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, controller=Scheduled(schedule, unit="epoch"), batch_sizes=(1, 2048))
+    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader,
+                                                 controller=Scheduled(schedule, unit="epoch"),
+                                                 batch_sizes=(1, 2048))
     sizes = []
     for _ in range(3):
         sizes.append([])
@@ -142,39 +150,53 @@ def test_ramps_and_functions_of_the_count(accumulate):
     controllers = {
         "ramp": Scheduled("0:8 40:16 100:32", unit="samples"),
         "function": Scheduled(schedules.stepwise_ramp("0:8 40:16 100:32"), unit="samples"),
-        "RampBS": Scheduled(schedules.RampBS(None, "0:8 40:16 100:32", batch_size_manager=schedules.VirtualBatchSize(8)), unit="samples"),
+        "RampBS": Scheduled(schedules.RampBS(None, "0:8 40:16 100:32",
+                                             batch_size_manager=schedules.VirtualBatchSize(8)),
+                            unit="samples"),
     }
     for controller in controllers.values():
         model = nn.Linear(1, 1)
-        parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(400), 3), controller=controller, batch_sizes=(1, 2048), accumulate=accumulate)
+        parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(400), 3),
+                              controller=controller, batch_sizes=(1, 2048), accumulate=accumulate)
         _, loader, scheduler = parts
         for count, _ in enumerate(loader, start=1):
             if count % accumulate == 0:
                 scheduler.step(1.0)
-        assert list(scheduler.diagnostics.column("batch_size"))[:12] == [8] * 5 + [16] * 4 + [32] * 3
+        sizes = list(scheduler.diagnostics.column("batch_size"))
+        assert sizes[:12] == [8] * 5 + [16] * 4 + [32] * 3
     assert Scheduled(lambda step: 10 * (step + 1), every=3).first_batch_size == 10
 
 
-def test_it_moves_on_at_steps_that_measure_nothing_or_were_dropped():
-    schedule = lambda: Scheduled(schedules.StepBS(None, 1, batch_size_manager=schedules.VirtualBatchSize(4)))  # noqa: E731
+def test_unmeasured_and_dropped_steps_count():
+    def schedule():
+        size = schedules.VirtualBatchSize(4)
+        return Scheduled(schedules.StepBS(None, 1, batch_size_manager=size))
+
     for options in ({}, {"every": 3}):
         run = slope_run(schedule(), n=1000, **options)
         losses = iter([1.0, math.nan, 1.0, math.inf, 1.0])
-        rows = [rows for rows, _ in steps(*run, 5, loss_of=lambda out, losses=losses: out.mean() * next(losses))]
+        def loss_of(out, losses=losses):
+            return out.mean() * next(losses)
+
+        rows = [rows for rows, _ in steps(*run, 5, loss_of=loss_of)]
         assert rows == [4, 8, 16, 32, 64]
     assert run[3].diagnostics.n_measured + run[3].diagnostics.n_dropped == 2
 
 
-def test_lr_coupling_spill_and_bounds_are_the_schedulers():
-    controller = Scheduled(schedules.StepBS(None, 1, batch_size_manager=schedules.VirtualBatchSize(16)))
+def test_lr_coupling_lower_lr_and_bounds_are_the_schedulers():
+    size = schedules.VirtualBatchSize(16)
+    controller = Scheduled(schedules.StepBS(None, 1, batch_size_manager=size))
     run = slope_run(controller, n=5000, on_limit="lower_lr", coupling="sqrt")
     moved = list(steps(*run, 5))
     assert [rows for rows, _ in moved] == [16, 32, 64, 64, 64]
-    assert [move for _, move in moved] == pytest.approx([1, 2**0.5, 2, 2 * 64 / 128, 2 * 64 / 256], rel=1e-5)
+    assert [move for _, move in moved] == pytest.approx([1, 2**0.5, 2, 2 * 64 / 128, 2 * 64 / 256],
+                                                        rel=1e-5)
 
 
 def test_divisibility_is_checked_when_a_size_is_used():
-    controller = Scheduled(schedules.RampBS(None, "0:8 16:12", micro_batch_size=8, batch_size_manager=schedules.VirtualBatchSize(8)), unit="samples")
+    ramp = schedules.RampBS(None, "0:8 16:12", micro_batch_size=8,
+                            batch_size_manager=schedules.VirtualBatchSize(8))
+    controller = Scheduled(ramp, unit="samples")
     run = Run(controller)
     run.train(1)
     with pytest.raises(ValueError, match=r"batch size 12 is not a multiple of 8"):
@@ -182,11 +204,15 @@ def test_divisibility_is_checked_when_a_size_is_used():
 
 
 def test_arguments():
-    with pytest.raises(ValueError, match=r"writes to a loader \(DefaultBatchSizeManager\).*StepBS\(None, ..., batch_size_manager=VirtualBatchSize\(8\)\)"):
+    message = (r"writes to a loader \(DefaultBatchSizeManager\).*"
+               r"StepBS\(None, ..., batch_size_manager=VirtualBatchSize\(8\)\)")
+    with pytest.raises(ValueError, match=message):
         Scheduled(schedules.StepBS(DataLoader(ones(20), 8), 2))
-    with pytest.raises(ValueError, match="unit must be one of 'step', 'epoch', 'samples', got 'batch'"):
+    with pytest.raises(ValueError,
+                       match="unit must be one of 'step', 'epoch', 'samples', got 'batch'"):
         Scheduled("0:8", unit="batch")
-    with pytest.raises(ValueError, match="unit='samples' needs every=, the samples to one step of StepBS"):
+    with pytest.raises(ValueError,
+                       match="unit='samples' needs every=, the samples to one step of StepBS"):
         Scheduled(schedules.StepBS(**held(), step_size=2), unit="samples")
     with pytest.raises(ValueError, match="counts the samples itself: omit every, got 8"):
         Scheduled(ramp(held()), unit="samples", every=8)
@@ -210,9 +236,12 @@ def test_finished():
 def test_hooks_none_needs_a_controller_and_a_coupling_without_moments():
     model = Slope()
     optimizer, loader = SGD(model.parameters(), lr=0.1), AdaptiveDataLoader(ones(40), 8)
-    with pytest.raises(ValueError, match=r"CABS needs gradient moments, but nothing is measured .*: pass adabatch.GradSampleHooks\(model\)"):
+    message = (r"CABS needs gradient moments, but nothing is measured .*: "
+               r"pass adabatch.GradSampleHooks\(model\)")
+    with pytest.raises(ValueError, match=message):
         make_scheduler(optimizer, loader, None, CABS())
-    with pytest.raises(ValueError, match="coupling='adascale' needs gradient moments, but nothing is measured"):
+    with pytest.raises(ValueError,
+                       match="coupling='adascale' needs gradient moments, but nothing is measured"):
         make_scheduler(optimizer, loader, None, Seesaw(8), coupling="adascale")
     assert not optimizer._optimizer_step_pre_hooks
 
@@ -228,10 +257,11 @@ def test_hooks_none_needs_a_controller_and_a_coupling_without_moments():
         ({"coupling": "linear"}, False),
     ],
 )
-def test_wrap_measures_an_open_loop_run_only_if_asked(options, measured):
+def test_wrap_measures_an_open_loop_run_only_on_request(options, measured):
     model = nn.Linear(1, 1)
     options = {"controller": Scheduled("0:8"), "batch_sizes": (1, 2048), **options}
-    _, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(64), 8), **options)
+    _, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.1),
+                                         DataLoader(ones(64), 8), **options)
     for (inputs,) in loader:
         loss = model(inputs).square().mean()
         loss.backward()
@@ -253,7 +283,9 @@ def test_a_model_that_cannot_be_measured_can_be_scheduled():
             return (inputs * self.weight.item()).cumsum(0) + self.weight
 
     model = Odd()
-    _, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(ones(64), 8), controller=Scheduled("0:8 16:24", unit="samples"))
+    optimizer, loader = SGD(model.parameters(), lr=0.1), DataLoader(ones(64), 8)
+    _, loader, scheduler = adabatch.wrap(model, optimizer, loader,
+                                         controller=Scheduled("0:8 16:24", unit="samples"))
     for (inputs,) in loader:
         model(inputs).mean().backward()
         scheduler.step(0.5)
@@ -261,7 +293,8 @@ def test_a_model_that_cannot_be_measured_can_be_scheduled():
 
 
 def test_the_state_of_another_controller_is_refused():
-    with pytest.raises(ValueError, match="the state of a controller CABS cannot be loaded into Scheduled"):
+    with pytest.raises(ValueError,
+                       match="the state of a controller CABS cannot be loaded into Scheduled"):
         Scheduled("0:16").load_state_dict(CABS().state_dict())
     with pytest.raises(ValueError, match=r"the state of Scheduled lacks \['counts'"):
         Scheduled("0:16").load_state_dict({"version": 1, "controller": "Scheduled"})

@@ -1,4 +1,5 @@
-"""The arguments of every schedule: one fixed set for state and loader tests, and strategies, sound and unsound, for the comparison with bs-scheduler."""
+"""The arguments of every schedule: one fixed set for state and loader tests, and strategies, sound
+and unsound, for the comparison with bs-scheduler."""
 
 from hypothesis import strategies as st
 
@@ -8,7 +9,7 @@ several_ints = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 
 
 class TableOfFactors:
-    """epoch -> factor, from a list walked round and round; an object, so that its attributes are state."""
+    """epoch -> factor, from a list that repeats; an object, so that its attributes are state."""
 
     def __init__(self, factors):
         self.factors = factors
@@ -47,7 +48,8 @@ SOUND = {
     "LinearBS": {"start_factor": small_factor, "end_factor": small_factor, "milestone": small_int},
     "ExponentialBS": {"gamma": st.floats(0.7, 1.6)},
     "PolynomialBS": {"total_iters": st.integers(2, 20), "power": st.floats(-2.0, 4.0)},
-    "CosineAnnealingBS": {"total_iters": st.integers(2, 12), "base_batch_size": st.none() | st.integers(1, 60)},
+    "CosineAnnealingBS": {"total_iters": st.integers(2, 12),
+                          "base_batch_size": st.none() | st.integers(1, 60)},
     "IncreaseBSOnPlateau": {
         "mode": st.sampled_from(["min", "max"]),
         "factor": st.floats(0.0, 3.0).filter(lambda factor: factor != 1.0),
@@ -65,7 +67,8 @@ SOUND = {
         "scale_fn": st.none() | tables,
         "scale_mode": st.sampled_from(["cycle", "iterations"]),
     },
-    "CosineAnnealingBSWithWarmRestarts": {"t_0": small_int, "base_batch_size": st.none() | st.integers(1, 60), "factor": st.integers(1, 3)},
+    "CosineAnnealingBSWithWarmRestarts": {"t_0": small_int, "base_batch_size": st.none()
+                                          | st.integers(1, 60), "factor": st.integers(1, 3)},
     "OneCycleBS": {
         "total_steps": st.integers(4, 40),
         "decay_percentage": st.floats(0.2, 0.8),
@@ -76,5 +79,6 @@ SOUND = {
 
 BOUNDS = {"max_batch_size": st.none() | st.integers(1, 300), "min_batch_size": st.integers(1, 20)}
 
-# Values that at least one argument must refuse; each schedule's arguments are drawn from these and from its sound ones.
+# Values that at least one argument must refuse; each schedule's arguments are drawn from these and
+# from its sound ones.
 UNSOUND = st.sampled_from([0, -1, 1, 2.5, -0.5, "two", None, [], [0], [3, "x"], (4, 2), 10**6])

@@ -1,4 +1,5 @@
-"""Sizes, flags and kinds of errors against bs-scheduler, over random arguments and random interference with the batch size."""
+"""Sizes, flags and kinds of errors against bs-scheduler, over random arguments and random
+interference with the batch size."""
 
 import warnings
 
@@ -17,9 +18,10 @@ ALLOWED = {AssertionError: (ValueError, TypeError)}
 
 @st.composite
 def histories(draw):
-    """What happens to a schedule: steps with a metric, and sizes set by somebody else in between."""
+    """What happens to a schedule: steps with a metric, and sizes set by others in between."""
     metric = st.floats(-2.0, 2.0)
-    return draw(st.lists(st.tuples(st.just("step"), metric) | st.tuples(st.just("step"), metric) | st.tuples(st.just("set"), st.integers(1, 80)), max_size=40))
+    return draw(st.lists(st.tuples(st.just("step"), metric) | st.tuples(st.just("step"), metric)
+                         | st.tuples(st.just("set"), st.integers(1, 80)), max_size=40))
 
 
 REQUIRED = {
@@ -45,7 +47,7 @@ def keyword_arguments(name):
 @st.composite
 def with_one_unsound(draw, name):
     """One argument at a time: of two wrong ones either may be reported first."""
-    # bs-scheduler looks at a power only in the first step that uses it, and takes a minimal size of 0.
+    # bs-scheduler checks a power only in the first step that uses it, and accepts a minimum of 0.
     key = draw(st.sampled_from([key for key in [*SOUND[name], *BOUNDS] if key != "power"]))
     unsound = UNSOUND.filter(lambda value: value != 0) if key == "min_batch_size" else UNSOUND
     arguments = draw(keyword_arguments(name))
@@ -55,7 +57,8 @@ def with_one_unsound(draw, name):
 
 
 def record(schedule, loader, history):
-    """(loader's size, schedule's size, last_bs, finished) after the construction and after each event."""
+    """(loader's size, schedule's size, last_bs, finished) after the construction and after each
+    event."""
     rows = [(loader.batch_size, schedule.batch_size, schedule.last_bs, schedule.finished)]
     for event, value in history:
         if event == "step":
@@ -92,7 +95,8 @@ def test_sizes_and_flags_are_those_of_bs_scheduler(name):
     @COMPARE
     @given(keyword_arguments(name), histories(), st.integers(20, 300), st.integers(1, 60))
     def compare(arguments, history, length, batch_size):
-        assert_same(lambda x: getattr(bs_scheduler, name)(x, **arguments), lambda x: getattr(schedules, name)(x, **arguments), history, length, batch_size)
+        assert_same(lambda x: getattr(bs_scheduler, name)(x, **arguments),
+                    lambda x: getattr(schedules, name)(x, **arguments), history, length, batch_size)
 
     compare()
 
@@ -102,13 +106,16 @@ def test_unsound_arguments_are_refused_where_bs_scheduler_refuses_them(name):
     @COMPARE
     @given(with_one_unsound(name), histories())
     def compare(arguments, history):
-        assert_same(lambda x: getattr(bs_scheduler, name)(x, **arguments), lambda x: getattr(schedules, name)(x, **arguments), history, 200, 10)
+        assert_same(lambda x: getattr(bs_scheduler, name)(x, **arguments),
+                    lambda x: getattr(schedules, name)(x, **arguments), history, 200, 10)
 
     compare()
 
 
 members = st.lists(
-    st.sampled_from(sorted(SOUND)).flatmap(lambda name: st.tuples(st.just(name), keyword_arguments(name))), min_size=1, max_size=3
+    st.sampled_from(sorted(SOUND)).flatmap(
+        lambda name: st.tuples(st.just(name), keyword_arguments(name))
+    ), min_size=1, max_size=3
 )
 
 
@@ -120,7 +127,9 @@ def build_all(package, specifications, loader):
 @given(members, histories(), st.integers(1, 60))
 def test_chained_sizes_and_flags_are_those_of_bs_scheduler(specifications, history, batch_size):
     assert_same(
-        lambda loader: bs_scheduler.ChainedBSScheduler(build_all(bs_scheduler, specifications, loader)),
+        lambda loader: bs_scheduler.ChainedBSScheduler(
+            build_all(bs_scheduler, specifications, loader)
+        ),
         lambda loader: schedules.ChainedBSScheduler(build_all(schedules, specifications, loader)),
         history,
         300,
@@ -129,12 +138,16 @@ def test_chained_sizes_and_flags_are_those_of_bs_scheduler(specifications, histo
 
 
 @COMPARE
-@given(members, st.lists(st.integers(0, 15), max_size=3), st.booleans(), histories(), st.integers(1, 60))
-def test_sequential_sizes_and_flags_are_those_of_bs_scheduler(specifications, milestones, in_order, history, batch_size):
+@given(members, st.lists(st.integers(0, 15), max_size=3), st.booleans(), histories(),
+       st.integers(1, 60))
+def test_sequential_sizes_and_flags_are_those_of_bs_scheduler(specifications, milestones, in_order,
+                                                              history, batch_size):
     milestones = sorted(milestones) if in_order else milestones
     assert_same(
-        lambda loader: bs_scheduler.SequentialBS(build_all(bs_scheduler, specifications, loader), milestones),
-        lambda loader: schedules.SequentialBS(build_all(schedules, specifications, loader), milestones),
+        lambda loader: bs_scheduler.SequentialBS(build_all(bs_scheduler, specifications, loader),
+                                                 milestones),
+        lambda loader: schedules.SequentialBS(build_all(schedules, specifications, loader),
+                                              milestones),
         history,
         300,
         batch_size,
@@ -142,12 +155,15 @@ def test_sequential_sizes_and_flags_are_those_of_bs_scheduler(specifications, mi
 
 
 @COMPARE
-@given(members.filter(lambda chosen: len(chosen) > 1), st.lists(st.integers(1, 15), min_size=2, max_size=2), histories(), st.integers(1, 60))
+@given(members.filter(lambda chosen: len(chosen) > 1),
+       st.lists(st.integers(1, 15), min_size=2, max_size=2), histories(), st.integers(1, 60))
 def test_sequential_of_matching_length(specifications, milestones, history, batch_size):
     milestones = sorted(milestones)[: len(specifications) - 1]
     assert_same(
-        lambda loader: bs_scheduler.SequentialBS(build_all(bs_scheduler, specifications, loader), milestones),
-        lambda loader: schedules.SequentialBS(build_all(schedules, specifications, loader), milestones),
+        lambda loader: bs_scheduler.SequentialBS(build_all(bs_scheduler, specifications, loader),
+                                                 milestones),
+        lambda loader: schedules.SequentialBS(build_all(schedules, specifications, loader),
+                                              milestones),
         history,
         300,
         batch_size,

@@ -1,4 +1,5 @@
-"""Where adabatch.schedules departs from bs-scheduler on purpose; the numbers are those of the list in its README (1, 2, 5 and 9: other files)."""
+"""Where adabatch.schedules departs from bs-scheduler on purpose; the numbers are those of the list
+in its README (1, 2, 5 and 9: other files)."""
 
 import bs_scheduler
 import pytest
@@ -32,8 +33,10 @@ BAD_ARGUMENTS = [
     ("PolynomialBS", {"total_iters": 1}, ValueError, "1"),
     ("PolynomialBS", {"total_iters": 5, "power": "two"}, TypeError, "two"),
     ("CosineAnnealingBS", {"total_iters": 1}, ValueError, "1"),
-    ("CosineAnnealingBS", {"total_iters": 5, "max_batch_size": 10}, ValueError, r"below max_batch_size \(10\), got 10"),
-    ("CosineAnnealingBS", {"total_iters": 5, "base_batch_size": 3, "min_batch_size": 5}, ValueError, ">= 5, got 3"),
+    ("CosineAnnealingBS", {"total_iters": 5, "max_batch_size": 10}, ValueError,
+     r"below max_batch_size \(10\), got 10"),
+    ("CosineAnnealingBS", {"total_iters": 5, "base_batch_size": 3, "min_batch_size": 5}, ValueError,
+     ">= 5, got 3"),
     ("IncreaseBSOnPlateau", {"mode": "mid"}, ValueError, "'mid'"),
     ("IncreaseBSOnPlateau", {"threshold_mode": "log"}, ValueError, "'log'"),
     ("IncreaseBSOnPlateau", {"factor": 1.0}, ValueError, "1.0"),
@@ -55,7 +58,8 @@ BAD_ARGUMENTS = [
     ("StepBS", {"step_size": 1, "max_batch_size": 0}, ValueError, "0"),
     ("StepBS", {"step_size": 1, "max_batch_size": 8.0}, TypeError, "8.0"),
     ("StepBS", {"step_size": 1, "min_batch_size": 0}, ValueError, "0"),
-    ("StepBS", {"step_size": 1, "min_batch_size": 9, "max_batch_size": 8}, ValueError, r"\(8\), got 9"),
+    ("StepBS", {"step_size": 1, "min_batch_size": 9, "max_batch_size": 8}, ValueError,
+     r"\(8\), got 9"),
     ("StepBS", {"step_size": 1, "batch_size_manager": "default"}, TypeError, "str"),
 ]
 
@@ -88,7 +92,8 @@ def test_3_loaders_and_members():
     pair = [schedules.StepBS(loader, 1), schedules.StepBS(loader, 2)]
     foreign = schedules.StepBS(new_loader(), 1)
     held = schedules.StepBS(loader, 1, batch_size_manager=schedules.VirtualBatchSize(10))
-    for build in (schedules.ChainedBSScheduler, lambda members: schedules.SequentialBS(members, [3] * (len(members) - 1))):
+    for build in (schedules.ChainedBSScheduler,
+                  lambda members: schedules.SequentialBS(members, [3] * (len(members) - 1))):
         with pytest.raises(TypeError, match="int"):
             build([pair[0], 3])
         with pytest.raises(ValueError, match="one loader"):
@@ -112,12 +117,13 @@ def test_3_plateau_needs_its_metric():
 def test_3_sizes_that_are_not_finite():
     for factor, error in ((float("nan"), ValueError), (float("inf"), OverflowError)):
         for package in (schedules, bs_scheduler):
-            schedule = package.LambdaBS(new_loader(), lambda epoch, factor=factor: factor if epoch else 1)
+            factors = [1, factor]
+            schedule = package.LambdaBS(new_loader(), factors.__getitem__)
             with pytest.raises(error):
                 schedule.step()
 
 
-def test_4_a_batch_of_nothing():
+def test_4_an_empty_batch():
     bs_scheduler.StepBS(new_loader(), step_size=1, min_batch_size=0)
     with pytest.raises(ValueError, match="min_batch_size"):
         schedules.StepBS(new_loader(), step_size=1, min_batch_size=0)
@@ -125,7 +131,8 @@ def test_4_a_batch_of_nothing():
 
 def test_6_many_cycles():
     arguments = {"step_size_down": 1, "mode": "triangular2"}
-    theirs, ours = bs_scheduler.CyclicBS(new_loader(), **arguments), schedules.CyclicBS(new_loader(), **arguments)
+    theirs = bs_scheduler.CyclicBS(new_loader(), **arguments)
+    ours = schedules.CyclicBS(new_loader(), **arguments)
     for _ in range(2047):
         theirs.step()
         ours.step()
@@ -138,11 +145,13 @@ def test_6_many_cycles():
 
 
 def test_7_sequential_inside_sequential():
-    """Three constant sizes and a doubling, worked out by hand; bs-scheduler leaves out the first factor and divides by it later."""
+    """Three constant sizes and a doubling, by hand; bs-scheduler omits the first factor and divides
+    by it later."""
 
     def sizes(package):
         loader = new_loader()
-        inner = package.SequentialBS([package.ConstantBS(loader, 4.0, 2), package.StepBS(loader, 100)], [3])
+        inner = package.SequentialBS([package.ConstantBS(loader, 4.0, 2),
+                                      package.StepBS(loader, 100)], [3])
         schedule = package.SequentialBS([inner, package.StepBS(loader, 2)], [5])
         rows = [schedule.batch_size]
         for _ in range(7):
@@ -157,7 +166,8 @@ def test_7_sequential_inside_sequential():
 def test_7_chained_inside_sequential():
     def build(package):
         loader = new_loader()
-        inner = package.ChainedBSScheduler([package.ConstantBS(loader, 4.0, 2), package.StepBS(loader, 1)])
+        inner = package.ChainedBSScheduler([package.ConstantBS(loader, 4.0, 2),
+                                            package.StepBS(loader, 1)])
         return package.SequentialBS([inner, package.StepBS(loader, 2)], [3])
 
     with pytest.raises(AttributeError):

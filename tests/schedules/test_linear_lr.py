@@ -14,7 +14,8 @@ MANY = settings(max_examples=200, deadline=None, derandomize=True, database=None
 
 
 def new_optimizer(lrs=(0.4,), tensor=False):
-    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": torch.tensor(lr) if tensor else lr} for lr in lrs]
+    groups = [{"params": [torch.zeros(1, requires_grad=True)],
+               "lr": torch.tensor(lr) if tensor else lr} for lr in lrs]
     return torch.optim.SGD(groups, lr=0.1)
 
 
@@ -30,13 +31,15 @@ sequences = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
 
 @MANY
-@given(st.integers(1, 60) | st.floats(0.5, 60.0), st.lists(st.floats(1e-4, 10.0), min_size=1, max_size=3), st.integers(-1, 20))
+@given(st.integers(1, 60) | st.floats(0.5, 60.0),
+       st.lists(st.floats(1e-4, 10.0), min_size=1, max_size=3), st.integers(-1, 20))
 def test_by_steps_it_is_linearlrs(T, lrs, last_epoch):
     optimizers = [new_optimizer(lrs), new_optimizer(lrs)]
     for optimizer in optimizers if last_epoch >= 0 else ():
         for group in optimizer.param_groups:
             group["initial_lr"] = 2 * group["lr"]
-    ours, theirs = LinearLR(optimizers[0], T, last_epoch), linearlr.LinearLR(optimizers[1], T, last_epoch)
+    ours = LinearLR(optimizers[0], T, last_epoch)
+    theirs = linearlr.LinearLR(optimizers[1], T, last_epoch)
     for _ in range(int(T) - max(0, last_epoch + 1)):
         assert ours.get_last_lr() == theirs.get_last_lr()
         assert stepped(ours) == stepped(theirs)
@@ -62,13 +65,15 @@ def test_the_lr_is_a_function_of_the_samples_seen(sizes, budget):
     scheduler = LinearLR(new_optimizer([0.4, 2.0]), budget_samples=budget)
     for i, size in enumerate(sizes):
         seen = sum(sizes[:i])
-        assert stepped(scheduler, size) == pytest.approx([max(0.0, lr * (1 - seen / budget)) for lr in (0.4, 2.0)])
+        assert stepped(scheduler, size) == pytest.approx([max(0.0, lr * (1 - seen / budget))
+                                                          for lr in (0.4, 2.0)])
 
 
 @MANY
 @given(sequences)
 def test_trapezoids_have_the_same_integral_for_any_sizes(sizes):
-    """Between the lrs at the samples seen the line is straight, so trapezoids measure it exactly: lr₀ · budget / 2."""
+    """Between the lrs at the samples seen the line is straight, so trapezoids measure it exactly:
+    lr₀ · budget / 2."""
     budget = sum(sizes)
     scheduler = LinearLR(new_optimizer(), budget_samples=budget)
     area = 0.0
@@ -92,22 +97,26 @@ def test_the_sum_of_steps_exceeds_it_by_the_squares(sizes):
 def test_announced_sizes_make_the_sum_itself_the_same(sizes):
     budget = sum(sizes)
     scheduler = LinearLR(new_optimizer(), budget_samples=budget, batch_size=sizes[0])
-    area = sum(size * stepped(scheduler, size, next_samples=after)[0] for size, after in zip(sizes, [*sizes[1:], 1], strict=True))
+    area = sum(size * stepped(scheduler, size, next_samples=after)[0]
+               for size, after in zip(sizes, [*sizes[1:], 1], strict=True))
     assert area == pytest.approx(0.4 * budget / 2)
 
 
 @MANY
 @given(sequences, st.integers(1, 2000))
 def test_announced_sizes_beyond_the_budget(sizes, budget):
-    """The last batch reaches beyond: the area is that up to the samples seen, which is never more than the whole."""
+    """The last batch reaches beyond: the area is that up to the samples seen, which is never more
+    than the whole."""
     scheduler = LinearLR(new_optimizer(), budget_samples=budget, batch_size=sizes[0])
-    area = sum(size * stepped(scheduler, size, next_samples=after)[0] for size, after in zip(sizes, [*sizes[1:], 1], strict=True))
+    area = sum(size * stepped(scheduler, size, next_samples=after)[0]
+               for size, after in zip(sizes, [*sizes[1:], 1], strict=True))
     inside = min(sum(sizes), budget)
     assert area == pytest.approx(0.4 * (inside - inside**2 / (2 * budget)))
 
 
 def test_a_constant_batch_is_the_schedule_by_steps():
-    by_steps, by_samples = LinearLR(new_optimizer(), 20), LinearLR(new_optimizer(), budget_samples=20 * 64)
+    by_steps = LinearLR(new_optimizer(), 20)
+    by_samples = LinearLR(new_optimizer(), budget_samples=20 * 64)
     for _ in range(20):
         assert stepped(by_steps) == pytest.approx(stepped(by_samples, 64))
 
@@ -122,11 +131,12 @@ def test_tensor_lrs_are_written_in_place():
     torch.testing.assert_close(torch.stack(tensors), torch.tensor([0.3, 1.5]))
 
 
-@pytest.mark.parametrize("arguments", [{"T": 40}, {"budget_samples": 4000}, {"budget_samples": 4000, "batch_size": 16}])
+@pytest.mark.parametrize("arguments", [{"T": 40}, {"budget_samples": 4000},
+                                       {"budget_samples": 4000, "batch_size": 16}])
 def test_k_reload_k_is_2k(arguments):
     def go(scheduler, steps):
-        kwargs = (lambda n: {}) if "T" in arguments else lambda n: {"samples": 16 + n, "next_samples": 17 + n}
-        return [stepped(scheduler, **kwargs(n)) for n in steps]
+        sizes = [{"samples": 16 + n, "next_samples": 17 + n} for n in steps]
+        return [stepped(scheduler, **({} if "T" in arguments else each)) for each in sizes]
 
     expected = go(LinearLR(new_optimizer(), **arguments), range(20))
     first = LinearLR(new_optimizer(), **arguments)

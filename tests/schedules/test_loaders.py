@@ -1,4 +1,5 @@
-"""Changes over real loaders: they hold from the next batch, with drop_last and without, with workers, over data sets of every kind."""
+"""Changes over real loaders: they hold from the next batch, with drop_last and without, with
+workers, over data sets of every kind."""
 
 import bs_scheduler
 import pytest
@@ -59,8 +60,9 @@ def epoch(loader):
     return [len(batch) for batch in loader]
 
 
-def cut(length, sizes, drop_last):
-    """Batch lengths of one epoch when the sizes asked for are given one by one (the last goes on), worked out by subtraction."""
+def batch_lengths(length, sizes, drop_last):
+    """Batch lengths of one epoch from the size of each batch (the last size repeats), by
+    subtraction."""
     lengths, left = [], length
     while left:
         size = sizes[min(len(lengths), len(sizes) - 1)]
@@ -75,12 +77,14 @@ def cut(length, sizes, drop_last):
 @pytest.mark.parametrize("name", FIXED)
 def test_epoch_lengths(name, drop_last):
     """Stepped once an epoch, over bs-scheduler's loader and ours: the same batches."""
-    loaders = [DataLoader(Numbers(130), batch_size=10, shuffle=True, drop_last=drop_last) for _ in range(2)]
+    loaders = [DataLoader(Numbers(130), batch_size=10, shuffle=True, drop_last=drop_last)
+               for _ in range(2)]
     ours = getattr(schedules, name)(loaders[0], **FIXED[name])
     theirs = getattr(bs_scheduler, name)(loaders[1], **FIXED[name])
     for _ in range(12):
         assert len(loaders[0]) == len(loaders[1]) == len(epoch(loaders[0]))
-        assert epoch(loaders[0]) == epoch(loaders[1]) == cut(130, [ours.batch_size], drop_last)
+        expected = batch_lengths(130, [ours.batch_size], drop_last)
+        assert epoch(loaders[0]) == epoch(loaders[1]) == expected
         ours.step(metrics=1.0)
         theirs.step(metrics=1.0)
 
@@ -89,16 +93,17 @@ def test_epoch_lengths(name, drop_last):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.booleans(), st.integers(1, 200))
 def test_a_change_holds_from_the_next_batch(sizes, drop_last, length):
     loader = DataLoader(Numbers(length), batch_size=10, drop_last=drop_last)
-    schedule = schedules.LambdaBS(loader, lambda step: sizes[min(step, len(sizes) - 1)] / 10, max_batch_size=1000)
+    schedule = schedules.LambdaBS(loader, lambda step: sizes[min(step, len(sizes) - 1)] / 10,
+                                  max_batch_size=1000)
     lengths = []
     for batch in loader:
         lengths.append(len(batch))
         schedule.step()
-    assert lengths == cut(length, sizes, drop_last)
+    assert lengths == batch_lengths(length, sizes, drop_last)
 
 
 def test_bs_scheduler_misses_changes_with_drop_last():
-    """The defect that the replacement of the batch sampler cures."""
+    """The defect that the replacement of the batch sampler fixes."""
     loader = DataLoader(Numbers(100), batch_size=10, drop_last=True)
     schedule = bs_scheduler.StepBS(loader, step_size=1, gamma=2.0)
     lengths = []
@@ -111,8 +116,10 @@ def test_bs_scheduler_misses_changes_with_drop_last():
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers(drop_last, persistent):
-    """Every sample comes once an epoch, or is dropped in the last batch; the size of an epoch's end is that of the next epoch's start."""
-    loader = DataLoader(Numbers(60), batch_size=4, drop_last=drop_last, num_workers=2, prefetch_factor=1, persistent_workers=persistent)
+    """Every sample comes once an epoch, or is dropped in the last batch; the size of an epoch's end
+    is that of the next epoch's start."""
+    loader = DataLoader(Numbers(60), batch_size=4, drop_last=drop_last, num_workers=2,
+                        prefetch_factor=1, persistent_workers=persistent)
     if persistent:
         assert epoch(loader) == [4] * 15
     schedule = schedules.StepBS(loader, step_size=1, gamma=2.0, max_batch_size=16)
@@ -125,7 +132,7 @@ def test_workers(drop_last, persistent):
     # Two batches are with the workers and a third is drawn when the first one arrives.
     assert lengths[:2] == [4, 4]
     assert set(lengths[4:-1]) == {16}
-    assert epoch(loader) == cut(60, [16], drop_last)
+    assert epoch(loader) == batch_lengths(60, [16], drop_last)
 
 
 @pytest.mark.parametrize("stream", [Stream(), MeasuredStream()], ids=["unmeasured", "measured"])
@@ -137,7 +144,7 @@ def test_iterable_data_sets(stream, drop_last):
     for batch in loader:
         lengths.append(len(batch))
         schedule.step()
-    assert lengths == cut(100, [10, 20, 40], drop_last)
+    assert lengths == batch_lengths(100, [10, 20, 40], drop_last)
     if stream.__class__ is MeasuredStream:
         assert len(loader) == (2 if drop_last else 3)
 
@@ -213,7 +220,7 @@ def test_adaptive_data_loader(drop_last):
     for batch in loader:
         lengths.append(len(batch))
         schedule.step()
-    assert lengths == cut(100, [10, 20, 40, 80], drop_last)
+    assert lengths == batch_lengths(100, [10, 20, 40, 80], drop_last)
     second = schedules.StepBS(AdaptiveDataLoader(Numbers(100), batch_size=10), step_size=1)
     second.load_state_dict(schedule.state_dict())
     assert second.dataloader.batch_size == schedule.batch_size
@@ -226,7 +233,8 @@ def test_a_list_as_the_loaders_sampler():
 
 
 def test_batch_samplers():
-    """torch's is replaced over the same sampler; one of the user's is kept; one without a size is refused."""
+    """torch's is replaced over the same sampler; one of the user's is kept; one without a size is
+    refused."""
 
     class Own(BatchSampler):
         pass
@@ -257,7 +265,8 @@ def test_order_is_that_of_the_loader():
     """The same generator gives the same order as torch's loader gives."""
     orders = []
     for scheduled in (False, True):
-        loader = DataLoader(Numbers(40), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(3))
+        loader = DataLoader(Numbers(40), batch_size=8, shuffle=True,
+                            generator=torch.Generator().manual_seed(3))
         if scheduled:
             schedules.StepBS(loader, 1)
         orders.append([batch.tolist() for _ in range(2) for batch in loader])

@@ -19,14 +19,19 @@ from adabatch.schedules import (
 MANY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
 
-def test_the_issues_string():
+def test_a_ramp_as_a_string():
     billion = 10**9
-    assert parse_ramp("0:768 250B:1536 500B:3072") == [(0, 768), (250 * billion, 1536), (500 * billion, 3072)]
+    assert parse_ramp("0:768 250B:1536 500B:3072") == [(0, 768), (250 * billion, 1536),
+                                                       (500 * billion, 3072)]
     ramp = stepwise_ramp("0:768 250B:1536 500B:3072")
-    assert [ramp(n) for n in (0, 250 * billion - 1, 250 * billion, 499 * billion, 500 * billion, 10**15)] == [768, 768, 1536, 1536, 3072, 3072]
+    assert [ramp(n) for n in (
+        0, 250 * billion - 1, 250 * billion, 499 * billion, 500 * billion, 10**15
+    )] == [768, 768, 1536, 1536, 3072, 3072]
 
 
-@pytest.mark.parametrize(("text", "count"), [("7", 7), ("3k", 3000), ("1.5M", 1_500_000), ("0.25B", 250_000_000), ("2T", 2 * 10**12), (" 5K ", 5000)])
+@pytest.mark.parametrize(("text", "count"), [("7", 7), ("3k", 3000), ("1.5M", 1_500_000),
+                                             ("0.25B", 250_000_000), ("2T", 2 * 10**12),
+                                             (" 5K ", 5000)])
 def test_counts(text, count):
     assert parse_count(text) == count
 
@@ -37,7 +42,8 @@ def test_counts_refused(text):
         parse_count(text)
 
 
-@pytest.mark.parametrize("text", ["", "768", "5:768", "0:768 0:1536", "0:768 2K:1 1K:2", "0:0", "0:768:3", "0:big", "0:1.5"])
+@pytest.mark.parametrize("text", ["", "768", "5:768", "0:768 0:1536", "0:768 2K:1 1K:2", "0:0",
+                                  "0:768:3", "0:big", "0:1.5"])
 def test_ramps_refused(text):
     with pytest.raises(ValueError, match=r"got"):
         parse_ramp(text)
@@ -51,11 +57,13 @@ def test_ramps_of_another_type_are_refused():
 
 
 @MANY
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), min_size=1, max_size=5), st.integers(0, 300))
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), min_size=1, max_size=5),
+       st.integers(0, 300))
 def test_the_last_size_reached_holds(gaps, seen):
     starts = [sum(gap for gap, _ in gaps[:i]) for i in range(len(gaps))]
     text = ", ".join(f"{start}:{size}" for start, (_, size) in zip(starts, gaps, strict=True))
-    expected = next(size for start, (_, size) in reversed(list(zip(starts, gaps, strict=True))) if start <= seen)
+    expected = next(size for start, (_, size) in reversed(list(zip(starts, gaps, strict=True)))
+                    if start <= seen)
     assert stepwise_ramp(text)(seen) == expected
 
 
@@ -97,7 +105,7 @@ def test_bad_arguments(build, error, text):
 
 
 def test_divisibility_is_checked_when_a_size_is_used():
-    """The middle size fits no eight processes: a run that never uses it there goes on."""
+    """The middle size fits no eight processes: a run that never uses it there continues."""
     held = VirtualBatchSize(64)
     schedule = RampBS(None, "0:64 1K:100 2K:128", world_size=8, batch_size_manager=held)
     schedule.step(samples=999)
@@ -106,9 +114,11 @@ def test_divisibility_is_checked_when_a_size_is_used():
     schedule.step(samples=1000)
     assert held.get_current_batch_size() == 128
 
-    on_four = RampBS(None, "0:64 1K:100 2K:128", world_size=4, batch_size_manager=VirtualBatchSize(64))
+    on_four = RampBS(None, "0:64 1K:100 2K:128", world_size=4,
+                     batch_size_manager=VirtualBatchSize(64))
     on_four.step(samples=1500)
-    on_eight = RampBS(None, "0:64 1K:100 2K:128", world_size=8, batch_size_manager=VirtualBatchSize(64))
+    on_eight = RampBS(None, "0:64 1K:100 2K:128", world_size=8,
+                      batch_size_manager=VirtualBatchSize(64))
     with pytest.raises(ValueError, match="100 is not a multiple of 8"):
         on_eight.load_state_dict(on_four.state_dict())
     on_four.step(samples=500)
@@ -118,7 +128,8 @@ def test_divisibility_is_checked_when_a_size_is_used():
 
 def test_a_clipped_size_is_the_one_checked():
     with pytest.raises(ValueError, match="90 is not a multiple of 8"):
-        RampBS(None, "0:96", world_size=8, batch_size_manager=VirtualBatchSize(64), max_batch_size=90)
+        RampBS(None, "0:96", world_size=8, batch_size_manager=VirtualBatchSize(64),
+               max_batch_size=90)
 
 
 def test_over_a_loader_in_tokens():

@@ -1,4 +1,5 @@
-"""SampleClock: torch's schedulers advanced by samples, against the same schedulers advanced by steps."""
+"""SampleClock: torch's schedulers advanced by samples, against the same schedulers advanced by
+steps."""
 
 import io
 
@@ -17,12 +18,16 @@ SCHEDULERS = {
     "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 20),
     "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=60),
     "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step),
-    "CosineAnnealingWarmRestarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5),
+    "CosineAnnealingWarmRestarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(
+        optimizer, 5
+    ),
     "SequentialLR": lambda optimizer: lr_scheduler.SequentialLR(
-        optimizer, [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4), lr_scheduler.CosineAnnealingLR(optimizer, 20)], [4]
+        optimizer, [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4),
+                    lr_scheduler.CosineAnnealingLR(optimizer, 20)], [4]
     ),
     "ChainedScheduler": lambda optimizer: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4), lr_scheduler.ExponentialLR(optimizer, 0.9)]
+        [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4),
+         lr_scheduler.ExponentialLR(optimizer, 0.9)]
     ),
     "ReduceLROnPlateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=1),
     "adabatch LinearLR": lambda optimizer: schedules.LinearLR(optimizer, 50),
@@ -44,7 +49,8 @@ def test_after_n_samples_it_has_taken_n_over_unit_steps(name):
     def compare(sizes, unit):
         plain = SCHEDULERS[name](new_optimizer())
         plain.optimizer.step() if hasattr(plain, "optimizer") else None
-        clock = SampleClock(SCHEDULERS[name](new_optimizer()), samples_per_step=max(unit, sum(sizes) // 50 + 1))
+        clock = SampleClock(SCHEDULERS[name](new_optimizer()),
+                            samples_per_step=max(unit, sum(sizes) // 50 + 1))
         taken = 0
         for i, size in enumerate(sizes):
             clock.optimizer.step()

@@ -1,4 +1,5 @@
-"""Checkpoints: k steps, reload into a new schedule over a new loader, k steps = 2k steps; plain, small, and free of the old loader."""
+"""Checkpoints: k steps, reload into a new schedule over a new loader, k steps = 2k steps; plain,
+small, and free of the old loader."""
 
 import io
 
@@ -16,11 +17,14 @@ def single(name):
 
 
 def chained(loader):
-    return schedules.ChainedBSScheduler([schedules.ConstantBS(loader, 3.0, 4), schedules.ExponentialBS(loader, 1.1)])
+    return schedules.ChainedBSScheduler([schedules.ConstantBS(loader, 3.0, 4),
+                                         schedules.ExponentialBS(loader, 1.1)])
 
 
 def sequential(loader):
-    return schedules.SequentialBS([schedules.ConstantBS(loader, 3.0, 4), schedules.ExponentialBS(loader, 1.1), schedules.StepBS(loader, 2)], [5, 8])
+    return schedules.SequentialBS([schedules.ConstantBS(loader, 3.0, 4),
+                                   schedules.ExponentialBS(loader, 1.1),
+                                   schedules.StepBS(loader, 2)], [5, 8])
 
 
 def nested(loader):
@@ -31,7 +35,8 @@ def ramp(loader):
     return schedules.RampBS(loader, "0:10 200:20 1K:45")
 
 
-BUILDERS = {name: single(name) for name in FIXED} | {"Chained": chained, "Sequential": sequential, "nested": nested, "RampBS": ramp}
+BUILDERS = {name: single(name) for name in FIXED} | {"Chained": chained, "Sequential": sequential,
+                                                     "nested": nested, "RampBS": ramp}
 
 
 def new_loader(batch_size=10):
@@ -61,8 +66,8 @@ def through_a_file(state):
 @pytest.mark.parametrize("k", [0, 1, 4, 7, 12])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_k_reload_k_is_2k(name, k):
-    whole = BUILDERS[name](new_loader())
-    expected = go(whole, range(2 * k + 3))
+    unbroken = BUILDERS[name](new_loader())
+    expected = go(unbroken, range(2 * k + 3))
 
     old_loader = new_loader()
     first = BUILDERS[name](old_loader)
@@ -84,7 +89,8 @@ def test_k_reload_k_is_2k(name, k):
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_hyperparameters_and_base_are_restored(name):
-    """As in torch and bs-scheduler, the state wins over the constructor's arguments: here over the loader's size at the start."""
+    """As in torch and bs-scheduler, the state wins over the constructor's arguments: here over the
+    loader's size at the start."""
     first = BUILDERS[name](new_loader())
     go(first, range(3))
     second = BUILDERS[name](new_loader(batch_size=13))
@@ -92,11 +98,13 @@ def test_hyperparameters_and_base_are_restored(name):
     assert go(second, range(3, 15)) == go(first, range(3, 15))
 
 
-def test_other_hyperparameters_give_way():
+def test_loading_replaces_hyperparameters():
     first = schedules.StepBS(new_loader(), step_size=2, gamma=3.0, max_batch_size=400)
     second = schedules.StepBS(new_loader(), step_size=5, min_batch_size=10)
     second.load_state_dict(first.state_dict())
-    assert (second.step_size, second.gamma, second.max_batch_size, second.min_batch_size) == (2, 3.0, 400, 1)
+    assert (second.step_size, second.gamma, second.max_batch_size, second.min_batch_size) == (
+        2, 3.0, 400, 1
+    )
 
 
 def test_loading_leaves_the_argument_as_it_was():
@@ -143,7 +151,8 @@ def test_attributes_of_a_subclass_are_saved():
 
 
 def test_bs_schedulers_state_holds_the_old_loader():
-    """The defect: the state is as large as the data, and the schedule that loads it drives the old loader."""
+    """The defect: the state is as large as the data, and the schedule that loads it drives the old
+    loader."""
     old, new = new_loader(), new_loader()
     first, second = bs_scheduler.StepBS(old, 1), bs_scheduler.StepBS(new, 1)
     second.load_state_dict(first.state_dict())

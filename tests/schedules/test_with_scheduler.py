@@ -1,4 +1,5 @@
-"""lr schedules by samples beside a BatchSizeScheduler that changes batch and lr: the loop of the README."""
+"""lr schedules by samples beside a BatchSizeScheduler that changes batch and lr: the loop of the
+README."""
 
 import pytest
 from torch.optim import SGD
@@ -14,11 +15,13 @@ BUDGET, UNIT = 2000, 16
 
 
 def run(advance, make):
-    """(samples seen, lr in the param group, lr stepped with, batch size) of each step over the budget."""
+    """(samples seen, lr in the param group, lr stepped with, batch size) of each step over the
+    budget."""
     model = Slope()
     optimizer, loader = SGD(model.parameters(), lr=1.0), AdaptiveDataLoader(ones(300), 16)
     controller = Scheduled(ExponentialBS(None, 1.07, batch_size_manager=VirtualBatchSize(16)))
-    scheduler = make_scheduler(optimizer, loader, None, controller, coupling="linear", min_batch_size=8, max_batch_size=128)
+    scheduler = make_scheduler(optimizer, loader, None, controller, coupling="linear",
+                               min_batch_size=8, max_batch_size=128)
     by_samples, rows = make(optimizer), []
     while scheduler.samples_seen < BUDGET:
         for (inputs,) in loader:
@@ -48,7 +51,11 @@ def test_a_torch_scheduler_on_a_sample_clock():
 
 
 def test_the_linear_budget():
-    rows = run(lambda linear, scheduler: linear.step(scheduler.diagnostics.latest.batch_size), lambda optimizer: LinearLR(optimizer, budget_samples=BUDGET))
-    assert [lr for _, lr, _, _ in rows] == pytest.approx([1 - seen / BUDGET for seen, _, _, _ in rows])
-    # linear coupling, the short last batches of the epochs included: lr / batch is that of the base batch
-    assert [used for _, _, used, _ in rows] == pytest.approx([lr * size / 16 for _, lr, _, size in rows])
+    rows = run(lambda linear, scheduler: linear.step(scheduler.diagnostics.latest.batch_size),
+               lambda optimizer: LinearLR(optimizer, budget_samples=BUDGET))
+    assert [lr for _, lr, _, _ in rows] == pytest.approx([1 - seen / BUDGET
+                                                          for seen, _, _, _ in rows])
+    # linear coupling, the short last batches of the epochs included: lr / batch is that of the base
+    # batch
+    assert [used for _, _, used, _ in rows] == pytest.approx([lr * size / 16
+                                                              for _, lr, _, size in rows])
