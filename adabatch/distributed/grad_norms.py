@@ -41,14 +41,7 @@ def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) 
 
 
 def replicated_sq_norms(groups: Sequence[Sequence[Tensor]], replica: Collection[int]) -> Tensor:
-    """‖g‖² of gradients held whole, and of this process's pieces of those split over replica, [2].
-
-    Example:
-        >>> p = torch.nn.Parameter(torch.zeros(2))
-        >>> p.grad = torch.tensor([3.0, 4.0])
-        >>> replicated_sq_norms([[p], []], replica=[0, 1])
-        tensor([25.,  0.])
-    """
+    """‖g‖² of gradients held whole, and of this process's pieces of those split over it, [2]."""
     whole, pieces = [], []
     for grad in (grad for group in groups for grad in gradients(group)):
         if not is_sharded(grad):

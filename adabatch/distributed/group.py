@@ -53,19 +53,12 @@ _made: Counter[tuple[int, ...]] = Counter()
 
 class HostGroup:
     """Processes, and a gloo group for small vectors of theirs on the host, separate from the
-    gradients' communication. All of them must make their HostGroup.
-
-    Args:
-        group: a ProcessGroup, a DeviceMesh all of whose processes are meant, a list of ranks in the
-            default group, or None for all processes.
-        timeout: of the collectives; None for torch's default.
+    gradients' communication. All of them must make their HostGroup; RuntimeError without a default
+    group.
 
     Attributes:
         rank, world_size: of this process in the group, and the number of processes.
         ranks: of all of them, as numbered in the default group.
-
-    Raises:
-        RuntimeError: there is no process group.
 
     Example:
         >>> import tempfile
@@ -79,7 +72,7 @@ class HostGroup:
 
     def __init__(self, group: Processes = None, timeout: timedelta | None = None):
         if not is_initialized():
-            raise RuntimeError(NOT_INITIALISED.format(why="several processes are to share batches"))
+            raise RuntimeError(NOT_INITIALISED.format(why="several processes share each batch"))
         self._default = dist.group.WORLD
         self.ranks = ranks_of(group)
         self.world_size, self.rank = len(self.ranks), self.ranks.index(dist.get_rank())
@@ -124,9 +117,8 @@ class HostGroup:
         """Raise RuntimeError where the default group was destroyed, or created again."""
         if dist.is_initialized() and dist.group.WORLD is self._default:
             return
-        now = "is gone"
-        if dist.is_initialized():
-            now = f"was created again, with {dist.get_world_size()}"
+        again = dist.is_initialized()
+        now = f"was created again, with {dist.get_world_size()}" if again else "is gone"
         raise RuntimeError(CHANGED.format(before=self.world_size, now=now))
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
@@ -158,10 +150,6 @@ def find_group(group: Processes = None, *, required: bool = False) -> HostGroup 
         RuntimeError: a launcher started several processes, or a group is given, but there is no
             process group.
         ValueError: several are `required`, and this one is alone.
-
-    Example:
-        >>> find_group() is None
-        True
     """
     if not is_initialized():
         launched = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
@@ -178,10 +166,7 @@ def find_group(group: Processes = None, *, required: bool = False) -> HostGroup 
 
 def registered_group(group: Processes = None) -> dist.ProcessGroup | None:
     """torch's own group of these processes, for its collectives; None for the default group.
-
-    Raises:
-        RuntimeError: there is none, of a mesh of several dimensions over a part of all processes.
-    """
+    RuntimeError where there is none: a mesh of several dimensions over a part of all processes."""
     ranks = ranks_of(group)
     if len(ranks) == dist.get_world_size():
         return None
@@ -216,10 +201,7 @@ def _host_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.Proce
 
 def check_same(group: HostGroup, facts: Mapping[str, str]) -> None:
     """Compare facts over all processes. Checksums are exchanged; values only where these differ.
-
-    Raises:
-        ValueError: on every process the same, with what differs, the values and the ranks.
-    """
+    ValueError, on every process the same, with what differs, the values and the ranks."""
     sums = group.gather({name: zlib.crc32(value.encode()) for name, value in facts.items()})
     names = {name for each in sums for name in each}
     differing = sorted(name for name in names if len({each.get(name) for each in sums}) > 1)
@@ -231,12 +213,7 @@ def check_same(group: HostGroup, facts: Mapping[str, str]) -> None:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Names, shapes, dtypes and requires_grad of all parameters, one per line.
-
-    Example:
-        >>> model_fingerprint(nn.Linear(2, 1, bias=False))
-        'weight (1, 2) float32'
-    """
+    """Names, shapes, dtypes and requires_grad of all parameters, one per line."""
     lines = []
     for name, parameter in model.named_parameters():
         dtype = str(parameter.dtype).removeprefix("torch.")
@@ -273,24 +250,15 @@ def canonical_repr(value: object) -> str:
 
 
 def checksum(decision: object) -> list[float]:
-    """CHECKSUM numbers to add up over the processes, from which `checksums_agree` decides.
-
-    Two halves h of a CRC, each with its square: Σh² = (Σh)²/W only if all h are equal. 16 bits
-    each, so that the sums are exact in float64 for millions of processes.
-    """
+    """CHECKSUM numbers to add up over the processes: two halves h of a CRC, each with its square.
+    Σh² = (Σh)²/W only if all h are equal; with 16 bits the sums are exact in float64 for millions
+    of processes."""
     code = zlib.crc32(repr(decision).encode())
     return [float(part) for half in (code >> 16, code & 0xFFFF) for part in (half, half * half)]
 
 
 def checksums_agree(sums: Sequence[float], world_size: int) -> bool:
-    """Whether all processes added the same checksum.
-
-    Example:
-        >>> same = [2 * value for value in checksum((16, 3))]
-        >>> other = [a + b for a, b in zip(checksum((16, 3)), checksum((17, 3)))]
-        >>> checksums_agree(same, 2), checksums_agree(other, 2)
-        (True, False)
-    """
+    """Whether all processes added the same checksum."""
     return all(sums[at] ** 2 == world_size * sums[at + 1] for at in range(0, CHECKSUM, 2))
 
 

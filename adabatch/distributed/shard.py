@@ -7,44 +7,47 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from adabatch.distributed.grad_norms import (
-    is_sharded, parts_of_grad_sq_norms, replicated_sq_norms,
-)
+from adabatch._types import Args, Batch
+from adabatch.distributed.grad_norms import (is_sharded, parts_of_grad_sq_norms,
+                                             replicated_sq_norms)
 from adabatch.estimators.pooling import grad_sq_norms
 
 T = TypeVar("T")
 NOTHING_RUN = (
     "no batch of the loader has been run forward since adabatch.wrap, so that the size of the step "
-    "is not known: train on the loader's batches"
-)
+    "is not known: train on the loader's batches")
 NO_TENSOR = (
     "this process has a different number of the batch's samples than others, so that its gradient "
     "must be multiplied by {weight:.6g}, and no tensor was found in the model's output ({kind}) to "
     "do it at. Return tensors, or tuples, lists and dicts of them; register other containers with "
-    "torch.utils._pytree"
-)
+    "torch.utils._pytree")
 
 
 class ShardedSampler(Protocol):
-    """What the shard reads of a batch sampler."""
+    """What the shard reads of a batch sampler: n_batches delivered since the start, m_r and m of
+    the last one."""
 
-    n_batches: int  # delivered since the start
-
-    @property
-    def last_local_size(self) -> int:
-        """m_r of the last batch delivered."""
+    n_batches: int
 
     @property
-    def last_size(self) -> int:
-        """Its m."""
+    def last_local_size(self) -> int: ...
+    @property
+    def last_size(self) -> int: ...
+
+
+class Broadcast(Protocol):
+    """Value -> the first process's; called by all processes at once."""
+
+    def __call__(self, value: T, /) -> T: ...
 
 
 class BatchShard:
@@ -54,13 +57,10 @@ class BatchShard:
     weight 1/W each. For the result to be the gradient of the mean over all m samples, each is
     multiplied by `weight` = W·m_r/m first; under a loss that is a sum, by W.
 
-    Without arguments: one process that has all samples.
-
     Args:
-        world_size: W.
+        world_size: W. The default is one process that has all samples.
         sampler: of the loader; None for data from elsewhere.
         summed: the loss is a sum over the samples.
-        broadcast_from_first: value -> the first process's; called by all processes at once.
         replica_ranks: of the T processes that hold one replica of the model together (tensor
             parallel) and have the same samples; empty for one alone.
 
@@ -77,12 +77,8 @@ class BatchShard:
     """
 
     def __init__(
-        self,
-        world_size: int = 1,
-        sampler: ShardedSampler | None = None,
-        summed: bool = False,
-        broadcast_from_first: Callable[[Any], Any] | None = None,
-        replica_ranks: Sequence[int] = (),
+        self, world_size: int = 1, sampler: ShardedSampler | None = None, summed: bool = False,
+        broadcast_from_first: Broadcast | None = None, replica_ranks: Sequence[int] = (),
     ):
         self.world_size, self._sampler, self._summed = world_size, sampler, summed
         self._replica_ranks, self.replica = replica_ranks, max(1, len(replica_ranks))
@@ -125,11 +121,7 @@ class BatchShard:
         return sum(own for own, _ in last) / whole if whole else 1 / self.world_size
 
     def size_of(self, batches: int) -> int:
-        """Σ m of them.
-
-        Raises:
-            RuntimeError: no batch of the loader was run.
-        """
+        """Σ m of them; RuntimeError where no batch of the loader was run."""
         if not self._recorded:
             raise RuntimeError(NOTHING_RUN)
         return sum(size for _, size in self._last(batches))
@@ -146,16 +138,20 @@ class BatchShard:
         return grad_sq_norms(groups) if n == 1 else parts_of_grad_sq_norms(groups, n)
 
 
+class _Weighted(FunctionCtx):
+    weight: float
+
+
 class _ScaleGradient(torch.autograd.Function):
     """The identity, whose gradient is multiplied by a number."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, weight: float) -> Tensor:
+    def forward(ctx: _Weighted, tensor: Tensor, weight: float) -> Tensor:
         ctx.weight = weight
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Weighted, grad: Tensor) -> tuple[Tensor, None]:
         return (grad if ctx.weight == 1.0 else grad * ctx.weight), None
 
 
@@ -164,11 +160,7 @@ class OutputWeights:
 
     One place for every wrapper (DistributedDataParallel, fully_shard, torch.compile), after which
     the averages over processes, the taps and the optimizer see the gradient of the mean over all m
-    samples. The loss must be computed from the model's outputs.
-
-    Args:
-        model: as the training loop calls it.
-        shard: gives the weights.
+    samples. The loss must be computed from the outputs of `model`, as the training loop calls it.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -183,19 +175,15 @@ class OutputWeights:
         # Held weakly: a deep copy of the model would copy the owner too.
         self._shard, owner = shard, weakref.ref(self)
 
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def hook(module: nn.Module, args: Args, output: Batch) -> Batch:
             weights = owner()
             return output if weights is None else weights.weighted(output)
 
         # Outside compiled graphs, which would be compiled again for every new weight.
         self._handle = model.register_forward_hook(torch.compiler.disable(hook))
 
-    def weighted(self, output: Any) -> Any:
-        """The output, with the weight on its gradient.
-
-        Raises:
-            RuntimeError: there is no tensor in the output to put the weight on.
-        """
+    def weighted(self, output: T) -> T:
+        """The output, with the weight on its gradient; RuntimeError where it holds no tensor."""
         if not torch.is_grad_enabled():
             return output
         leaves, structure = tree_flatten(output)

@@ -8,69 +8,58 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from adabatch.distributed.grad_norms import is_sharded
-from adabatch.distributed.group import HostGroup, is_initialized, ranks_of
+from adabatch.distributed.group import HostGroup, Processes, is_initialized, ranks_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
+
+    from adabatch.grad_sample import GradSampleHooks
+    from adabatch.grad_sample.taps.base import TapSite
 
 GROUP = (
     "these parameters are split over processes that do not share each batch but hold one replica "
     "of the model together (tensor parallel): {names}. Pass the processes that do share each batch "
-    'to adabatch.wrap: process_group=mesh["dp"], the data-parallel part of the device mesh'
-)
+    'to adabatch.wrap: process_group=mesh["dp"], the data-parallel part of the device mesh')
 CANNOT = (
     "these tensor-parallel layers cannot be measured:\n{problems}\nPass ignore=[...], or use a "
-    "controller that measures nothing (controllers.Scheduled)"
-)
+    "controller that measures nothing (controllers.Scheduled)")
 NORMS_ONLY = (
     "tensor-parallel layers are measured without {statistics}, which the controller, coupling or "
     "argument needs: use one that needs norms alone (CABS with SGD, NoiseScale), one that measures "
-    "nothing (controllers.Scheduled), or omit PerSample(inner_products=)"
-)
+    "nothing (controllers.Scheduled), or omit PerSample(inner_products=)")
 ESTIMATOR = (
-    "the {estimator} estimator does not support tensor-parallel layers ({names}): use PerSample()"
-)
+    "the {estimator} estimator does not support tensor-parallel layers ({names}): use PerSample()")
 DIFFER = (
     "gradients that should be equal differ between processes when the backward pass ends (squared "
-    "norms by rank: {values}): {cause}"
-)
+    "norms by rank: {values}): {cause}")
 PARTLY_USED = (
     "a parameter that is not split is used on a part of the samples' activations, or nothing "
-    "averages gradients over the processes of process_group="
-)
+    "averages gradients over the processes of process_group=")
 NOT_AVERAGED = (
     "nothing averages them over the processes of process_group= (wrap the model in fully_shard "
-    "over that part of the mesh)"
-)
+    "over that part of the mesh)")
 TOLERANCE = 1e-5  # relative spread of squared norms of gradients that should be equal
 SHOWN = 10  # names in an error
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How a model is split.
+    """How a model is split."""
 
-    Attributes:
-        data: the D processes that share each batch.
-        everyone: all D·T.
-        replica: ranks in the default group of the T that hold this process's replica.
-    """
-
-    data: HostGroup
-    everyone: HostGroup
-    replica: list[int]
+    data: HostGroup  # the D processes that share each batch
+    everyone: HostGroup  # all D·T
+    replica: list[int]  # ranks in the default group of the T that hold this process's replica
 
     @classmethod
-    def find(cls, model: nn.Module, group: Any, estimator: str) -> TensorParallel | None:
+    def find(cls, model: nn.Module, group: Processes, estimator: str) -> TensorParallel | None:
         """None where no parameter is split over processes that hold one replica together.
-
-        Raises:
-            ValueError: on every process alike, where the group does not say which processes share
-                each batch.
-        """
+        ValueError on every process, where the group does not say which share each batch."""
         sharded = _sharded(model)
         if not is_initialized() or not sharded:
             return None
@@ -91,22 +80,17 @@ class TensorParallel:
         everyone = {rank for ranks in data_group.gather(own) for rank in ranks}
         return cls(data_group, HostGroup(sorted(everyone)), own)
 
-    def norm_weights(self, hooks: Any) -> dict[str, float]:
+    def norm_weights(self, hooks: GradSampleHooks) -> dict[str, float]:
         """The factor on each parameter's norms: 1 for pieces, 1/T for what all T compute whole.
-
-        Raises:
-            ValueError: listing the layers for which neither holds.
-        """
+        ValueError listing the layers for which neither holds."""
         statistics = sorted(hooks.statistics)
         if statistics:
             raise ValueError(NORMS_ONLY.format(statistics=", ".join(statistics)))
         parameters = hooks.parameters
         split = {name: self._split_dim(parameter) for name, parameter in parameters.items()}
         tapped = {full for site in hooks.sites for full in site.parameters.values()}
-        problems = [
-            f"{name}: used outside a layer of its own"
-            for name, dim in split.items() if dim is not None and name not in tapped
-        ]
+        problems = [f"{name}: used outside a layer" for name, dim in split.items()
+                    if dim is not None and name not in tapped]
         users: dict[str, int] = {}
         weights = dict.fromkeys(parameters, 1 / len(self.replica))
         for site in hooks.sites[:-1]:
@@ -121,10 +105,8 @@ class TensorParallel:
                 users[full] = users.get(full, 0) + 1
                 if own[name] is not None and not whole:
                     weights[full] = 1.0
-        problems += [
-            f"{name}: split, and shared by {n} layers"
-            for name, n in users.items() if n > 1 and split[name] is not None
-        ]
+        problems += [f"{name}: split, and shared by {n} layers" for name, n in users.items()
+                     if n > 1 and split[name] is not None]
         if problems:
             lines = "\n".join(f"  - {problem}" for problem in problems)
             raise ValueError(CANNOT.format(problems=lines))
@@ -132,13 +114,8 @@ class TensorParallel:
 
     def check_reduced(self, whole: float, pieces: float) -> bool:
         """Compare ‖g‖² over all processes: of whole gradients, and of pieces that D hold alike.
-
-        Returns:
-            Whether they could be compared: all are finite.
-
-        Raises:
-            RuntimeError: on every process, where they differ.
-        """
+        Whether they could be compared: all are finite. RuntimeError on every process, where they
+        differ."""
         found = self.everyone.gather((whole, pieces, tuple(self.data.ranks)))
         wholes, own_pieces, _ = zip(*found, strict=True)
         if not all(map(math.isfinite, (*wholes, *own_pieces))):
@@ -166,11 +143,11 @@ class TensorParallel:
         return dims[0] if dims else None
 
 
-def _sharded(model: nn.Module) -> dict[str, Any]:
+def _sharded(model: nn.Module) -> dict[str, DTensor]:
     return {name: each for name, each in model.named_parameters() if is_sharded(each)}
 
 
-def _default_data_ranks(model: nn.Module, sharded: Mapping[str, Any]) -> list[int]:
+def _default_data_ranks(model: nn.Module, sharded: Mapping[str, DTensor]) -> list[int]:
     """Without a group: this process alone where all hold one replica, not by fully_shard."""
     world = dist.get_world_size()
     meshes = [parameter.device_mesh for parameter in sharded.values()]
@@ -188,35 +165,29 @@ def _fully_sharded(model: nn.Module) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-def _mesh_lines(parameter: Any, data: list[int]) -> Iterator[tuple[Any, list[int], bool]]:
+def _mesh_lines(parameter: DTensor, data: list[int]) -> Iterator[tuple[Placement, list[int], bool]]:
     """(placement, ranks in this process's line, whether these share each batch) per dimension."""
-    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate() or ()
     for dim, placement in enumerate(parameter.placements):
         index = tuple(slice(None) if at == dim else here for at, here in enumerate(coordinate))
         line = mesh.mesh[index].tolist()
         yield placement, line, set(line) <= set(data)
 
 
-def _replica_line(parameter: Any, data: list[int]) -> tuple[list[int], bool]:
-    """(ranks that hold one replica of the parameter with this one, whether the mesh fits).
-
-    It fits if each of its dimensions lies either within the processes of a batch or across them.
-    """
-    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+def _replica_line(parameter: DTensor, data: list[int]) -> tuple[list[int], bool]:
+    """(ranks that hold one replica of the parameter with this one, whether the mesh fits: each of
+    its dimensions lies either within the processes of a batch or across them)."""
+    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate() or ()
     lines = list(_mesh_lines(parameter, data))
-    index = tuple(
-        here if shares_batch else slice(None)
-        for here, (_, _, shares_batch) in zip(coordinate, lines, strict=True)
-    )
+    index = tuple(here if shares_batch else slice(None)
+                  for here, (_, _, shares_batch) in zip(coordinate, lines, strict=True))
     fits = all(shares_batch or len(set(line) & set(data)) == 1 for _, line, shares_batch in lines)
     return sorted(mesh.mesh[index].flatten().tolist()), fits
 
 
-def _split_over(model: nn.Module, sharded: Mapping[str, Any], data: list[int]) -> Iterator[str]:
-    """Names of parameters split over processes said to share each batch, not by fully_shard alone.
-
-    fully_shard leaves [Shard] or [Replicate, Shard].
-    """
+def _split_over(model: nn.Module, sharded: Mapping[str, DTensor], data: list[int]) -> Iterator[str]:
+    """Names of parameters split over processes said to share each batch, not by fully_shard alone,
+    which leaves [Shard] or [Replicate, Shard]."""
     held = _fully_sharded(model)
     for name, parameter in sharded.items():
         lines = list(_mesh_lines(parameter, data))
@@ -227,7 +198,7 @@ def _split_over(model: nn.Module, sharded: Mapping[str, Any], data: list[int]) -
             yield name
 
 
-def _problem(site: Any, split: Mapping[str, int | None], is_split: bool) -> str | None:
+def _problem(site: TapSite, split: Mapping[str, int | None], is_split: bool) -> str | None:
     """Why a site's pieces cannot be measured; None where they can."""
     dims = {name: dim for name, dim in split.items() if dim is not None}
     layer = site.layer
