@@ -91,8 +91,7 @@ class Layout(str, Enum):
         return ValueError(
             f"a tensor of shape {list(tensor.shape)} does not hold {n_samples} samples in the "
             f"layout {self.value!r}, which is {expected}. Settle the layouts with "
-            "adabatch.check(model, batch, loss_fn)."
-        )
+            "adabatch.check(model, batch, loss_fn).")
 
 
 @dataclass(frozen=True)
@@ -149,5 +148,4 @@ class BatchSizeSource:
     def _missing(self, found: str) -> ValueError:
         return ValueError(
             f"the number of samples cannot be read from the model's inputs as {self}: {found}. "
-            "Call the model as adabatch.check saw it, or check it again."
-        )
+            "Call the model as adabatch.check saw it, or check it again.")

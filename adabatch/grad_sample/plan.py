@@ -71,7 +71,7 @@ def plan_layers(
         if id(layer) in inside or _is_below(name, ignore):
             continue
         sampler, call = find_grad_sampler(layer), call_type(layer)
-        whole = call is not RecomputedCall  # it owns the parameters of its parts
+        whole = call is not RecomputedCall  # it owns its submodules' parameters
         if sampler is None and whole:
             inside.update(id(part) for part in layer.modules())
             own = parameters.collect(name, layer.named_parameters(), problems)
@@ -118,8 +118,7 @@ class _Parameters:
             full = f"{owner}.{own_name}" if owner else own_name
             if isinstance(parameter, UninitializedParameter):
                 problems.append(
-                    f"{full} is not initialized: run one batch through the lazy module first"
-                )
+                    f"{full} is not initialized: run one batch through the lazy module first")
             name = self._names.setdefault(id(parameter), full)
             if name in self.by_name:
                 self.shared.add(name)
@@ -129,21 +128,17 @@ class _Parameters:
 
 
 def _can_run_again(layer: nn.Module) -> bool:
-    """Whether a layer without a rule is run again sample by sample. The parameters of a container
-    are traced instead, as only what depends on them need be repeated; so are those that a forward
-    pre-hook changes, as weight norm's does."""
+    """Whether a layer without a rule is run again. A container's parameters are traced instead, as
+    only what depends on them need be repeated; so are those that a forward pre-hook changes."""
     return not any(True for _ in layer.children()) and not layer._forward_pre_hooks
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module that torch.compile and DistributedDataParallel have wrapped."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif is_compiled_wrapper(model):
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
+    while isinstance(model, DistributedDataParallel) or is_compiled_wrapper(model):
+        wrapped = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
+        model = model.get_submodule(wrapped)
+    return model
 
 
 def clean_name(name: str) -> str:
@@ -165,8 +160,7 @@ def _model_problems(model: nn.Module, ignore: Collection[str]) -> Iterator[str]:
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         yield (
             "nn.DataParallel copies the layers at every step, which hides them from the hooks; use "
-            "DistributedDataParallel, or the bare module on one device"
-        )
+            "DistributedDataParallel, or the bare module on one device")
     known = {clean_name(name) for name, _ in model.named_modules()}
     for name in ignore:
         if name not in known:

@@ -154,8 +154,7 @@ def register_grad_sampler(
     """
     if not layer_types:
         raise TypeError(
-            "register_grad_sampler() got no layer type: write @register_grad_sampler(MyLayer)"
-        )
+            "register_grad_sampler() got no layer type: write @register_grad_sampler(MyLayer)")
     wrong = [repr(each) for each in layer_types
              if not (isinstance(each, type) and issubclass(each, nn.Module))]
     if wrong:

@@ -133,8 +133,7 @@ class ParameterTracer(TorchFunctionMode):
             raise RuntimeError(
                 f"{name} is given a tensor of shape {tuple(tensor.shape)} that was computed from "
                 f"parameters alone and has no row for each of the {self._n_samples} samples: "
-                "expand it to the batch, or pass ignore=[...]"
-            )
+                "expand it to the batch, or pass ignore=[...]")
         return None
 
     def __torch_function__(
@@ -185,8 +184,7 @@ class ParameterTracer(TorchFunctionMode):
             raise RuntimeError(
                 f"{operation.name} gives an output of shape {wrong[0]} in a batch of "
                 f"{self._n_samples}: its samples do not lie along the first dimension. "
-                f"{RULE_OR_IGNORE}"
-            )
+                f"{RULE_OR_IGNORE}")
         reads_output = function_name(operation.function).strip("_") in READS_OUTPUT
         copied = [reads_output or output._is_view() for output in outputs]
         return self._tap(operation, outputs, copied)
@@ -228,8 +226,7 @@ class ParameterTracer(TorchFunctionMode):
         if any(samples) and function is _with_item and not _writes_to_all_samples(*args[:2]):
             raise RuntimeError(
                 "a tensor computed from parameters is written to chosen samples only: write to "
-                "all, by tensor[:, index] = value or torch.where"
-            )
+                "all, by tensor[:, index] = value or torch.where")
         output = function(*args, **kwargs)
         outputs, out_tree = tree_flatten(output)
         if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in outputs):
@@ -270,8 +267,7 @@ class ParameterTracer(TorchFunctionMode):
                     f"{', '.join(sorted(names_of(leaves)))} meets activations of shape "
                     f"{tuple(leaf.shape)} in {function_name(function) or 'an operation'}: in a "
                     f"batch of {self._n_samples} their samples do not lie along the first "
-                    f"dimension, so they cannot be told apart. {RULE_OR_IGNORE}"
-                )
+                    f"dimension, so they cannot be told apart. {RULE_OR_IGNORE}")
         dims = [leaf.dim() for leaf, each in zip(leaves, batched, strict=True) if each]
         widest = max(dims, default=0)
         # Zeros made for the batch have as many dimensions as the samples; a table of N positions
@@ -323,8 +319,7 @@ class ParameterTracer(TorchFunctionMode):
             positions=positions,
             parameters={name: self._parameters[name] for name in names},
             aligned=frozenset(index for index, leaf in per_sample.items() if leaf.expanded),
-            may_align=frozenset(per_sample),
-        )
+            may_align=frozenset(per_sample))
 
 
 def _draws(function: Operation, args: Args, kwargs: Kwargs) -> bool:

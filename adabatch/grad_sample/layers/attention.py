@@ -48,8 +48,7 @@ class AttentionCall(RecomputedCall):
         if layer.bias_k is not None and layer.bias_k.requires_grad:
             return (
                 "trainable bias_k and bias_v are appended to every sample's sequence: build it "
-                "with add_bias_kv=False, or freeze them"
-            )
+                "with add_bias_kv=False, or freeze them")
         return None
 
     @classmethod
@@ -71,13 +70,11 @@ class AttentionCall(RecomputedCall):
         if query.dim() != 3:
             raise RuntimeError(
                 f"{name} got a query of shape {tuple(query.shape)} without a batch dimension: add "
-                "one with unsqueeze"
-            )
+                "one with unsqueeze")
         if layer.dropout and layer.training and random is None:
             raise RuntimeError(
                 f"the dropout of {name} cannot be drawn again when it is compiled: set its dropout "
-                "to 0, or do not compile it"
-            )
+                "to 0, or do not compile it")
         self.tensors = [given[key].detach() for key in self._present]
         self._self_attention = query is given["key"] is given["value"]
         self.name, self.layer, self.parameters = name, layer, tuple(parameters)
@@ -103,13 +100,9 @@ class AttentionCall(RecomputedCall):
         factors["out_proj.bias"] = Dense(split(output_grad).sum(1))
         return {name: factors[name] for name in self.parameters}
 
-    @property
-    def _weight(self) -> Tensor:
-        return self.layer.out_proj.weight
-
     def _time_first(self, tensor: Tensor) -> Tensor:
         tensor = tensor.transpose(0, 1) if self.layer.batch_first else tensor
-        return tensor.to(self._weight.dtype)
+        return tensor.to(self.layer.out_proj.weight.dtype)
 
     def _projection(self, index: int) -> tuple[Tensor, Tensor | None]:
         layer, bias = self.layer, self.layer.in_proj_bias
@@ -124,22 +117,22 @@ class AttentionCall(RecomputedCall):
         weights_grad: Tensor | None,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """The context [T, N, E] before the output projection, and the projections' gradients."""
-        layer, width, weight = self.layer, self.layer.embed_dim, self._weight.detach()
+        layer, width, weight = self.layer, self.layer.embed_dim, self.layer.out_proj.weight.detach()
         eye = torch.eye(width, dtype=weight.dtype, device=weight.device)
         devices = [eye.device] if eye.device.type == "cuda" else []
-        (query, key, value), redraws = projected, self._state is not None
-        with torch.random.fork_rng(devices, enabled=redraws), torch.enable_grad():
-            if self._state is not None:
-                torch.set_rng_state(self._state[0])
-                if self._state[1] is not None:
-                    torch.cuda.set_rng_state(self._state[1], eye.device)
+        query, key, value = projected
+        on_host, on_device = (None, None) if self._state is None else self._state
+        with torch.random.fork_rng(devices, enabled=on_host is not None), torch.enable_grad():
+            if on_host is not None:
+                torch.set_rng_state(on_host)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, eye.device)
             context, weights = multi_head_attention_forward(
                 query, key, value, width, layer.num_heads, None, None, layer.bias_k, layer.bias_v,
                 layer.add_zero_attn, layer.dropout, eye, None, training=layer.training,
                 key_padding_mask=given.get("key_padding_mask"), attn_mask=given.get("attn_mask"),
                 use_separate_proj_weight=True, q_proj_weight=eye, k_proj_weight=eye,
-                v_proj_weight=eye, **self._options,
-            )
+                v_proj_weight=eye, **self._options)
         outputs, grads = [context], [output_grad @ weight]
         if weights_grad is not None and weights is not None:
             outputs, grads = [context, weights], [*grads, weights_grad]

@@ -48,15 +48,13 @@ class ConvBackward(FusedBackward):
             grad_inputs, grads["weight"], _ = ops.aten.convolution_backward(
                 backprops, inputs.to(backprops.dtype), weight.to(backprops.dtype), None,
                 list(stride), list(padding), list(dilation), False, [0] * len(padding), groups,
-                [needs_inputs, not norms, False],
-            )
+                [needs_inputs, not norms, False])
         if not norms:
             if has_bias:
                 grads["bias"] = backprops.sum([0, *range(2, backprops.dim())])
             return FusedResult(grad_inputs, {name: grad.to(dtype) for name, grad in grads.items()})
         moments = kernels.conv_weight_grad_moments(
-            inputs, backprops, tuple(weight.shape), *geometry, second_moment=second_moment
-        )
+            inputs, backprops, tuple(weight.shape), *geometry, second_moment=second_moment)
         bias = _position_sums(backprops) if has_bias else None
         return weight_and_bias(grad_inputs, moments, bias, dtype)
 

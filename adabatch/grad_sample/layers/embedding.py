@@ -20,12 +20,10 @@ def embedding_unsupported(layer: nn.Embedding) -> str | None:
     if layer.scale_grad_by_freq:
         reasons.append(
             "scale_grad_by_freq=True makes a sample's gradient depend on the ids of the others; "
-            "set layer.scale_grad_by_freq = False"
-        )
+            "set layer.scale_grad_by_freq = False")
     if layer.sparse:
         reasons.append(
-            "sparse=True gives a sparse gradient, whose norm is not read; set layer.sparse = False"
-        )
+            "sparse=True gives a sparse gradient, whose norm is not read; set layer.sparse = False")
     return "; ".join(reasons) or None
 
 
@@ -49,8 +47,7 @@ def embedding_grad_sample(
     if activations.dim() < 1:
         raise ValueError(
             "Embedding got a single id, without a batch dimension. It needs ids of shape [N, ...]. "
-            "Add one with ids.unsqueeze(0)."
-        )
+            "Add one with ids.unsqueeze(0).")
     if not layer.weight.requires_grad:
         return {}
     ids_NT = activations.unsqueeze(1) if activations.dim() == 1 else activations.flatten(1)

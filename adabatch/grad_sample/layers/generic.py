@@ -71,8 +71,7 @@ class RecomputedCall:
         if any(_is_packed(leaf) for leaf in everything):
             raise RuntimeError(
                 f"{name} was called with a PackedSequence, whose rows belong to no fixed sample: "
-                f"pad the sequences, or pass ignore=[{name!r}]"
-            )
+                f"pad the sequences, or pass ignore=[{name!r}]")
         leaves, self._inputs = tree_flatten((args, kwargs))
         outputs = tree_flatten(output)[0]
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -110,8 +109,7 @@ class RecomputedCall:
         raise RuntimeError(
             f"{self.name} gave an output of shape {tuple(tensor.shape)} for a batch of "
             f"{self._n_samples}: its samples do not lie along the first dimension. Settle the "
-            "layouts with adabatch.check(...), or pass ignore=[...]"
-        )
+            "layouts with adabatch.check(...), or pass ignore=[...]")
 
     def _fits(self, layout: Layout, tensor: Tensor) -> bool:
         size = tensor.shape[1:2] if layout is Layout.BATCH_SECOND else tensor.shape[:1]

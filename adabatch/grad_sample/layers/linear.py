@@ -99,8 +99,7 @@ def no_batch_dimension(layer: nn.Module, inputs: Tensor, allowed: str) -> ValueE
     return ValueError(
         f"{name} got an input of shape {tuple(inputs.shape)}: without a batch dimension there are "
         f"no samples to tell apart. {name} needs {allowed} dimensions, samples first. Add one with "
-        "inputs.unsqueeze(0), or stack several samples."
-    )
+        "inputs.unsqueeze(0), or stack several samples.")
 
 
 def _positions(tensor: Tensor) -> Tensor:

@@ -115,8 +115,7 @@ class GroupNormBackward(FusedBackward):
         rows = samples * channels
         grad_inputs, *grads = torch.ops.aten.native_group_norm_backward(
             backprops.to(inputs.dtype).contiguous(), inputs, mean, rstd, weight.repeat(samples), 1,
-            rows, inputs.numel() // rows, mean.numel(), [needs_inputs, True, True],
-        )
+            rows, inputs.numel() // rows, mean.numel(), [needs_inputs, True, True])
         per_sample = {name: grad.view(samples, channels)
                       for name, grad in zip(("weight", "bias"), grads, strict=True)}
         result = FusedResult(None if grad_inputs is None else grad_inputs.view_as(inputs),
@@ -183,8 +182,7 @@ def batch_norm_grad_sample(layer: BatchNorm, activations: Tensor, backprops: Ten
         return _by_running_statistics(layer, activations, backprops)
     if takes_statistics(activations):
         _, mean, rstd = torch.native_batch_norm(
-            activations, None, None, None, None, True, 0.0, layer.eps
-        )
+            activations, None, None, None, None, True, 0.0, layer.eps)
         return _channels(layer, activations, backprops, mean.unsqueeze(0), rstd.unsqueeze(0))
     normalized = F.batch_norm(_wide(activations), None, None, training=True, eps=layer.eps)
     return _channels(layer, normalized, backprops)

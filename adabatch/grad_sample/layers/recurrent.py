@@ -23,8 +23,7 @@ class RecurrentCall(RecomputedCall):
         if layer.dropout and layer.num_layers > 1:
             return (
                 "its dropout between layers cannot be drawn again for one sample: stack "
-                "single-layer modules with nn.Dropout between them"
-            )
+                "single-layer modules with nn.Dropout between them")
         return None
 
     @classmethod
@@ -62,8 +61,7 @@ class RecurrentCall(RecomputedCall):
         if index == 0 and tensor.dim() != 3:
             raise RuntimeError(
                 f"{self.name} got a sequence of shape {tuple(tensor.shape)} without a batch "
-                "dimension: add one with unsqueeze"
-            )
+                "dimension: add one with unsqueeze")
         return self._output_layout(index, tensor)
 
     def _output_layout(self, index: int, tensor: Tensor) -> Layout:
