@@ -40,11 +40,10 @@ OUTSIDE = (
 
 
 class ExactNorms(NamedTuple):
-    """{parameter's name: ‖g_i‖² of the first S samples, [S], float64}, and {parameter's name:
-    Σ_i ‖g_i − ḡ‖² / (S − 1)}."""
+    """Of each parameter, by its name."""
 
-    sq_norms: dict[str, Tensor]
-    variance_trace: dict[str, float]
+    sq_norms: dict[str, Tensor]  # ‖g_i‖² of the first S samples, [S], float64
+    variance_trace: dict[str, float]  # Σ_i ‖g_i − ḡ‖² / (S − 1)
 
 
 def exact_norms(checked: CheckedModel, batch: Batch, n_samples: int) -> ExactNorms:
@@ -70,12 +69,11 @@ def exact_norms(checked: CheckedModel, batch: Batch, n_samples: int) -> ExactNor
 
 
 class TapResults(NamedTuple):
-    """{parameter's name: ‖g_i‖² by the taps, [N]}, {layer's name: why the hooks cannot measure it},
-    and an error that names no layer, or ''."""
+    """What the hooks measured, and why they could not."""
 
-    sq_norms: dict[str, Tensor]
-    refused: dict[str, str]
-    problem: str
+    sq_norms: dict[str, Tensor]  # {parameter's name: ‖g_i‖², [N]}
+    refused: dict[str, str]  # {layer's name: why the hooks cannot measure it}
+    problem: str  # an error that names no layer, or ''
 
 
 def measure_with_taps(checked: CheckedModel, batch: Batch, report: CheckReport) -> TapResults:
@@ -86,8 +84,8 @@ def measure_with_taps(checked: CheckedModel, batch: Batch, report: CheckReport) 
         before = len(refused)
         for owner in checked.owners:
             lines = lines_about([owner.name or "the model itself", *owner.parameters], problem)
-            if lines and owner.name not in refused:
-                refused[owner.name] = lines
+            if lines:
+                refused.setdefault(owner.name, lines)
         if len(refused) == before:
             all_refused = len(refused) == len(checked.owners)
             return TapResults(found, refused, "" if all_refused else problem)
@@ -129,15 +127,15 @@ class Findings:
         self._owners, self._passes, self._exact = owners, passes, exact
         self._samplers = {owner.name: find_grad_sampler(owner.module) for owner in owners}
         self._total = sum(exact.variance_trace.values())
-        self._homes: dict[str, str] = {}  # {parameter: the layer it counts with}
+        self._layer_of: dict[str, str] = {}  # {parameter: the layer it counts with}
         for name in exact.sq_norms:
             holders = [owner.name for owner in owners if name in owner.parameters]
             used = [layer for layer in holders if layer in passes[0].inside.get(name, {})]
-            self._homes[name] = (used or holders)[0]
+            self._layer_of[name] = (used or holders)[0]
         self.rows = {owner.name: self._row(owner, found[owner.name], n_samples) for owner in owners}
 
     def _own(self, owner: ParameterOwner) -> list[str]:
-        return [name for name in owner.parameters if self._homes[name] == owner.name]
+        return [name for name in owner.parameters if self._layer_of[name] == owner.name]
 
     def _row(self, owner: ParameterOwner, found: LayoutResult, n_samples: int) -> CheckRow:
         sampler, own = self._samplers[owner.name], self._own(owner)
@@ -179,10 +177,8 @@ class Findings:
                 row.reason = "samples depend on each other through batch norm in training mode"
 
     def enter_errors(self, taps: TapResults) -> None:
-        """Enter the errors of the taps' norms, and refuse the layers that cannot be measured.
-
-        The divisor is at least a small part of the whole model's norm: a gradient may be zero.
-        """
+        """Enter the errors of the taps' norms, and refuse the layers that cannot be measured. The
+        divisor is at least a small part of the whole model's norm: a gradient may be zero."""
         total = float(sum(self._exact.sq_norms.values(), torch.zeros(())).max())
         for owner in self._owners:
             row = self.rows[owner.name]
@@ -205,12 +201,12 @@ class Findings:
     def refuse_unaccounted(self, growth: float) -> None:
         """Refuse layers whose gradients did not come through their calls alone; growth: Σw'/Σw."""
         reasons: dict[str, list[str]] = {}
-        for name, home in self._homes.items():
+        for name, layer in self._layer_of.items():
             reason = self._unaccounted(name, growth)
-            if reason is OUTSIDE and self.rows[home].error <= AGREEMENT:
-                self.rows[home].reason = "used outside its own forward pass, and measured there"
+            if reason is OUTSIDE and self.rows[layer].error <= AGREEMENT:
+                self.rows[layer].reason = "used outside its own forward pass, and measured there"
             elif reason:
-                reasons.setdefault(home, []).append(f"{name}: {reason}")
+                reasons.setdefault(layer, []).append(f"{name}: {reason}")
         for layer, listed in reasons.items():
             self.rows[layer].refuse("; ".join(listed))
 

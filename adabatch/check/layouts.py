@@ -62,9 +62,7 @@ def draw_weights(n_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def layouts_by_shape(
     shape: torch.Size, n_samples: int, dims: frozenset[int] | None
 ) -> list[Layout]:
-    """The layouts that a shape allows; with one position per sample a flat one is batch_first.
-
-    dims: the dimensions that grow with the number of samples; None: not known."""
+    """The layouts that a shape allows; with one position per sample a flat one is batch_first."""
     first, second, *_ = (*shape, 0, 0)
     flat = first > n_samples and first % n_samples == 0
     fits = dict(zip(BATCHED, (first == n_samples, second == n_samples, flat, flat), strict=True))
@@ -120,6 +118,8 @@ def infer_layout(
         if isinstance(found, str):
             return LayoutResult(None, found, refused=True)
         possible += [found] if found else []
+    if not calls:
+        return LayoutResult(None, "not called with a gradient on this batch")
     if not possible:
         return _without_gradient(calls, ratios, dims)
     common = [layout for layout in possible[0] if all(layout in others for others in possible)]
@@ -169,8 +169,6 @@ def _layouts_of_output(
 
 
 def _without_gradient(calls: list[Call], ratios: Tensor, dims: BatchDims | None) -> LayoutResult:
-    if not calls:
-        return LayoutResult(None, "not called with a gradient on this batch")
     shapes = [call.shapes[0] for call in calls if call.shapes]
     known = dims[0][0] if dims and dims[0] else None
     layouts = layouts_by_shape(shapes[0], len(ratios), known) if shapes else []
@@ -185,10 +183,8 @@ def _listed(possible: list[list[Layout]]) -> str:
 def smaller_batch(
     checked: CheckedModel, batch: Batch, full: PassRecord, n_samples: int
 ) -> tuple[Batch, PassRecord] | None:
-    """The first n_samples of a batch and a trial of them, with the losses they had in the batch.
-
-    Tensors are cut along a dimension as long as the batch, or not; None where no way fits.
-    """
+    """The first n_samples of a batch and a trial of them, with the losses they had in the batch:
+    tensors are cut along a dimension as long as the batch, or not; None where no way fits."""
     size, leaves = len(full.losses), tensors(batch)
     choices = [[*(dim for dim, length in enumerate(tensor.shape) if length == size), None]
                for _, tensor in leaves]
@@ -223,22 +219,18 @@ def batch_dims(large: PassRecord, small: PassRecord | None) -> dict[str, BatchDi
         first, second = ([call.shapes for call in each.calls[name]] for each in (large, small))
         ranks = [[[len(shape) for shape in call] for call in each] for each in (first, second)]
         if ranks[0] == ranks[1]:
-            found[name] = [[_changed(*pair) for pair in zip(*calls, strict=True)]
-                           for calls in zip(first, second, strict=True)]
+            found[name] = [
+                [frozenset(dim for dim, (a, b) in enumerate(zip(*pair, strict=True)) if a != b)
+                 for pair in zip(*calls, strict=True)]
+                for calls in zip(first, second, strict=True)]
     return found
-
-
-def _changed(large: torch.Size, small: torch.Size) -> frozenset[int]:
-    return frozenset(dim for dim, (a, b) in enumerate(zip(large, small, strict=True)) if a != b)
 
 
 def find_batch_size_source(
     model: nn.Module, large: PassRecord, small: PassRecord | None
 ) -> BatchSizeSource | None:
-    """Where the model's inputs count samples: the first dimension with N and n in the two trials.
-
-    Without a small trial, the only dimension of length N of some input; else None.
-    """
+    """Where the model's inputs count samples: the first dimension with N and n in the two trials;
+    without a small trial the only dimension of length N of some input; else None."""
     if large.inputs is None or (small is not None and small.inputs is None):
         return None
     size = len(large.losses)

@@ -38,8 +38,7 @@ class ParameterSlot:
 @dataclass(eq=False)
 class ParameterOwner:
     """A layer that owns trainable parameters, itself or through parts that are never called: its
-    parametrizations, lists of parameters, what nn.MultiheadAttention holds. `name` is '' for the
-    model itself."""
+    parametrizations, lists of parameters, what nn.MultiheadAttention holds."""
 
     name: str
     module: nn.Module
@@ -106,41 +105,29 @@ def _called_path(path: str, modules: dict[str, nn.Module]) -> str:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a layer.
+    """One call of a layer."""
 
-    Attributes:
-        inputs, output: the first tensor that went in, and the first with a gradient that came out.
-        shapes, backprops: of the outputs that need a gradient; {index of the output: its gradient}.
-        packed: whether a PackedSequence went in or out.
-    """
-
-    inputs: list[Tensor] = field(default_factory=list)
-    output: Tensor | None = None
-    shapes: list[torch.Size] = field(default_factory=list)
-    backprops: dict[int, Tensor] = field(default_factory=dict)
-    packed: bool = False
+    inputs: list[Tensor] = field(default_factory=list)  # the first tensor that went in
+    output: Tensor | None = None  # the first with a gradient that came out
+    shapes: list[torch.Size] = field(default_factory=list)  # of the outputs that need a gradient
+    backprops: dict[int, Tensor] = field(default_factory=dict)  # {index of the output: gradient}
+    packed: bool = False  # whether a PackedSequence went in or out
 
 
 class PassRecord:
-    """What a pass has shown; as a context manager, the hooks that record it.
+    """What a pass has shown; as a context manager, the hooks that record it."""
 
-    Attributes:
-        losses: per-sample losses [N], detached.
-        calls: {layer's name: its calls, in order}.
-        grads: {parameter's name: gradient of Σ w_i l_i, or None}; empty without a backward pass.
-        inside: {parameter's name: {layer's name: the part that came through calls of this layer}}.
-        uses: {parameter's name: the number of those calls}.
-        inputs: (args, kwargs) of the model's own first call, or None.
-    """
-
-    losses: Tensor
+    losses: Tensor  # per sample [N], detached
 
     def __init__(self, model: nn.Module, owners: list[ParameterOwner]):
+        # {layer's name: its calls, in order}.
         self.calls: dict[str, list[Call]] = {owner.name: [] for owner in owners}
+        # {parameter's name: gradient of Σ w_i l_i, or None}; empty without a backward pass.
         self.grads: dict[str, Tensor | None] = {}
+        # {parameter's name: {layer's name: the part that came through calls of this layer}}.
         self.inside: dict[str, dict[str, Tensor]] = {}
-        self.uses: dict[str, int] = {}
-        self.inputs: Inputs | None = None
+        self.uses: dict[str, int] = {}  # {parameter's name: the number of those calls}
+        self.inputs: Inputs | None = None  # of the model's own first call
         self._model, self._owners = model, owners
         self._undo: dict[str, list[Callable[[], None]]] = {owner.name: [] for owner in owners}
 
@@ -148,10 +135,10 @@ class PassRecord:
         self._handles = [self._model.register_forward_pre_hook(
             self._take_inputs, prepend=True, with_kwargs=True)]
         for owner in self._owners:
-            before, after = partial(self._before, owner), partial(self._after, owner)
-            self._handles.append(owner.module.register_forward_pre_hook(before, prepend=True))
-            self._handles.append(owner.module.register_forward_hook(
-                after, prepend=True, with_kwargs=True))
+            module, after = owner.module, partial(self._after, owner)
+            self._handles += [
+                module.register_forward_pre_hook(partial(self._before, owner), prepend=True),
+                module.register_forward_hook(after, prepend=True, with_kwargs=True)]
         return self
 
     def __exit__(self, *error: object) -> None:

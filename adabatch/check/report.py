@@ -15,37 +15,25 @@ _HEAD = ("layer", "type", "rule", "parameters", "layout", "variance", "cost", "e
 
 @dataclass
 class CheckRow:
-    """One layer that owns trainable parameters.
+    """One layer that owns trainable parameters."""
 
-    Attributes:
-        name: its name in the model, '' for the model itself.
-        type: its class.
-        rule: 'rule' (a registered one), 'generic' (the vjp of the layer's own forward pass), 'none'
-            (it cannot be measured).
-        n_parameters: trainable ones; a shared one counts with the first layer that uses it.
-        layout: which rows belong to which sample; None where no layout was found or no gradient
-            came.
-        variance_share: the layer's part of the variance trace Σ_i ‖g_i − ḡ‖² / (n − 1) of the
-            samples compared, in [0, 1].
-        cost: of measuring the layer relative to training it, by the cost model
-            (`adabatch.grad_sample.cost`); NaN where not known.
-        error: of the taps' squared norms ‖g_i‖² relative to exact ones, the largest over samples
-            and parameters; NaN where not compared.
-        status: 'exact' (per-sample gradients), 'contribution' (what sample i adds to the batch's
-            gradient: train-mode batch norm makes samples depend on each other), 'refused'.
-        reason: why it is refused, or a remark.
-    """
-
-    name: str
-    type: str
+    name: str  # in the model, '' for the model itself
+    type: str  # its class
+    # 'rule' (a registered one), 'generic' (the vjp of the layer's own forward pass), 'none' (it
+    # cannot be measured).
     rule: str
-    n_parameters: int
-    layout: Layout | None
+    n_parameters: int  # trainable ones; a shared one counts with the first layer that uses it
+    layout: Layout | None  # which rows belong to which sample; None: not found, or no gradient came
+    # The layer's part of the variance trace Σ_i ‖g_i − ḡ‖² / (n − 1) of the samples compared.
     variance_share: float = math.nan
+    # Of measuring the layer relative to training it, by the cost model; NaN where not known.
     cost: float = math.nan
+    # Of the taps' ‖g_i‖² relative to exact ones, the largest; NaN where not compared.
     error: float = math.nan
+    # 'exact' (per-sample gradients), 'contribution' (what sample i adds to the batch's gradient:
+    # train-mode batch norm makes samples depend on each other), 'refused'.
     status: str = "exact"
-    reason: str = ""
+    reason: str = ""  # why it is refused, or a remark
 
     def refuse(self, reason: str) -> None:
         """Set the status to refused; the first reason stays."""
@@ -65,13 +53,6 @@ class CheckRow:
 class CheckReport:
     """The result of adabatch.check; pass it to GradSampleHooks(layout=) or PerSample(layout=).
 
-    Attributes:
-        rows: one per layer that owns trainable parameters, in the order of model.named_modules().
-        batch_size_source: where the model's inputs count the samples; None if not found.
-        n_samples: samples used for the layouts.
-        n_compared: samples compared with a backward pass each; variance shares are over these.
-        notes: what concerns no layer in particular.
-
     Example:
         >>> row = CheckRow("fc", "Linear", "rule", 6, Layout("batch_second"))
         >>> report = CheckReport([row], BatchSizeSource(0, "inputs", (), 1), 8, 4)
@@ -79,11 +60,11 @@ class CheckReport:
         (True, 'batch_second', 'inputs.shape[1]')
     """
 
-    rows: list[CheckRow]
-    batch_size_source: BatchSizeSource | None
-    n_samples: int
-    n_compared: int
-    notes: list[str] = field(default_factory=list)
+    rows: list[CheckRow]  # of the layers with trainable parameters, as in model.named_modules()
+    batch_size_source: BatchSizeSource | None  # where the model's inputs count the samples
+    n_samples: int  # used for the layouts
+    n_compared: int  # with a backward pass each; variance shares are over these
+    notes: list[str] = field(default_factory=list)  # what concerns no layer in particular
 
     @property
     def layouts(self) -> dict[str, Layout]:
@@ -102,11 +83,10 @@ class CheckReport:
 
     def __getitem__(self, name: str) -> CheckRow:
         """The row of a layer, by its name."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        names = [row.name for row in self.rows]
-        raise KeyError(f"no layer {name!r} with trainable parameters; there are {names}")
+        rows = {row.name: row for row in self.rows}
+        if name not in rows:
+            raise KeyError(f"no layer {name!r} with trainable parameters; there are {list(rows)}")
+        return rows[name]
 
     def to_dict(self) -> State:
         """Plain values, with a version."""
