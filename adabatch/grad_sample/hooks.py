@@ -237,7 +237,10 @@ class GradSampleHooks(Estimator):
     def _take_pass(self) -> None:
         probes, placer, sites, task = self._probes, self._placer, self.sites, self._finished_task
         # On accelerators, after the first pass, the reports are read one step later.
-        late = placer.forward_sizes.known_batch_size() if self._seen and probes.remote else None
+        sizes, late = placer.forward_sizes, None
+        if self._seen and probes.remote and len(sizes) == 1:
+            late = next(iter(sizes))
+        sizes.clear()
         record = self._recorder.drain(task)
         rows, reports, leaves = probes.drain(task, record.reports(len(sites)), late)
         if isinstance(reports, Tensor):

@@ -1,5 +1,4 @@
-"""The end of a backward pass: when its results are taken, what of them is complete, and the checks
-that may have to wait for an accelerator.
+"""The end of a backward pass: its results, and the checks that may wait for an accelerator.
 
 Legend: N samples in the pass, S measured, K probe rows.
 """
@@ -47,49 +46,19 @@ OVERWRITTEN = (
 )
 
 
-class ForwardSizes:
-    """N of the forward passes since the last backward pass: what that one had, without reading the
-    device.
-
-    Example:
-        >>> sizes = ForwardSizes()
-        >>> sizes.note(8)
-        >>> print(sizes.known_batch_size(), sizes.known_batch_size())
-        8 None
-    """
-
-    def __init__(self) -> None:
-        self._sizes: set[int] = set()
-
-    def note(self, n_samples: int) -> None:
-        """A tap was placed, outside compiled graphs."""
-        self._sizes.add(n_samples)
-
-    def known_batch_size(self) -> int | None:
-        """N of the backward pass that has ended, if all forward passes had one; forgets them."""
-        sizes, self._sizes = self._sizes, set()
-        return sizes.pop() if len(sizes) == 1 else None
-
-    def clear(self) -> None:
-        """Forget them."""
-        self._sizes.clear()
-
-
 def finish_pass(
     record: BackwardRecord, rows: dict[str, list[Tensor | None]],
     leaves: Mapping[tuple[str, str], Tensor], statistics: Sequence[Statistic],
     row_of: Mapping[str, int], weights: Mapping[str, float] | None, probes: ProbeSet,
 ) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
-    """Complete a pass: add what was recorded to `rows`, square deferred uses, read leaves.
+    """Complete a pass: add what was recorded, and the deferred uses, to `rows`, read leaves.
 
     Args:
         record: of the taps in eager mode.
         rows: {per-sample statistic: [K]}, of compiled graphs so far.
         leaves: {(statistic, parameter): value} of compiled graphs.
         statistics: besides the squared norms, those that do not need the gradient.
-        row_of: {parameter: probe row}.
         weights: {parameter: the factor on its norms}, or None for all 1.
-        probes: where results are gathered.
 
     Returns:
         {statistic: {parameter: value}}, and names of parameters that had several uses.
@@ -137,11 +106,7 @@ class DeferredFactors:
     def values(
         self, statistic: Statistic, parameters: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """{parameter: the statistic's value}.
-
-        Raises:
-            RuntimeError: a tensor that was kept has been overwritten.
-        """
+        """{parameter: the statistic's value}; a RuntimeError where a kept tensor has changed."""
         values: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
             grad = whole_gradient(parameter.grad)
@@ -169,8 +134,8 @@ def batch_size_of(
 
     Raises:
         RuntimeError: a layer was called twice where that cannot be undone; layers saw different
-            numbers of rows, or all the same one which is no dimension of the model's inputs (where
-            some are known): samples and positions were flattened together. All are listed.
+            numbers of rows, or all one that is no dimension of the model's inputs: samples and
+            positions were flattened together. All are listed.
     """
     sizes = {total for calls, total in reports if calls}
     once = max(calls for calls, _ in reports) == 1
@@ -232,16 +197,8 @@ def reported_parameters(
 def check_gradients_left(
     seen: Collection[str], has_grad: Mapping[str, bool], sites: Sequence[TapSite]
 ) -> None:
-    """Raise where a parameter was measured but has no gradient at the end of the pass, so that
-    ‖g‖² would lack it. A layer that is run again may leave some of its parameters without use.
-
-    Args:
-        seen: names of the parameters that took part.
-        has_grad: of the trainable ones.
-        sites: all layers.
-
-    Raises:
-        RuntimeError: listing the parameters.
+    """Raise a RuntimeError where a parameter was `seen` but has no gradient at the end of the pass,
+    so that ‖g‖² would lack it. A layer that is run again may leave some of its parameters unused.
     """
     gone = [name for name, has in has_grad.items() if not has and name in seen]
     if not gone:
@@ -257,16 +214,8 @@ def check_gradients_left(
 
 
 def check_all_seen(seen: Collection[str], nonzero: Mapping[str, Tensor]) -> None:
-    """Raise where a parameter has a gradient that is not zero although none of its layers reported;
-    a skipped branch has no gradient and is fine.
-
-    Args:
-        seen: names of the parameters that took part.
-        nonzero: {name: the gradient, or the number of its elements that are not zero}.
-
-    Raises:
-        RuntimeError: listing the parameters whose gradient the taps never saw.
-    """
+    """Raise a RuntimeError where a parameter has a gradient that is not zero and no tap saw it;
+    nonzero: {name: the gradient, or the number of its elements that are not zero}."""
     missing = [name for name, grad in nonzero.items()
                if name not in seen and bool(torch.count_nonzero(grad))]
     if missing:
@@ -292,8 +241,6 @@ class BackwardChecks:
 
     Attributes:
         reports: [n_layers, 2]; a tensor where compiled layers took part.
-        sites: the layers.
-        input_sizes: of the model's inputs.
         n_samples: N of the forward pass.
         used: parameters whose factors were deferred.
         has_grad: whether each trainable parameter had a gradient when the pass ended.
@@ -317,11 +264,7 @@ class BackwardChecks:
         return replace(self, reports=copies.add(self.reports), nonzero=nonzero)
 
     def run(self) -> None:
-        """Check.
-
-        Raises:
-            RuntimeError: as the backward pass itself would have, on the CPU.
-        """
+        """Raise what the backward pass itself would have raised on the CPU."""
         reports = self.reports.tolist() if isinstance(self.reports, Tensor) else self.reports
         size = batch_size_of(reports, self.sites, self.input_sizes)
         if size != self.n_samples:
@@ -336,19 +279,13 @@ class BackwardChecks:
 
 
 class PendingStep:
-    """What GradSampleHooks.observe() gives: all numbers taken, copies to the host begun.
+    """What GradSampleHooks.observe() gives (see PendingMoments): all numbers taken, and where
+    anything is `remote`, on an accelerator, copies to the host begun.
 
     Args:
-        passes: of the step, on whatever device.
         grad_sq_norms: ‖g‖² of each probe row, [K].
-        loss_scale: of the loss; None for 1.
-        weights: of the samples, or None.
         checks: of passes whose reports could not be read at once.
-        options: of pool_passes.
-        remote: whether anything lies on an accelerator.
-
-    Attributes:
-        lags: whether moments() should be called one step later, as it waits for the device.
+        loss_scale, weights, options: as for pool_passes.
     """
 
     def __init__(
@@ -370,12 +307,7 @@ class PendingStep:
         self.lags = copies.under_way
 
     def moments(self) -> GradientMoments:
-        """The moments.
-
-        Raises:
-            RuntimeError, ValueError: as GradSampleHooks.collect(), and what a backward pass would
-                have raised on the CPU.
-        """
+        """The moments, or the errors of GradSampleHooks.collect() and of the checks."""
         if self._copies is not None:
             self._copies.wait()
         for check in self._checks:

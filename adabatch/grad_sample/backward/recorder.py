@@ -1,8 +1,7 @@
 """What taps report while a backward pass runs, kept for its end.
 
-In eager mode a tap reports to the BackwardRecorder: autograd carries only a signal to a leaf, which
-says that the pass is one that accumulates gradients. Inside a compiled graph, where nothing can be
-put aside, autograd adds the reports up in the leaves of a Probe.
+In eager mode to the BackwardRecorder: autograd carries only a signal to a leaf, which says that the
+pass accumulates gradients. In a compiled graph autograd adds the reports up in a Probe's leaves.
 
 Legend: N samples in the batch, S rows measured, K probe rows (one, or one for each parameter group
 or parameter).
@@ -41,7 +40,7 @@ def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def signal_gradient(signal: Tensor) -> Tensor:
-    """The gradient that the first tap of a backward pass gives the signal; its value is unused."""
+    """The gradient that the first tap of a pass gives the signal; its value is unused."""
     return _zero(signal.device, signal.dtype)
 
 
@@ -58,7 +57,7 @@ class BackwardRecord:
     """What the taps of one backward pass reported.
 
     Attributes:
-        uses: of parameters that can only be finished when all their uses are known.
+        uses: of parameters, to be finished when all of them are known.
         rows: {per-sample statistic: {probe row: values [S] of the layers that report to it}}.
         norms: {probe row: norms [S] that are still to be squared}.
         values: {other statistic: {parameter: value}}.
@@ -106,9 +105,6 @@ def add_to_row(totals: dict[str, Rows], name: str, n_rows: int, row: int, value:
 class BackwardRecorder:
     """The record of the backward pass that runs.
 
-    Args:
-        statistics: what is measured besides the squared norms.
-
     Attributes:
         defers: whether a statistic needs the finished gradient, so that all factors are kept.
         fuses, fuses_subset: whether layers may compute both gradients at once, with all samples
@@ -144,14 +140,9 @@ class BackwardRecorder:
     def record_call(
         self, layer: int, n_samples: int, norms: Iterable[tuple[int, Tensor]] = ()
     ) -> bool:
-        """A call of the layer with N samples; whether it is the first report of the pass.
-
-        Args:
-            layer, n_samples: the call.
-            norms: (probe row, norms [S] that are still to be squared): doing that for all layers
-                together takes fewer kinds of operations, each of which costs far more the first
-                time in a step than it does again.
-        """
+        """A call of the layer with N samples; whether it is the first report of the pass. `norms`:
+        (probe row, norms [S]), squared for all layers together: fewer kinds of operations, each of
+        which costs far more the first time in a step than it does again."""
         with self._lock:
             record = self._now()
             is_first = not record.counts
@@ -179,11 +170,8 @@ class BackwardRecorder:
         self._record, self._task = BackwardRecord(), -1
 
     def drain(self, task: int) -> BackwardRecord:
-        """The record of that backward pass, which has ended; what a failed one left is dropped.
-
-        Raises:
-            RuntimeError: contributions do not add up to the gradient.
-        """
+        """The record of that backward pass, which has ended, without what a failed one left; a
+        RuntimeError where contributions do not add up to the gradient."""
         with self._lock:
             record = self._record if self._task == task else BackwardRecord()
             self.clear()
@@ -197,17 +185,11 @@ class BackwardRecorder:
 
 
 class Probe:
-    """Zero leaves that require grad, on one device; they take no part in the model, but their
-    gradients are what compiled taps report.
+    """Zero leaves that require grad, on one device, whose gradients are what compiled taps report:
+    row k's is Σ over its layers of ‖G_n‖², that of `reports` [n_layers, 2] (calls, samples).
 
     Every leaf is persistent (one made inside a forward hook breaks fullgraph) and as long as the
-    largest batch. After a backward pass, row k's gradient is Σ over the layers that report to it of
-    ‖G_n‖², and `reports` [n_layers, 2] has (calls, samples) of each layer.
-
-    Args:
-        n_rows, n_layers: K, and the number of measured layers.
-        capacity: the largest number of samples of a batch to be measured.
-        dtype: float32, or float64 if any measured parameter is.
+    largest batch, `capacity`.
     """
 
     def __init__(
@@ -239,11 +221,7 @@ class Probe:
         return leaf
 
     def check_room(self, n_samples: int) -> None:
-        """Raise for a batch that has no room in a compiled graph.
-
-        Raises:
-            RuntimeError: a batch larger than the capacity.
-        """
+        """Raise a RuntimeError for a batch larger than the capacity."""
         if n_samples > self.capacity:
             raise RuntimeError(
                 f"a batch is larger than the {self.capacity} samples this compiled model is "
@@ -288,13 +266,11 @@ class ProbeSet:
     """The probes of a model, one per device, made when first requested.
 
     Args:
-        n_rows, n_layers, capacity, dtype: of each probe.
         row_sampler: its keys are kept on every device.
         on_complete: called in backward when all layers have reported to a probe.
 
     Attributes:
         remote: whether reading results makes the host wait for an accelerator.
-        n_rows: K.
     """
 
     def __init__(
@@ -343,14 +319,9 @@ class ProbeSet:
     def drain(
         self, task: int, recorded: list[Report], n_samples: int | None = None
     ) -> tuple[dict[str, Rows], list[Report] | Tensor, dict[tuple[str, str], Tensor]]:
-        """Hand over one backward pass: rows, reports [n_layers, 2], values of compiled graphs.
-
-        Args:
-            task: the pass.
-            recorded: reports from outside compiled graphs.
-            n_samples: N; without it N is read from the reports of compiled graphs, which on an
-                accelerator waits. With it they stay there, as a tensor.
-        """
+        """Hand over a pass: rows, reports [n_layers, 2] with those `recorded` outside compiled
+        graphs, values of compiled graphs. Without n_samples N is read from the reports, which on an
+        accelerator waits; with it they stay there, as a tensor."""
         totals: dict[str, Rows] = {}
         here = torch.device("cpu") if n_samples is None else self.result_device
         reports: Tensor | None = None

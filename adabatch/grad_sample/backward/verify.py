@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ DIFFERS = (
     "adabatch.check(model, batch, loss_fn) finds it. Give the layer a rule with "
     "register_grad_sampler, take the term out of the loss, or pass ignore=[...]"
 )
+Node: TypeAlias = torch.autograd.graph.Node
 COMPILED = "CompiledFunctionBackward"  # one node that holds layers and taps alike
 # Rounding in units of the eps of the coarsest type that took part: of the contributions, whose
 # errors are independent, and of the gradient as a whole.
@@ -49,9 +50,8 @@ class _Sums:
 class GradientSumCheck:
     """Compares Σ_i G_i with p.grad for each parameter p, in passes that measure all samples.
 
-    Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², not as
-    Σ‖G_i‖, and so does what is allowed, ‖Σ_i G_i − p.grad‖ <= eps·(4·√Σ‖G_i‖² + 2·‖p.grad‖). Sums
-    are in float64.
+    Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², and so does
+    what is allowed, ‖Σ_i G_i − p.grad‖ <= eps·(4·√Σ‖G_i‖² + 2·‖p.grad‖). Sums are in float64.
 
     Only layers without a rule, traced operations and parameters with several uses are observed:
     rules are tested. Gradients that were not empty before the pass, that hooks may change, or that
@@ -86,7 +86,6 @@ class GradientSumCheck:
 
         Args:
             names: {own name: name in the model}.
-            factors: {own name: factor}.
             dtypes: that the layer computed in, as autocast may have chosen them.
         """
         if self.task != running_backward():
@@ -104,11 +103,8 @@ class GradientSumCheck:
                 sums.eps = max(sums.eps, eps)
 
     def verify(self) -> bool:
-        """When that backward pass has ended: whether something could be compared.
-
-        Raises:
-            RuntimeError: listing the parameters whose contributions do not add up.
-        """
+        """When that backward pass has ended: whether something could be compared; a RuntimeError
+        lists the parameters whose contributions do not add up."""
         sums = self._sums
         self._forget(-1)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -170,7 +166,6 @@ def unseen_uses(
 
     Args:
         loss: the scalar that was differentiated.
-        parameters: the measured ones by name.
         leaves: what taps report to. A tap is recognised by its edge to one of them, not by its
             name, which is that of an in-place operation where a layer's output is a view.
 
@@ -182,8 +177,8 @@ def unseen_uses(
     names = {id(parameter): name for name, parameter in parameters.items()}
     reports = {id(leaf) for leaf in leaves}
     found: set[str] = set()
-    seen: set[Any] = set()
-    stack: list[Any] = [loss.grad_fn]
+    seen: set[Node] = set()
+    stack: list[Node | None] = [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -200,26 +195,22 @@ def unseen_uses(
     return [name for name in parameters if name in found]
 
 
-def _variable_id(node: Any) -> int:
+def _variable_id(node: Node) -> int:
     return id(getattr(node, "variable", None))
 
 
-def _reaches(function: Any, leaves: Collection[int]) -> bool:
+def _reaches(function: Node | None, leaves: Collection[int]) -> bool:
     """Whether an edge leads to one of the leaves, at once or through the selection of a line."""
     if function is None:
         return False
     nodes = (function, *(below for below, _ in function.next_functions))
-    return any(_variable_id(node) in leaves for node in nodes)
+    return any(node is not None and _variable_id(node) in leaves for node in nodes)
 
 
 def check_uses_seen(
     loss: Tensor, parameters: Mapping[str, Tensor], leaves: Iterable[Tensor] = ()
 ) -> None:
-    """Raise for a loss that reaches parameters without passing a tap.
-
-    Raises:
-        RuntimeError: listing them, with the fix.
-    """
+    """Raise a RuntimeError listing the parameters that the loss reaches without passing a tap."""
     unseen = unseen_uses(loss, parameters, leaves)
     if unseen:
         raise RuntimeError(

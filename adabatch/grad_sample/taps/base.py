@@ -1,9 +1,8 @@
 """Taps: identity autograd nodes that report per-sample statistics while the backward pass runs.
 
-A tap passes a layer's output on unchanged. It saves the measured rows of the layer's input; in
-backward it gets the gradient b of the output, computes the layer's statistics, and returns b
-unchanged. In eager mode values go to the BackwardRecorder; in a compiled graph they are the
-gradients of the tap's extra inputs, the leaves of a Probe, where autograd adds up all layers.
+A tap saves the measured rows of its layer's input; in backward it gets the gradient of the output
+and computes the layer's statistics. In eager mode values go to the BackwardRecorder; in a compiled
+graph they are the gradients of the tap's extra inputs, the leaves of a Probe.
 
 Legend: N samples in the batch, S rows measured.
 """
@@ -50,15 +49,9 @@ is_compiling = torch.compiler.is_compiling
 _NOTHING = nullcontext()
 
 
-def autocast_disabled(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast changes no types. Entering torch.autocast costs as much as three
-    small operations, so it is omitted where none is active.
-
-    Example:
-        >>> with autocast_disabled(torch.device("cpu")):
-        ...     torch.is_autocast_enabled("cpu")
-        False
-    """
+def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast changes no types; torch.autocast costs as much as three small
+    operations, so it is only entered where one is active."""
     if is_compiling() or torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING
@@ -69,17 +62,14 @@ class TapSite:
     """A measured layer: where its tap sits, by which rule it is measured and where values go.
 
     Attributes:
-        name: the layer's name in the model.
-        index: its row in the reports.
+        index: the layer's row in the reports.
         layer_reference: the module, weakly: its forward hook holds this site, and a cycle would
             keep the model alive until the garbage collector runs.
         sampler: what is registered for it; None where it is run again sample by sample.
         parameters: {own parameter name: name in the model}, measured ones only.
         rows: {own parameter name: the probe row of its per-sample values}.
-        recorder: where values go in eager mode.
         deferred: a parameter of this layer has several uses, or a statistic needs the finished
             gradient: factors are kept until the pass has ended.
-        layout: how the samples lie in its input and output.
         calls: forward passes through the layer since the last backward pass (eager mode).
         fused: whether its last tap was a fused one.
         shapes: of its last input and output, samples first (eager mode), for the cost model.
@@ -99,8 +89,8 @@ class TapSite:
     fused: bool = False
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     vectors: tuple[Tensor | None, Tensor | None, bool] | None = None
-    _cheaper: dict[tuple[Any, ...], bool] = field(default_factory=dict)
-    _placed: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    _cheaper: dict[tuple[object, ...], bool] = field(default_factory=dict)
+    _placed: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
     @classmethod
     def all_of(
@@ -122,15 +112,9 @@ class TapSite:
 
     @property
     def layer(self) -> nn.Module:
-        """The module."""
         layer = self.layer_reference()
         assert layer is not None  # only read while the layer runs
         return layer
-
-    @property
-    def probe_rows(self) -> tuple[int, ...]:
-        """The distinct probe rows of this layer, in order."""
-        return tuple(dict.fromkeys(self.rows.values()))
 
     @property
     def mixes_samples(self) -> bool:
@@ -144,11 +128,11 @@ class TapSite:
         return self.deferred or self.calls > 1
 
     def extra_inputs(self, probe: Probe, length: int) -> list[Tensor]:
-        """What a tap of S = `length` rows gets besides its report: in a compiled graph the probe
-        rows, then a leaf for each parameter of each statistic that is not per sample."""
+        """What a tap of S = `length` rows gets besides its report: in a compiled graph its probe
+        rows, then a leaf for each parameter of each statistic."""
         if not is_compiling():
             return []
-        extras = [probe.row(row, length) for row in self.probe_rows]
+        extras = [probe.row(row, length) for row in dict.fromkeys(self.rows.values())]
         for each in self.recorder.statistics:
             for name in self.parameters.values():
                 shape = None if each.per_sample else each.leaf_shape(name)
@@ -162,9 +146,8 @@ class TapSite:
         self, activations: Tensor, backprops: Tensor, rows: Tensor | None, n_samples: int
     ) -> dict[str, Factor]:
         """The parameters' factors over the measured rows; without those frozen since attaching."""
-        sampler = self.sampler
+        sampler, full_batch = self.sampler, self.mixes_samples
         assert sampler is not None
-        full_batch = self.mixes_samples
         if self.layout is not Layout.BATCH_FIRST:
             backprops = self.layout.split(backprops, n_samples)
         if rows is not None and not full_batch:
@@ -175,25 +158,20 @@ class TapSite:
             factors = {name: factor.select(rows) for name, factor in factors.items()}
         return factors
 
-    # -- fused backward passes
-
     def uses_fused(
         self, layer: nn.Module, inputs: Tensor, output: Tensor, rows: Tensor | None, n_samples: int
     ) -> bool:
-        """Whether the layer's backward pass is replaced by a fused one: where its gradients are
-        known here in full and the cost model says that it pays.
-
-        Not where a parameter of it is frozen, not measured, or used elsewhere. What activation
-        checkpointing runs again gets the tap that it had.
-        """
+        """Whether a fused backward pass replaces the layer's: all its parameters are trained,
+        measured and used only here, and the cost model says that it is cheaper. What activation
+        checkpointing runs again gets the tap that it had."""
         fused = None if self.sampler is None else self.sampler.fused
         compiling, all_rows = is_compiling(), rows is None
         if compiling:
             return fused is not None and all_rows and self._may_fuse(layer, inputs, output, True)
         key = (inputs.shape, output.shape, n_samples if rows is None else len(rows))
         if running_backward() == -1:
-            shapes = (inputs, n_samples), (output, n_samples)
-            self.shapes = self._samples_first(*shapes[0]), self._samples_first(*shapes[1])
+            self.shapes = (self._samples_first(inputs, n_samples),
+                           self._samples_first(output, n_samples))
             if fused is None:
                 return False
             if key not in self._cheaper:
@@ -225,8 +203,6 @@ class TapSite:
         trained = all(parameter.requires_grad for parameter in own.values())
         return trained and sampler.fused.supports(layer, inputs, output, self.layout, all_rows)
 
-    # -- reporting
-
     def defer(self, factors: Mapping[str, Factor], rows: Tensor | None, dtype: torch.dtype) -> None:
         """Keep the factors of a call until the pass has ended."""
         compact = {name: factor.compact() for name, factor in factors.items()}
@@ -238,7 +214,7 @@ class TapSite:
     def report(
         self, factors: Mapping[str, Factor], measured: int, dtype: torch.dtype
     ) -> list[Tensor | None]:
-        """Report all statistics of a call; gives the gradients of the tap's extra inputs."""
+        """Report a call; gives the gradients of the tap's extra inputs."""
         if self.recorder.statistics:
             factors = {name: factor.compact() for name, factor in factors.items()}
         norms = {name: factor.sq_norms() for name, factor in factors.items()}
@@ -288,38 +264,39 @@ class TapSite:
             row, value = self.rows[name], value.to(dtype)
             rows[row] = rows[row] + value if row in rows else value
         if compiling:
-            return [rows.get(row) for row in self.probe_rows]
+            return [rows.get(row) for row in dict.fromkeys(self.rows.values())]
         for row, value in rows.items():
             recorder.add(statistic, row, value)
         return []
 
 
+def _known(layout: Layout, n_samples: int) -> int | None:
+    """N where backward cannot read it from the output's gradient: a number known to the graph costs
+    a recompilation for each value."""
+    return None if layout is Layout.BATCH_FIRST or layout.stores_batch_size else n_samples
+
+
 def _n_samples(known: int | None, layout: Layout, tensor: Tensor) -> int:
-    """N, as it was known in the forward pass, or read from a tensor."""
     if known is not None:
         return known
     return tensor.shape[0] if layout is Layout.BATCH_FIRST else layout.size(tensor)
 
 
 class Tap(torch.autograd.Function):
-    """The base of all taps: what each of them does when it is placed and when its gradient comes.
-
-    A subclass has forward(ctx, ..., report, site, ..., *extras), where `report` is what
-    Probe.report gives and `extras` what TapSite.extra_inputs gives.
-    """
+    """The base of all taps. A subclass has forward(ctx, ..., report, site, ..., *extras), where
+    `report` is what Probe.report gives and `extras` what TapSite.extra_inputs gives."""
 
     @staticmethod
     def place(ctx: Any, site: TapSite, report: Tensor, n_samples: int | None, extras: int) -> None:
-        """Keep what backward needs; n_samples None where the output's layout tells it."""
+        """Keep what backward needs; n_samples as _known gives it."""
         ctx.site, ctx.n_samples, ctx.n_extras, ctx.dtype = site, n_samples, extras, report.dtype
         ctx.signal = None if is_compiling() else signal_gradient(report)
 
     @staticmethod
     def pass_on(ctx: Any, output: Tensor) -> Tensor:
-        """The output, marked dirty rather than copied: in-place operations after the layer stay
-        legal, and registered layers never read their own output in backward. In a compiled graph
-        a clone, which is no copy there: an input returned as it is would forbid in-place
-        operations behind the compiled part."""
+        """The output, marked dirty rather than copied, so that in-place operations after the layer
+        stay legal (registered layers never read their own output in backward); in a compiled graph
+        a clone, which is no copy there."""
         if is_compiling():
             return output.clone()
         ctx.mark_dirty(output)
@@ -333,8 +310,8 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def call_report(ctx: Any, site: TapSite, n_samples: int, like: Tensor) -> Report:
-        """Record a call; the gradient of `report`: in eager mode once in a pass, in a compiled
-        graph (1, N) as a tensor [2]."""
+        """Record a call; gives the gradient of `report`: in eager mode once in a pass, in a
+        compiled graph (1, N) as a tensor [2]."""
         if ctx.signal is not None:
             return ctx.signal if site.recorder.record_call(site.index, n_samples) else None
         one = like.new_ones((1,), dtype=ctx.dtype)
@@ -346,8 +323,7 @@ class PassthroughTap(Tap):
 
     forward(output, activations, rows, report, site, n_samples, *extras): `activations` are the
     measured rows of the input (all rows where the rule needs them), `rows` the measured indices [S]
-    or None for all; `output` has to come first among the differentiable ones. n_samples is None
-    where the output tells it: a number known to the graph costs a recompilation for each value.
+    or None for all; `output` has to come first among the differentiable ones.
     """
 
     @staticmethod
@@ -397,7 +373,7 @@ def pass_through(
         site.shapes = tuple(activations.shape), tuple(output.to_local().shape)  # type: ignore[attr-defined]
     if rows is not None and not site.mixes_samples:
         activations = activations.index_select(0, rows)
-    known = None if layout is Layout.BATCH_FIRST or layout.stores_batch_size else n_samples
+    known = _known(layout, n_samples)
     return PassthroughTap.apply(output, activations, rows, report, site, known, *extras)
 
 
@@ -459,8 +435,7 @@ def fuse(
         saved = saved.to(output.dtype)
     more = () if from_node is None else from_node(output)
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    layout = site.layout
-    known = None if layout is Layout.BATCH_FIRST or layout.stores_batch_size else n_samples
+    known = _known(site.layout, n_samples)
     return FusedBackwardTap.apply(output.detach(), inputs, weight, bias, rows, report, site, known,
                                   1 + len(more), saved, *more, *extras)
 

@@ -1,10 +1,8 @@
 """The tap of a Linear with one vector per sample, the commonest layer: ‖a_n b_nᵀ‖² = ‖a_n‖² ‖b_n‖²,
 and the latter serves the bias as well.
 
-In eager mode, for a layer whose own parameters are all trained and measured, where no kernel does
-both norms in one pass and nothing but norms is measured. It reports and checks what PassthroughTap
-does, in a few calls: in a small step, Python's share is what measuring costs
-(examples/benchmarks/overhead.py, model a).
+It reports and checks what PassthroughTap does, in a few calls: in a small step, Python's part is
+what measuring costs (examples/benchmarks/overhead.py, model a).
 
 Legend: N samples in the batch, S rows measured, I in, O out.
 """
@@ -23,8 +21,8 @@ from adabatch.kernels import accumulation_dtype
 
 
 def has_vectors(site: TapSite, layer: nn.Module, inputs: Tensor, output: Tensor) -> bool:
-    """Whether the layer gets this tap. What cannot change while it keeps its parameters is looked
-    at once."""
+    """Whether the layer gets this tap: in eager mode, its own parameters all trained and measured,
+    no other statistic, no kernel for both norms. What its parameters decide is checked once."""
     own, recorder = layer._parameters, site.recorder
     weight, bias = own.get("weight"), own.get("bias")
     known = site.vectors
@@ -47,10 +45,8 @@ def _is_plain(site: TapSite, weight: Tensor | None, bias: Tensor | None, output:
 
 
 class LinearVectorTap(Tap):
-    """forward(output [N, O], (activations [S, I],), rows [S] or None for all, report, site).
-
-    The activations come in a tuple, so that autograd takes them for no input of the tap.
-    """
+    """forward(output [N, O], (activations [S, I],), rows [S] or None for all, report, site); the
+    activations in a tuple, so that autograd takes them for no input of the tap."""
 
     @staticmethod
     def forward(ctx, output, activations, rows, report, site):

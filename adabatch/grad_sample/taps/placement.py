@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.estimators.pooling import running_backward
+from adabatch._types import Args, Kwargs
 from adabatch.distributed.sharded_layers import check_parallel
-from adabatch.grad_sample.backward.finish import ForwardSizes
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
 from adabatch.grad_sample.backward.verify import GradientSumCheck
 from adabatch.grad_sample.compat import is_compiled, uncompiled
@@ -39,8 +39,6 @@ NO_LAYER = (
     "model uncompiled, or pass ignore=[...]"
 )
 SHARED_TABLES = "position tables that are looked up once for all samples"
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 # Names of this module: each look-up along torch's large modules reads memory that the step has
 # just evicted from the caches.
@@ -55,13 +53,7 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 
 def can_measure() -> bool:
     """Whether gradients are taken of what runs now: not under no_grad, nor while a model is
-    exported, traced or transformed by torch.func.
-
-    Example:
-        >>> with torch.no_grad():
-        ...     can_measure()
-        False
-    """
+    exported, traced or transformed by torch.func."""
     if not _is_grad_enabled() or getattr(torch.compiler, _EXPORTING):
         return False
     return is_compiling() or not (_is_tracing() or _transforms() is not None)
@@ -70,22 +62,20 @@ def can_measure() -> bool:
 class ForwardHooks:
     """The forward hooks of a model.
 
-    The first measured forward pass of an eager model is traced even when no parameter is known to
-    need it: that finds position tables looked up without a batch dimension and weights used
-    without calling their layer. If it finds none, tracing ends and costs nothing more.
+    The first measured forward pass of an eager model is always traced: that finds position tables
+    looked up without a batch dimension and weights used without calling their layer. If it finds
+    none, tracing ends.
 
     Args:
         sites: the layers with a tap; the last one stands for the traced operations.
         parameters: all measured parameters by name.
         traced: names of those that belong to no site.
-        probes, row_sampler, recorder: where taps report.
         batch_size_source: where N is read from the model's inputs; None for dimension 0 of the
             first tensor.
 
     Attributes:
-        enabled: whether forward passes are measured.
-        input_sizes: of all dimensions of the tensors that the model was called with since this was
-            last cleared; empty where layouts are given.
+        input_sizes: of all dimensions of the model's input tensors since this was last cleared;
+            empty where layouts are given.
         operation_shapes: {name: shape of the last output} of the operations on traced parameters,
             for the cost model.
         forward_sizes: N of the taps placed since the last backward pass.
@@ -94,18 +84,13 @@ class ForwardHooks:
     """
 
     def __init__(
-        self,
-        sites: Sequence[TapSite],
-        parameters: dict[str, Tensor],
-        traced: frozenset[str],
-        probes: ProbeSet,
-        row_sampler: RowSampler,
-        recorder: BackwardRecorder,
+        self, sites: Sequence[TapSite], parameters: dict[str, Tensor], traced: frozenset[str],
+        probes: ProbeSet, row_sampler: RowSampler, recorder: BackwardRecorder,
         batch_size_source: BatchSizeSource | None = None,
     ):
         self.enabled, self.recomputing_task = True, -1
         self.input_sizes: set[int] = set()
-        self.forward_sizes = ForwardSizes()
+        self.forward_sizes: set[int] = set()
         self.operation_shapes: dict[str, tuple[int, ...]] = {}
         self._sites, self._parameters, self._traced = sites, parameters, traced
         self._probes, self._row_sampler, self._recorder = probes, row_sampler, recorder
@@ -128,7 +113,7 @@ class ForwardHooks:
     def attach(self, model: nn.Module, owner: object) -> None:
         """Put the hooks on the model; they keep `owner` alive. They are plain functions, which a
         deep copy of the model shares."""
-        before: dict[str, Any] = {"prepend": True, "with_kwargs": True}
+        before = _First(prepend=True, with_kwargs=True)
         layers = [(site, site.layer) for site in self._sites[:-1]]
         for site, layer in layers:
             hook = _bound(self._after_layer, site, owner)
@@ -195,11 +180,8 @@ class ForwardHooks:
     def _size_of_inputs(
         self, args: Args, kwargs: Kwargs, tensors: Sequence[Tensor]
     ) -> int | None:
-        """N, from the source, or else from dimension 0 of the first tensor; None if there is none.
-
-        Raises:
-            RuntimeError: there is none, and parameters are to be traced.
-        """
+        """N, from the source, or else from dimension 0 of the first tensor; None if there is none,
+        a RuntimeError if parameters are to be traced."""
         if self._source is not None:
             return self._source.read(args, kwargs)
         first = next((tensor for tensor in tensors if tensor.dim()), None)
@@ -225,7 +207,7 @@ class ForwardHooks:
             self._traced_part = original
 
     def _after_part(
-        self, original: weakref.ref[nn.Module], part: nn.Module, args: Args, output: Any
+        self, original: weakref.ref[nn.Module], part: nn.Module, args: Args, output: object
     ) -> None:
         if self._traced_part is original:
             self._stop_tracing()
@@ -236,7 +218,7 @@ class ForwardHooks:
         self._tracer.__enter__()
 
     def _after_model(
-        self, original: weakref.ref[nn.Module], model: nn.Module, args: Args, output: Any
+        self, original: weakref.ref[nn.Module], model: nn.Module, args: Args, output: object
     ) -> None:
         if model is not original():
             return
@@ -276,8 +258,8 @@ class ForwardHooks:
             self._random[site.index] = random_state(layer.out_proj.weight.device)
 
     def _after_layer(
-        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: Any
-    ) -> Any:
+        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
+    ) -> object:
         # A deep copy of the model carries the hooks along.
         if layer is not site.layer_reference():
             return None
@@ -293,8 +275,8 @@ class ForwardHooks:
 
     def _tap_traced(
         self, tracer: ParameterTracer, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs,
-        output: Any,
-    ) -> Any:
+        output: object,
+    ) -> object:
         measured = tracer.leave_layer()
         result = None
         try:
@@ -306,25 +288,24 @@ class ForwardHooks:
                 tracer.resume(output if result is None else result)
 
     def _tap_layer(
-        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: Any
-    ) -> Any:
+        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
+    ) -> object:
         """Outside compiled graphs."""
         task = running_backward()
         if task == -1:
             site.calls += 1
         self.recomputing_task = task  # activation checkpointing runs the layer again in backward
-        is_matrix = isinstance(output, Tensor) and output.dim() == 2
-        if is_matrix and args and has_vectors(site, layer, args[0], output):
+        if (isinstance(output, Tensor) and output.dim() == 2 and args
+                and has_vectors(site, layer, args[0], output)):
             shape, device = output.shape, output.device
             site.shapes = args[0].shape, shape
             rows, _ = self._rows(shape[0], device)
-            signal = self._probes.on(device).signal
-            return pass_vectors(site, args[0], output, rows, signal)
+            return pass_vectors(site, args[0], output, rows, self._probes.on(device).signal)
         return self._tap_by_rule(site, layer, args, kwargs, output)
 
     def _tap_by_rule(
-        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: Any
-    ) -> Any:
+        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
+    ) -> object:
         parallel = False
         own = layer._parameters.values()
         if not all(each is None or type(each) is nn.Parameter for each in own):
@@ -332,6 +313,7 @@ class ForwardHooks:
             parallel = check_parallel(site.name, layer, measured)
         if site.sampler is None:
             return self._tap_call(site, layer, args, kwargs, output)
+        assert isinstance(output, Tensor)  # of a layer with a rule
         inputs = args[0] if args else next(iter(kwargs.values()))
         n_samples = self._samples_in(site, output)
         rows, length = self._rows(n_samples, output.device)
@@ -343,10 +325,10 @@ class ForwardHooks:
 
     @uncompiled
     def _tap_call(
-        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: Any
-    ) -> Any:
-        """The tap of a layer that is run again: the output, whatever its structure, with its
-        gradient-carrying leaves tapped."""
+        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
+    ) -> object:
+        """The output, of any structure, of a layer that is run again, with its leaves tapped that
+        carry gradients."""
         leaves, tree = tree_flatten(output)
         carrying = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not carrying:
@@ -393,16 +375,21 @@ class ForwardHooks:
         if is_compiling():
             self._probes.on(device).check_room(n_samples)
         else:
-            self.forward_sizes.note(n_samples)
+            self.forward_sizes.add(n_samples)
         sampler = self._row_sampler
         rows = None if sampler.samples is None else sampler.rows(n_samples, device)
         return rows, n_samples if rows is None else rows.shape[0]
 
 
-def _bound(method: Callable[..., Any], first: object, owner: object) -> Callable[..., Any]:
+class _First(TypedDict):
+    prepend: bool
+    with_kwargs: bool
+
+
+def _bound(method: Callable[..., object], first: object, owner: object) -> Callable[..., object]:
     """The method with its first argument given, as a plain function that keeps `owner` alive."""
 
-    def hook(*args: Any) -> Any:
+    def hook(*args: object) -> object:
         return method(first, *args)
 
     vars(hook)["owner"] = owner
