@@ -9,14 +9,13 @@ from adabatch.schedules.factors import (
     ConstantBS, ExponentialBS, IncreaseBSOnPlateau, LambdaBS, LinearBS, MultiplicativeBS,
     MultiStepBS, PolynomialBS, StepBS,
 )
-from adabatch.schedules.linear_lr import LinearLR
+from adabatch.schedules.lr import LinearLR, SampleClock
 from adabatch.schedules.managers import (
     BatchSizeManager, CustomBatchSizeManager, DefaultBatchSizeManager, VirtualBatchSize,
 )
 from adabatch.schedules.ramp_string import (
     RampBS, check_divisible, doubling_ramp, increment_ramp, parse_count, parse_ramp, stepwise_ramp,
 )
-from adabatch.schedules.sample_clock import SampleClock
 from adabatch.schedules.waves import (
     CosineAnnealingBS, CosineAnnealingBSWithWarmRestarts, CyclicBS, OneCycleBS,
 )

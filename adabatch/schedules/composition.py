@@ -9,7 +9,47 @@ from adabatch._checks import integers
 from adabatch.schedules.base import BSScheduler
 
 
-class SequentialBS(BSScheduler):
+class _Composition(BSScheduler):
+    """At least two schedules, past their zeroth step, that write to one loader in the same way."""
+
+    def __init__(self, schedulers: Sequence[BSScheduler]):  # in place of BSScheduler's constructor
+        kind = type(self).__name__
+        if not isinstance(schedulers, (list, tuple)):
+            found = type(schedulers).__name__
+            raise TypeError(f"{kind} needs a list or tuple of schedules, got {found}")
+        for i, each in enumerate(schedulers):
+            if not isinstance(each, BSScheduler):
+                found = type(each).__name__
+                raise TypeError(f"schedulers[{i}] must be a batch-size schedule, got {found}")
+        if len(schedulers) < 2:
+            raise ValueError(f"{kind} needs at least two schedules, got {len(schedulers)}")
+        first, kinds = schedulers[0], [type(each.batch_size_manager) for each in schedulers]
+        for i, each in enumerate(schedulers):
+            if each.dataloader is not first.dataloader:
+                raise ValueError(f"{kind} needs schedules of one loader, but that of "
+                                 f"schedulers[{i}] differs from that of schedulers[0]")
+            if not issubclass(kinds[i], kinds[0]):
+                raise ValueError(f"{kind} needs managers of one class, got {kinds[0].__name__} in "
+                                 f"schedulers[0] and {kinds[i].__name__} in schedulers[{i}]")
+        self.schedulers = self._started = tuple(schedulers)
+        self.dataloader, self.batch_size_manager = first.dataloader, first.batch_size_manager
+        self.max_batch_size = max(each.max_batch_size for each in schedulers)
+        self.min_batch_size = min(each.min_batch_size for each in schedulers)
+        self.verbose = self._finished = False
+        self.last_epoch = 0
+
+    def _rewind(self) -> None:
+        super()._rewind()
+        for schedule in self._started:
+            schedule._rewind()
+
+    def _restart(self) -> None:
+        super()._restart()
+        for schedule in self._started:
+            schedule._restart()
+
+
+class SequentialBS(_Composition):
     """Run one schedule after the other: schedulers[i] from milestones[i - 1] on. Build the first
     schedule first.
 
@@ -24,8 +64,7 @@ class SequentialBS(BSScheduler):
         milestones: one fewer, each at least the one before, the first at least 1.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type; too few schedules or milestones,
-            milestones unsorted, or the loaders differ.
+        TypeError, ValueError: an argument is not of this form, or the loaders differ.
 
     Example:
         >>> from adabatch.schedules import ConstantBS, ExponentialBS, VirtualBatchSize
@@ -38,23 +77,22 @@ class SequentialBS(BSScheduler):
     """
 
     def __init__(self, schedulers: Sequence[BSScheduler], milestones: Sequence[int]):
-        members = _checked_members("SequentialBS", schedulers)
+        super().__init__(schedulers)
+        self._started = self.schedulers[:1]
         self.milestones = integers("milestones", milestones, at_least=1)
         if self.milestones != sorted(self.milestones):
             raise ValueError(f"milestones must be sorted, got {self.milestones}")
-        if len(self.milestones) != len(members) - 1:
-            raise ValueError(f"{len(members)} schedules need {len(members) - 1} milestones, "
-                             f"got {len(self.milestones)}")
-        _adopt(self, members)
+        n = len(self.schedulers)
+        if len(self.milestones) != n - 1:
+            raise ValueError(f"{n} schedules need {n - 1} milestones, got {len(self.milestones)}")
         self._last_bs = self.batch_size_manager.base_batch_size
-        for schedule in members:
+        for schedule in self.schedulers:
             schedule._rewind()
         self.set_batch_size(self.batch_size_manager.base_batch_size)
-        members[0].step()
+        self.schedulers[0].step()
 
     @property
     def finished(self) -> bool:
-        """Whether the last milestone has passed and the last schedule is finished."""
         past = self.last_epoch > self.milestones[-1]
         return self._finished or (past and self.schedulers[-1].finished)
 
@@ -71,16 +109,8 @@ class SequentialBS(BSScheduler):
             schedule.step(**kwargs)
             self._last_bs = schedule.last_bs
 
-    def _rewind(self) -> None:
-        super()._rewind()
-        self.schedulers[0]._rewind()
 
-    def _restart(self) -> None:
-        super()._restart()
-        self.schedulers[0]._restart()
-
-
-class ChainedBSScheduler(BSScheduler):
+class ChainedBSScheduler(_Composition):
     """Step all schedules (at least two, over one loader), in order, at each step: their effects
     multiply. Finished when all are. Errors as in :class:`SequentialBS`.
 
@@ -94,7 +124,7 @@ class ChainedBSScheduler(BSScheduler):
     """
 
     def __init__(self, schedulers: Sequence[BSScheduler]):
-        _adopt(self, _checked_members("ChainedBSScheduler", schedulers))
+        super().__init__(schedulers)
         self._last_bs = self.schedulers[-1].last_bs
 
     @property
@@ -106,46 +136,3 @@ class ChainedBSScheduler(BSScheduler):
         for schedule in self.schedulers:
             schedule.step(**kwargs)
         self._last_bs = self.schedulers[-1].last_bs
-
-    def _rewind(self) -> None:
-        super()._rewind()
-        for schedule in self.schedulers:
-            schedule._rewind()
-
-    def _restart(self) -> None:
-        super()._restart()
-        for schedule in self.schedulers:
-            schedule._restart()
-
-
-def _checked_members(kind: str, schedulers: object) -> tuple[BSScheduler, ...]:
-    """At least two schedules that write to the same loader in the same way."""
-    if not isinstance(schedulers, (list, tuple)):
-        found = type(schedulers).__name__
-        raise TypeError(f"{kind} needs a list or tuple of schedules, got {found}")
-    for i, each in enumerate(schedulers):
-        if not isinstance(each, BSScheduler):
-            found = type(each).__name__
-            raise TypeError(f"schedulers[{i}] must be a batch-size schedule, got {found}")
-    if len(schedulers) < 2:
-        raise ValueError(f"{kind} needs at least two schedules, got {len(schedulers)}")
-    first, kinds = schedulers[0], [type(each.batch_size_manager) for each in schedulers]
-    for i, schedule in enumerate(schedulers):
-        if schedule.dataloader is not first.dataloader:
-            raise ValueError(f"{kind} needs schedules of one loader, but that of schedulers[{i}] "
-                             "differs from that of schedulers[0]")
-        if not issubclass(kinds[i], kinds[0]):
-            raise ValueError(f"{kind} needs managers of one class, got {kinds[0].__name__} in "
-                             f"schedulers[0] and {kinds[i].__name__} in schedulers[{i}]")
-    return tuple(schedulers)
-
-
-def _adopt(composition: BSScheduler, schedulers: tuple[BSScheduler, ...]) -> None:
-    """Set what BSScheduler's constructor sets, from schedules past their zeroth step."""
-    composition.schedulers = schedulers
-    composition.dataloader = schedulers[0].dataloader
-    composition.batch_size_manager = schedulers[0].batch_size_manager
-    composition.max_batch_size = max(schedule.max_batch_size for schedule in schedulers)
-    composition.min_batch_size = min(schedule.min_batch_size for schedule in schedulers)
-    composition.verbose = composition._finished = False
-    composition.last_epoch = 0
