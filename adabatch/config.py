@@ -7,14 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch.optim.lr_scheduler import LRScheduler
 
 from adabatch._types import LossFn
-
-if TYPE_CHECKING:
-    from adabatch.check.report import CheckReport
+from adabatch.check.report import CheckReport
 
 CouplingRule = Callable[[int, int, float], float]
 
@@ -212,10 +210,8 @@ class PerSample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Estimate the variance from the gradients of micro-batches, at least two a batch.
-
-    For models that cannot be measured per sample. Costs one reduction over the gradients.
-    """
+    """Estimate the variance from the gradients of micro-batches, at least two a batch: for models
+    that cannot be measured per sample. Costs one reduction over the gradients."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +241,7 @@ EstimatorOptions = PerSample | MicroBatch | CrossRank
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Let batches larger than memory arrive as micro-batches, through the same loop.
-
+    """Let batches larger than memory arrive as micro-batches, through the same loop:
     optimizer.step() steps on the last micro-batch of a batch, scheduler.step(loss) pools their
     losses and moments.
 
@@ -277,8 +272,8 @@ class MicroBatches:
             problems.append("lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got "
                             f"{self.lr_scheduler!r}")
         if self.max_grad_norm is not None and not _is_number(self.max_grad_norm, above=0):
-            problems.append(f"max_grad_norm must be a number > 0 or None, got "
-                            f"{self.max_grad_norm!r}")
+            problems.append(
+                f"max_grad_norm must be a number > 0 or None, got {self.max_grad_norm!r}")
         _refuse("MicroBatches", problems)
 
     @classmethod
@@ -312,8 +307,6 @@ def _switches(**switches: object) -> list[str]:
 
 
 def _layout_problems(layout: object, ignore: Collection[str]) -> list[str]:
-    from adabatch.check.report import CheckReport
-
     if not isinstance(layout, CheckReport):
         return [f"layout must be what adabatch.check(model, batch, loss_fn) returned, "
                 f"got {layout!r}"]

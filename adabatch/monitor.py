@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -135,11 +133,9 @@ class Monitor:
         loss: as it was differentiated: not scaled by a GradScaler, not divided by `accumulate`."""
         self._loss = loss.detach().clone() if isinstance(loss, Tensor) else loss
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """A context whose backward passes are not measured, e.g. of another loss."""
-        with self._hooks.paused():
-            yield
+        return self._hooks.paused()
 
     def flush(self) -> None:
         """Record the steps that are under way; on the CPU there are none."""
@@ -162,11 +158,7 @@ class Monitor:
                 **{name: part.state_dict() for name, part in self._parts().items()}}
 
     def load_state_dict(self, state: State) -> None:
-        """Continue from a state_dict().
-
-        Raises:
-            ValueError: an unknown version.
-        """
+        """Continue from a state_dict(); ValueError: an unknown version."""
         check_version(state, 1, "Monitor")
         self._pipeline.clear()
         for name, part in self._parts().items():
@@ -178,10 +170,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
@@ -246,5 +235,4 @@ def _check_alone() -> None:
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         raise ValueError(
             f"monitor measures one process, and {group.get_world_size()} share each batch: use "
-            "adabatch.wrap, with controllers.Scheduled('0:SIZE') for a fixed batch size"
-        )
+            "adabatch.wrap, with controllers.Scheduled('0:SIZE') for a fixed batch size")

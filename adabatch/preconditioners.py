@@ -178,13 +178,11 @@ def preconditioned_trace(
     clipping, a loss scale and a summed loss are undone.
 
     Args:
-        moments: with the preconditioned trace or second moments.
         parameters: {name: parameter} of what is measured.
-        optimizer: one with a registered preconditioner.
         lr: what the trace will be multiplied by.
 
     Raises:
-        ValueError: measured without either, with weights, no preconditioner, or the gradients of
+        ValueError: moments without either, with weights, no preconditioner, or the gradients of
             the step are gone.
     """
     contracted = moments.statistics.get("preconditioned_trace")
