@@ -3,7 +3,7 @@
 # torch, NumPy and Python, each in a virtual environment of its own:
 #
 #     tests/versions.sh                              # the default matrix below
-#     tests/versions.sh 2.6.0/1.26.4/3.10 2.15.0     # torch[/NumPy[/Python]]
+#     tests/versions.sh 2.7.1/1.26.4/3.10 2.15.0     # torch[/NumPy[/Python]]
 #     tests/versions.sh 2.11.0 -- tests/scheduler    # pytest arguments after --
 #
 # VENVS is where the environments lie and are found again (default: a temporary directory, removed
@@ -13,7 +13,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-matrix=(2.6.0/1.26.4/3.10 2.6.0/2.1.3/3.11 2.9.1//3.12 2.11.0//3.11 2.13.0//3.12 2.15.0//3.13)
+matrix=(2.7.1/1.26.4/3.10 2.7.1//3.11 2.9.1//3.12 2.11.0//3.11 2.13.0//3.12 2.15.0//3.13)
 given=()
 while [ $# -gt 0 ] && [ "$1" != "--" ]; do given+=("$1"); shift; done
 [ ${#given[@]} -gt 0 ] && matrix=("${given[@]}")

@@ -42,7 +42,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         if not disabled:
             options = inspect.signature(torch.compiler.disable).parameters
-            reason = {"reason": _UNCOMPILED} if "reason" in options else {}  # not in torch 2.6
+            reason = {"reason": _UNCOMPILED} if "reason" in options else {}  # not in torch 2.7
             disabled.append(torch.compiler.disable(function, **reason))
         return disabled[0](*args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -51,6 +52,13 @@ def close(actual, expected, rtol):
     assert actual.shape == expected.shape
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * max(largest, 0.1))
+
+
+def raises_while_compiling(match):
+    """An error raised in what is being compiled. Torch 2.7 and 2.8 replace its text."""
+    if torch.__version__ < (2, 9):
+        match = f"{match}|Observed exception"
+    return pytest.raises(Exception, match=match)
 
 
 def mean_grad_sq_norm(grads):

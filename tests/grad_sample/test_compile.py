@@ -10,7 +10,15 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from adabatch import GradSampleHooks
 from tests import oracle
-from tests.grad_sample.measuring import agrees, backward, close, make_batch, make_mlp, squared_error
+from tests.grad_sample.measuring import (
+    agrees,
+    backward,
+    close,
+    make_batch,
+    make_mlp,
+    raises_while_compiling,
+    squared_error,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +180,7 @@ def test_a_batch_beyond_the_capacity_of_a_compiled_model_is_explained():
     GradSampleHooks(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     backward(compiled, make_batch(8))
-    with pytest.raises(Exception, match="capacity"):
+    with raises_while_compiling("capacity"):
         backward(compiled, make_batch(1500))
 
 
@@ -206,7 +214,7 @@ def test_several_uses_inside_one_graph_raise(tied):
     hooks = GradSampleHooks(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     message = r"(?s)do not compile the model|run the model without torch\.compile"
-    with pytest.raises(Exception, match=message):
+    with raises_while_compiling(message):
         backward(compiled, batch)
     hooks.reset()
     model.zero_grad()
@@ -228,7 +236,12 @@ def test_uses_in_parts_that_are_compiled_apart_raise_or_are_exact():
         agrees(hooks.collect(), grads)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+HOOKED_STRICTLY = pytest.mark.skipif(
+    torch.__version__ < (2, 10), reason="torch 2.9 exports no layer with any forward hook strictly"
+)
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=HOOKED_STRICTLY)])
 def test_exported_models_have_no_tap(strict):
     model, batch = make_mlp(), make_batch()
     plain = torch.export.export(model, (batch[0],), strict=strict)

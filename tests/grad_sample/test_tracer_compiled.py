@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import adabatch
 from adabatch import GradSampleHooks
-from tests.grad_sample.measuring import close
+from tests.grad_sample.measuring import close, raises_while_compiling
 from tests.grad_sample.same_forward import double, exact, grads_of_one_forward, outputs_loss
 
 N, T, D = 5, 6, 4
@@ -21,6 +21,13 @@ def _fresh_graphs():
     torch._dynamo.reset()
 
 
+class Body(nn.Sequential):
+    """With a forward of its own: torch up to 2.13 compiles no plain nn.Sequential by compile()."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 class Model(nn.Module):
     """A position table (an Embedding or a raw parameter) before a body."""
 
@@ -29,7 +36,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         tables = {"embedding": nn.Embedding(9, D), "raw": nn.Parameter(torch.randn(9, D))}
         self.table = tables.get(table)
-        self.body = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.LayerNorm(D), nn.Linear(D, D))
+        self.body = Body(nn.Linear(D, D), nn.Tanh(), nn.LayerNorm(D), nn.Linear(D, D))
         self.head = nn.Linear(D, 2)
         self.function = torch.tanh
 
@@ -88,9 +95,9 @@ def test_a_traced_parameter_used_by_a_compiled_function_raises():
 def test_a_compiled_model_with_traced_parameters_is_refused():
     model = Model("raw")
     GradSampleHooks(model)
-    with pytest.raises(Exception,
-                       match="a compiled graph cannot measure parameters that no layer with a tap "
-                             "uses: table"):
+    with raises_while_compiling(
+        "a compiled graph cannot measure parameters that no layer with a tap uses: table"
+    ):
         compile_(model)(torch.randn(N, T, D))
 
 
@@ -99,8 +106,8 @@ def test_a_compiled_model_with_a_shared_position_table_is_refused(checked):
     model, batch = Model("embedding").double(), double((torch.randn(N, T, D),))
     layout = adabatch.check(model, batch, outputs_loss, verbose=False) if checked else None
     GradSampleHooks(model, layout=layout)
-    with pytest.raises(Exception, match="position tables that are looked up once" if checked
-                       else r"table \(6\).*adabatch\.check"):
+    with raises_while_compiling("position tables that are looked up once" if checked
+                                else r"table \(6\).*adabatch\.check"):
         outputs_loss(compile_(model), batch).mean().backward()
 
 

@@ -93,7 +93,8 @@ SEPARATE = {
     "tanh of exp": lambda x: torch.tanh(torch.exp(x) - 1),
     "softmax": lambda x: x.softmax(-1) * x.shape[-1],
 }
-PRECISIONS = [torch.float32, torch.bfloat16]
+# {type: passes within which mixing shows}: bfloat16's rounding may hide it in single ones.
+PRECISIONS = {torch.float32: 1, torch.bfloat16: 16}
 
 
 def stepped(function, dtype, samples, positions, seed):
@@ -101,8 +102,11 @@ def stepped(function, dtype, samples, positions, seed):
     model = nn.Sequential(nn.Linear(6, 6), nn.GELU(), Scaled(function), nn.Linear(6, 3)).to(dtype)
     hooks = GradSampleHooks(model)
     shape = (samples, 6) if positions is None else (samples, positions, 6)
-    (model(torch.randn(shape, dtype=dtype)).float() - 1).square().mean().backward()
-    return hooks.collect()
+    for _ in range(PRECISIONS[dtype]):
+        model.zero_grad()
+        (model(torch.randn(shape, dtype=dtype)).float() - 1).square().mean().backward()
+        moments = hooks.collect()
+    return moments
 
 
 @pytest.mark.parametrize("positions", [None, 9])
@@ -112,8 +116,9 @@ def stepped(function, dtype, samples, positions, seed):
 def test_a_layer_that_mixes_samples_is_refused_in_every_precision(
     function, dtype, samples, positions
 ):
-    with pytest.raises(RuntimeError, match=r"do not add up to the gradient.*2\.weight"):
-        stepped(function, dtype, samples, positions, seed=0)
+    for seed in range(5):
+        with pytest.raises(RuntimeError, match=r"do not add up to the gradient.*2\.weight"):
+            stepped(function, dtype, samples, positions, seed)
 
 
 @pytest.mark.parametrize("positions", [None, 9])

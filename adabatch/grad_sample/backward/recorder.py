@@ -109,7 +109,7 @@ class BackwardRecorder:
         defers: whether a statistic needs the finished gradient, so that all factors are kept.
         fuses, fuses_subset: whether layers may compute both gradients at once, with all samples
             measured or some.
-        sum_check: compares contributions with the gradient until one pass could be compared; None
+        sum_check: compares contributions with the gradient until enough was compared; None
             afterwards.
         norm_weights: {parameter: the factor by which its norms count here} of a model that several
             processes hold in parts; None of one that is whole.

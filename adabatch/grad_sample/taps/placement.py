@@ -44,17 +44,14 @@ SHARED_TABLES = "position tables that are looked up once for all samples"
 # just evicted from the caches.
 is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _is_tracing = torch.jit.is_tracing
-# The flag, as torch.compiler.is_exporting() is True in every graph compiled by torch 2.7 to 2.12;
-# torch 2.6 only sets another one while it exports.
-_EXPORTING = ("_is_exporting_flag" if hasattr(torch.compiler, "_is_exporting_flag")
-              else "_is_compiling_flag")
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def can_measure() -> bool:
     """Whether gradients are taken of what runs now: not under no_grad, nor while a model is
     exported, traced or transformed by torch.func."""
-    if not _is_grad_enabled() or getattr(torch.compiler, _EXPORTING):
+    # The flag: torch.compiler.is_exporting() is True in every graph compiled by torch before 2.13.
+    if not _is_grad_enabled() or torch.compiler._is_exporting_flag:
         return False
     return is_compiling() or not (_is_tracing() or _transforms() is not None)
 
