@@ -73,10 +73,9 @@ class LayerCost:
             return sum(each.cost(self, samples, measured, fused) for each in statistics)
 
         passthrough = measured * self.passthrough + added(False)
-        needs_all = any(each.needs_second_moment for each in statistics)
-        if self.fused is None or not all(each.can_fuse for each in statistics):
-            return passthrough
-        if needs_all and measured < samples:
+        can_fuse = all(each.can_fuse for each in statistics) and (
+            measured >= samples or not any(each.needs_second_moment for each in statistics))
+        if self.fused is None or not can_fuse:
             return passthrough
         return min(passthrough, samples * self.fused + added(True))
 
@@ -149,8 +148,7 @@ def layer_cost(
 def called_shapes(
     inputs: Iterable[object], output: Tensor, n_samples: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A call's first input and its output as the shapes [N, ...] that layer_cost reads, wherever
-    their samples lie."""
+    """A call's first input and output as shapes [N, ...] for layer_cost, of any layout."""
     size = next((leaf.numel() for leaf in inputs if isinstance(leaf, Tensor)), 0)
     width = output.shape[-1] if output.dim() > 1 else 1
     samples = max(1, n_samples)
@@ -182,8 +180,8 @@ class StepCost:
     def share(self, samples: int, measured: int | None = None) -> float:
         """MARGIN · measuring / plain + FLOOR; a constant where no layers were seen."""
         if not self.layers:
-            part = 1.0 if measured is None else min(1.0, measured / max(1, samples))
-            return UNSEEN_SHARE * part
+            return UNSEEN_SHARE * (
+                1.0 if measured is None else min(1.0, measured / max(1, samples)))
         return MARGIN * self.measuring(samples, measured) / self.plain(samples) + FLOOR
 
 

@@ -198,11 +198,7 @@ class ParameterTracer(TorchFunctionMode):
                 continue
             own = self._expressions[id(leaf)][0]
             if not own.expanded and leaf.dim() == 4 and leaf.shape[0] == 1:
-                sizes = (self._n_samples, -1, -1, -1)
-                leaf = leaf.expand(sizes)
-                arguments = (own, *sizes)
-                tree_of_call = tree_flatten((arguments, {}))[1]
-                self._remember(Tensor.expand, list(arguments), tree_of_call, [leaf])
+                leaf = self._traced(Tensor.expand, (leaf, self._n_samples, -1, -1, -1), {})
             if self._expressions[id(leaf)][0].expanded:
                 leaves[index] = self._tap_rows(leaf, 0)
                 self._add_samples(leaves[index : index + 1])
@@ -243,8 +239,7 @@ class ParameterTracer(TorchFunctionMode):
         return self._write_back(original, output) if in_place else output
 
     def _write_back(self, target: Tensor, result: Tensor) -> Tensor:
-        """Write an in-place operation's result to its target, which is returned, as callers
-        expect."""
+        """Write an in-place operation's result to its target, which is returned."""
         own = self._expressions.get(id(result))
         with torch._C.DisableTorchFunction():
             target.copy_(result)
@@ -268,18 +263,17 @@ class ParameterTracer(TorchFunctionMode):
                     f"{tuple(leaf.shape)} in {function_name(function) or 'an operation'}: in a "
                     f"batch of {self._n_samples} their samples do not lie along the first "
                     f"dimension, so they cannot be told apart. {RULE_OR_IGNORE}")
-        dims = [leaf.dim() for leaf, each in zip(leaves, batched, strict=True) if each]
-        widest = max(dims, default=0)
+        widest = max(
+            (leaf.dim() for leaf, each in zip(leaves, batched, strict=True) if each), default=0)
         # Zeros made for the batch have as many dimensions as the samples; a table of N positions
         # has fewer.
         return [each or bool(widest and self._has_rows(leaf) and leaf.dim() >= widest)
                 for leaf, each in zip(leaves, batched, strict=True)]
 
     def _hides_samples(self, leaf: Tensor) -> bool:
-        if leaf.requires_grad:
-            return True
         rows = leaf.shape[0] if leaf.dim() else 0
-        return self._comes_from_samples(leaf) and rows > 0 and rows % self._n_samples == 0
+        return leaf.requires_grad or (
+            self._comes_from_samples(leaf) and rows > 0 and rows % self._n_samples == 0)
 
     def _remember(
         self, function: Operation, leaves: Leaves, tree: TreeSpec, outputs: Leaves
@@ -323,9 +317,8 @@ class ParameterTracer(TorchFunctionMode):
 
 
 def _draws(function: Operation, args: Args, kwargs: Kwargs) -> bool:
-    if function_name(function) != "scaled_dot_product_attention":
-        return False
-    return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+    return function_name(function) == "scaled_dot_product_attention" and bool(
+        kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
 
 
 def _adds(function: Operation) -> bool:

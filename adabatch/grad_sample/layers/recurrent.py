@@ -53,9 +53,8 @@ class RecurrentCall(RecomputedCall):
             tapped = [outputs[index] for index in self.tapped]
             cotangents = alone(outer, self._output_layouts, sample)
             grads.append(torch.autograd.grad(tapped, measured, cotangents))
-        parts = zip(*grads, strict=True)
         return {name: Dense(torch.stack(each))
-                for name, each in zip(self.parameters, parts, strict=True)}
+                for name, each in zip(self.parameters, zip(*grads, strict=True), strict=True)}
 
     def _input_layout(self, index: int, tensor: Tensor) -> Layout:
         if index == 0 and tensor.dim() != 3:
@@ -65,5 +64,5 @@ class RecurrentCall(RecomputedCall):
         return self._output_layout(index, tensor)
 
     def _output_layout(self, index: int, tensor: Tensor) -> Layout:
-        second = self.samples_dim(self.layer, index)
-        return Layout.BATCH_SECOND if second else Layout.BATCH_FIRST
+        dim = self.samples_dim(self.layer, index)
+        return Layout.BATCH_SECOND if dim else Layout.BATCH_FIRST
