@@ -67,7 +67,8 @@ class DelayedMoments:
 def scale_of(grad_scaler: GradScaler) -> Tensor | float:
     """A GradScaler's scale at this moment; on an accelerator a copy of the tensor that holds it,
     as get_scale() would wait."""
-    held = grad_scaler._scale if isinstance(grad_scaler, GradScaler) else None
+    has_scale = isinstance(grad_scaler, GradScaler) and grad_scaler.is_enabled()
+    held = grad_scaler._scale if has_scale else None
     if held is not None and is_remote(held):
         return held.detach().clone()
     return float(grad_scaler.get_scale())

@@ -1,4 +1,5 @@
-"""⟨g_i, g⟩ through the hooks, against the oracle's per-sample gradients, for models, scales, passes and subsets of all kinds."""
+"""⟨g_i, g⟩ through the hooks, against the oracle's per-sample gradients, for models, scales, passes
+and subsets of all kinds."""
 
 import weakref
 
@@ -19,12 +20,15 @@ class Tied(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.table, self.cell, self.norm, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 9)
+        self.table, self.cell = nn.Embedding(9, 6), nn.Linear(6, 6)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 9)
         self.head.weight = self.table.weight
-        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(5, 6))
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.positions = nn.Parameter(torch.randn(5, 6))
 
     def forward(self, ids):
-        hidden = torch.cat((self.token.expand(len(ids), -1, -1), self.table(ids)), 1) + self.positions
+        hidden = torch.cat((self.token.expand(len(ids), -1, -1), self.table(ids)), 1)
+        hidden = hidden + self.positions
         return self.head(self.norm(self.cell(torch.tanh(self.cell(hidden))))).mean(1)
 
 
@@ -33,7 +37,8 @@ class Recurrent(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.lstm, self.attention, self.head = nn.LSTM(4, 6, batch_first=True), nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+        self.lstm, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
 
     def forward(self, inputs):
         hidden = self.lstm(inputs)[0]
@@ -41,7 +46,9 @@ class Recurrent(nn.Module):
 
 
 def image_model():
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.PReLU(), nn.Conv2d(4, 3, 3, groups=1, stride=2), nn.Flatten(), nn.Linear(3, 3))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.PReLU(), nn.Conv2d(4, 3, 3, groups=1, stride=2),
+        nn.Flatten(), nn.Linear(3, 3))
 
 
 MODELS = {
@@ -60,12 +67,13 @@ def oracle_dots(grads, shares=None):
     return flat @ mean, (flat - mean).square().sum(1)
 
 
-def dots_agree(moments, grads, rtol=1e-5, shares=None):
+def inner_products_agree(moments, grads, rtol=1e-5, shares=None):
     inner_products, centred = oracle_dots(grads, shares)
     rows = torch.arange(len(inner_products)) if moments.indices is None else moments.indices
     scale = float(oracle.sq_norms(grads).max())
-    torch.testing.assert_close(moments.inner_products.double(), inner_products[rows], rtol=rtol, atol=rtol * scale)
-    torch.testing.assert_close(moments.centred_sq_norms, centred[rows], rtol=rtol, atol=4 * rtol * scale)
+    close = torch.testing.assert_close
+    close(moments.inner_products.double(), inner_products[rows], rtol=rtol, atol=rtol * scale)
+    close(moments.centred_sq_norms, centred[rows], rtol=rtol, atol=4 * rtol * scale)
     return inner_products, centred[rows]
 
 
@@ -76,29 +84,33 @@ def test_models(make, make_batch_of, samples, loss_reduction):
     torch.manual_seed(0)
     model, batch = make(), make_batch_of(7)
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, samples=samples, statistics=["inner_products"])
+    hooks = GradSampleHooks(model, loss_reduction=loss_reduction, samples=samples,
+                            statistics=["inner_products"])
     for _ in range(2):
         model.zero_grad()
         backward(model, batch, loss_reduction=loss_reduction)
         moments = hooks.collect()
-        _, centred = dots_agree(moments, grads)
+        _, centred = inner_products_agree(moments, grads)
         agrees(moments, grads)
         close(moments.variance_trace, 7 / 6 * float(centred.mean()), 1e-4)
         assert moments.n_measured == (samples or 7)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.id.startswith("batch-norm")], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.id.startswith("batch-norm")],
+                         ids=lambda case: case.id)
 def test_every_rule(case):
     torch.manual_seed(0)
     layer = case.make_layer(torch.float64)
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         return
     inputs = case.make_inputs(torch.float64)
-    loss_fn = lambda model, batch: torch.sin(3 * model(batch)).reshape(len(batch), -1).sum(1)  # noqa: E731
+    def loss_fn(model, batch):
+        return torch.sin(3 * model(batch)).reshape(len(batch), -1).sum(1)
+
     grads = oracle.per_sample_grads(layer, loss_fn, inputs)
     hooks = GradSampleHooks(layer, statistics=["inner_products"])
     backward(layer, inputs, loss_fn)
-    dots_agree(hooks.collect(), grads, rtol=1e-9)
+    inner_products_agree(hooks.collect(), grads, rtol=1e-9)
 
 
 @pytest.mark.parametrize("mean", [True, False])
@@ -106,10 +118,11 @@ def test_contributions_of_batch_norm(mean):
     torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), make_batch()
     grads = oracle.contributions(model, squared_error, batch)
-    hooks = GradSampleHooks(model, statistics=["inner_products"], loss_reduction="mean" if mean else "sum")
+    hooks = GradSampleHooks(model, statistics=["inner_products"],
+                            loss_reduction="mean" if mean else "sum")
     with pytest.warns(UserWarning, match="contribution"):
         backward(model, batch, loss_reduction="mean" if mean else "sum")
-    dots_agree(hooks.collect(), grads)
+    inner_products_agree(hooks.collect(), grads)
 
 
 @every_model
@@ -117,17 +130,22 @@ def test_contributions_of_batch_norm(mean):
 @pytest.mark.parametrize("samples", [None, 3])
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
 def test_accumulated_passes(make, make_batch_of, sizes, samples, loss_reduction):
-    """The mean gradient is known after the last pass only. Of unequal passes T̂ = mean d_i/(1 − 2a_i + 1/m_eff), as E d_i = T·(1 − 2a_i + 1/m_eff)."""
+    """The mean gradient is known after the last pass only. Of unequal passes
+    T̂ = mean d_i/(1 − 2a_i + 1/m_eff), as E d_i = T·(1 − 2a_i + 1/m_eff)."""
     torch.manual_seed(0)
     k, m, mean = len(sizes), sum(sizes), loss_reduction == "mean"
     model, batches = make(), [make_batch_of(size) for size in sizes]
-    grads = oracle.per_sample_grads(model, squared_error, tuple(torch.cat(parts) for parts in zip(*batches, strict=True)))
-    shares = torch.cat([torch.full((size,), 1 / (k * size) if mean else 1 / m, dtype=torch.float64) for size in sizes])
-    hooks = GradSampleHooks(model, accumulate=k, samples=samples, loss_reduction=loss_reduction, statistics=["inner_products"])
+    whole = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+    grads = oracle.per_sample_grads(model, squared_error, whole)
+    shares = torch.cat([
+        torch.full((size,), 1 / (k * size) if mean else 1 / m, dtype=torch.float64)
+        for size in sizes])
+    hooks = GradSampleHooks(model, accumulate=k, samples=samples, loss_reduction=loss_reduction,
+                            statistics=["inner_products"])
     for batch in batches:
         backward(model, batch, loss_reduction=loss_reduction, divisor=k if mean else 1)
     moments = hooks.collect()
-    _, centred = dots_agree(moments, grads, shares=shares)
+    _, centred = inner_products_agree(moments, grads, shares=shares)
     rows = torch.arange(m) if moments.indices is None else moments.indices
     trace = float((centred / (1 - 2 * shares[rows] + shares.square().sum())).mean())
     close(moments.variance_trace, trace, 1e-4)
@@ -142,7 +160,9 @@ def test_norms_of_parameters_and_second_moments_of_accumulated_passes(sizes, sam
     grads = oracle.per_sample_grads(model, squared_error, batch)
     for inner_products in (False, True):
         model.zero_grad()
-        hooks = GradSampleHooks(model, accumulate=k, samples=samples, per_parameter=True, statistics=["second_moment", *["inner_products"] * inner_products])
+        hooks = GradSampleHooks(
+            model, accumulate=k, samples=samples, per_parameter=True,
+            statistics=["second_moment", *["inner_products"] * inner_products])
         for part in zip(*(tensor.split(sizes) for tensor in batch), strict=True):
             backward(model, part, divisor=k)
         moments = hooks.collect()
@@ -154,16 +174,19 @@ def test_norms_of_parameters_and_second_moments_of_accumulated_passes(sizes, sam
             close(moments.second_moment[name], grad[rows].square().sum(0), 1e-5)
 
 
-def test_groups_have_dots_of_their_own():
+def test_each_group_has_its_inner_products():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
-    hooks = GradSampleHooks(model, statistics=["inner_products"], param_groups=[list(model[0].parameters()), list(model[2].parameters())])
+    param_groups = [list(model[0].parameters()), list(model[2].parameters())]
+    hooks = GradSampleHooks(model, statistics=["inner_products"], param_groups=param_groups)
     backward(model, batch)
     moments = hooks.collect()
-    dots_agree(moments, grads)
+    inner_products_agree(moments, grads)
     for group, layer in enumerate(("0", "2")):
-        dots_agree(moments.by_group[group], {name: rows for name, rows in grads.items() if name.startswith(layer)})
-    assert sum(part.variance_trace for part in moments.by_group.values()) == pytest.approx(moments.variance_trace, rel=1e-5)
+        own = {name: rows for name, rows in grads.items() if name.startswith(layer)}
+        inner_products_agree(moments.by_group[group], own)
+    traces = [part.variance_trace for part in moments.by_group.values()]
+    assert sum(traces) == pytest.approx(moments.variance_trace, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
@@ -172,7 +195,7 @@ def test_the_loss_scale_is_undone(loss_reduction):
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model, loss_reduction=loss_reduction, statistics=["inner_products"])
     (1024 * getattr(squared_error(model, batch), loss_reduction)()).backward()
-    dots_agree(hooks.collect(loss_scale=1024), grads)
+    inner_products_agree(hooks.collect(loss_scale=1024), grads)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -192,7 +215,7 @@ def test_the_scale_of_a_grad_scaler_is_read_before_it_changes(accumulate):
         scaler.update()
         assert scaler.get_scale() == 256 * 2 ** (step + 1)
         moments = hooks.collect(loss_scale=scale.take())
-        dots_agree(moments, grads)
+        inner_products_agree(moments, grads)
         agrees(moments, grads)
 
 
@@ -209,7 +232,8 @@ def test_a_disabled_grad_scaler_scales_nothing():
 def test_scales_that_do_not_fit_are_explained():
     model, batch = make_mlp(), make_batch()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with pytest.raises(TypeError, match=r"grad_scaler must be a torch\.amp\.GradScaler, got float; a number goes to step"):
+    message = r"grad_scaler must be a torch\.amp\.GradScaler, got float; a number goes to step"
+    with pytest.raises(TypeError, match=message):
         LossScale(4.0)
     plain, scaled = GradSampleHooks(make_mlp()), GradSampleHooks(model, accumulate=2)
     recorded = LossScale(scaler)
@@ -218,12 +242,14 @@ def test_scales_that_do_not_fit_are_explained():
         other = make_mlp()
         plain = GradSampleHooks(other)
         backward(other, batch)
-        with pytest.raises(ValueError, match=r"loss_scale must be a positive number.*wrap\(grad_scaler=\)"):
+        message = r"loss_scale must be a positive number.*wrap\(grad_scaler=\)"
+        with pytest.raises(ValueError, match=message):
             plain.collect(loss_scale=scale)
     for _ in range(2):
         scaler.scale(squared_error(model, batch).mean() / 2).backward()
         scaler.update(new_scale=8.0)
-    with pytest.raises(RuntimeError, match=r"loss scale changed between the backward passes of a step \(\[4\.0, 8\.0\]\)"):
+    message = r"loss scale changed between the backward passes of a step \(\[4\.0, 8\.0\]\)"
+    with pytest.raises(RuntimeError, match=message):
         scaled.collect(loss_scale=recorded.take())
     for _ in range(2):
         scaler.scale(squared_error(model, batch).mean() / 2).backward()
@@ -244,13 +270,13 @@ def test_non_reentrant_checkpointing_and_autocast():
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model, statistics=["inner_products"])
     backward(model, batch)
-    dots_agree(hooks.collect(), grads)
+    inner_products_agree(hooks.collect(), grads)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         backward(model, batch)
     moments = hooks.collect()
     assert moments.inner_products.dtype == torch.float32
-    dots_agree(moments, grads, rtol=3e-2)
+    inner_products_agree(moments, grads, rtol=3e-2)
 
 
 def test_a_skipped_branch_and_frozen_parameters():
@@ -259,12 +285,15 @@ def test_a_skipped_branch_and_frozen_parameters():
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model, statistics=["inner_products"], per_parameter=True)
     backward(model, batch)
-    dots_agree(hooks.collect(), grads)
+    inner_products_agree(hooks.collect(), grads)
     model.zero_grad()
-    half = (lambda _, batch: squared_error(model[2], (batch[0].repeat(1, 2)[:, :6], batch[1])), batch)
-    expected = oracle.per_sample_grads(model[2], lambda head, batch: squared_error(head, (batch[0].repeat(1, 2)[:, :6], batch[1])), batch)
+    def head_loss(head, batch):
+        return squared_error(head, (batch[0].repeat(1, 2)[:, :6], batch[1]))
+
+    half = (lambda _, batch: head_loss(model[2], batch), batch)
+    expected = oracle.per_sample_grads(model[2], head_loss, batch)
     backward(model, half[1], half[0])
-    dots_agree(hooks.collect(), expected)
+    inner_products_agree(hooks.collect(), expected)
 
 
 def test_a_failed_pass_leaves_nothing_behind():
@@ -277,7 +306,7 @@ def test_a_failed_pass_leaves_nothing_behind():
     handle.remove()
     model.zero_grad()
     backward(model, batch)
-    dots_agree(hooks.collect(), grads)
+    inner_products_agree(hooks.collect(), grads)
 
 
 def test_an_input_buffer_that_is_filled_again_between_passes_is_refused():
@@ -289,7 +318,9 @@ def test_an_input_buffer_that_is_filled_again_between_passes_is_refused():
         backward(model, batch, divisor=2)
     with pytest.raises(RuntimeError, match="no measured backward pass"):
         hooks.collect()
-    subset = GradSampleHooks(fresh := make_mlp(), statistics=["inner_products"], accumulate=2, samples=3)  # holds copies of its rows
+    # A subset holds copies of its rows.
+    subset = GradSampleHooks(fresh := make_mlp(), statistics=["inner_products"], accumulate=2,
+                             samples=3)
     for _ in range(2):
         backward(fresh, batch, divisor=2)
         batch[0].add_(1)
@@ -301,7 +332,8 @@ def test_nothing_is_held_when_the_step_has_ended(accumulate):
     model = make_mlp()
     hooks = GradSampleHooks(model, statistics=["inner_products"], accumulate=accumulate)
     seen = []
-    handle = model[2].register_forward_pre_hook(lambda layer, args: seen.append(weakref.ref(args[0].untyped_storage())))
+    handle = model[2].register_forward_pre_hook(
+        lambda layer, args: seen.append(weakref.ref(args[0].untyped_storage())))
     for _ in range(accumulate):
         backward(model, make_batch(), divisor=accumulate)
     handle.remove()
@@ -314,7 +346,10 @@ def test_nothing_is_held_when_the_step_has_ended(accumulate):
 COMPILED = r"(?s)inner_products cannot be measured on a compiled model.*do not compile"
 
 
-@pytest.mark.parametrize("compiled", [lambda model: torch.compile(model, backend="eager"), lambda model: model.compile(backend="eager") or model])
+@pytest.mark.parametrize("compiled", [
+    lambda model: torch.compile(model, backend="eager"),
+    lambda model: model.compile(backend="eager") or model,
+])
 def test_a_compiled_model_is_refused_at_attach(compiled):
     with pytest.raises(ValueError, match=COMPILED):
         GradSampleHooks(compiled(make_mlp()), statistics=["inner_products"])
@@ -329,26 +364,29 @@ def test_a_compiled_part_is_refused_by_name_unless_nothing_in_it_is_measured():
         GradSampleHooks(model, statistics=["inner_products"])
     hooks = GradSampleHooks(model, statistics=["inner_products"], ignore=["0"])
     backward(model, batch)
-    dots_agree(hooks.collect(), {name: rows for name, rows in grads.items() if name.startswith("2")})
+    last = {name: rows for name, rows in grads.items() if name.startswith("2")}
+    inner_products_agree(hooks.collect(), last)
     torch._dynamo.reset()
 
 
 def test_a_model_compiled_after_attaching_is_refused():
     model = make_mlp()
     GradSampleHooks(model, statistics=["inner_products"])
-    with pytest.raises(Exception, match="needs the finished gradient, which a compiled graph cannot do"):
+    message = "needs the finished gradient, which a compiled graph cannot do"
+    with pytest.raises(Exception, match=message):
         backward(torch.compile(model, backend="aot_eager", fullgraph=True), make_batch())
     torch._dynamo.reset()
 
 
-def test_without_dots_nothing_changes():
+def test_without_inner_products_nothing_changes():
     model, batch = make_mlp(), make_batch()
     hooks = GradSampleHooks(model)
     backward(model, batch)
     moments = hooks.collect()
     assert moments.inner_products is None
     for name in ("std_error", "centred_sq_norms"):
-        with pytest.raises(ValueError, match=rf"{name} needs the inner products.*inner_products.*residuals"):
+        message = rf"{name} needs the inner products.*inner_products.*residuals"
+        with pytest.raises(ValueError, match=message):
             getattr(moments, name)
     with pytest.raises(ValueError, match="inner_products"):
         moments.interval(0.9)

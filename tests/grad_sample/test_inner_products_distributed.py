@@ -1,4 +1,5 @@
-"""Inner products with the gradient that DistributedDataParallel reduced or fully_shard sharded, on one process."""
+"""Inner products with the gradient that DistributedDataParallel reduced or fully_shard sharded, on
+one process."""
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def expected_dots(grads):
     return flat @ flat.mean(0)
 
 
-def test_dots_are_with_the_reduced_gradient():
+def test_inner_products_are_with_the_reduced_gradient():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     parallel = tripled(model)
@@ -27,7 +28,7 @@ def test_dots_are_with_the_reduced_gradient():
         close(hooks.collect().inner_products, 3 * expected_dots(grads), 1e-5)
 
 
-def test_dots_of_sharded_parameters():
+def test_inner_products_of_sharded_parameters():
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     shard(model, 0, 2)

@@ -1,4 +1,5 @@
-"""Random small models (layers, shapes, ties, reuse, freezing, raw parameters, checkpointing) against one backward pass per sample."""
+"""Random small models (layers, shapes, ties, reuse, freezing, raw parameters, checkpointing)
+against one backward pass per sample."""
 
 import torch
 from hypothesis import assume, example, given, settings
@@ -23,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 class Drawn(nn.Module):
-    """Layers of the given kinds in turn over [N, T, width]; raw parameters belong to the model itself."""
+    """Layers of the given kinds in turn over [N, T, width]; raw parameters are the model's own."""
 
     def __init__(self, kinds, width, length, checkpointed):
         super().__init__()
@@ -49,7 +50,8 @@ class Drawn(nn.Module):
             "dropout": lambda: nn.Dropout(0.3),
             "repeat": lambda: nn.Linear(width, width, bias=False),
         }
-        raw = {"scale": (width,), "positions": (length + 9, width), "token": (1, 1, width), "functional": (width, width), "bias in place": (width,)}
+        raw = {"scale": (width,), "positions": (length + 9, width), "token": (1, 1, width),
+               "functional": (width, width), "bias in place": (width,)}
         return parts.get(kind, nn.Identity)(), raw.get(kind, ())
 
     def forward(self, x):
@@ -97,7 +99,8 @@ class Drawn(nn.Module):
     checkpointed=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@example(kinds=["conv"], width=2, samples=2, length=1, frozen=set(), measured=None, checkpointed=False, seed=0)
+@example(kinds=["conv"], width=2, samples=2, length=1, frozen=set(), measured=None,
+         checkpointed=False, seed=0)
 def test_norms(kinds, width, samples, length, frozen, measured, checkpointed, seed):
     torch.manual_seed(seed)
     model = Drawn(kinds, width, length, checkpointed)

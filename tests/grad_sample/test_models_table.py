@@ -1,4 +1,5 @@
-"""Every row of the table of models on which other tools fail or are silently wrong, against one backward pass per sample; and what else a step may hold."""
+"""Every row of the table of models on which other tools fail or are silently wrong, against one
+backward pass per sample; and what else a step may hold."""
 
 import copy
 import gc
@@ -22,7 +23,8 @@ N, T, D, V = 5, 6, 8, 11
 
 
 class Language(nn.Module):
-    """Tokens, positions looked up without a batch dimension, a raw scale and a class token; the head may be tied."""
+    """Tokens, positions looked up without a batch dimension, a raw scale and a class token; the
+    head may be tied."""
 
     def __init__(self, tied=True, checkpointed=False, raw=True):
         super().__init__()
@@ -38,7 +40,10 @@ class Language(nn.Module):
         hidden = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
         if self.token is not None:
             hidden = torch.cat([self.token.expand(len(ids), -1, -1), hidden], 1)
-        hidden = checkpoint(self.block, hidden, use_reentrant=False) if self.checkpointed else self.block(hidden)
+        if self.checkpointed:
+            hidden = checkpoint(self.block, hidden, use_reentrant=False)
+        else:
+            hidden = self.block(hidden)
         return self.head(hidden)
 
 
@@ -56,7 +61,8 @@ class Twice(nn.Module):
 class TimeFirst(nn.Module):
     def __init__(self, flattened=False):
         super().__init__()
-        self.first, self.norm, self.last, self.flattened = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 2), flattened
+        self.first, self.norm, self.last = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 2)
+        self.flattened = flattened
 
     def forward(self, x):
         length = len(x)
@@ -79,7 +85,8 @@ class LayerScale(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.linear, self.scale, self.weight = nn.Linear(D, D), nn.Parameter(torch.rand(D)), nn.Parameter(torch.randn(D, D))
+        self.linear, self.scale = nn.Linear(D, D), nn.Parameter(torch.rand(D))
+        self.weight = nn.Parameter(torch.randn(D, D))
 
     def forward(self, x):
         return (x + self.scale * torch.tanh(self.linear(x))) @ self.weight
@@ -91,7 +98,8 @@ class Functional(nn.Module):
         self.layer = nn.Linear(D, D)
 
     def forward(self, x):
-        return F.linear(torch.tanh(F.linear(x, self.layer.weight, self.layer.bias)), self.layer.weight)
+        weight = self.layer.weight
+        return F.linear(torch.tanh(F.linear(x, weight, self.layer.bias)), weight)
 
 
 def vectors():
@@ -146,7 +154,8 @@ def test_flattened_without_check_raises():
 @pytest.mark.filterwarnings("ignore:.*batch normalization")
 def test_batch_norm_in_train_mode_gives_contributions():
     torch.manual_seed(0)
-    model, batch = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.ReLU(), nn.Linear(D, 2)), (torch.randn(N, D),)
+    model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.ReLU(), nn.Linear(D, 2))
+    batch = (torch.randn(N, D),)
     expected = oracle.contributions(model, outputs_loss, batch)
     hooks = GradSampleHooks(model)
     outputs_loss(model, batch).mean().backward()
@@ -186,29 +195,36 @@ class Output:
     logits: torch.Tensor
 
 
-class Dressed(nn.Module):
-    """Two inputs; returns its result in the given dress."""
+class InContainer(nn.Module):
+    """Two inputs; returns its result in the given container."""
 
-    def __init__(self, dress):
+    def __init__(self, container):
         super().__init__()
-        self.bilinear, self.scale, self.dress = nn.Bilinear(D, D, 3), nn.Parameter(torch.rand(3)), dress
+        self.bilinear, self.scale = nn.Bilinear(D, D, 3), nn.Parameter(torch.rand(3))
+        self.container = container
 
     def forward(self, x, *, y):
-        return self.dress(self.bilinear(x, y) * self.scale)
+        return self.container(self.bilinear(x, y) * self.scale)
 
 
-DRESSES = {"tuple": lambda out: (out, None), "dict": lambda out: {"logits": out}, "ordered": lambda out: OrderedDict(logits=out), "object": Output}
+CONTAINERS = {
+    "tuple": lambda out: (out, None), "dict": lambda out: {"logits": out},
+    "ordered": lambda out: OrderedDict(logits=out), "object": Output,
+}
 
 
-@pytest.mark.parametrize("dress", DRESSES.values(), ids=DRESSES)
-def test_two_inputs_and_dressed_outputs(dress):
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_two_inputs_and_outputs_in_containers(container):
     def loss_fn(model, batch):
         output = model(batch[0], y=batch[1])
-        output = output.logits if isinstance(output, Output) else output["logits"] if isinstance(output, dict) else output[0]
+        if isinstance(output, Output):
+            output = output.logits
+        else:
+            output = output["logits" if isinstance(output, dict) else 0]
         return outputs_loss(lambda: output, ())
 
     torch.manual_seed(0)
-    exact(Dressed(dress), torch.randn(N, D), torch.randn(N, D), loss_fn=loss_fn)
+    exact(InContainer(container), torch.randn(N, D), torch.randn(N, D), loss_fn=loss_fn)
 
 
 def test_a_gradient_penalty_raises():
@@ -289,7 +305,9 @@ def test_no_growth_over_200_steps():
             outputs_loss(model, batch).mean().backward()
             hooks.collect()
             if step in (99, 199):
-                counts.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
+                objects = gc.get_objects()
+                counts.append(sum(issubclass(type(each), torch.Tensor) for each in objects))
+                del objects
     finally:
         gc.enable()
     assert counts[1] == counts[0]

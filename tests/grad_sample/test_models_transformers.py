@@ -1,4 +1,5 @@
-"""Models of the transformers library with random weights, two layers of width 64, four samples: variance trace within 1e-4 of the oracle."""
+"""Models of the transformers library with random weights, two layers of width 64, four samples:
+variance trace within 1e-4 of the oracle."""
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
 VOCABULARY, HIDDEN, N, T = 50, 64, 4, 7
-SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 128}
 TEXT = {**SIZES, "vocab_size": VOCABULARY}
 STAGES = {"hidden_sizes": [16, 64], "depths": [1, 1], "num_labels": 3}
-SPEECH = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 128))}
+SPEECH = {f"{part}_{what}": size for part in ("encoder", "decoder")
+          for what, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 128))}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 
@@ -43,7 +46,8 @@ def image():
 def token_loss(model, batch):
     """Mean over the tokens of each sample, of the last ids in the batch."""
     logits, targets = model(**batch).logits, list(batch.values())[-1]
-    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(len(logits), -1).mean(1)
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(len(logits), -1).mean(1)
 
 
 def class_loss(model, batch):
@@ -52,32 +56,48 @@ def class_loss(model, batch):
 
 
 MODELS = {
-    "GPT-2": ("GPT2LMHeadModel", {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4}, text, token_loss),
+    "GPT-2": (
+        "GPT2LMHeadModel",
+        {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4}, text, token_loss,
+    ),
     "Llama": ("LlamaForCausalLM", TEXT, text, token_loss),
-    "Qwen3": ("Qwen3ForCausalLM", {**TEXT, "head_dim": 16, "num_key_value_heads": 2}, text, token_loss),
+    "Qwen3": (
+        "Qwen3ForCausalLM", {**TEXT, "head_dim": 16, "num_key_value_heads": 2}, text, token_loss,
+    ),
     "BERT": ("BertForMaskedLM", TEXT, text, token_loss),
     "T5": (
         "T5ForConditionalGeneration",
-        {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 16, "d_ff": 128, "num_layers": 2,
+         "num_heads": 4, "decoder_start_token_id": 0},
         texts,
         token_loss,
     ),
-    "ViT": ("ViTForImageClassification", {**SIZES, "image_size": 16, "patch_size": 8, "num_labels": 3}, image, class_loss),
+    "ViT": (
+        "ViTForImageClassification",
+        {**SIZES, "image_size": 16, "patch_size": 8, "num_labels": 3}, image, class_loss,
+    ),
     "ConvNeXt": ("ConvNextForImageClassification", {**STAGES, "num_stages": 2}, image, class_loss),
-    "ResNet": ("ResNetForImageClassification", {**STAGES, "embedding_size": 16, "layer_type": "basic"}, image, class_loss),
+    "ResNet": (
+        "ResNetForImageClassification",
+        {**STAGES, "embedding_size": 16, "layer_type": "basic"}, image, class_loss,
+    ),
     "Whisper": (
         "WhisperForConditionalGeneration",
-        {"vocab_size": VOCABULARY, "d_model": HIDDEN, **SPEECH, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 20, **TOKENS},
+        {"vocab_size": VOCABULARY, "d_model": HIDDEN, **SPEECH, "num_mel_bins": 8,
+         "max_source_positions": 10, "max_target_positions": 20, **TOKENS},
         speech,
         token_loss,
     ),
-    "MobileNetV2": ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.35, "image_size": 16, "num_labels": 3}, image, class_loss),
+    "MobileNetV2": (
+        "MobileNetV2ForImageClassification",
+        {"depth_multiplier": 0.35, "image_size": 16, "num_labels": 3}, image, class_loss,
+    ),
     "Mamba": ("MambaForCausalLM", {**TEXT, "state_size": 8}, text, token_loss),
 }
 
 
 def build(name):
-    """The model in evaluation mode (dropout off, batch norm by running statistics), its batch and its loss."""
+    """The model in evaluation mode (dropout off, running batch-norm statistics), batch and loss."""
     torch.manual_seed(0)
     architecture, options, batch, loss_fn = MODELS[name]
     model = getattr(transformers, architecture)
@@ -106,7 +126,7 @@ def test_training_with_dropout(name):
 
 
 def test_a_mixture_of_experts_is_refused_by_name():
-    """Its experts see a number of rows of their own in every pass, which belong to no fixed sample."""
+    """Its experts see another number of rows in every pass, which belong to no fixed sample."""
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**TEXT, num_local_experts=4, num_key_value_heads=2)
     model = transformers.MixtralForCausalLM(config).eval()

@@ -1,4 +1,4 @@
-"""What is refused when hooks are attached: everything at once, each with its cure."""
+"""What is refused when hooks are attached: everything at once, each with its fix."""
 
 import pytest
 import torch

@@ -109,7 +109,8 @@ def test_fused_backward_agrees_with_autograd_and_the_rule(case, norms):
     for name, grad in zip(own, expected[1:], strict=True):
         close(result.grads[name], grad, 1e-10)
     factors = sampler.rule(layer, inputs.detach(), weights)
-    assert result.sq_norms.keys() == result.second_moments.keys() == (own.keys() if norms else set())
+    names = own.keys() if norms else set()
+    assert result.sq_norms.keys() == result.second_moments.keys() == names
     for name in result.sq_norms:
         close(result.sq_norms[name], factors[name].sq_norms(), 1e-10)
         close(result.second_moments[name], factors[name].second_moment(), 1e-10)
@@ -160,12 +161,12 @@ def test_inputs_without_a_batch_dimension_are_refused(layer, inputs):
         find_grad_sampler(layer).rule(layer, inputs, backprops)
 
 
-@pytest.mark.parametrize(("option", "cure"), [
+@pytest.mark.parametrize(("option", "fix"), [
     ("sparse", "set layer.sparse = False"), (
         "scale_grad_by_freq", "set layer.scale_grad_by_freq = False")])
-def test_embedding_options_that_are_unsupported_name_their_cure(option, cure):
+def test_embedding_options_that_are_unsupported_name_the_fix(option, fix):
     layer = nn.Embedding(5, 2, **{option: True})
-    assert cure in find_grad_sampler(layer).unsupported(layer)
+    assert fix in find_grad_sampler(layer).unsupported(layer)
     setattr(layer, option, False)
     assert find_grad_sampler(layer).unsupported(layer) is None
 

@@ -1,4 +1,4 @@
-"""The choice of measured rows: drawn anew each step, the same after a resume, with a state that
+"""The choice of measured rows: drawn again each step, the same after a resume, with a state that
 does not grow with the batch."""
 
 import io

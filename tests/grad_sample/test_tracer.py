@@ -158,7 +158,7 @@ def test_exact_where_the_sequence_is_as_long_as_the_batch(name, checked):
         T = before
 
 
-def test_a_constant_table_as_long_as_the_batch_is_told_by_check():
+def test_a_constant_table_as_long_as_the_batch_is_found_by_check():
     torch.manual_seed(1)
     model = Around(lambda m, x: m.inner(x * m.a) + m.linear(torch.ones(N, D, dtype=x.dtype)),
                    linear=nn.Linear(D, D)).double()

@@ -1,5 +1,5 @@
 """Tracing beside torch.compile: compiled parts and functions in an eager model stay whole; what a
-graph cannot hold is refused with the cure."""
+graph cannot hold is refused with the fix."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The ten traps that were found by trying, each with its cure. More of 1, 5 and 8 under torch.compile in test_compile.py."""
+"""The ten traps that were found by trying, each with its fix. More of 1, 5 and 8 under
+torch.compile in test_compile.py."""
 
 import pytest
 import torch
@@ -47,7 +48,9 @@ class NormsOfOneSampleLess(Dense):
 
 
 @pytest.mark.parametrize(
-    ("factor", "match"), [(NormsOfTwoDimensions, r"0 gave sq_norms of shape \(8, 4\); one value per sample"), (NormsOfOneSampleLess, "shape")]
+    ("factor", "match"),
+    [(NormsOfTwoDimensions, r"0 gave sq_norms of shape \(8, 4\); one value per sample"),
+     (NormsOfOneSampleLess, "shape")],
 )
 def test_1_norms_of_another_shape_are_not_summed_in_silence(shift_rule, factor, match):
     shift_rule(lambda layer, activations, backprops: {"shift": factor(backprops)})
@@ -62,12 +65,14 @@ def times_five(parameter):
 
 
 def test_2_grad_sq_norm_is_read_when_the_gradients_are_complete():
-    """All taps have reported before the first layer's gradient exists, let alone what a hook, or DistributedDataParallel, makes of it."""
+    """All taps have reported before the first layer's gradient exists, let alone what a hook, or
+    DistributedDataParallel, makes of it."""
     model, batch = make_mlp(), make_batch()
     hooks = GradSampleHooks(model)
     model[0].weight.register_post_accumulate_grad_hook(times_five)
     backward(model, batch)
-    close(hooks.collect().grad_sq_norm, sum(parameter.grad.double().square().sum() for parameter in model.parameters()), 1e-5)
+    squares = [parameter.grad.double().square().sum() for parameter in model.parameters()]
+    close(hooks.collect().grad_sq_norm, sum(squares), 1e-5)
 
 
 def test_3_the_size_of_the_batch_is_what_the_layers_report_not_what_was_last_seen():
@@ -103,19 +108,23 @@ def test_4_in_place_operations_behind_a_layer(operation, shape):
             self.first, self.norm, self.second = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
 
         def forward(self, inputs):
-            return self.second(operation(self.norm(operation(self.first(inputs))))).reshape(len(inputs), -1)
+            hidden = operation(self.norm(operation(self.first(inputs))))
+            return self.second(hidden).reshape(len(inputs), -1)
 
     torch.manual_seed(0)
-    model, batch = Model(), (torch.randn(6, *shape), torch.randn(6, 3 * (shape[0] if len(shape) == 2 else 1)))
+    width = 3 * (shape[0] if len(shape) == 2 else 1)
+    model, batch = Model(), (torch.randn(6, *shape), torch.randn(6, width))
     agrees(measure(model, batch), oracle.per_sample_grads(model, squared_error, batch))
 
 
 def test_5_outputs_that_are_views():
     """Linear's output over tokens is a view in eager mode, up to torch 2.13."""
     torch.manual_seed(0)
-    model, batch = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3), nn.Flatten()), (torch.randn(6, 2, 4), torch.randn(6, 6))
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3), nn.Flatten())
+    batch = (torch.randn(6, 2, 4), torch.randn(6, 6))
     assert model[0](batch[0])._is_view() or torch.__version__ >= (2, 14)
-    agrees(measure(model, batch, samples=None), oracle.per_sample_grads(model, squared_error, batch))
+    expected = oracle.per_sample_grads(model, squared_error, batch)
+    agrees(measure(model, batch, samples=None), expected)
     agrees(measure(model, batch, samples=2), oracle.per_sample_grads(model, squared_error, batch))
 
 
@@ -127,15 +136,18 @@ def test_6_hooks_of_others_act_on_the_tapped_output():
     agrees(measure(model, batch), grads)
 
 
-@pytest.mark.parametrize("take", ["backward", "grad"])
-def test_7_higher_order_gradients_raise_and_the_next_step_is_good(take):
+@pytest.mark.parametrize("differentiate", [
+    lambda loss, inputs: loss.backward(create_graph=True),
+    lambda loss, inputs: torch.autograd.grad(loss, inputs, create_graph=True),
+], ids=["backward", "grad"])
+def test_7_higher_order_gradients_raise_and_the_next_step_is_good(differentiate):
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model)
     inputs = batch[0].clone().requires_grad_()
     loss = squared_error(model, (inputs, batch[1])).mean()
     with pytest.raises(RuntimeError, match=r"create_graph=True.*hooks\.paused\(\)"):
-        loss.backward(create_graph=True) if take == "backward" else torch.autograd.grad(loss, inputs, create_graph=True)
+        differentiate(loss, inputs)
     model.zero_grad()
     backward(model, batch)
     agrees(hooks.collect(), grads)
@@ -189,7 +201,9 @@ def test_7_other_checkpointing_is_exact(samples):
         moments = hooks.collect()
         agrees(moments, grads)
         for name, rows in grads.items():
-            close(moments.second_moment[name], oracle.second_moment({name: rows if samples is None else rows[moments.indices]})[name], 1e-5)
+            measured = rows if samples is None else rows[moments.indices]
+            expected = oracle.second_moment({name: measured})[name]
+            close(moments.second_moment[name], expected, 1e-5)
 
 
 @pytest.mark.parametrize("interrupt", ["autograd.grad", "failure"])
@@ -198,7 +212,10 @@ def test_7_a_checkpointed_pass_that_was_not_measured_leaves_no_false_alarm(inter
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model)
-    loss = squared_error(lambda inputs: checkpoint(model, inputs, use_reentrant=False), batch).mean()
+    def run(inputs):
+        return checkpoint(model, inputs, use_reentrant=False)
+
+    loss = squared_error(run, batch).mean()
     if interrupt == "autograd.grad":
         torch.autograd.grad(loss, list(model.parameters()))
     else:
@@ -241,12 +258,15 @@ def test_9_a_weight_used_beside_its_layer_is_exact_or_raises():
 
 
 def test_10_an_l2_term_in_the_loss_biases_the_trace_as_the_formula_says():
-    """T̂ − T̂ without the term = −m/(m−1) (2⟨g, r⟩ + ‖r‖²), r the gradient of the term: adabatch.check() finds it, the hooks do not."""
+    """T̂ − T̂ without the term = −m/(m−1) (2⟨g, r⟩ + ‖r‖²), r the gradient of the term:
+    adabatch.check() finds it, the hooks do not."""
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model)
     penalty = 0.5 * sum(parameter.square().sum() for parameter in model.parameters())
     (squared_error(model, batch).mean() + penalty).backward()
-    cross = sum(float((rows.mean(0) * model.get_parameter(name)).sum()) for name, rows in grads.items())
+    cross = sum(float((rows.mean(0) * model.get_parameter(name)).sum())
+                for name, rows in grads.items())
     square = sum(float(parameter.detach().square().sum()) for parameter in model.parameters())
-    close(hooks.collect().variance_trace - float(oracle.variance_trace(grads)), -8 / 7 * (2 * cross + square), 1e-3)
+    difference = hooks.collect().variance_trace - float(oracle.variance_trace(grads))
+    close(difference, -8 / 7 * (2 * cross + square), 1e-3)

@@ -17,10 +17,14 @@ def embedding_model() -> nn.Module:
 
 
 LOSSES = {
-    "tied head in the loss function": (lambda model, outputs: linear(outputs, model[0].weight).square().mean(), ["0.weight"]),
-    "penalty": (lambda model, outputs: outputs.square().mean() + sum(p.square().sum() for p in model[1].parameters()), ["1.weight", "1.bias"]),
+    "tied head in the loss function": (
+        lambda model, outputs: linear(outputs, model[0].weight).square().mean(), ["0.weight"]),
+    "penalty": (
+        lambda model, outputs: outputs.square().mean()
+        + sum(p.square().sum() for p in model[1].parameters()), ["1.weight", "1.bias"]),
     "plain": (lambda model, outputs: outputs.square().mean(), []),
-    "penalty on the activations": (lambda model, outputs: outputs.square().mean() + outputs.abs().sum(), []),
+    "penalty on the activations": (
+        lambda model, outputs: outputs.square().mean() + outputs.abs().sum(), []),
 }
 
 
@@ -36,7 +40,8 @@ def test_parameters_used_between_the_taps_and_the_loss_are_named(case, dims):
     if not unseen:
         hooks.check_loss(loss)
         return
-    with pytest.raises(RuntimeError, match=rf"no tap sees them: {', '.join(unseen)}\. .*weight_decay"):
+    message = rf"no tap sees them: {', '.join(unseen)}\. .*weight_decay"
+    with pytest.raises(RuntimeError, match=message):
         hooks.check_loss(loss)
 
 
@@ -50,7 +55,7 @@ def test_a_compiled_model_raises_no_false_alarm():
 
 
 def test_the_walk_finds_each_parameter_once_and_in_order():
-    weights = {"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(2)), "c": nn.Parameter(torch.ones(2))}
+    weights = {name: nn.Parameter(torch.ones(2)) for name in "abc"}
     loss = (weights["b"] * weights["a"] + weights["a"]).sum()
     assert unseen_uses(loss, weights) == ["a", "b"]
 
@@ -89,7 +94,7 @@ MIXING = {
 }
 SEPARATE = {
     "itself": lambda x: x,
-    "a norm of its own": lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(),
+    "a hand-written norm": lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(),
     "tanh of exp": lambda x: torch.tanh(torch.exp(x) - 1),
     "softmax": lambda x: x.softmax(-1) * x.shape[-1],
 }

@@ -62,7 +62,7 @@ def test_chunks_of_any_length_give_the_same(name, monkeypatch):
 
 
 def test_norms_of_millions_of_elements_are_exact():
-    """One float32 sum of so many squares would be 8e-5 too small."""
+    """One float32 sum of that many squares would be 8e-5 too small."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 40, 1536), torch.randn(2, 40, 1536)
     grads = torch.einsum("nto,nti->noi", b.double(), a.double())

@@ -253,5 +253,6 @@ def test_all_layers_are_measured_by_triton(calls, options, monkeypatch):
         wanted |= {"weight_grad_moments", "conv_weight_grad_moments"}
     if statistics:
         wanted -= {"affine_sq_norms"}  # norms and moments come from the gradients [N, P]
-        wanted |= {"preconditioned_trace" if "preconditioned_trace" in statistics else "outer_second_moment"}
+        name = "preconditioned_trace"
+        wanted |= {name if name in statistics else "outer_second_moment"}
     assert wanted <= set(calls)
