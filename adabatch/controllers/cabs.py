@@ -20,6 +20,51 @@ from adabatch.preconditioners import preconditioned_trace, preconditioner_of
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
+class ReferenceCABS(Controller):
+    """CABS as the authors' TensorFlow code computes it: m = scale · lr · ξ / (F + eps).
+
+    ξ is the smoothed mean of ‖g_i‖² − ‖g‖² (divisor m, so biased), F the smoothed loss. The
+    averages start at 0 and 1, weight all steps alike and are not bias-corrected, so that the first
+    proposals are low and no interval is known; they are updated before use. The published code then
+    rounds half to even and clips to 16..2048: bounds that the scheduler applies.
+
+    Example:
+        >>> import torch
+        >>> moments = GradientMoments(2, torch.tensor([1.0, 3.0]), grad_sq_norm=1.0)
+        >>> round(CABS.reference().propose(moments, loss=1.0, lr=4.0), 12)  # 4 · (0.05 · 1) / 1
+        0.2
+
+    Reference: Balles, Romero, Hennig (2017), arXiv 1612.05086, and their published code.
+    """
+
+    init_args = ("scale", "smoothing", "eps", "effective_lr")
+    state_attrs = ("trace_average", "loss_average")
+    needs_effective_lr = True
+    effective_lr: EffectiveLr | None = None
+
+    def __init__(self, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0,
+                 effective_lr: EffectiveLr | None = None):
+        self.scale, self.smoothing = positive("scale", scale), checked_smoothing(smoothing)
+        self.eps = real("eps", eps, at_least=0)
+        if effective_lr is not None:
+            self.effective_lr = function("effective_lr", effective_lr)
+        self.trace_average, self.loss_average = 0.0, 1.0
+
+    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
+        keep = self.smoothing
+        self.loss_average = keep * self.loss_average + (1 - keep) * loss
+        raw = measured(moments).biased_variance_trace
+        self.trace_average = keep * self.trace_average + (1 - keep) * raw
+        numerator, gap = self.scale * lr * self.trace_average, self.loss_average + self.eps
+        if gap:
+            return numerator / gap
+        # What floats give in the authors' code, where Python would raise.
+        return math.copysign(math.inf, numerator) if numerator else math.nan
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("ReferenceCABS", "CABS.reference")
+
+
 class CABS(Controller):
     """Coupled adaptive batch size: m = scale · lr · T / (F − f_star + eps).
 
@@ -50,6 +95,7 @@ class CABS(Controller):
 
     init_args = ("scale", "f_star", "smoothing", "eps", "max_grad_norm", "effective_lr")
     effective_lr: EffectiveLr | None = None
+    reference = ReferenceCABS
 
     def __init__(self, scale: float = 1.0, f_star: float | str = 0.0, smoothing: float = 0.95,
                  eps: float = 0.0, max_grad_norm: float | None = None,
@@ -69,12 +115,6 @@ class CABS(Controller):
         self._optimizer: Optimizer | None = None
         self._parameters: Mapping[str, Tensor] = {}
         self._lr = math.nan
-
-    @classmethod
-    def reference(cls, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0,
-                  effective_lr: EffectiveLr | None = None) -> ReferenceCABS:
-        """The authors' TensorFlow code, number for number: see `ReferenceCABS`."""
-        return ReferenceCABS(scale, smoothing, eps, effective_lr)
 
     @property
     def needs_effective_lr(self) -> bool:
@@ -165,48 +205,3 @@ class CABS(Controller):
             return average - floor + self.eps
         errors = [part for part in (self.loss.std_error(), error) if math.isfinite(part)]
         return max(average - floor, math.hypot(*errors)) + self.eps
-
-
-class ReferenceCABS(Controller):
-    """CABS as the authors' TensorFlow code computes it: m = scale · lr · ξ / (F + eps).
-
-    ξ is the smoothed mean of ‖g_i‖² − ‖g‖² (divisor m, so biased), F the smoothed loss. The
-    averages start at 0 and 1, weight all steps alike and are not bias-corrected, so that the first
-    proposals are low and no interval is known; they are updated before use. The published code then
-    rounds half to even and clips to 16..2048: bounds that the scheduler applies.
-
-    Example:
-        >>> import torch
-        >>> moments = GradientMoments(2, torch.tensor([1.0, 3.0]), grad_sq_norm=1.0)
-        >>> round(CABS.reference().propose(moments, loss=1.0, lr=4.0), 12)  # 4 · (0.05 · 1) / 1
-        0.2
-
-    Reference: Balles, Romero, Hennig (2017), arXiv 1612.05086, and their published code.
-    """
-
-    init_args = ("scale", "smoothing", "eps", "effective_lr")
-    state_attrs = ("trace_average", "loss_average")
-    needs_effective_lr = True
-    effective_lr: EffectiveLr | None = None
-
-    def __init__(self, scale: float = 1.0, smoothing: float = 0.95, eps: float = 0.0,
-                 effective_lr: EffectiveLr | None = None):
-        self.scale, self.smoothing = positive("scale", scale), checked_smoothing(smoothing)
-        self.eps = real("eps", eps, at_least=0)
-        if effective_lr is not None:
-            self.effective_lr = function("effective_lr", effective_lr)
-        self.trace_average, self.loss_average = 0.0, 1.0
-
-    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        keep = self.smoothing
-        self.loss_average = keep * self.loss_average + (1 - keep) * loss
-        raw = measured(moments).biased_variance_trace
-        self.trace_average = keep * self.trace_average + (1 - keep) * raw
-        numerator, gap = self.scale * lr * self.trace_average, self.loss_average + self.eps
-        if gap:
-            return numerator / gap
-        # What floats give in the authors' code, where Python would raise.
-        return math.copysign(math.inf, numerator) if numerator else math.nan
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace("ReferenceCABS", "CABS.reference")

@@ -115,13 +115,11 @@ def _checked(schedule: object) -> BSScheduler | Callable[[int], float]:
 
 
 def _checked_every(schedule: object, unit: str, every: int | None) -> int:
-    ramp = isinstance(schedule, RampBS)
-    if every is not None:
-        every = integer("every", every, at_least=1)
-        if unit == "samples" and ramp and every != 1:
-            raise ValueError(f"a RampBS counts the samples itself: omit every, got {every}")
-        return every
-    if unit == "samples" and isinstance(schedule, BSScheduler) and not ramp:
+    by_samples, ramp = unit == "samples", isinstance(schedule, RampBS)
+    if every is None and by_samples and isinstance(schedule, BSScheduler) and not ramp:
         kind = type(schedule).__name__
         raise ValueError(f"unit='samples' needs every=, the samples to one step of {kind}")
-    return 1
+    every = 1 if every is None else integer("every", every, at_least=1)
+    if by_samples and ramp and every != 1:
+        raise ValueError(f"a RampBS counts the samples itself: omit every, got {every}")
+    return every

@@ -46,12 +46,7 @@ def clipped(size: N, low: N, high: N) -> N:
 
 
 def is_plain(value: object) -> bool:
-    """Whether ``torch.load(weights_only=True)`` reads ``value`` back.
-
-    Example:
-        >>> is_plain([1, {"a": 2.0}]), is_plain(print)
-        (True, False)
-    """
+    """Whether ``torch.load(weights_only=True)`` reads ``value`` back."""
     if isinstance(value, (list, tuple)):
         return type(value) in (list, tuple) and all(map(is_plain, value))
     if isinstance(value, dict):
@@ -168,10 +163,7 @@ class BSScheduler:
 
     def step(self, **kwargs: object) -> None:
         """Advance by one epoch, or batch, and set the batch size; nothing happens once finished.
-
-        Args:
-            **kwargs: passed to :meth:`get_new_bs` if it takes any, for example ``metrics=loss``.
-        """
+        Keywords such as ``metrics=loss`` are passed to :meth:`get_new_bs` if it takes any."""
         if self.finished:
             return
         self.last_epoch += 1
@@ -203,11 +195,7 @@ class BSScheduler:
 
     def load_state_dict(self, state_dict: State) -> None:
         """Continue from a state, hyperparameters included, and set the batch size of THIS
-        schedule's loader to the saved one. The argument is not changed.
-
-        Raises:
-            ValueError: the state is of another version or of another kind of schedule.
-        """
+        schedule's loader to the saved one. A state of another version or kind is a ValueError."""
         check_version(state_dict, STATE_VERSION, type(self).__name__)
         members = state_dict.get("schedulers", [])
         if len(members) != len(self.schedulers):

@@ -111,12 +111,9 @@ class DefaultBatchSizeManager(_Attribute):
 class CustomBatchSizeManager(BatchSizeManager):
     """The batch size of a data set that makes its own batches (the loader has batch_size=None).
 
-    Args:
-        dataset: has the methods ``get_batch_size() -> int`` and ``change_batch_size(int)``.
-
     Raises:
         TypeError: ``dataset`` is not a ``torch.utils.data.Dataset``.
-        KeyError: it lacks one of the two methods.
+        KeyError: it lacks ``get_batch_size() -> int`` or ``change_batch_size(int)``.
 
     Example:
         >>> class Blocks(Dataset):
@@ -148,14 +145,7 @@ class CustomBatchSizeManager(BatchSizeManager):
 
 class VirtualBatchSize(BatchSizeManager):
     """A number (at least 1) that stands for a batch size: a schedule over it proposes sizes and
-    changes no loader, as a controller, a plan to print or a plot needs.
-
-    Example:
-        >>> size = VirtualBatchSize(64)
-        >>> size.set_batch_size(128)
-        >>> size.get_current_batch_size()
-        128
-    """
+    changes no loader: StepBS(None, 30, batch_size_manager=VirtualBatchSize(64))."""
 
     def __init__(self, batch_size: int):
         self._batch_size = integer("batch_size", batch_size, at_least=1)
@@ -168,8 +158,7 @@ class VirtualBatchSize(BatchSizeManager):
 
 
 def has_settable_batch_size(loader: object) -> TypeGuard[HasBatchSize]:
-    """Whether the class of ``loader`` has a ``batch_size`` property with a setter, as
-    AdaptiveDataLoader and ResizableBatchSampler have."""
+    """Whether its class has a ``batch_size`` property with a setter, as AdaptiveDataLoader's."""
     attribute = getattr(type(loader), "batch_size", None)
     return isinstance(attribute, property) and attribute.fset is not None
 

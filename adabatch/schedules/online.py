@@ -26,28 +26,17 @@ TIED = 1e-5  # relative: what rounding makes of equal losses in float32
 
 @dataclass(frozen=True)
 class OnlineStep:
-    """The outcome of online_step.
+    """The outcome of online_step."""
 
-    Attributes:
-        batch_size: the size chosen.
-        losses_by_size: mean loss of the batch in parts of each size, before the steps.
-        loss: mean loss of the batch during the steps, each part's before its own step.
-        n_steps: optimizer steps taken.
-    """
-
-    batch_size: int
-    losses_by_size: dict[int, float]
-    loss: float
-    n_steps: int
+    batch_size: int  # the size chosen
+    losses_by_size: dict[int, float]  # mean loss of the batch in parts of each size, before
+    loss: float  # mean loss of the batch, each part's before its own step
+    n_steps: int  # optimizer steps taken
 
 
 def select_batch_size(losses_by_size: Mapping[int, float], pick: str = "smallest") -> int:
-    """The size with the smallest or the largest loss; of sizes within rounding of it (1e-5,
-    relative), the largest.
-
-    Args:
-        losses_by_size: {candidate size: mean loss}; NaN losses are skipped, but not all.
-        pick: 'smallest' or 'largest'.
+    """The size with the smallest or the largest mean loss; of sizes within rounding of it (1e-5,
+    relative), the largest. NaN losses are skipped; if all are NaN, it is a ValueError.
 
     Example:
         >>> losses = {256: 0.70, 128: 0.68, 64: 0.71}
@@ -63,23 +52,20 @@ def select_batch_size(losses_by_size: Mapping[int, float], pick: str = "smallest
     return max(size for size, x in losses.items() if x == best or abs(x - best) <= TIED * abs(best))
 
 
-def split_losses(
-    model: nn.Module, loss_fn: LossFn, batch: Batch, candidates: Sequence[int] = CANDIDATES
-) -> dict[int, float]:
+def split_losses(model: nn.Module, loss_fn: LossFn, batch: Batch,
+                 candidates: Sequence[int] = CANDIDATES) -> dict[int, float]:
     """{candidate size: mean loss of the batch when split into parts of that size}, in the model's
     present mode and without gradients. Parts count by their samples. Buffers that a forward pass
     changes (running statistics) are restored.
 
     Args:
-        model: in training mode, for batch normalisation and dropout to matter.
         loss_fn: loss_fn(model, part) -> the part's mean loss, or its losses per sample [N].
         batch: tensors in tuples, lists, mappings or data classes; their first dimension is the
             sample's.
         candidates: sizes, each at least 1; a batch shorter than one is one part.
 
     Raises:
-        TypeError, ValueError: candidates is not a list or tuple of integers of at least 1; a batch
-            without tensors, or of tensors of several lengths.
+        TypeError, ValueError: wrong candidates; tensors of several lengths, or none.
 
     Example:
         >>> batch = torch.tensor([1.0, 2.0, 6.0])
@@ -98,10 +84,8 @@ def split_losses(
     return losses
 
 
-def online_step(
-    model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, batch: Batch,
-    candidates: Sequence[int] = CANDIDATES, pick: str = "smallest",
-) -> OnlineStep:
+def online_step(model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, batch: Batch,
+                candidates: Sequence[int] = CANDIDATES, pick: str = "smallest") -> OnlineStep:
     """Choose a size by `split_losses` and `select_batch_size` (arguments and errors as there), then
     take one step per part of that size with lr · part / largest candidate.
 

@@ -79,11 +79,8 @@ def stepwise_ramp(text: str) -> Ramp:
 
 def increment_ramp(start: int, increment: int, samples: int, final: int) -> Ramp:
     """From start to final in equal steps of increment, spread evenly over samples:
-    start + increment · ⌊seen · steps / samples⌋, at most final.
-
-    Args:
-        start, increment, final: samples per batch; final - start is a multiple of increment.
-        samples: the count at which final is reached, at least 1.
+    start + increment · ⌊seen · steps / samples⌋, at most final. final - start must be a multiple of
+    increment.
 
     Example:
         >>> ramp = increment_ramp(start=32, increment=16, samples=1000, final=64)
