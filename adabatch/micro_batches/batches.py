@@ -23,7 +23,6 @@ class BatchSplit:
     """The micro-batches of the present batch.
 
     Attributes:
-        limit: the largest micro-batch, in samples; None for whole batches.
         at_least: least number of micro-batches of a batch that has as many samples.
         accumulates: whether an optimizer waits for the last micro-batch.
         index, count: which micro-batch this is, from 0, and how many there are.
@@ -72,16 +71,13 @@ class BatchSplit:
         """This micro-batch's fraction of the batch's samples."""
         return self.size / self.batch_size if self.count > 1 else 1.0
 
-    def sizes(
-        self, batch_size: int, shard: Shard = ONE_PROCESS, local_size: int | None = None
-    ) -> list[int]:
+    def sizes(self, batch_size: int, shard: Shard = ONE_PROCESS, local_size: int | None = None
+              ) -> list[int]:
         """Sizes of this process's micro-batches: as few as the limit allows, equal to within 1.
-
         Every process has as many as the largest local batch needs.
 
         Args:
-            batch_size: of the batch, of all processes together.
-            shard: rank and number of processes.
+            batch_size: of all processes together.
             local_size: this process's samples of it; None for the largest local batch.
         """
         largest = -(-batch_size // shard.world_size)
@@ -91,9 +87,8 @@ class BatchSplit:
         parts = max(1, min(parts, batch_size // shard.world_size))
         return split_into(largest if local_size is None else local_size, parts)
 
-    def start(
-        self, batch_size: int, shard: Shard = ONE_PROCESS, local_size: int | None = None
-    ) -> list[int]:
+    def start(self, batch_size: int, shard: Shard = ONE_PROCESS, local_size: int | None = None
+              ) -> list[int]:
         """Begin a batch, or begin it again; the sizes(...) of its micro-batches."""
         sizes = self.current_sizes = self.sizes(batch_size, shard, local_size)
         self.is_retry = self.failed
@@ -122,14 +117,7 @@ class BatchSplit:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory could not be allocated, on a device or on the host.
-
-    Example:
-        >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-        True
-        >>> is_out_of_memory(ValueError("out of range"))
-        False
-    """
+    """Whether the error says that memory could not be allocated, on a device or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

@@ -31,7 +31,6 @@ from adabatch.micro_batches.search import find_micro_batch_size
 if TYPE_CHECKING:
     from adabatch.data.loader import AdaptiveDataLoader
 
-ESTIMATORS = ("per_sample", "micro_batch", "cross_rank")
 CHANGED = (
     "the gradients were changed between two micro-batches of one batch: by clipping, or "
     "model.zero_grad(). Clip by max_grad_norm=, clear gradients with optimizer.zero_grad(); or do "
@@ -60,18 +59,10 @@ class AccumulatingOptimizer(Optimizer):
 
     step() steps on the last micro-batch and does nothing on the others; zero_grad() does nothing
     while gradients are accumulated, so it may stand before backward() or after step(). The last
-    step() runs, in this order: grad_scaler.unscale_, clipping, the step, grad_scaler.update,
-    lr_scheduler.step (unless the scaler skipped the step). Each of these is either passed here, or
-    called in the loop where loader.is_last_micro_batch is True. torch.autograd.grad with respect
-    to parameters is weighted too while a batch is accumulated.
-
-    Args:
-        optimizer: the one that steps.
-        split: of the loader.
-        loss_reduction: "mean" or "sum", of the loss over a micro-batch.
-        grad_scaler: a torch.amp.GradScaler; the loop calls scaler.scale(loss).backward().
-        lr_scheduler: stepped after each step of the optimizer.
-        max_grad_norm: clips the whole batch's gradient to this norm.
+    step() runs, in this order: grad_scaler.unscale_, clipping to max_grad_norm, the step,
+    grad_scaler.update, lr_scheduler.step (unless the scaler skipped the step). Each of these is
+    either passed here, or called in the loop where loader.is_last_micro_batch is True.
+    torch.autograd.grad with respect to parameters is weighted too while a batch is accumulated.
 
     Raises:
         TypeError: not an lr_scheduler, or one that needs a metric.
@@ -140,10 +131,8 @@ class AccumulatingOptimizer(Optimizer):
             self.optimizer.zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
-        """Step if the batch is complete.
-
-        RuntimeError: a closure; gradients or learning rates changed between micro-batches.
-        """
+        """Step if the batch is complete. RuntimeError for a closure, and where gradients or
+        learning rates changed between micro-batches."""
         if closure is not None:
             raise RuntimeError(CLOSURE)
         if self._in_scaler:
@@ -162,16 +151,13 @@ class AccumulatingOptimizer(Optimizer):
         self._pending = False
 
     def add_param_group(self, param_group: State) -> None:
-        """Add a group to the inner optimizer."""
         self.optimizer.add_param_group(param_group)
         self._watch(self.optimizer.param_groups[-1]["params"])
 
     def state_dict(self) -> State:
-        """The inner optimizer's state."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Load the inner optimizer's state."""
         self.optimizer.load_state_dict(state_dict)
 
     def remove(self) -> None:
@@ -251,33 +237,21 @@ class AccumulatingOptimizer(Optimizer):
 
 
 class MicroBatching:
-    """The micro-batches of one wrap() call.
+    """The micro-batches of one wrap() call: those of `loader` are set.
 
     Args:
-        loader: its micro_batches are set.
-        limit: the largest micro-batch, "auto", or None for whole batches.
+        limit: the largest micro-batch, "auto" (needs loss_fn), or None for whole batches.
         accumulate: backward passes per step in a user's own accumulation; 1 with micro-batches.
-        estimator: one of ESTIMATORS.
-        loss_fn: for "auto".
 
     Raises:
         ValueError: arguments that do not go together.
         TypeError: a limit that is not an integer.
-
-    Example:
-        >>> from adabatch import AdaptiveDataLoader
-        >>> loader = AdaptiveDataLoader(range(8), 8)
-        >>> MicroBatching(loader, 3, 1, "per_sample", None).find_limit(None, None, None, 8)
-        >>> len(loader)
-        3
     """
 
     def __init__(
         self, loader: AdaptiveDataLoader, limit: int | str | None, accumulate: int, estimator: str,
         loss_fn: LossFn | None,
     ):
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
         if isinstance(limit, str) and limit != "auto":
             raise ValueError(
                 f"the micro-batch limit must be a positive integer, 'auto' or None, got {limit!r}")
@@ -327,12 +301,12 @@ class MicroBatching:
         if not self._wanted and lr_scheduler is None and max_grad_norm is None:
             return optimizer
         split = self._loader.micro_batches
-        proxy = AccumulatingOptimizer(
+        accumulating = AccumulatingOptimizer(
             optimizer, split, loss_reduction=hooks.loss_reduction, grad_scaler=grad_scaler,
             lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm)
         if self._accumulate != 1:
             split.accumulates = False  # a user's own accumulation: batches come whole
-            return proxy
+            return accumulating
         self._loader.learn_layout()
         hooks.by_samples = True
 
@@ -343,7 +317,7 @@ class MicroBatching:
             hooks.accumulate = split.count
 
         split.listeners.append(begin)
-        return proxy
+        return accumulating
 
     def undo(self) -> None:
         """Leave the loader as it was."""

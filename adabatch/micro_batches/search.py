@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _SAMPLES = 16
 
 
-
 def find_micro_batch_size(
     model: nn.Module, optimizer: Optimizer, loader: AdaptiveDataLoader, loss_fn: LossFn, *,
     largest: int, margin: float = 0.1, samples: int = _SAMPLES,
@@ -36,16 +35,11 @@ def find_micro_batch_size(
     around the loop too.
 
     Args:
-        model, optimizer: as they will be trained.
-        loader: its data set and collate_fn make the batches.
         loss_fn: (model, batch) -> the scalar loss that is differentiated; it moves the batch to
             the model's device.
         largest: the largest size tried; where it fits, it is the answer.
         margin: fraction of the largest size that fitted which is left free.
         samples: number of different samples, repeated to fill the batches.
-
-    Returns:
-        A micro-batch size from 1 to `largest`.
 
     Raises:
         RuntimeError: memory runs out with one sample.
@@ -84,9 +78,9 @@ def find_micro_batch_size(
                 failed = size
         if fitted == largest:
             return largest
-        if fitted == 0 and size > 1 and fits(1):
-            return 1
         if fitted == 0:
+            if size > 1 and fits(1):
+                return 1
             raise RuntimeError(
                 "memory runs out with a micro-batch of one sample: the model, its gradients and "
                 "the optimizer's state leave no room for it")
