@@ -1,4 +1,5 @@
-"""Set-ups and runs that must end in the same error on every process, without a hang; checks for tests/distributed/processes.py."""
+"""Set-ups and runs that must end in the same error on every process, without a hang; checks for
+tests/distributed/processes.py."""
 
 from __future__ import annotations
 
@@ -17,11 +18,14 @@ from tests.distributed.runs import assert_same, make_data, make_loader, make_mod
 from tests.options import grouped
 
 
-def wrap(model: nn.Module | None = None, loader: Any = None, lr: float = 0.1, **options: Any) -> Any:
+def wrap(
+    model: nn.Module | None = None, loader: Any = None, lr: float = 0.1, **options: Any
+) -> Any:
     model = wrapped(make_model(), "ddp") if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     settings = {"min_batch_size": 7, "max_batch_size": 40, "measure": "all"} | options
-    return model, *adabatch.wrap(model, optimizer, make_loader() if loader is None else loader, **grouped(**settings))
+    loader = make_loader() if loader is None else loader
+    return model, *adabatch.wrap(model, optimizer, loader, **grouped(**settings))
 
 
 def own(values: list[Any]) -> Any:
@@ -41,9 +45,14 @@ def raises_alike(error: type[Exception], match: str, function: Any) -> None:
 def different_set_ups(folder: Path) -> None:
     last = dist.get_world_size() - 1
     models = [make_model, lambda: nn.Sequential(*make_model()[:3], nn.Linear(8, 3))]
-    raises_alike(ValueError, rf"parameters: 3.weight \(2, 8\) float32 on rank.*\(3, 8\) float32 on rank {last}", lambda: wrap(own(models)()))
-    raises_alike(ValueError, rf"maximum: 40 on rank.*; 64 on rank {last}", lambda: wrap(max_batch_size=own([40, 64])))
-    raises_alike(ValueError, f"samples of an epoch: 61 on rank.*; 59 on rank {last}", lambda: wrap(loader=make_loader(samples=own([61, 59]))))
+    raises_alike(
+        ValueError,
+        rf"parameters: 3.weight \(2, 8\) float32 on rank.*\(3, 8\) float32 on rank {last}",
+        lambda: wrap(own(models)()))
+    raises_alike(ValueError, rf"maximum: 40 on rank.*; 64 on rank {last}",
+                 lambda: wrap(max_batch_size=own([40, 64])))
+    raises_alike(ValueError, f"samples of an epoch: 61 on rank.*; 59 on rank {last}",
+                 lambda: wrap(loader=make_loader(samples=own([61, 59]))))
     raises_alike(ValueError, f"lr=0.1.*lr=0.2.*on rank {last}", lambda: wrap(lr=own([0.1, 0.2])))
     controllers = [adabatch.CABS, lambda: adabatch.CABS(scale=2.0)]
     raises_alike(ValueError, "controller: ", lambda: wrap(controller=own(controllers)()))
@@ -58,17 +67,19 @@ def loaders_of_other_processes(folder: Path) -> None:
     alone = adabatch.AdaptiveDataLoader(data, batch_size=13)
     with pytest.raises(ValueError, match="rank="):
         wrap(loader=alone)
-    right = adabatch.AdaptiveDataLoader(data, batch_size=13, rank=dist.get_rank(), world_size=dist.get_world_size())
+    right = adabatch.AdaptiveDataLoader(
+        data, batch_size=13, rank=dist.get_rank(), world_size=dist.get_world_size())
     wrap(loader=right)[3].remove()
     with pytest.raises(ValueError, match="CrossRank"):
         wrap(estimator="micro_batch")
 
 
 def takes_over_a_distributed_sampler(folder: Path) -> None:
-    """Its seed, and world_size times its batch size; each sample once an epoch, over all processes."""
+    """Its seed, and world_size times its batch size; each sample once an epoch over all."""
     data = torch.utils.data.TensorDataset(*make_data().tensors, torch.arange(61))
     sampler = DistributedSampler(data, shuffle=True, seed=11)
-    model, optimizer, loader, scheduler = wrap(loader=DataLoader(data, batch_size=5, sampler=sampler))
+    plain = DataLoader(data, batch_size=5, sampler=sampler)
+    model, optimizer, loader, scheduler = wrap(loader=plain)
     assert loader.batch_size == 5 * dist.get_world_size()
     assert loader.batch_sampler.seed == 11
     seen: list[int] = []
@@ -95,7 +106,9 @@ def orders_agree_whatever_the_generators(folder: Path) -> None:
     assert len(set(seeds)) == 1
 
 
-def one_step(model: nn.Module, optimizer: Any, loader: Any, scheduler: Any, spoil: float = 0.0) -> None:
+def one_step(
+    model: nn.Module, optimizer: Any, loader: Any, scheduler: Any, spoil: float = 0.0
+) -> None:
     inputs, targets = next(iter(loader))
     optimizer.zero_grad()
     loss = mse_loss(model(inputs), targets) + spoil
@@ -119,7 +132,8 @@ def a_process_with_nan_spoils_no_other(folder: Path) -> None:
 
 def gradients_that_nobody_averages(folder: Path) -> None:
     model, optimizer, loader, scheduler = wrap(make_model())
-    raises_alike(RuntimeError, "DistributedDataParallel", lambda: one_step(model, optimizer, loader, scheduler))
+    raises_alike(RuntimeError, "DistributedDataParallel",
+                 lambda: one_step(model, optimizer, loader, scheduler))
     scheduler.remove()
     model, optimizer, loader, scheduler = wrap()
     with model.no_sync():
@@ -127,18 +141,19 @@ def gradients_that_nobody_averages(folder: Path) -> None:
     scheduler.remove()
 
 
-class OfItsOwnMind(adabatch.controllers.NoiseScale):
-    """Asks for another size on each process."""
+class RankDependent(adabatch.controllers.NoiseScale):
+    """Proposes a different size on each process."""
 
     def propose(self, moments: Any, *, loss: float, lr: float) -> float:
         super().propose(moments, loss=loss, lr=lr)
         return 20.0 + dist.get_rank()
 
 
-def a_controller_of_its_own_mind(folder: Path) -> None:
-    model, optimizer, loader, scheduler = wrap(controller=OfItsOwnMind(1.0))
+def controllers_that_disagree(folder: Path) -> None:
+    model, optimizer, loader, scheduler = wrap(controller=RankDependent(1.0))
     one_step(model, optimizer, loader, scheduler)
-    raises_alike(RuntimeError, "batch size: 20 on rank 0; 21 on rank 1", lambda: one_step(model, optimizer, loader, scheduler))
+    raises_alike(RuntimeError, "batch size: 20 on rank 0; 21 on rank 1",
+                 lambda: one_step(model, optimizer, loader, scheduler))
     scheduler.remove()
     model, optimizer, loader, scheduler = wrap()
     optimizer.param_groups[0]["lr"] *= 1 + dist.get_rank()
@@ -160,8 +175,8 @@ def a_controller_with_propose_alone(folder: Path) -> None:
     scheduler.remove()
 
 
-def goodput_goes_by_one_clock(folder: Path) -> None:
-    train("ddp", steps=45, controller=lambda: adabatch.controllers.Goodput(7), samples=1999)["records"]
+def goodput_uses_a_common_clock(folder: Path) -> None:
+    train("ddp", steps=45, controller=lambda: adabatch.controllers.Goodput(7), samples=1999)
 
 
 class Wrapped:
@@ -178,7 +193,7 @@ class Opaque(nn.Module):
         return Wrapped(self.inner(inputs))
 
 
-def outputs_without_tensors_cannot_be_weighed(folder: Path) -> None:
+def outputs_without_tensors_cannot_be_weighted(folder: Path) -> None:
     model, _, loader, scheduler = wrap(Opaque(), make_loader(batch_size=13))
     inputs, _ = next(iter(loader))
     with pytest.raises(RuntimeError, match="no tensor was found"):
@@ -186,16 +201,18 @@ def outputs_without_tensors_cannot_be_weighed(folder: Path) -> None:
     scheduler.remove()
 
 
-def a_group_made_anew(folder: Path) -> None:
-    """The world changes in one process's life: the old run refuses, a new wrap() with the old state goes on."""
+def a_group_created_again(folder: Path) -> None:
+    """The old run refuses; a new wrap() with the old state continues."""
     model, optimizer, loader, scheduler = wrap()
     one_step(model, optimizer, loader, scheduler)
-    state, position, size = adabatch.state_dict(loader=loader, scheduler=scheduler), loader.position, scheduler.get_last_batch_size()
+    state = adabatch.state_dict(loader=loader, scheduler=scheduler)
+    position, size = loader.position, scheduler.get_last_batch_size()
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     with pytest.raises(RuntimeError, match="wrap again"):
         one_step(model.module, optimizer, loader, scheduler)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/anew-{rank}", rank=0, world_size=1)
+    alone = f"file://{folder}/alone-{rank}"
+    dist.init_process_group("gloo", init_method=alone, rank=0, world_size=1)
     with pytest.raises(RuntimeError, match="wrap again"):
         one_step(model.module, optimizer, loader, scheduler)
     scheduler.remove()
@@ -204,7 +221,8 @@ def a_group_made_anew(folder: Path) -> None:
     assert resumed.position == position > 0
     assert new_scheduler.get_last_batch_size() == size
     dist.destroy_process_group()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=world)
+    again = f"file://{folder}/again"
+    dist.init_process_group("gloo", init_method=again, rank=rank, world_size=world)
 
 
 def a_group_of_some_processes(folder: Path) -> None:
@@ -221,7 +239,7 @@ def a_group_of_some_processes(folder: Path) -> None:
 
 
 def micro_batches_agree_within_their_group(folder: Path) -> None:
-    """Two of three processes find different limits and take the smaller; the third has no part."""
+    """Two of three processes find different limits and take the smaller; the third is not asked."""
     from torch.nn.parallel import DistributedDataParallel
 
     from adabatch.micro_batches import optimizer as module

@@ -1,4 +1,5 @@
-"""What is checked on every process of a group; run by tests/distributed/processes.py. Each check is given a folder that all processes see."""
+"""What is checked on every process of a group; run by tests/distributed/processes.py. Each check is
+given a folder that all processes see."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import mse_loss
 
 import adabatch
-from tests.distributed.runs import assert_same, make_loader, make_model, no_sync, train, wrapped
+from tests.distributed.runs import (
+    assert_same,
+    column,
+    make_loader,
+    make_model,
+    no_sync,
+    train,
+    wrapped,
+)
 from tests.options import grouped
 
 
@@ -33,61 +42,72 @@ def same_as_one_process_compiled(folder: Path) -> None:
     assert_same(train("ddp-compiled", steps=25), train("alone", steps=25))
 
 
-def same_with_dots(folder: Path) -> None:
+def same_with_inner_products(folder: Path) -> None:
     assert_same(train("ddp", inner_products=True), train("alone", inner_products=True))
 
 
 def same_with_accumulation(folder: Path) -> None:
-    """Equal shares; the reported loss, a mean over a process's own passes, is then that over all of them. In one epoch: its end is shared out otherwise."""
-    options = {"accumulate": 2, "samples": 1999, "multiple_of": 2 * dist.get_world_size(), "max_batch_size": 400, "steps": 30}
+    """Equal parts, for which a process's mean loss over its passes is comparable; within one epoch,
+    whose end is divided differently."""
+    options = {"accumulate": 2, "samples": 1999, "multiple_of": 2 * dist.get_world_size(),
+               "max_batch_size": 400, "steps": 30}
     assert_same(train("ddp", **options), train("alone", **options))
-    assert_same(train("fsdp", **options, inner_products=True), train("alone", **options, inner_products=True))
+    options["inner_products"] = True
+    assert_same(train("fsdp", **options), train("alone", **options))
 
 
 def same_moments_with_accumulation_of_unequal_shares(folder: Path) -> None:
-    """Batches of 13: the processes' shares differ in each pass, and between the two passes of a step."""
-    options = {"accumulate": 2, "samples": 1999, "steps": 4, "controller": lambda: adabatch.controllers.Scheduled("0:26"), "every": 1, "inner_products": True}
+    """Batches of 13: the parts differ in each pass, and between the two passes of a step."""
+    options = {"accumulate": 2, "samples": 1999, "steps": 4, "every": 1, "inner_products": True,
+               "controller": lambda: adabatch.controllers.Scheduled("0:26")}
     found, expected = train("ddp", **options), train("alone", **options)
     for name in ("variance_trace", "grad_sq_norm", "true_grad_sq_norm", "batch_size"):
-        here, there = ([getattr(record, name) for record in run["records"]] for run in (found, expected))
+        here, there = column(found, name), column(expected, name)
         assert here == pytest.approx(there, rel=1e-5)
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
 
 
 def same_with_a_summed_loss(folder: Path) -> None:
-    options = {"controller": lambda: adabatch.controllers.NoiseScale(scale=2.0), "inner_products": True, "steps": 30, "samples": 1999, "max_batch_size": 400}
-    options |= {"loss_reduction": "sum"}
+    options = {"controller": lambda: adabatch.controllers.NoiseScale(scale=2.0), "steps": 30,
+               "inner_products": True, "samples": 1999, "max_batch_size": 400,
+               "loss_reduction": "sum"}
     assert_same(train("ddp", **options), train("alone", **options))
 
 
-def same_with_groups_and_parameters_measured_apart(folder: Path) -> None:
+def same_per_group_and_per_parameter(folder: Path) -> None:
     for inner_products in (False, True):
-        found, expected = (train(how, groups=2, per_parameter=True, inner_products=inner_products, steps=20, samples=1999, max_batch_size=400) for how in ("ddp", "alone"))
+        options = {"groups": 2, "per_parameter": True, "inner_products": inner_products,
+                   "steps": 20, "samples": 1999, "max_batch_size": 400}
+        found, expected = train("ddp", **options), train("alone", **options)
         assert_same(found, expected)
-        for here, there in zip(found["scheduler"].diagnostics.layers(), expected["scheduler"].diagnostics.layers(), strict=True):
+        layers = [run["scheduler"].diagnostics.layers() for run in (found, expected)]
+        for here, there in zip(*layers, strict=True):
             assert here.name == there.name
             assert here.variance_trace == pytest.approx(there.variance_trace, rel=1e-4)
             assert here.true_grad_sq_norm == pytest.approx(there.true_grad_sq_norm, rel=1e-4)
 
 
 def same_with_micro_batches(folder: Path) -> None:
-    """Micro-batches of unequal shares, each averaged at once: slower than inside no_sync, and right as well."""
+    """Micro-batches of unequal sizes, each averaged at once, outside no_sync."""
     options = {"max_micro_batch_size": 6, "steps": 20, "samples": 1999, "max_batch_size": 400}
     found, expected = train("ddp", **options), train("alone", **options)
     assert_same(found, expected)
 
 
-def measures_a_subset_of_each_share(folder: Path) -> None:
-    """T̂ from 6 samples of each batch is unbiased: over 150 batches at fixed weights it agrees with that from all, within four standard errors."""
-    fixed = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "every": 1, "steps": 150, "lr": 0.0, "samples": 1999}
+def measures_a_subset_of_each_part(folder: Path) -> None:
+    """T̂ from 6 samples of each batch is unbiased: over 150 batches at fixed weights it agrees with
+    that from all, within four standard errors."""
+    fixed = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "every": 1, "steps": 150,
+             "lr": 0.0, "samples": 1999}
     some, everything = train("ddp", **fixed, measured=6), train("alone", **fixed)
-    differences = torch.tensor([a.variance_trace - b.variance_trace for a, b in zip(some["records"], everything["records"], strict=True)])
+    traces = [torch.tensor(column(run, "variance_trace")) for run in (some, everything)]
+    differences = traces[0] - traces[1]
     assert abs(differences.mean()) < 4 * differences.std() / len(differences) ** 0.5
     assert differences.std() > 0
 
 
 def same_with_a_budget(folder: Path) -> None:
-    """The default: samples and interval are chosen by cost, the same ones everywhere, and no step's lockstep is lost."""
+    """The default: samples and interval are chosen by cost, the same ones everywhere."""
     run = train("ddp", measure=0.05, samples=1999, max_batch_size=400, steps=60)
     measured = [record.measured for record in run["records"]]
     assert 5 <= sum(measured) < 60
@@ -98,7 +118,7 @@ def same_with_a_budget(folder: Path) -> None:
 
 
 def cross_rank_by_its_formula(folder: Path) -> None:
-    """T̂ = Σ b_r‖g_r − ḡ‖²/(W − 1) from the processes' gradients worked out alone, in float64, for unequal shares."""
+    """T̂ = Σ b_r‖g_r − ḡ‖²/(W − 1) from the processes' gradients in float64, for unequal b_r."""
     for how in ("ddp", "fsdp"):
         for loss_reduction in ("mean", "sum"):
             cross_rank_once(how, loss_reduction)
@@ -107,9 +127,12 @@ def cross_rank_by_its_formula(folder: Path) -> None:
 def cross_rank_once(how: str, loss_reduction: str, accumulate: int = 1, **options: Any) -> None:
     model = wrapped(make_model(), how)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    fixed = {"controller": adabatch.controllers.Scheduled("0:26" if accumulate == 2 else "0:13"), "min_batch_size": 7, "max_batch_size": 40}
-    options |= {"estimator": "cross_rank", "loss_reduction": loss_reduction, "accumulate": accumulate}
-    optimizer, loader, scheduler = adabatch.wrap(model, optimizer, make_loader(samples=1999), **grouped(**fixed, **options))
+    controller = adabatch.controllers.Scheduled("0:26" if accumulate == 2 else "0:13")
+    options |= {"estimator": "cross_rank", "loss_reduction": loss_reduction,
+                "accumulate": accumulate, "controller": controller, "min_batch_size": 7,
+                "max_batch_size": 40}
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, optimizer, make_loader(samples=1999), **grouped(**options))
     batches, mean = [], loss_reduction == "mean"
     for inputs, targets in loader:
         batches.append((inputs, targets))
@@ -125,13 +148,15 @@ def cross_rank_once(how: str, loss_reduction: str, accumulate: int = 1, **option
     reference = make_model().double()
     inputs, targets = (torch.cat(parts).double() for parts in zip(*batches, strict=True))
     reference.zero_grad()
-    (2 * mse_loss(reference(inputs), targets) if not mean else mse_loss(reference(inputs), targets)).backward()  # a sum over 2 outputs a sample
+    # A sum over 2 outputs a sample is twice the mean.
+    ((1 if mean else 2) * mse_loss(reference(inputs), targets)).backward()
     own = torch.cat([parameter.grad.flatten() for parameter in reference.parameters()])
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (len(inputs), own))
     m = sum(size for size, _ in gathered)
     whole = sum(size * grad for size, grad in gathered) / m
-    trace = sum(size * (grad - whole).square().sum() for size, grad in gathered) / (len(gathered) - 1)
+    between = sum(size * (grad - whole).square().sum() for size, grad in gathered)
+    trace = between / (len(gathered) - 1)
     assert found.batch_size == m
     assert found.variance_trace == pytest.approx(trace.item(), rel=1e-4)
     assert found.grad_sq_norm == pytest.approx(whole.square().sum().item(), rel=1e-4)
@@ -151,40 +176,51 @@ def cross_rank_with_accumulation_and_compression(folder: Path) -> None:
     model = wrapped(make_model(), "ddp")
     model.register_comm_hook(None, allreduce_hook)
     with pytest.raises(RuntimeError, match="comm_hook="):
-        adabatch.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), make_loader(), estimator=adabatch.CrossRank())
+        wrap_cross_rank(model)
     with pytest.raises(ValueError, match="DistributedDataParallel"):
-        adabatch.wrap(make_model(), torch.optim.SGD(make_model().parameters(), lr=0.1), make_loader(), estimator=adabatch.CrossRank())
+        wrap_cross_rank(make_model())
+
+
+def wrap_cross_rank(model: torch.nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    adabatch.wrap(model, optimizer, make_loader(), estimator=adabatch.CrossRank())
 
 
 def cross_rank_is_unbiased(folder: Path) -> None:
-    """Over 200 batches at fixed weights its mean is that of the traces per sample, within four standard errors; its error has W − 1 degrees of freedom."""
-    fixed = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "steps": 200, "lr": 0.0, "samples": 2999}
-    between = [record.variance_trace for record in train("ddp", **fixed, estimator="cross_rank")["records"]]
-    per_sample = [record.variance_trace for record in train("alone", **fixed, every=1)["records"]]
+    """Over 200 batches at fixed weights its mean is that of the traces per sample, within four
+    standard errors, and it spreads more."""
+    fixed = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "steps": 200, "lr": 0.0,
+             "samples": 2999}
+    between = column(train("ddp", **fixed, estimator="cross_rank"), "variance_trace")
+    per_sample = column(train("alone", **fixed, every=1), "variance_trace")
     differences = torch.tensor(between) - torch.tensor(per_sample)
     assert abs(differences.mean()) < 4 * differences.std() / len(differences) ** 0.5
     assert torch.tensor(between).std() > torch.tensor(per_sample).std()
 
 
-def two_micro_batches_without_no_sync_cannot_be_told_apart(folder: Path) -> None:
+def cross_rank_needs_no_sync_between_micro_batches(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="no_sync"):
         train("ddp", estimator="cross_rank", max_micro_batch_size=2, steps=1)
 
 
 def same_with_adam(folder: Path) -> None:
     """CABS by tr(PΣ)."""
-    options = {"adam": True, "steps": 20, "samples": 1999, "max_batch_size": 400, "controller": lambda: adabatch.CABS(scale=300.0)}
+    options = {"adam": True, "steps": 20, "samples": 1999, "max_batch_size": 400,
+               "controller": lambda: adabatch.CABS(scale=300.0)}
     expected = train("alone", **options)
     for how in ("ddp", "fsdp"):
         assert_same(train(how, **options), expected, tolerance=1e-4)
 
 
 def same_one_step_later(folder: Path) -> None:
-    """Waited for in the next step, as with accelerators: the same records, each a step late, and a checkpoint in between loses none."""
-    fixed = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "every": 1, "steps": 12, "samples": 1999}
+    """Waited for in the next step, as with accelerators: the same records, each a step late, and a
+    checkpoint in between loses none."""
+    fixed = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "every": 1, "steps": 12,
+             "samples": 1999}
     found, expected = train("ddp", **fixed, waits=True), train("alone", **fixed)
-    for name in ("step", "batch_size", "samples_seen", "loss", "variance_trace", "true_grad_sq_norm"):
-        here, there = ([getattr(record, name) for record in run["records"]] for run in (found, expected))
+    names = "step", "batch_size", "samples_seen", "loss", "variance_trace", "true_grad_sq_norm"
+    for name in names:
+        here, there = column(found, name), column(expected, name)
         assert here == pytest.approx(there, rel=1e-5), name
 
 

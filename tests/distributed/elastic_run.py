@@ -1,4 +1,5 @@
-"""A run under torchrun whose processes kill themselves: in attempt a < kills one of them sends itself SIGKILL at a random moment. See test_elastic.py."""
+"""A run under torchrun whose processes kill themselves: in attempt a < kills one of them sends
+itself SIGKILL at a random moment. See test_elastic.py."""
 
 from __future__ import annotations
 
@@ -73,11 +74,13 @@ def main(folder: Path, kills: int, seed: int) -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
-    loader = DataLoader(Numbered(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    loader = DataLoader(Numbered(), batch_size=8, shuffle=True, generator=generator)
     sizes = {"controller": adabatch.CABS(scale=8.0), "batch_sizes": (5, 16)}
     optimizer, loader, scheduler = adabatch.wrap(model, optimizer, loader, measure="all", **sizes)
     seen = Seen()
-    parts = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler, "seen": seen}
+    parts = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler,
+             "seen": seen}
     load_checkpoint(folder, **parts)
     timer = kill_at_random(kills, seed)
     if timer is not None:
@@ -95,7 +98,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
             if scheduler.step_count % EVERY == 0:
                 save_checkpoint(folder, **parts)
     if timer is not None:
-        time.sleep(1.0)  # the run was faster than the timer: killed here, it ends with what was committed
+        time.sleep(1.0)  # faster than the timer: killed here, it ends with the last checkpoint
     save_checkpoint(folder, **parts)
     pairs = seen.state_dict()["pairs"]
     if dist.get_rank() == 0:

@@ -1,4 +1,5 @@
-"""Runs checks on several gloo processes at once: one start of processes for many checks, a time limit on everything."""
+"""Runs checks on several gloo processes at once: one start of processes for many checks, a time
+limit on everything."""
 
 from __future__ import annotations
 
@@ -17,16 +18,21 @@ TIMEOUT = 120.0
 
 # One process imports torch, the others are forked from it.
 _context = multiprocessing.get_context("forkserver")
-_preloaded = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "tests.distributed.bad_setups", "tests.distributed.checks"]
-_preloaded += ["torch.distributed.tensor.parallel", "tests.distributed.tensor_parallel"]
-_context.set_forkserver_preload(_preloaded)
+_context.set_forkserver_preload([
+    "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.tensor.parallel", "tests.distributed.bad_setups", "tests.distributed.checks",
+    "tests.distributed.checkpoints", "tests.distributed.tensor_parallel"])
 
 
-def run_checks(world_size: int, names: list[str], folder: Path, timeout: float = TIMEOUT) -> dict[str, dict[int, str]]:
-    """{check: {rank: traceback}} of the checks of tests.distributed.checks that failed, each run on all processes."""
+def run_checks(
+    world_size: int, names: list[str], folder: Path, timeout: float = TIMEOUT
+) -> dict[str, dict[int, str]]:
+    """{check: {rank: traceback}} of the checks that failed, each run on all processes."""
     queue = _context.Queue()
-    target = [(rank, world_size, names, str(folder), timeout, queue) for rank in range(world_size)]
-    processes = [_context.Process(target=_child, args=arguments, daemon=True) for arguments in target]
+    processes = [
+        _context.Process(target=_child, daemon=True,
+                         args=(rank, world_size, names, str(folder), timeout, queue))
+        for rank in range(world_size)]
     for process in processes:
         process.start()
     failed: dict[str, dict[int, str]] = {}
@@ -39,7 +45,8 @@ def run_checks(world_size: int, names: list[str], folder: Path, timeout: float =
             elif error:
                 failed.setdefault(name, {})[rank] = error
     except Exception as error:  # the queue is empty after the time limit
-        failed.setdefault("the processes came to no end", {})[-1] = f"{error!r}; still running: ranks {sorted(open_ranks)}; so far: {failed}"
+        running = f"{error!r}; still running: ranks {sorted(open_ranks)}; so far: {failed}"
+        failed.setdefault("the processes did not end", {})[-1] = running
     for process in processes:
         process.join(timeout=5)
         if process.is_alive():
@@ -57,7 +64,10 @@ def assert_checks_pass(world_size: int, names: list[str], folder: Path) -> None:
     assert not failed, "\n\n".join(lines)
 
 
-def _child(rank: int, world_size: int, names: list[str], folder: str, timeout: float, queue: multiprocessing.Queue) -> None:
+def _child(
+    rank: int, world_size: int, names: list[str], folder: str, timeout: float,
+    queue: multiprocessing.Queue,
+) -> None:
     import torch.distributed as dist
 
     from tests.distributed import bad_setups, checkpoints, checks, tensor_parallel
@@ -65,12 +75,15 @@ def _child(rank: int, world_size: int, names: list[str], folder: str, timeout: f
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(0.9 * timeout, exit=True)
     os.environ.pop("WORLD_SIZE", None)
+    modules = (checks, bad_setups, checkpoints, tensor_parallel)
     for number, name in enumerate(names):
         queue_error = ""
         try:
             store = f"file://{folder}/store-{number}"
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
-            check: Callable[[Path], None] = next(getattr(module, name) for module in (checks, bad_setups, checkpoints, tensor_parallel) if hasattr(module, name))
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size,
+                                    timeout=timedelta(seconds=30))
+            check: Callable[[Path], None] = next(
+                vars(module)[name] for module in modules if name in vars(module))
             torch.manual_seed(0)
             torch._dynamo.reset()
             check(Path(folder))
@@ -78,7 +91,8 @@ def _child(rank: int, world_size: int, names: list[str], folder: str, timeout: f
             queue_error = traceback.format_exc()
         queue.put((rank, name, queue_error))
         try:
-            dist.barrier()  # a rank that failed must not meet the others in the next check's communication
+            # A rank that failed must not meet the others in the next check's communication.
+            dist.barrier()
             dist.destroy_process_group()
         except Exception:
             queue.put((rank, f"{name}: after it", traceback.format_exc()))

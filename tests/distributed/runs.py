@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import adabatch
 from tests.options import grouped
 
-SAMPLES = 61  # no multiple of 2, 3 or 4: shares differ
+SAMPLES = 61  # no multiple of 2, 3 or 4: the processes' parts differ
 
 
 def make_model(seed: int = 3) -> nn.Module:
@@ -28,11 +28,13 @@ def make_model(seed: int = 3) -> nn.Module:
 
 def make_data(samples: int = SAMPLES) -> TensorDataset:
     generator = torch.Generator().manual_seed(4)
-    return TensorDataset(torch.randn(samples, 5, generator=generator), torch.randn(samples, 2, generator=generator))
+    inputs = torch.randn(samples, 5, generator=generator)
+    return TensorDataset(inputs, torch.randn(samples, 2, generator=generator))
 
 
 def make_loader(batch_size: int = 13, samples: int = SAMPLES, **options: Any) -> DataLoader:
-    return DataLoader(make_data(samples), batch_size=batch_size, shuffle=True, generator=torch.Generator().manual_seed(5), **options)
+    return DataLoader(make_data(samples), batch_size=batch_size, shuffle=True,
+                      generator=torch.Generator().manual_seed(5), **options)
 
 
 def wrapped(model: nn.Module, how: str) -> nn.Module:
@@ -58,25 +60,32 @@ def alone_group() -> Any:
     return dist.new_subgroups(1)[0]
 
 
-def train(how: str, steps: int = 50, *, accumulate: int = 1, loss_reduction: str = "mean", samples: int = SAMPLES, **options: Any) -> dict[str, Any]:
-    """Train for so many steps; the history, and the weights at the end. 'alone' trains on one process whatever others do."""
+def train(
+    how: str, steps: int = 50, *, accumulate: int = 1, loss_reduction: str = "mean",
+    samples: int = SAMPLES, **options: Any,
+) -> dict[str, Any]:
+    """Train for `steps` steps; the history, and the weights at the end. 'alone' trains on one
+    process, whatever others do."""
     alone = how == "alone"
     own = alone_group() if alone else options.pop("group", None)
     model = wrapped(make_model(), "plain" if alone else how)
     lr = options.pop("lr", 0.05 if loss_reduction == "mean" else 0.002)
     parameters, groups = list(model.parameters()), options.pop("groups", 1)
-    groups = [{"params": parameters}] if groups == 1 else [{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.5 * lr}]
+    groups = [{"params": parameters}] if groups == 1 else [
+        {"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.5 * lr}]
     adam, waits = options.pop("adam", False), options.pop("waits", False)
-    optimizer = torch.optim.AdamW(groups, lr=0.2 * lr) if adam else torch.optim.SGD(groups, lr=lr, momentum=0.5)
-    settings = {"controller": options.pop("controller", lambda: adabatch.CABS(scale=40.0))(), "min_batch_size": 7, "max_batch_size": 40} | options
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=0.5)
+    optimizer = torch.optim.AdamW(groups, lr=0.2 * lr) if adam else sgd
+    controller = options.pop("controller", lambda: adabatch.CABS(scale=40.0))()
+    settings = {"controller": controller, "min_batch_size": 7, "max_batch_size": 40} | options
     if "measured" in settings:
         settings["samples"] = settings.pop("measured")
     if settings.keys().isdisjoint({"samples", "every", "measure"}):
         settings["measure"] = "all"
     is_mean = loss_reduction == "mean"
     optimizer, loader, scheduler = adabatch.wrap(
-        model, optimizer, make_loader(samples=samples), accumulate=accumulate, loss_reduction=loss_reduction, process_group=own, **grouped(**settings)
-    )
+        model, optimizer, make_loader(samples=samples), accumulate=accumulate,
+        loss_reduction=loss_reduction, process_group=own, **grouped(**settings))
     if waits:
         scheduler._pipeline.stages[-1]._waits = True
     passes, losses = 0, []
@@ -101,10 +110,13 @@ def train(how: str, steps: int = 50, *, accumulate: int = 1, loss_reduction: str
             if scheduler.step_count >= steps:
                 break
     scheduler.flush()
-    records = list(scheduler.diagnostics)
-    result = {"records": records, "weights": torch.cat([whole(parameter).flatten() for parameter in model.parameters()]), "scheduler": scheduler}
+    weights = torch.cat([whole(parameter).flatten() for parameter in model.parameters()])
     scheduler.remove()
-    return result
+    return {"records": list(scheduler.diagnostics), "weights": weights, "scheduler": scheduler}
+
+
+def column(run: dict[str, Any], name: str) -> list[Any]:
+    return [getattr(record, name) for record in run["records"]]
 
 
 @contextlib.contextmanager
@@ -120,12 +132,14 @@ def no_sync(model: nn.Module, how: str):
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
     """The same decisions, and moments, losses and weights to the tolerance."""
-    columns = {name: [[getattr(record, name) for record in run["records"]] for run in (found, expected)] for name in ("batch_size", "next_batch_size")}
-    for name, (here, there) in columns.items():
+    for name in ("batch_size", "next_batch_size"):
+        here, there = column(found, name), column(expected, name)
         assert here == there, f"{name}: {here} against {there}"
-    assert len(set(columns["batch_size"][0])) > 3, f"the sizes hardly changed, so that nothing was shown: {columns}"
-    for name in ("loss", "variance_trace", "grad_sq_norm", "true_grad_sq_norm", "proposed_batch_size"):
-        here, there = (torch.tensor([getattr(record, name) for record in run["records"]]) for run in (found, expected))
-        told = f"{name}: {here.tolist()} against {there.tolist()}"
-        torch.testing.assert_close(here, there, rtol=tolerance, atol=tolerance, equal_nan=True, msg=told)
-    torch.testing.assert_close(found["weights"], expected["weights"], rtol=tolerance, atol=tolerance)
+    sizes, close = column(found, "batch_size"), {"rtol": tolerance, "atol": tolerance}
+    assert len(set(sizes)) > 3, f"the sizes hardly changed, so that nothing was shown: {sizes}"
+    for name in ("loss", "variance_trace", "grad_sq_norm", "true_grad_sq_norm",
+                 "proposed_batch_size"):
+        here, there = (torch.tensor(column(run, name)) for run in (found, expected))
+        message = f"{name}: {here.tolist()} against {there.tolist()}"
+        torch.testing.assert_close(here, there, **close, equal_nan=True, msg=message)
+    torch.testing.assert_close(found["weights"], expected["weights"], **close)

@@ -1,7 +1,9 @@
-"""Layers split over processes (ColwiseParallel, RowwiseParallel, SequenceParallel), alone and beside fully_shard: the same as one process, or an error."""
+"""Layers split over processes (ColwiseParallel, RowwiseParallel, SequenceParallel), alone and
+beside fully_shard: the same as one process, or an error."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from tests.distributed.runs import alone_group, assert_same, whole
 from tests.options import grouped
 
 PLAIN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-# Sequence parallelism: the first norm sees this process's positions, with weights that every process holds.
+# Sequence parallelism: the first norm sees this process's positions, every process its weights.
 SEQUENCE = {
     "table": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
     "norm": SequenceParallel(),
@@ -39,12 +41,14 @@ COLUMNS = {"table": ColwiseParallel(output_layouts=Replicate()), **PLAIN}
 
 
 class Net(nn.Module):
-    """Ids [N, T] to two numbers; `heads` puts a norm on the part of the hidden units that a process has."""
+    """Ids [N, T] to two numbers; `heads`: with a norm on the hidden units that a process has."""
 
     def __init__(self, heads: bool = False):
         super().__init__()
-        self.table, self.norm, self.up, self.down = nn.Embedding(12, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.heads, self.last, self.head = nn.LayerNorm(2) if heads else None, nn.LayerNorm(8), nn.Linear(8, 2)
+        self.table, self.norm = nn.Embedding(12, 8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.heads = nn.LayerNorm(2) if heads else None
+        self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 2)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.up(self.norm(self.table(ids))).tanh()
@@ -61,12 +65,14 @@ def make(heads: bool = False) -> nn.Module:
 
 def data() -> DataLoader:
     generator = torch.Generator().manual_seed(4)
-    pairs = TensorDataset(torch.randint(12, (1999, 4), generator=generator), torch.randn(1999, 2, generator=generator))
-    return DataLoader(pairs, batch_size=13, shuffle=True, generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(12, (1999, 4), generator=generator)
+    pairs, order = TensorDataset(ids, torch.randn(1999, 2, generator=generator)), torch.Generator()
+    return DataLoader(pairs, batch_size=13, shuffle=True, generator=order.manual_seed(5))
 
 
 def split(model: nn.Module, plan: dict[str, Any], how: str) -> tuple[nn.Module, Any]:
-    """The model as `how` says, tp or fsdp (beside tensor parallelism, on a mesh of 2 by 2), and the processes that share each batch."""
+    """The model as `how` says, tp or fsdp (beside tensor parallelism, on a mesh of 2 by 2), and the
+    processes that share each batch."""
     world = dist.get_world_size()
     if how == "tp":
         return parallelize_module(model, init_device_mesh("cpu", (world,)), plan), None
@@ -78,12 +84,19 @@ def split(model: nn.Module, plan: dict[str, Any], how: str) -> tuple[nn.Module, 
     return model, mesh["dp"]
 
 
-def train(plan: dict[str, Any] | None, how: str = "tp", steps: int = 15, accumulate: int = 1, heads: bool = False, **options: Any) -> dict[str, Any]:
+def train(
+    plan: dict[str, Any] | None, how: str = "tp", steps: int = 15, accumulate: int = 1,
+    heads: bool = False, **options: Any,
+) -> dict[str, Any]:
     net, group = (make(heads), alone_group()) if plan is None else split(make(heads), plan, how)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.5, foreach=False)  # momenta of several meshes cannot be stepped together
-    settings = {"controller": options.pop("controller", lambda: adabatch.CABS(scale=8.0))(), "min_batch_size": 7, "max_batch_size": 60}
+    # Momenta of several meshes cannot be stepped together.
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.5, foreach=False)
+    controller = options.pop("controller", lambda: adabatch.CABS(scale=8.0))()
+    settings = {"controller": controller, "min_batch_size": 7, "max_batch_size": 60}
     settings |= {} if "samples" in options else {"measure": "all"}
-    optimizer, loader, scheduler = adabatch.wrap(net, optimizer, data(), process_group=group, accumulate=accumulate, **grouped(**settings | options))
+    optimizer, loader, scheduler = adabatch.wrap(
+        net, optimizer, data(), process_group=group, accumulate=accumulate,
+        **grouped(**settings | options))
     losses: list[torch.Tensor] = []
     for ids, targets in loader:
         loss = mse_loss(net(ids), targets)
@@ -112,12 +125,15 @@ def same_when_layers_are_split(folder: Path) -> None:
     assert 5 <= sum(measured) < len(measured)
 
 
-def same_when_layers_are_split_with_accumulation_and_parameters_apart(folder: Path) -> None:
-    options = {"accumulate": 2, "per_parameter": True, "max_batch_size": 200, "controller": lambda: adabatch.CABS(scale=20.0)}
+def same_when_layers_are_split_per_parameter(folder: Path) -> None:
+    """With accumulation."""
+    options = {"accumulate": 2, "per_parameter": True, "max_batch_size": 200,
+               "controller": lambda: adabatch.CABS(scale=20.0)}
     found, expected = train(SEQUENCE, **options), train(None, **options)
     assert_same(found, expected)
     for here, there in zip(found["layers"], expected["layers"], strict=True):
-        assert (here.name, here.variance_trace) == (there.name, pytest.approx(there.variance_trace, rel=1e-4))
+        assert here.name == there.name
+        assert here.variance_trace == pytest.approx(there.variance_trace, rel=1e-4)
         assert here.true_grad_sq_norm == pytest.approx(there.true_grad_sq_norm, rel=1e-4, abs=1e-6)
 
 
@@ -129,7 +145,8 @@ def same_when_layers_are_split_beside_fully_shard(folder: Path) -> None:
 
 
 def split_layers_with_nothing_measured(folder: Path) -> None:
-    options = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "measure": "all", "steps": 8}
+    options = {"controller": lambda: adabatch.controllers.Scheduled("0:13"), "measure": "all",
+               "steps": 8}
     found, expected = train(PLAIN, **options), train(None, **options)
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
 
@@ -137,24 +154,30 @@ def split_layers_with_nothing_measured(folder: Path) -> None:
 def split_layers_that_are_refused(folder: Path) -> None:
     raises_alike(ValueError, "without inner_products", lambda: train(PLAIN, inner_products=True))
     raises_alike(ValueError, "up.weight.*PerSample", lambda: train(PLAIN, estimator="cross_rank"))
-    raises_alike(RuntimeError, "part of the samples' activations", lambda: train(PLAIN, heads=True))
+    raises_alike(RuntimeError, "part of the samples' activations",
+                 lambda: train(PLAIN, heads=True))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     hooked = parallelize_module(make(), mesh, PLAIN)
     hooks = adabatch.GradSampleHooks(hooked)
-    raises_alike(RuntimeError, "up is sharded.*group=", lambda: hooked(torch.zeros(3, 4, dtype=torch.int64)))
+    ids = torch.zeros(3, 4, dtype=torch.int64)
+    raises_alike(RuntimeError, "up is sharded.*group=", lambda: hooked(ids))
     hooks.remove()
     scaled = make()
-    scaled.last.weight = nn.Parameter(distribute_tensor(scaled.last.weight.detach(), mesh, [Shard(0)]))
-    optimizer = torch.optim.SGD(scaled.parameters(), lr=0.1)
-    raises_alike(ValueError, r"last \(LayerNorm\): only Linear and Embedding", lambda: adabatch.wrap(scaled, optimizer, data(), measure="all"))
+    weight = distribute_tensor(scaled.last.weight.detach(), mesh, [Shard(0)])
+    scaled.last.weight = nn.Parameter(weight)
+    raises_alike(ValueError, r"last \(LayerNorm\): only Linear and Embedding",
+                 lambda: wrap(scaled, measure="all"))
     given = {"process_group": mesh, "batch_sizes": (7, 2048)}
-    raises_alike(ValueError, r'up.weight.*group=mesh\["dp"\]', lambda: adabatch.wrap(hooked, torch.optim.SGD(hooked.parameters(), lr=0.1), data(), **given))
+    raises_alike(ValueError, r'up.weight.*group=mesh\["dp"\]', lambda: wrap(hooked, **given))
 
 
-def split_layers_whose_batch_is_not_told(folder: Path) -> None:
+def wrap(model: nn.Module, **options: Any) -> None:
+    adabatch.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), data(), **options)
+
+
+def split_layers_without_a_data_parallel_group(folder: Path) -> None:
     for how in ("fsdp", "neither"):
         for controller in (adabatch.CABS(), adabatch.controllers.Scheduled("0:13")):
-            net, _ = split(make(), SEQUENCE, how)
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-            raises_alike(ValueError, r'up.weight.*group=mesh\["dp"\]', lambda: adabatch.wrap(net, optimizer, data(), controller=controller))  # noqa: B023
+            call = partial(wrap, split(make(), SEQUENCE, how)[0], controller=controller)
+            raises_alike(ValueError, r'up.weight.*group=mesh\["dp"\]', call)
     raises_alike(RuntimeError, "nothing averages", lambda: train(PLAIN, "neither"))

@@ -18,7 +18,7 @@ def added_up(decisions):
 
 
 @given(st.integers(1, 50), st.integers(0, 10**9), st.integers(1, 10**9), st.data())
-def test_one_that_decides_otherwise_is_found(world_size, size, change, data):
+def test_a_differing_decision_is_found(world_size, size, change, data):
     decisions = [(size, 0.5)] * world_size
     assert checksums_agree(added_up(decisions), world_size)
     if world_size > 1:

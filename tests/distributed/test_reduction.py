@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(
 )
 UNEQUAL = [
     "same_moments_with_accumulation_of_unequal_shares",
-    "measures_a_subset_of_each_share",
+    "measures_a_subset_of_each_part",
 ]
 CHECKS = {
     1: ["same_as_one_process_ddp"],
@@ -21,8 +21,8 @@ CHECKS = {
         *("same_with_a_budget", *UNEQUAL),
     ],
     3: [
-        *("same_as_one_process_ddp", "same_as_one_process_fsdp", "same_with_dots"),
-        *("same_with_groups_and_parameters_measured_apart", *UNEQUAL),
+        *("same_as_one_process_ddp", "same_as_one_process_fsdp", "same_with_inner_products"),
+        *("same_per_group_and_per_parameter", *UNEQUAL),
     ],
     4: ["same_as_one_process_hsdp", "same_with_a_mesh_given"],
 }

@@ -35,7 +35,8 @@ def test_the_same_run_as_with_whole_batches(limit, reduction, zero, optimizer):
     for column in ("batch_size", "samples_seen", "next_batch_size"):
         assert list(history.column(column)) == list(reference.column(column))
     assert list(history.column("loss")) == pytest.approx(list(reference.column("loss")), rel=1e-10)
-    passed, wanted = ([entry["moments"] for entry in run[3].controller.passed] for run in (cut, whole))
+    passed, wanted = (
+        [entry["moments"] for entry in run[3].controller.passed] for run in (cut, whole))
     for ours, theirs in zip(passed, wanted, strict=True):
         torch.testing.assert_close(ours.sq_norms, theirs.sq_norms, rtol=1e-9, atol=1e-12)
         assert ours.grad_sq_norm == pytest.approx(theirs.grad_sq_norm, rel=1e-9)
