@@ -1,8 +1,7 @@
 """Compiles the Triton kernels for GPUs that need not be present, and reads from the binaries what
 they need. Run by test_ahead_of_time.py, in a process that does not interpret.
 
-    python -m tests.kernels.ahead_of_time \\
-        '{"families": ["outer"], "architectures": [80, 90], "every": false}'
+    python -m tests.kernels.ahead_of_time '{"architectures": [80, 90], "every": false}'
 
 prints one JSON object a line: kernel, variant, config, architecture, sizes, registers, stack and
 shared memory in bytes, matrix (tensor-core instructions).
@@ -158,7 +157,7 @@ def resources(compiled):
     }
 
 
-def main(families, architectures, every):
+def main(architectures, every, families=tuple(FAMILIES)):
     """every: all types and configurations; else each kernel's first variant in its first
     configuration, and in its last for sizes of 1 and huge ones."""
     for family in families:
