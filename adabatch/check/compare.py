@@ -102,7 +102,7 @@ def _measure(
                 model, loss_reduction="sum", per_parameter=True, ignore=ignore, layout=report)
             checked.loss_fn(model, batch).sum().backward()
             return hooks.collect().by_parameter, ""
-    except Exception as error:  # every reason belongs into the report
+    except Exception as error:  # every reason belongs in the report
         return {}, str(error) or type(error).__name__
     finally:
         if hooks is not None:
