@@ -110,7 +110,7 @@ class Goodput(Controller):
         base_batch_size: B₀, for which the lr was chosen.
         max_batch_size: no larger size is considered; None for no bound.
         replicas: R, processes that share a batch.
-        clock: seconds since some moment; None for that of the run.
+        clock: gives the time in seconds; None for that of the run.
 
     Example:
         >>> times = StepTime(per_step=0.01, per_sample=0.0001)

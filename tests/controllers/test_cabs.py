@@ -1,5 +1,5 @@
-"""CABS against the published rule, transcribed here on its own: FORMULAS in NumPy, float32 as the
-authors' code, float64 for ours."""
+"""CABS against the published rule, written independently in NumPy: float32 as the authors' code,
+float64 for ours."""
 
 import math
 

@@ -65,7 +65,7 @@ CONTROLLERS = {
     "Monotone": lambda: Monotone(CABS(scale=30.0)),
     "Warmup": lambda: Warmup(CABS(scale=1e3), growth=1.5, samples=50),
 }
-# What has no statistic of its own: a size that is held, counted or decided once an epoch.
+# No statistic: a size that is fixed, counted or decided once an epoch.
 UNMEASURED_SIZE = {"GradientDiversity", "AdaScale", "Goodput", "Annealed to a measured cap",
                    "AtMost", "Warmup", "Confident"}
 # A signal that is not above 0 leaves the ratio unbounded.

@@ -205,21 +205,21 @@ def test_annealed_has_the_interval_of_its_cap_up_to_its_size():
 
 
 def test_combinators_combine_the_ends():
-    def made(build):
+    def interval_of(build):
         rule = build(NoiseScale(smoothing=SMOOTHING))
         Run().feed(rule)
         return rule.interval()
 
-    low, high = made(lambda rule: AtLeast(rule))
+    low, high = interval_of(lambda rule: AtLeast(rule))
     middle = (low + high) / 2
-    assert made(lambda rule: AtLeast(rule, middle)) == (middle, high)
-    assert made(lambda rule: AtMost(rule, middle)) == (low, middle)
-    assert made(lambda rule: Average(rule, 10.0, weights=(1, 3))) == pytest.approx(
+    assert interval_of(lambda rule: AtLeast(rule, middle)) == (middle, high)
+    assert interval_of(lambda rule: AtMost(rule, middle)) == (low, middle)
+    assert interval_of(lambda rule: Average(rule, 10.0, weights=(1, 3))) == pytest.approx(
         ((low + 30) / 4, (high + 30) / 4)
     )
-    assert made(lambda rule: Monotone(AtMost(rule, 1000.0)))[0] >= low
-    fast = made(lambda rule: Warmup(rule, growth=1e6, samples=1))
-    slow = made(lambda rule: Warmup(AtLeast(rule, 1e9), growth=1.1, samples=1000))
+    assert interval_of(lambda rule: Monotone(AtMost(rule, 1000.0)))[0] >= low
+    fast = interval_of(lambda rule: Warmup(rule, growth=1e6, samples=1))
+    slow = interval_of(lambda rule: Warmup(AtLeast(rule, 1e9), growth=1.1, samples=1000))
     assert fast == (low, high)
     assert slow[0] == slow[1] < 1e9
 

@@ -42,7 +42,7 @@ BUILDERS = {name: single(name) for name in FIXED} | {"Chained": chained, "Sequen
 every_schedule = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 
 
-def held():
+def virtual_size():
     return {"dataloader": None, "batch_size_manager": schedules.VirtualBatchSize(START)}
 
 
@@ -83,7 +83,7 @@ UNITS = {"step": {}, "two steps": {"unit": "step", "every": 2}, "epoch": {"unit"
 
 def by_hand(build, unit="step", every=1, n_steps=STEPS):
     """The sizes of the same run, with the schedule stepped by hand."""
-    schedule = build(held())
+    schedule = build(virtual_size())
     sizes, position, seen, ended, taken, losses, pending = [], 0, 0, 0, 0, [], 0
     for step in range(n_steps):
         size = min(schedule.batch_size, N - position)
@@ -106,20 +106,20 @@ def by_hand(build, unit="step", every=1, n_steps=STEPS):
 def test_sizes_are_those_of_the_schedule_stepped_by_hand(build, unit):
     if unit.get("unit") == "samples" and build is ramp:
         unit = {"unit": "samples"}
-    rows = Run(Scheduled(build(held()), **unit)).train(STEPS)
+    rows = Run(Scheduled(build(virtual_size()), **unit)).train(STEPS)
     assert [size for size, _, _ in rows] == by_hand(build, **unit)
 
 
 @pytest.mark.parametrize("unit", ["step", "epoch", "samples"])
 @pytest.mark.parametrize("k", [1, 7, 16])
 @every_schedule
-def test_k_reload_k_is_2k(build, unit, k):
+def test_a_resumed_run_equals_an_unbroken_one(build, unit, k):
     options = {"unit": unit, "every": 30 if unit == "samples" and build is not ramp else None}
-    unbroken = Run(Scheduled(build(held()), **options)).train(2 * k)
-    first = Run(Scheduled(build(held()), **options))
+    unbroken = Run(Scheduled(build(virtual_size()), **options)).train(2 * k)
+    first = Run(Scheduled(build(virtual_size()), **options))
     rows = first.train(k)
     state = first.scheduler.state_dict()
-    second = Run(Scheduled(build(held()), **options))
+    second = Run(Scheduled(build(virtual_size()), **options))
     second.loader.batch_sampler.load_state_dict(first.loader.batch_sampler.state_dict())
     second.scheduler.load_state_dict(state)
     second.done = k
@@ -213,19 +213,19 @@ def test_arguments():
         Scheduled("0:8", unit="batch")
     with pytest.raises(ValueError,
                        match="unit='samples' needs every=, the samples to one step of StepBS"):
-        Scheduled(schedules.StepBS(**held(), step_size=2), unit="samples")
+        Scheduled(schedules.StepBS(**virtual_size(), step_size=2), unit="samples")
     with pytest.raises(ValueError, match="counts the samples itself: omit every, got 8"):
-        Scheduled(ramp(held()), unit="samples", every=8)
+        Scheduled(ramp(virtual_size()), unit="samples", every=8)
     with pytest.raises(ValueError, match="every must be an integer >= 1, got 0"):
         Scheduled("0:8", every=0)
     with pytest.raises(TypeError, match="a function of the count, got 8"):
         Scheduled(8)
     with pytest.raises(ValueError, match="the state of Scheduled lacks"):
-        Scheduled(ramp(held())).load_state_dict(Scheduled("0:8").state_dict())
+        Scheduled(ramp(virtual_size())).load_state_dict(Scheduled("0:8").state_dict())
 
 
 def test_finished():
-    controller = Scheduled(schedules.ConstantBS(**held(), factor=2.0, milestone=1))
+    controller = Scheduled(schedules.ConstantBS(**virtual_size(), factor=2.0, milestone=1))
     assert not controller.finished
     controller.on_step(samples=10, epoch=0)
     assert controller.propose(None, loss=1.0, lr=0.1) == 10.0

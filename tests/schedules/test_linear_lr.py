@@ -133,14 +133,14 @@ def test_tensor_lrs_are_written_in_place():
 
 @pytest.mark.parametrize("arguments", [{"T": 40}, {"budget_samples": 4000},
                                        {"budget_samples": 4000, "batch_size": 16}])
-def test_k_reload_k_is_2k(arguments):
-    def go(scheduler, steps):
+def test_a_resumed_run_equals_an_unbroken_one(arguments):
+    def run_steps(scheduler, steps):
         sizes = [{"samples": 16 + n, "next_samples": 17 + n} for n in steps]
         return [stepped(scheduler, **({} if "T" in arguments else each)) for each in sizes]
 
-    expected = go(LinearLR(new_optimizer(), **arguments), range(20))
+    expected = run_steps(LinearLR(new_optimizer(), **arguments), range(20))
     first = LinearLR(new_optimizer(), **arguments)
-    rows = go(first, range(10))
+    rows = run_steps(first, range(10))
     file = io.BytesIO()
     torch.save([first.state_dict(), first.optimizer.state_dict()], file)
     assert file.tell() < 10_000
@@ -149,7 +149,7 @@ def test_k_reload_k_is_2k(arguments):
     second = LinearLR(new_optimizer(), **arguments)
     second.load_state_dict(state)
     second.optimizer.load_state_dict(optimizer_state)
-    assert rows + go(second, range(10, 20)) == expected
+    assert rows + run_steps(second, range(10, 20)) == expected
 
 
 @pytest.mark.parametrize(

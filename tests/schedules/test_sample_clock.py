@@ -64,11 +64,11 @@ def test_after_n_samples_it_has_taken_n_over_unit_steps(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_k_reload_k_is_2k(name):
+def test_a_resumed_run_equals_an_unbroken_one(name):
     def build():
         return SampleClock(SCHEDULERS[name](new_optimizer()), samples_per_step=32)
 
-    def go(clock, sizes):
+    def run_steps(clock, sizes):
         rows = []
         for size in sizes:
             clock.optimizer.step()
@@ -77,9 +77,9 @@ def test_k_reload_k_is_2k(name):
         return rows
 
     sizes = [16, 20, 31, 64, 5, 90, 32, 33, 40, 50, 60, 70]
-    expected = go(build(), sizes)
+    expected = run_steps(build(), sizes)
     first = build()
-    rows = go(first, sizes[:6])
+    rows = run_steps(first, sizes[:6])
     file = io.BytesIO()
     torch.save([first.state_dict(), first.optimizer.state_dict()], file)
     assert file.tell() < 10_000
@@ -88,7 +88,7 @@ def test_k_reload_k_is_2k(name):
     second = build()
     second.load_state_dict(state)
     second.optimizer.load_state_dict(optimizer_state)
-    assert rows + go(second, sizes[6:]) == expected
+    assert rows + run_steps(second, sizes[6:]) == expected
 
 
 def test_bad_arguments():

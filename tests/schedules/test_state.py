@@ -47,7 +47,7 @@ def metrics(step):
     return [1.0, 0.7, 0.9, 0.8, 0.8, 0.8, 0.5, 0.6, 0.6][step % 9]
 
 
-def go(schedule, steps):
+def run_steps(schedule, steps):
     rows = []
     for step in steps:
         schedule.step(metrics=metrics(step), samples=schedule.batch_size)
@@ -65,13 +65,13 @@ def through_a_file(state):
 
 @pytest.mark.parametrize("k", [0, 1, 4, 7, 12])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_k_reload_k_is_2k(name, k):
+def test_a_resumed_run_equals_an_unbroken_one(name, k):
     unbroken = BUILDERS[name](new_loader())
-    expected = go(unbroken, range(2 * k + 3))
+    expected = run_steps(unbroken, range(2 * k + 3))
 
     old_loader = new_loader()
     first = BUILDERS[name](old_loader)
-    rows = go(first, range(k))
+    rows = run_steps(first, range(k))
     state = through_a_file(first.state_dict())
     old_size = old_loader.batch_size
 
@@ -80,7 +80,7 @@ def test_k_reload_k_is_2k(name, k):
     second.load_state_dict(state)
     assert second.batch_size == first.batch_size
     assert second.finished == first.finished
-    rows += go(second, range(k, 2 * k + 3))
+    rows += run_steps(second, range(k, 2 * k + 3))
     assert rows == expected
     assert loader.batch_size == loader.batch_sampler.batch_size == second.batch_size
     assert len(next(iter(loader))) == min(second.batch_size, 500)
@@ -92,10 +92,10 @@ def test_hyperparameters_and_base_are_restored(name):
     """As in torch and bs-scheduler, the state wins over the constructor's arguments: here over the
     loader's size at the start."""
     first = BUILDERS[name](new_loader())
-    go(first, range(3))
+    run_steps(first, range(3))
     second = BUILDERS[name](new_loader(batch_size=13))
     second.load_state_dict(first.state_dict())
-    assert go(second, range(3, 15)) == go(first, range(3, 15))
+    assert run_steps(second, range(3, 15)) == run_steps(first, range(3, 15))
 
 
 def test_loading_replaces_hyperparameters():
@@ -127,7 +127,7 @@ def test_scale_function_of_a_cycle_is_restored():
     first = schedules.CyclicBS(new_loader(), step_size_down=2, scale_fn=TableOfFactors([1.0, 0.5]))
     second = schedules.CyclicBS(new_loader(), step_size_down=2, scale_fn=TableOfFactors([0.1, 0.1]))
     second.load_state_dict(through_a_file(first.state_dict()))
-    assert go(second, range(8)) == go(first, range(8))
+    assert run_steps(second, range(8)) == run_steps(first, range(8))
 
 
 def test_attributes_of_a_subclass_are_saved():
