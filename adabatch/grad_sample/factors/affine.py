@@ -12,19 +12,11 @@ from torch import Tensor
 from adabatch import kernels
 from adabatch.grad_sample.factors.base import Dense, Factor
 
-__all__ = ["Scale", "Shift"]
-
 
 @dataclass(frozen=True)
 class Scale(Factor):
-    """G_n = Σ_t backprops_nt ∘ x̂_nt with x̂ = (activations − mean) · rstd; neither x̂ nor the product
-    need be stored.
-
-    Args:
-        activations: [N, T, P], the layer's input, or x̂ itself where the statistics are None.
-        backprops: [N, T, P].
-        mean, rstd: [N or 1, T, 1], [N or 1, 1, P] or None, as for kernels.affine_sq_norms.
-        weight_shape: the parameter's shape, of P elements.
+    """G_n = Σ_t backprops_nt ∘ x̂_nt, x̂ = (activations − mean) · rstd; neither is stored. Arguments
+    as for kernels.affine_sq_norms; the parameter's shape has P elements.
 
     Example:
         >>> import torch
@@ -47,20 +39,18 @@ class Scale(Factor):
     def shape(self) -> tuple[int, ...]:
         return self.weight_shape
 
-    @property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.activations, self.backprops, self.mean, self.rstd
-
     def both_sq_norms(self) -> tuple[Tensor, Tensor]:
         """Squared norms [N] of the scale's and the shift's gradients, read in one pass."""
         if "sq_norms" not in self._found:
-            self._found["sq_norms"] = kernels.affine_sq_norms(*self._tensors)
+            self._found["sq_norms"] = kernels.affine_sq_norms(
+                self.activations, self.backprops, self.mean, self.rstd)
         return self._found["sq_norms"]
 
     def both_dense(self) -> tuple[Tensor, Tensor]:
         """The gradients [N, *shape] of the scale and of the shift."""
         if "dense" not in self._found:
-            scale, shift = kernels.affine_grad_sample(*self._tensors)
+            scale, shift = kernels.affine_grad_sample(
+                self.activations, self.backprops, self.mean, self.rstd)
             shape = (scale.shape[0], *self.weight_shape)
             self._found["dense"] = (scale.view(shape), shift.view(shape))
         return self._found["dense"]
@@ -84,18 +74,7 @@ class Scale(Factor):
 
 @dataclass(frozen=True)
 class Shift(Factor):
-    """G_n = Σ_t backprops_nt, of the same layer as a scale.
-
-    Args:
-        scale: the scale's factor.
-
-    Example:
-        >>> import torch
-        >>> a, b = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 1.0]]])
-        >>> scale = Scale(a, b, None, None, (2,))
-        >>> Shift(scale).sq_norms(), scale.sq_norms()
-        (tensor([5.]), tensor([13.]))
-    """
+    """G_n = Σ_t backprops_nt, of the same layer as a scale, with which it shares results."""
 
     scale: Scale
 

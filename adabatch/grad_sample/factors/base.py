@@ -14,8 +14,6 @@ from torch import Tensor
 from adabatch import kernels
 from adabatch.kernels import accumulation_dtype
 
-__all__ = ["Dense", "Factor"]
-
 
 class Factor:
     """One parameter's per-sample gradients G_n, in factored form.
@@ -66,10 +64,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Dense(Factor):
-    """The G_n themselves: biases, scales, shifts.
-
-    Args:
-        grad: [N, *shape].
+    """The G_n themselves, grad [N, *shape]: biases, scales, shifts.
 
     Example:
         >>> import torch

@@ -12,22 +12,13 @@ from torch import Tensor
 from adabatch import kernels
 from adabatch.grad_sample.factors.base import Factor
 
-__all__ = ["ConvOuter"]
-
 Ints = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ConvOuter(Factor):
     """G_n[o, c, k] = Σ_p backprops_n[o, p] activations_n[c, p·stride + k·dilation − padding] over
-    output positions p, [O, C/g, *K].
-
-    Args:
-        activations: [N, C, *S], with any padding but equal numbers of zeros on both sides in it.
-        backprops: [N, O, *S'].
-        weight_shape: (O, C/g, *K).
-        stride, padding, dilation: one number per dimension.
-        groups: g.
+    output positions p, [O, C/g, *K]. Arguments as for kernels.conv_sq_norms.
 
     Example:
         >>> import torch

@@ -43,7 +43,6 @@ def merge_factors(factors: Sequence[Factor]) -> Factor:
 
 
 def _concatenate(group: Sequence[Factor]) -> Factor:
-    """The sum of factors of one kind."""
     if len(group) == 1:
         return group[0]
     outers = [factor for factor in group if isinstance(factor, Outer)]
@@ -116,8 +115,7 @@ class SumOfFactors(Factor):
 
 
 def _lookup_dot_outer(lookup: OneHotOuter, outer: Outer) -> Tensor:
-    """⟨look-up's G_n, outer's G_n⟩ = Σ_{t,s} b_nt[id_ns] (a_nt·e_ns), [N]: neither gradient [V, D]
-    is formed."""
+    """⟨look-up's G_n, outer's G_n⟩ = Σ_{t,s} b_nt[id_ns] (a_nt·e_ns), [N], without either G_n."""
     left, right = outer.left, outer.right
     dtype = accumulation_dtype(left, right, lookup.right)
     numel, cross = 2 * left.shape[1] * lookup.ids.shape[1], []

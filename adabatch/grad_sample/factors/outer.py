@@ -14,16 +14,11 @@ from adabatch import kernels
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.kernels import accumulation_dtype
 
-__all__ = ["OneHotOuter", "Outer"]
-
 
 @dataclass(frozen=True)
 class Outer(Factor):
-    """G_n = Σ_t left_nt right_ntᵀ, [O, I]: a matrix that multiplies its input.
-
-    Args:
-        left: the output gradients, [N, T, O].
-        right: the activations, [N, T, I].
+    """G_n = Σ_t left_nt right_ntᵀ, [O, I]: a matrix that multiplies its input. left: the output
+    gradients, [N, T, O]; right: the activations, [N, T, I].
 
     Example:
         >>> factor = Outer(left=torch.tensor([[[1.0]], [[2.0]]]), right=torch.ones(2, 1, 4))
