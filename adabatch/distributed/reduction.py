@@ -33,9 +33,8 @@ UNREDUCED = (
 class MomentReduction:
     """A stage of the scheduler's pipeline: Σ over the processes of loss, counts and moments.
 
-    Each process adds its weighted part (see `sums_of`) to one small vector, so that all have the
-    same GradientMoments of the whole batch; with it a checksum of its last decision. Where loss or
-    moments of one process are not finite, the measurement is dropped on all.
+    Each process adds its weighted part (see `sums_of`) and a checksum of its last decision to one
+    small vector. Where loss or moments of one are not finite, all drop the measurement.
 
     Args:
         batches: accumulated batches per step.

@@ -45,8 +45,6 @@ class ShardedSampler(Protocol):
 
 
 class Broadcast(Protocol):
-    """Value -> the first process's; called by all processes at once."""
-
     def __call__(self, value: T, /) -> T: ...
 
 
@@ -69,11 +67,6 @@ class BatchShard:
         has_shards: whether any gradient was sharded when ‖g‖² was last taken.
         compares_replicas: whether to take `replicated_sq_norms` with ‖g‖²: of the gradients that
             all processes hold whole, and of the pieces that W of them hold alike.
-
-    Example:
-        >>> shard = BatchShard()
-        >>> shard.fraction, shard.weight
-        (1.0, 1.0)
     """
 
     def __init__(
@@ -105,7 +98,7 @@ class BatchShard:
         return self.world_size * self.fraction if known else 1.0
 
     def broadcast_from_first(self, value: T) -> T:
-        """The first process's value; all processes call this together."""
+        """The first process's value; all processes call this at once."""
         return value if self._broadcast is None else self._broadcast(value)
 
     def record(self) -> None:
@@ -158,8 +151,7 @@ class _ScaleGradient(torch.autograd.Function):
 class OutputWeights:
     """A forward hook on the outermost model: gradients of its outputs are multiplied by W·m_r/m.
 
-    One place for every wrapper (DistributedDataParallel, fully_shard, torch.compile), after which
-    the averages over processes, the taps and the optimizer see the gradient of the mean over all m
+    Averages over processes, taps and the optimizer then see the gradient of the mean over all m
     samples. The loss must be computed from the outputs of `model`, as the training loop calls it.
 
     Example:

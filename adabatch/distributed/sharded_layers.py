@@ -5,8 +5,7 @@ Legend: N samples, I in, O out, T tensor-parallel processes.
 
 The gradient of some rows of W in y = x Wᵀ + b needs these rows' output gradients and the whole
 input; that of some columns the whole output gradient and these columns' input. The pieces' squared
-norms add up over the T processes; what each of them computes whole counts 1/T on each
-(`BackwardRecorder.shares`).
+norms add up over the T processes; what each of them computes whole counts 1/T on each.
 """
 
 from __future__ import annotations

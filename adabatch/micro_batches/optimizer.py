@@ -116,8 +116,7 @@ class AccumulatingOptimizer(Optimizer):
         return f"AccumulatingOptimizer({self.optimizer!r})"
 
     @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """False; a GradScaler reads it at the start of its step(), which must be allowed here."""
+    def _step_supports_amp_scaling(self) -> bool:  # read by a GradScaler at the start of its step()
         if not self._in_scaler:
             if self._grad_scaler is not None:
                 raise RuntimeError(TWO_SCALERS)
@@ -141,8 +140,7 @@ class AccumulatingOptimizer(Optimizer):
         if self._split.count > 1:
             self._check_lrs()
             if not self._split.is_last:
-                self._check_untouched()
-                return
+                return self._check_untouched()
             if self._weighted and not self._pending:
                 raise RuntimeError(UNWEIGHTED)
         # From here on the batch cannot be tried again, whatever fails.
@@ -189,7 +187,7 @@ class AccumulatingOptimizer(Optimizer):
             self._lr_scheduler.step()
 
     def _start(self) -> None:
-        """A batch begins: what an unfinished one left in the gradients is dropped."""
+        """A batch begins: what an unfinished one left in the gradients is cleared."""
         if self._pending:
             self.optimizer.zero_grad()
             self._pending = False
@@ -209,8 +207,7 @@ class AccumulatingOptimizer(Optimizer):
         if self._split.count == 1:
             return None
         self._pending = True
-        if self._watched is None:
-            self._watched = parameter
+        self._watched = parameter if self._watched is None else self._watched
         if parameter is self._watched:
             self._check_untouched()
             at_backward_end(self._note)
@@ -269,9 +266,8 @@ class MicroBatching:
         split = loader.micro_batches
         self._before = split.limit, split.at_least, split.accumulates, list(split.listeners)
 
-    def find_limit(
-        self, model: nn.Module, optimizer: Optimizer, hooks: Estimator, largest: int
-    ) -> None:
+    def find_limit(self, model: nn.Module, optimizer: Optimizer, hooks: Estimator, largest: int
+                   ) -> None:
         """Set the limit; "auto" searches for it while the hooks' memory is in use."""
         limit = self._limit
         if isinstance(limit, str):

@@ -43,7 +43,7 @@ def test_the_same_run_as_with_whole_batches(limit, reduction, zero, optimizer):
         assert ours.variance_trace == pytest.approx(theirs.variance_trace, rel=1e-8)
 
 
-def test_pieces_are_nearly_equal_and_the_loader_says_which_is_last():
+def test_micro_batches_are_nearly_equal_and_the_last_is_marked():
     model, optimizer, loader, scheduler = make(10, proposals=[25])
     loader.batch_size = 25
     sizes, last = [], []
@@ -100,7 +100,7 @@ def test_clipping_and_lr_scheduler_run_once_a_batch():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_a_grad_scaler_runs_on_the_last_piece():
+def test_a_grad_scaler_runs_on_the_last_micro_batch():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
     parts = make(6, grad_scaler=scaler, max_grad_norm=0.05)
     _, weights = train(*parts, scaler=scaler)
@@ -168,7 +168,7 @@ MISUSES = {
 
 
 @pytest.mark.parametrize(("misuse", "message"), MISUSES.values(), ids=MISUSES)
-def test_misuse_raises_with_the_cure(misuse, message):
+def test_misuse_raises_with_the_fix(misuse, message):
     model, optimizer, loader, _ = make(6)
 
     def loop():
@@ -221,7 +221,7 @@ def test_the_loop_may_not_scale_twice(unscale, clip):
         scaler.step(optimizer)
 
 
-def test_by_hand_on_the_last_piece_everything_is_allowed():
+def test_manual_steps_are_allowed_on_the_last_micro_batch():
     model, optimizer, loader, scheduler = make(6)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     decay = ExponentialLR(optimizer, 0.9)

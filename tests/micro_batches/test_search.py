@@ -14,7 +14,7 @@ from adabatch.micro_batches.optimizer import MicroBatching
 from tests.micro_batches.runs import LOSSES, make
 
 
-def test_auto_finds_the_largest_that_fits_and_puts_everything_back():
+def test_auto_finds_the_largest_that_fits_and_restores_everything():
     layers = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 1)
     model = nn.Sequential(*layers).double()
     tried = []
