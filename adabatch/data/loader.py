@@ -159,7 +159,7 @@ class AdaptiveDataLoader(BatchSource):
 
         A shuffling loader gets the keyed order, seeded from its generator (or from torch's). A
         DistributedSampler gives way to the global order, with its seed and the same global batch.
-        Any other sampler is kept.
+        Other samplers are kept.
 
         Args:
             loader: the plain one.

@@ -14,13 +14,13 @@ import math
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from adabatch.diagnostics.layers import LayerStatistics
-from adabatch.diagnostics.record import FIELDS, GIVEN, Averages
+from adabatch.diagnostics.record import FIELDS, GIVEN, Averages, Row
+from adabatch.interfaces import State
 
 FORMAT, VERSION, LAYERS = "adabatch.diagnostics", 2, "layers"
-Row = tuple[Any, ...]
 _STEP, _BATCH_SIZE = GIVEN.index("step"), GIVEN.index("batch_size")
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (int, float),
@@ -28,7 +28,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: object) -> object:
     """Numbers in dicts and lists as JSON knows them.
 
     Example:
@@ -44,18 +44,20 @@ def to_json(value: Any) -> Any:
     return None if math.isnan(value) else repr(value)
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: object) -> object:
     """The inverse of to_json."""
     if isinstance(value, dict):
         return {key: from_json(child) for key, child in value.items()}
     if isinstance(value, list):
         return [from_json(child) for child in value]
-    return math.nan if value is None else {"inf": math.inf, "-inf": -math.inf}.get(value, value)
+    if value is None:
+        return math.nan
+    return float(str(value)) if value in ("inf", "-inf") else value
 
 
 def encode(row: Row, layers: LayerStatistics | None = None) -> str:
     """One record as a line of valid JSON, without the line's end."""
-    fields = dict(zip(GIVEN, to_json(row), strict=True))
+    fields = dict(zip(GIVEN, map(to_json, row), strict=True))
     if layers is not None:
         fields[LAYERS] = layers.to_json()
     return json.dumps(fields, allow_nan=False)
@@ -74,11 +76,11 @@ def decode(line: bytes) -> tuple[Row, LayerStatistics | None]:
     if record.keys() != set(GIVEN):
         missing, unknown = sorted(set(GIVEN) - record.keys()), sorted(record.keys() - set(GIVEN))
         raise ValueError(f"missing fields {missing}, unknown fields {unknown}")
-    row = tuple(_typed(name, FIELDS[name], record[name]) for name in GIVEN)
+    row: Row = tuple(_typed(name, FIELDS[name], record[name]) for name in GIVEN)
     return row, None if layers is None else LayerStatistics.from_json(layers, row[_BATCH_SIZE])
 
 
-def _typed(name: str, kind: str, value: Any) -> Any:
+def _typed(name: str, kind: str, value: object) -> object:
     if kind == "float":
         value = from_json(value)
     if not isinstance(value, _TYPES[kind]) or (kind != "bool" and isinstance(value, bool)):
@@ -164,14 +166,14 @@ def read(path: str | os.PathLike[str]) -> Content:
     return content
 
 
-def _averages(header: dict[str, Any]) -> Averages:
-    averages = Averages(header["smoothing"])
-    if header["before"] is not None:
-        averages.load_state_dict(from_json(header["before"]))
+def _averages(header: State) -> Averages:
+    averages, before = Averages(header["smoothing"]), header["before"]
+    if before is not None:
+        averages.load_state_dict({key: from_json(value) for key, value in before.items()})
     return averages
 
 
-def _header(path: str, line: bytes) -> dict[str, Any]:
+def _header(path: str, line: bytes) -> State:
     try:
         header = json.loads(line)
     except ValueError:

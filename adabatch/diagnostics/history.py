@@ -8,7 +8,7 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from adabatch._table import html
 from adabatch.diagnostics import files, plots
 from adabatch.diagnostics import summary as text
 from adabatch.diagnostics.layers import LayerHistory, Layers, LayerStatistics
-from adabatch.diagnostics.record import FIELDS, Averages, Record, brief, given_values
+from adabatch.diagnostics.record import (
+    FIELDS, Averages, Record, Row, brief, field_value, given_values)
+from adabatch.interfaces import State
 
 _STATE_VERSION = 2
 _TYPES = {"int": np.int64, "float": np.float64, "bool": np.bool_, "str": np.str_}
@@ -59,7 +61,7 @@ class Diagnostics:
         self._max_records = max_records
         self._averages, self._before = Averages(smoothing), Averages(smoothing)
         self._records: deque[Record] = deque()  # worked out; the averages are those after the last
-        self._pending: list[files.Row] = []  # appended since
+        self._pending: list[Row] = []  # appended since
         self._last_step: int | None = None
         self._steps = self._measured = 0
         self._dropped: Counter[str] = Counter()
@@ -118,10 +120,9 @@ class Diagnostics:
         if layers is not None and not (measured and layers.is_finite):
             layers = None
         self._keep(row, layers)
-        if self._writer is not None:
-            self._write(row, layers)
+        self._write(row, layers)
 
-    def _keep(self, row: files.Row, layers: LayerStatistics | None) -> None:
+    def _keep(self, row: Row, layers: LayerStatistics | None) -> None:
         self._pending.append(row)
         self._last_step = row[0]
         self._steps += 1
@@ -134,7 +135,7 @@ class Diagnostics:
         if limit is not None and len(self._pending) >= max(_MAX_PENDING, limit):
             self._all()
 
-    def _write(self, row: files.Row, layers: LayerStatistics | None) -> None:
+    def _write(self, row: Row, layers: LayerStatistics | None) -> None:
         writer = self._writer
         if writer is None:
             return
@@ -218,7 +219,7 @@ class Diagnostics:
         """
         if name not in FIELDS:
             raise ValueError(f"a record has no field {name!r}; it has {', '.join(FIELDS)}")
-        values = [getattr(record, name) for record in self._all()]
+        values = [field_value(record, name) for record in self._all()]
         if FIELDS[name] in _TYPES:
             return np.array(values, dtype=_TYPES[FIELDS[name]])
         return np.array([math.nan if value is None else value for value in values],
@@ -238,7 +239,7 @@ class Diagnostics:
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(FIELDS)
-            writer.writerows([getattr(record, name) for name in FIELDS] for record in self)
+            writer.writerows([field_value(record, name) for name in FIELDS] for record in self)
 
     def to_jsonl(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
         """Write the records in memory as JSON lines, then each new one, until `close`.
@@ -293,7 +294,7 @@ class Diagnostics:
         """Draw the history into an image file: see `adabatch.diagnostics.plots`."""
         plots.plot(self, path)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Averages, counts and layers, plain numbers and tensors; not the records."""
         self._all()
         return {
@@ -303,7 +304,7 @@ class Diagnostics:
             "layers": self._layers.state_dict() if len(self._layers) else None,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from `state_dict`; records in memory from after that state are removed.
 
         Raises:

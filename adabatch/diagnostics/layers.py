@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from adabatch._checks import check_version
 from adabatch._table import aligned, html
 from adabatch.diagnostics.record import noise_scale, number, snr
 from adabatch.estimators.moments import GradientMoments
+from adabatch.interfaces import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,14 +110,14 @@ class LayerStatistics:
         """Whether all values are finite numbers."""
         return bool(np.isfinite(self.traces).all() and np.isfinite(self.signals).all())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> State:
         """{"of", "measured": s, "moments": {name: [T̂_k, Ĝ²_k]}}, to seven digits."""
         pairs = zip(self.names, self.traces, self.signals, strict=True)
         moments = {name: [float(f"{value:.7g}") for value in pair] for name, *pair in pairs}
         return {"of": self.of, "measured": self.n_measured, "moments": moments}
 
     @classmethod
-    def from_json(cls, value: Any, batch_size: int) -> LayerStatistics:
+    def from_json(cls, value: State, batch_size: int) -> LayerStatistics:
         """The inverse of `to_json`.
 
         Raises:
@@ -222,7 +223,7 @@ class LayerHistory:
         edges = np.insert(ends, 0, self._start)
         return Layers(names, edges, samples / steps, traces, signals, measured, samples)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The names, and the spans as tensors."""
         counts = np.array(self._counts, dtype=np.int64).reshape(len(self), 4)
         sums = np.array(self._sums, dtype=np.float64).reshape(len(self), 2, len(self.names))
@@ -232,7 +233,7 @@ class LayerHistory:
             "counts": torch.from_numpy(counts), "sums": torch.from_numpy(sums),
         }
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: State | None) -> None:
         """Continue from `state_dict`; None, from a run that recorded no layers, empties it.
 
         Raises:
@@ -329,6 +330,11 @@ class Layers(Sequence[LayerRow]):
         """T_k/G²_k of each span, in samples, [B, K]."""
         return self._each(lambda m, trace, signal: noise_scale(trace, signal))
 
+    def _moments(self) -> tuple[np.ndarray, ...]:
+        """The columns _MOMENTS."""
+        return (self.share, self.snr, self.noise_scale, self.variance_trace,
+                self.true_grad_sq_norm)
+
     def _each(self, function: Callable[[float, float, float], float]) -> np.ndarray:
         sizes = np.broadcast_to(self.batch_size[:, None], self.variance_trace.shape)
         each = np.vectorize(function, otypes=[float])
@@ -363,7 +369,7 @@ class Layers(Sequence[LayerRow]):
     def _rows(self) -> list[LayerRow]:
         whole, quarters = self.merged(1), self.merged(4)
         first, last = quarters.share[0], quarters.share[-1]
-        share, *moments = (getattr(whole, name)[0] for name in _MOMENTS)
+        share, *moments = (values[0] for values in whole._moments())
         columns = (column.tolist() for column in (share, first, last, *moments))
         return [LayerRow(*values) for values in zip(self.names, *columns, strict=True)]
 
@@ -400,7 +406,7 @@ class Layers(Sequence[LayerRow]):
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one line per span and layer, with a header line; samples_seen is the span's end."""
-        values = [getattr(self, name) for name in _MOMENTS]
+        values = self._moments()
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["samples_seen", "batch_size", "name", *_MOMENTS])

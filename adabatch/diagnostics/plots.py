@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adabatch._types import Argument, Kwargs
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     from adabatch.diagnostics.history import Diagnostics
@@ -123,7 +126,7 @@ def draw_layers(layers: Layers) -> Figure:
 
 
 def _map(
-    panel: Axes, layers: Layers, values: np.ndarray, colours: str, norm: Any, title: str
+    panel: Axes, layers: Layers, values: np.ndarray, colours: str, norm: Normalize, title: str
 ) -> None:
     from matplotlib.ticker import EngFormatter
 
@@ -211,7 +214,8 @@ def _noise_scale(panel: Axes, samples: np.ndarray, history: Diagnostics) -> None
 
 
 def _line(
-    panel: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str, width: float, **style: Any
+    panel: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str, width: float,
+    **style: Argument,
 ) -> None:
     line = {"color": _COLOURS[colour], "linewidth": width, "label": label or None, **style}
     panel.plot(x, _finite(y), **line)
@@ -219,7 +223,7 @@ def _line(
 
 def _band(
     panel: Axes, x: np.ndarray, y: np.ndarray, error: np.ndarray, colour: str, alpha: float,
-    **style: Any,
+    **style: Argument,
 ) -> None:
     low, high = _finite(y - error), _finite(y + error)
     panel.fill_between(x, low, high, color=_COLOURS[colour], alpha=alpha, linewidth=0, **style)
@@ -292,7 +296,7 @@ def _dress(panel: Axes) -> None:
     panel.yaxis.label.set_fontsize(9)
     drawn = (np.asarray(line.get_ydata(), dtype=float) for line in panel.lines)
     if not any(np.isfinite(values).any() for values in drawn):
-        centre: dict[str, Any] = {"transform": panel.transAxes, "ha": "center", "va": "center"}
+        centre: Kwargs = {"transform": panel.transAxes, "ha": "center", "va": "center"}
         panel.text(0.5, 0.5, "nothing recorded", color=_COLOURS["quiet"], fontsize=9, **centre)
         panel.yaxis.set_major_locator(NullLocator())
         panel.grid(False)

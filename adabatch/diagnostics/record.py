@@ -14,8 +14,10 @@ from typing import Any
 from adabatch._table import html
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.intervals import JointAverages
+from adabatch.interfaces import State
 
 LEVEL = 0.9
+Row = tuple[Any, ...]  # the fields GIVEN of one record
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -185,7 +187,7 @@ class Averages:
         """Update with a record that was worked out elsewhere."""
         self.update(*_inputs(record))
 
-    def record(self, given: tuple[Any, ...]) -> Record:
+    def record(self, given: Row) -> Record:
         """Update with the fields GIVEN of a step, and work out the others."""
         row = dict(zip(GIVEN, given, strict=True))
         size, trace, signal = row["batch_size"], row["variance_trace"], row["true_grad_sq_norm"]
@@ -204,12 +206,12 @@ class Averages:
         row["samples_per_second"] = size / row["seconds"] if row["seconds"] > 0 else math.nan
         return Record(**row)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Plain numbers."""
         means = {name: mean.state_dict() for name, mean in self._means.items()}
         return {"means": means, "joint": self._joint.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from a state_dict().
 
         Raises:
@@ -264,24 +266,39 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
+def field_value(record: Record, name: str) -> float | str | None:
+    """A field by its name."""
+    value: float | str | None = getattr(record, name)
+    return value
+
+
+def _uncertainty(record: Record, name: str) -> tuple[float, ...]:
+    """(standard error,) or the two ends of the interval of a field; () where it has none."""
+    names = INTERVALS.get(name) or ((ERRORS[name],) if name in ERRORS else ())
+    return tuple(getattr(record, error) for error in names)
+
+
 def has_error(record: Record, name: str) -> bool:
     """Whether the field's standard error or interval is known and says something."""
-    if name in INTERVALS:
-        low, high = (getattr(record, end) for end in INTERVALS[name])
-        return not math.isnan(getattr(record, name)) and (low > 0 or high < math.inf)
-    return name in ERRORS and 0 < getattr(record, ERRORS[name]) < math.inf
+    found = _uncertainty(record, name)
+    if name not in INTERVALS:
+        return bool(found) and 0 < found[0] < math.inf
+    value = field_value(record, name)
+    known = isinstance(value, float) and not math.isnan(value)
+    return known and (found[0] > 0 or found[1] < math.inf)
 
 
 def shown(record: Record, name: str) -> str:
     """A field for a person, with its error where it has one: "2.5 ± 0.1", "218 (106 to 866)"."""
-    value = getattr(record, name)
+    value = field_value(record, name)
     if not isinstance(value, float):
         return f"{value:,}" if type(value) is int else "-" if value is None else str(value)
     if not has_error(record, name):
         return number(value)
-    if name in ERRORS:
-        return f"{number(value)} ± {getattr(record, ERRORS[name]):.3g}"
-    low, high = (getattr(record, end) for end in INTERVALS[name])
+    low, *ends = _uncertainty(record, name)
+    if not ends:
+        return f"{number(value)} ± {low:.3g}"
+    high = ends[0]
     interval = f"above {low:.3g}" if math.isinf(high) else f"{low:.3g} to {high:.3g}"
     return f"{number(value)} ({interval})"
 
