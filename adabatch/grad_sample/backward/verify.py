@@ -34,7 +34,7 @@ OF_SAMPLES, OF_GRADIENT = 4.0, 2.0
 LEAST_EPS = {"cpu": 2.5e-5}
 LEAST_EPS_ELSEWHERE = 2.0**-10
 # Rounding of a coarse type (bfloat16) may hide in one pass, of few samples above all, what a layer
-# mixes; hardly in so many passes.
+# mixes; hardly in that many passes.
 COARSE_EPS, COARSE_PASSES = 2.0**-8, 16
 CHUNK_BYTES = 1 << 24
 
