@@ -38,15 +38,9 @@ ONE_PROCESS = (
 
 
 class DistributedSetup:
-    """Several processes, one batch, one decision.
-
-    Attributes:
-        group: the processes.
-        tensor_parallel: where several of them hold one replica of the model together and get the
-            same samples.
-        data: the processes among which batches are divided.
-        shard: this one's part, once there is a loader.
-    """
+    """Several processes, one batch, one decision: `data` are the processes among which batches are
+    divided, `shard` is this one's part, once there is a loader; with `tensor_parallel` several of
+    the `group` hold one replica of the model together and get the same samples."""
 
     def __init__(self, group: HostGroup, tensor_parallel: TensorParallel | None = None):
         self.group, self.tensor_parallel = group, tensor_parallel
@@ -136,20 +130,17 @@ class DistributedSetup:
         assert isinstance(loader, AdaptiveDataLoader)
 
         def decision() -> dict[str, object]:
-            return {
-                "step": scheduler.step_count, "batch size": scheduler.get_last_batch_size(),
-                "samples seen": scheduler.samples_seen, "batches": loader.n_batches,
-                "epoch": loader.batch_sampler.epoch, "position": loader.position,
-                "measured next": hooks.enabled,
-            }
+            return {"step": scheduler.step_count, "batch size": scheduler.get_last_batch_size(),
+                    "samples seen": scheduler.samples_seen, "batches": loader.n_batches,
+                    "epoch": loader.batch_sampler.epoch, "position": loader.position,
+                    "measured next": hooks.enabled}
 
         reduction = MomentReduction(
             self.group, self.shard, batches=scheduler.accumulate, decision=decision,
             over_samples=hooks.tensors_over_samples,
             summed=hooks.loss_reduction == "sum", between_processes=between_processes,
             weights=OutputWeights(model, self.shard), tensor_parallel=tensor_parallel,
-            waits=any(parameter.device.type != "cpu" for parameter in model.parameters()),
-        )
+            waits=any(parameter.device.type != "cpu" for parameter in model.parameters()))
         context = replace(scheduler.context, clock=lambda: reduction.seconds)
         as_controller(scheduler.controller).bind(context)
         scheduler.add_stage(reduction)

@@ -108,8 +108,7 @@ class TensorParallel:
         problems += [f"{name}: split, and shared by {n} layers" for name, n in users.items()
                      if n > 1 and split[name] is not None]
         if problems:
-            lines = "\n".join(f"  - {problem}" for problem in problems)
-            raise ValueError(CANNOT.format(problems=lines))
+            raise ValueError(CANNOT.format(problems="\n".join(f"  - {each}" for each in problems)))
         return weights
 
     def check_reduced(self, whole: float, pieces: float) -> bool:
@@ -209,8 +208,7 @@ def _problem(site: TapSite, split: Mapping[str, int | None], is_split: bool) -> 
     if not dims or (isinstance(layer, nn.Embedding) and layer.weight.dim() == 2):
         return None
     if isinstance(layer, nn.Linear) and "weight" in split:
-        expected = dict.fromkeys(split, 0) if dims.get("weight") == 0 else {"weight": 1}
-        if dims == expected:
+        if dims == (dict.fromkeys(split, 0) if dims.get("weight") == 0 else {"weight": 1}):
             return None
         return f"its parameters are split along {dims}; use ColwiseParallel or RowwiseParallel"
     return "only Linear and Embedding are known where parameters are split"
