@@ -18,11 +18,11 @@ from adabatch.estimators.loss_scale import LossScale
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.grad_sample.cost import Measurement
 from adabatch.interfaces import State
-from adabatch.scheduler.decision import rejection_reason
-from adabatch.scheduler.health import GradientNormCheck, GradScalerDetector, UntrackedParameters
-from adabatch.scheduler.pipeline import HostTransferStage, Pipeline, StepRecord
-from adabatch.scheduler.plan import plan_for
-from adabatch.scheduler.record import Recorder, StepClock
+from adabatch.scheduler.decision import plan_for
+from adabatch.scheduler.record import (
+    GradientNormCheck, GradScalerDetector, HostTransferStage, Pipeline, Recorder, StepClock,
+    StepRecord, UntrackedParameters, rejection_reason,
+)
 from adabatch.wrap import check_not_hooked, check_optimizer, per_sample_hooks, plan_of
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from adabatch.estimators.pooling import running_backward
+from adabatch.estimators.gradients import running_backward
 from adabatch._tree import Path, holds_packed_sequence, map_tensors, tensors
 from adabatch._types import Args, Batch, Inputs, Kwargs, LossFn
 from adabatch.check.isolate import restored

@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 
 from adabatch._checks import function, positive, real, smoothing as checked_smoothing
 from adabatch.controllers.base import Controller, measured
-from adabatch.estimators.averages import MovingAverage, student_quantile
-from adabatch.estimators.intervals import JointAverages, fieller, trace_error
+from adabatch.estimators.averages import (
+    JointAverages, MovingAverage, fieller, student_quantile,
+)
+from adabatch.estimators.moments import trace_error
 from adabatch.estimators.loss_floor import LossFloor
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import NO_INTERVAL, EffectiveLr, RunContext

@@ -15,9 +15,8 @@ import numpy as np
 
 from adabatch._checks import positive, real
 from adabatch.controllers.base import Controller, Input, measured, ratio
-from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.intervals import JointAverages, trace_and_signal
-from adabatch.estimators.moments import GradientMoments
+from adabatch.estimators.averages import JointAverages, MovingAverage
+from adabatch.estimators.moments import GradientMoments, trace_and_signal
 from adabatch.interfaces import RunContext
 from adabatch.scheduler.coupling import gain as gain_of
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from adabatch._checks import positive
 from adabatch.controllers.base import Controller, measured, ratio
-from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.intervals import JointAverages, trace_and_signal
-from adabatch.estimators.moments import GradientMoments
+from adabatch.estimators.averages import JointAverages, MovingAverage
+from adabatch.estimators.moments import GradientMoments, trace_and_signal
 
 
 class NoiseScale(Controller):

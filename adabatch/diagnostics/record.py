@@ -12,8 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from adabatch._table import html
-from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.intervals import JointAverages
+from adabatch.estimators.averages import JointAverages, MovingAverage
 from adabatch.interfaces import State
 
 LEVEL = 0.9

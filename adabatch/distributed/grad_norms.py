@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
-from adabatch.estimators.pooling import gradients, stacked, total_norm
+from adabatch.estimators.gradients import gradients, stacked, total_norm
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -20,7 +20,7 @@ from adabatch.estimators.moments import GradientMoments, centred_terms
 from adabatch.estimators.totals import N_SUMS, Totals, between_processes, sums_of, totals_of
 
 if TYPE_CHECKING:
-    from adabatch.scheduler.pipeline import StepRecord
+    from adabatch.scheduler.record import StepRecord
 
 TOLERANCE = 1e-6  # relative spread of ‖g‖² over processes whose gradients should be equal
 UNREDUCED = (

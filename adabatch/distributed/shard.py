@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from adabatch._types import Args, Batch
 from adabatch.distributed.grad_norms import (is_sharded, parts_of_grad_sq_norms,
                                              replicated_sq_norms)
-from adabatch.estimators.pooling import grad_sq_norms
+from adabatch.estimators.gradients import grad_sq_norms
 
 T = TypeVar("T")
 NOTHING_RUN = (

@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from adabatch._checks import check_version
 from adabatch._transfers import DelayedMoments, HostCopies
 from adabatch.distributed.shard import BatchShard
+from adabatch.estimators.gradients import at_backward_end, check_arguments
 from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import at_backward_end, check_arguments
 from adabatch.interfaces import Estimator, State
 from adabatch.kernels import accumulation_dtype
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from adabatch._checks import check_version
 from adabatch.distributed.shard import BatchShard
-from adabatch.estimators.loss_scale import StepScale, step_scale
-from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import (
-    BackwardPass, PoolOptions, at_backward_end, check_arguments, grad_sq_norms, running_backward,
+from adabatch.estimators.gradients import (
+    at_backward_end, check_arguments, grad_sq_norms, running_backward,
 )
+from adabatch.estimators.loss_scale import StepScale, step_scale
+from adabatch.estimators.moments import BackwardPass, GradientMoments, PoolOptions
 from adabatch.grad_sample.backward.finish import (
     NOTHING_MEASURED, REENTRANT, BackwardChecks, DeferredFactors, PendingStep, batch_size_of,
     check_all_seen, check_gradients_left, finish_pass, reported_parameters, trainable_grads,

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
-from adabatch.estimators.pooling import at_backward_end
+from adabatch.estimators.gradients import at_backward_end
 from adabatch._types import Argument, LossFn
 from adabatch.distributed.grad_norms import is_sharded
 from adabatch.interfaces import Estimator, State

@@ -23,13 +23,13 @@ from adabatch.grad_sample.cost import Measurement
 from adabatch.interfaces import NO_INTERVAL, BatchSource, Controller, Estimator, RunContext, State
 from adabatch.scheduler.coupling import rule_of_optimizer, smoothing_of
 from adabatch.scheduler.decision import (CurrentBatchSize, PlainController, SizeRule, as_controller,
-                                         call_controller, check_rows, name_of, rejection_reason)
-from adabatch.scheduler.health import GradientNormCheck, GradScalerDetector, UntrackedParameters
+                                         call_controller, name_of, plan_for)
 from adabatch.scheduler.lr import (LrAdjuster, MeanEffectiveLr, check_unscaled,
                                    effective_lr_of_controller)
-from adabatch.scheduler.pipeline import HostTransferStage, Pipeline, Stage, StepRecord
-from adabatch.scheduler.plan import plan_for
-from adabatch.scheduler.record import EpochCount, LossPool, Recorder, StepClock
+from adabatch.scheduler.record import (EpochCount, GradientNormCheck, GradScalerDetector,
+                                       HostTransferStage, LossPool, Pipeline, Recorder, Stage,
+                                       StepClock, StepRecord, UntrackedParameters, check_rows,
+                                       rejection_reason)
 
 if TYPE_CHECKING:
     from adabatch.distributed.group import Processes
@@ -75,7 +75,7 @@ class BatchSizeScheduler:
         coupling: how the lr follows the batch size: a rule's name, a callable, or `Coupling`. The
             controller is passed the lr without it.
         measure: "all" at every step; `Every(k)`; a share of the training time that measuring may
-            cost (`adabatch.scheduler.plan.Budget`); "auto": a share of 0.05 where the cost is
+            cost (`adabatch.scheduler.decision.Budget`); "auto": a share of 0.05 where the cost is
             known; None: nothing.
         grad_scaler: the GradScaler of the loss: step(loss) takes the loss without its scale.
         diagnostics: a history to append to; default a new one.

@@ -25,8 +25,7 @@ import torch
 
 from adabatch import CABS, GradientMoments
 from adabatch.estimators import loss_floor as floor
-from adabatch.estimators.averages import MovingAverage
-from adabatch.estimators.intervals import JointAverages
+from adabatch.estimators.averages import JointAverages, MovingAverage
 from adabatch.estimators.loss_floor import LossFloor
 from tests.estimators.quadratic import Quadratic, runs
 

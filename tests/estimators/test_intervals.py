@@ -9,8 +9,13 @@ import torch
 from scipy import optimize, stats
 
 from adabatch import GradientMoments
-from adabatch.estimators.averages import MovingAverage, student_quantile
-from adabatch.estimators.intervals import JointAverages, fieller, trace_error
+from adabatch.estimators.averages import (
+    JointAverages,
+    MovingAverage,
+    fieller,
+    student_quantile,
+)
+from adabatch.estimators.moments import trace_error
 
 
 def excess(ratio, numerator, denominator, variances, covariance, quantile):

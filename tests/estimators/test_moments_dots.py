@@ -8,7 +8,7 @@ from scipy import stats
 from torch import nn
 
 from adabatch import GradientMoments, GradSampleHooks
-from adabatch.estimators.pooling import BackwardPass, pool_passes
+from adabatch.estimators.moments import BackwardPass, pool_passes
 from tests import oracle
 from tests.estimators.test_moments import Regression, within_three_standard_errors
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from adabatch.estimators.pooling import BackwardPass, PoolOptions
-from adabatch.estimators.pooling import pool_passes as pool
+from adabatch.estimators.moments import BackwardPass, PoolOptions
+from adabatch.estimators.moments import pool_passes as pool
 from adabatch.grad_sample.statistics import SecondMoment
 
 SHAPES = {"a": (3,), "b": (2, 2)}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from adabatch import kernels
-from adabatch.estimators.pooling import grad_sq_norms
+from adabatch.estimators.gradients import grad_sq_norms
 from adabatch.kernels import OPERATIONS, operators, reference_conv
 from tests.kernels import cases
 from tests.kernels.cases import CONV, OUTER, RTOL, SHAPES, check, close, make

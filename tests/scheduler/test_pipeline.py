@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import adabatch
 from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
 from adabatch import _transfers as host_copies
-from adabatch.scheduler.pipeline import HostTransferStage
+from adabatch.scheduler.record import HostTransferStage
 from tests.options import grouped, make_scheduler
 from tests.scripted import Proposals, regression, squared_error
 

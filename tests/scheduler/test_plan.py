@@ -16,7 +16,7 @@ from adabatch.controllers import Scheduled
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import LayerCost, StepCost
-from adabatch.scheduler.plan import STRETCH, WARM_UP, Budget
+from adabatch.scheduler.decision import STRETCH, WARM_UP, Budget
 from tests.options import make_scheduler
 from tests.scripted import Proposals, ones, slope_run, steps
 

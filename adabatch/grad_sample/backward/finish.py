@@ -17,8 +17,9 @@ from torch import Tensor
 from adabatch._transfers import HostCopies
 from adabatch.distributed.grad_norms import whole_gradient
 from adabatch.estimators.loss_scale import StepScale
-from adabatch.estimators.moments import GradientMoments
-from adabatch.estimators.pooling import BackwardPass, PoolOptions, pool_passes
+from adabatch.estimators.moments import (
+    BackwardPass, GradientMoments, PoolOptions, pool_passes,
+)
 from adabatch.grad_sample.backward.recorder import BackwardRecord, ProbeSet, Report, add_to_row
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.factors.merge import merge_factors

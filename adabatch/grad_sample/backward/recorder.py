@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adabatch.estimators.pooling import running_backward
+from adabatch.estimators.gradients import running_backward
 from adabatch._transfers import is_remote, to_device
 from adabatch.grad_sample.backward.verify import GradientSumCheck
 from adabatch.grad_sample.factors.base import Factor

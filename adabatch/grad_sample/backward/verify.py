@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from adabatch.estimators.pooling import running_backward
+from adabatch.estimators.gradients import running_backward
 from adabatch.grad_sample.factors.base import Factor
 
 DIFFERS = (

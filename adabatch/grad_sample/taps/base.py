@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adabatch.estimators.pooling import running_backward
+from adabatch.estimators.gradients import running_backward
 from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.sharded_layers import is_parallel, own_activations, own_backprops
 from adabatch.grad_sample.backward.recorder import (
