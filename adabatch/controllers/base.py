@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from adabatch import interfaces
+from adabatch._types import Part
 from adabatch._checks import check_version
-from adabatch.data.order import Stateful
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import NO_INTERVAL, EffectiveLr, RunContext, State
@@ -118,7 +118,7 @@ class Controller(interfaces.Controller):
         """The class's name, and averages and counts as plain numbers."""
         state: State = {"version": self.version, "controller": type(self).__name__}
         for name, value in self._state().items():
-            state[name] = value.state_dict() if isinstance(value, Stateful) else copy.copy(value)
+            state[name] = value.state_dict() if isinstance(value, Part) else copy.copy(value)
         if self.children:
             state["children"] = [child.state_dict() for child in self.children]
         return state
@@ -132,7 +132,7 @@ class Controller(interfaces.Controller):
         """
         self.check_state(state)
         for name, value in self._state().items():
-            if isinstance(value, Stateful):
+            if isinstance(value, Part):
                 value.load_state_dict(state[name])
             else:
                 setattr(self, name, copy.copy(state[name]))

@@ -56,7 +56,7 @@ def learn_layout(collate_fn: CollateFn, sample: Sample) -> Layout:
 def cut(batch: Batch, layout: Layout, start: int, stop: int) -> Batch:
     """Samples start … stop − 1 of a batch.
 
-    Tensors are views with version counters of their own, or copies where a view would be laid out
+    Tensors are views with separate version counters, or copies where a view would be laid out
     otherwise in memory.
 
     Raises:

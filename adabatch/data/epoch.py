@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from adabatch._types import Batch
+from adabatch._types import Batch, Part
 from adabatch.data.batches import PER_SAMPLE, Layout, cut, join, learn_layout
 from adabatch.data.chunks import ChunkBuffer, ChunkPlan, Cut, Reply, Request
-from adabatch.data.order import Stateful
 from adabatch.data.rng import mix
 from adabatch.data.sampler import ResizableBatchSampler
 from adabatch.interfaces import State
@@ -77,7 +76,7 @@ class Epoch:
     def requests(self) -> Iterator[Request]:
         """The chunks in the sampler's order, each drawn when the engine has room for it."""
         sampler, world = self._sampler, self._sampler.shard.world_size
-        stateful, epoch = isinstance(sampler.sampler, Stateful), sampler.epoch
+        stateful, epoch = isinstance(sampler.sampler, Part), sampler.epoch
         order = sampler.open_order(self._iterator_id, self._skip)
         while True:
             before = copy.deepcopy(sampler.sampler.state_dict()) if stateful else None

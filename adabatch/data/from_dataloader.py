@@ -72,7 +72,7 @@ def _of_distributed(loader: DataLoader, sampler: DistributedSampler) -> Kwargs:
     if type(sampler) is not DistributedSampler or len(theirs) != len(here):
         raise ValueError(
             f"the loader's sampler ({type(sampler).__name__}) divides samples among processes by "
-            "rules of its own, or those of another data set. Omit it: the processes then share one "
+            "other rules, or those of another data set. Omit it: the processes then share one "
             "order (rank= and world_size=).")
     logger.info(
         "DistributedSampler is replaced: %s processes of global batches of %s x %s samples share "

@@ -14,7 +14,7 @@ from torch.utils.data import (
     IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler)
 
 from adabatch._checks import integer
-from adabatch._types import SavedState, Source
+from adabatch._types import Part, Source
 from adabatch.data.rng import GOLDEN, splitmix64, words
 
 MAX_SAMPLES, MAX_WORD = 2**62, 2**64 - 1
@@ -158,14 +158,6 @@ def indices(positions: range, permutation: KeyedPermutation | None) -> Iterator[
 
 
 @runtime_checkable
-class Stateful(Protocol):
-    """A sampler, data set or iterator that saves and restores its own position."""
-
-    def state_dict(self) -> SavedState: ...
-    def load_state_dict(self, state: SavedState) -> None: ...
-
-
-@runtime_checkable
 class EpochAware(Protocol):
     """A sampler or data set whose order depends on an epoch that is set from outside."""
 
@@ -175,7 +167,7 @@ class EpochAware(Protocol):
 def generator_of(sampler: object) -> torch.Generator | None:
     """The generator that repeats a sampler's order, if it has one and keeps no state itself."""
     generator = getattr(sampler, "generator", None)
-    plain = isinstance(generator, torch.Generator) and not isinstance(sampler, Stateful)
+    plain = isinstance(generator, torch.Generator) and not isinstance(sampler, Part)
     return generator if plain else None
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, IterableDataset, Sampler
 
 from adabatch._checks import check_version, integer
-from adabatch._types import Source
+from adabatch._types import Part, Source
 from adabatch.data.order import (
-    MAX_SAMPLES, MAX_WORD, SHUFFLING, EpochAware, KeyedPermutation, Shard, Stateful, StreamOrder,
+    MAX_SAMPLES, MAX_WORD, SHUFFLING, EpochAware, KeyedPermutation, Shard, StreamOrder,
     check_shared, generator_of, indices, length_of)
 from adabatch.interfaces import BatchSource, State
 
@@ -201,7 +201,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             "version": VERSION, "epoch": self._epoch, "position": self.position,
             "batch_size": self.batch_size, "num_samples": self._num_samples,
             "shuffle": self.shuffle, "seed": self.seed,
-            "sampler": self.sampler.state_dict() if isinstance(self.sampler, Stateful) else None,
+            "sampler": self.sampler.state_dict() if isinstance(self.sampler, Part) else None,
             "generator": generator}
 
     def load_state_dict(self, state: State) -> None:
@@ -224,7 +224,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         generator = generator_of(self.sampler)
         self.batch_size = max(batch_size, self.shard.world_size)
         self.go_to(epoch, position)
-        if isinstance(self.sampler, Stateful):
+        if isinstance(self.sampler, Part):
             self.sampler.load_state_dict(state["sampler"])
         elif position == 0 and generator is not None:
             # Now, not at the first draw: a DataLoader may share the generator and draw from it in
@@ -249,7 +249,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         wrong = [f"{name}: saved {saved}, here {here}" for name, saved, here in (
             ("num_samples", state["num_samples"], self._num_samples),
             ("shuffle", state["shuffle"], self.shuffle),
-            ("sampler with a state_dict", stateful, isinstance(self.sampler, Stateful)),
+            ("sampler with a state_dict", stateful, isinstance(self.sampler, Part)),
             ("sampler with a generator", generated, generator_of(self.sampler) is not None),
         ) if saved != here]
         if wrong:
@@ -320,7 +320,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
                 generator.set_state(self._restore)
             self._begun_from = generator.get_state()
         self._restore = None
-        skipped = skip if isinstance(self.sampler, Stateful) else start
+        skipped = skip if isinstance(self.sampler, Part) else start
         order = islice(self.sampler, skipped, None)
         return self.shard.of_order(order, start, self.num_samples if self.is_sized else None)
 

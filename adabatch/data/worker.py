@@ -11,10 +11,10 @@ from typing import Protocol, runtime_checkable
 
 from torch.utils.data import Dataset, get_worker_info
 
-from adabatch._types import CollateFn, Sample, Source
+from adabatch._types import CollateFn, Part, Sample, Source
 from adabatch.data.batches import PER_SAMPLE, Layout, learn_layout
 from adabatch.data.chunks import Reply, Request
-from adabatch.data.order import ONE_PROCESS, EpochAware, Shard, Stateful
+from adabatch.data.order import ONE_PROCESS, EpochAware, Shard
 from adabatch.data.rng import generators_restored, mix, sample_keys, seed_generators
 from adabatch.interfaces import State
 
@@ -123,7 +123,7 @@ class StreamFetcher(Fetcher):
         if restore["data"] is not None and not restore["of_iterator"]:
             self.dataset.load_state_dict(restore["data"])
         self._iterator = iter(self.dataset)
-        if restore["of_iterator"] and isinstance(self._iterator, Stateful):
+        if restore["of_iterator"] and isinstance(self._iterator, Part):
             self._iterator.load_state_dict(restore["data"])
 
     def _samples(self, request: Request) -> list[Sample]:
@@ -142,9 +142,9 @@ class StreamFetcher(Fetcher):
     def _state(self) -> State | None:
         if self._ended:
             return {"data": None, "count": self._count, "of_iterator": False, "ended": True}
-        of_iterator = isinstance(self._iterator, Stateful)
+        of_iterator = isinstance(self._iterator, Part)
         source = self._iterator if of_iterator else self.dataset
-        if not isinstance(source, Stateful):
+        if not isinstance(source, Part):
             return None
         # A copy, because the data set may change what it handed out.
         data = copy.deepcopy(source.state_dict())

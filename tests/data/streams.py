@@ -63,7 +63,7 @@ class Plain(IterableDataset):
 
 
 class Restartable:
-    """An order of its own that can be saved: 7, 8, …, n − 1, 0, …, 6."""
+    """An order that can be saved: 7, 8, …, n − 1, 0, …, 6."""
 
     def __init__(self, n):
         self.n, self.at = n, 0

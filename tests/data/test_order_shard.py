@@ -310,7 +310,7 @@ def test_other_distributed_samplers_are_refused():
         pass
 
     for sampler in (Other(Numbers(8), 2, 0), DistributedSampler(Numbers(6), 2, 0)):
-        with pytest.raises(ValueError, match="rules of its own, or those of another data set"):
+        with pytest.raises(ValueError, match="other rules, or those of another data set"):
             AdaptiveDataLoader.from_loader(DataLoader(Numbers(8), 4, sampler=sampler))
 
 
@@ -334,8 +334,9 @@ class NoLength:
     ],
 )
 def test_errors(arguments, error, message):
+    defaults = {"dataset": Numbers(9), "batch_size": 4, "world_size": 4}
     with pytest.raises(error, match=message):
-        AdaptiveDataLoader(**({"dataset": Numbers(9), "batch_size": 4, "world_size": 4} | arguments))
+        AdaptiveDataLoader(**(defaults | arguments))
 
 
 def test_a_size_below_the_number_of_processes_is_refused_and_nothing_changes():

@@ -55,7 +55,7 @@ def test_every_index_once_in_batches_of_the_size_asked_for(n, sizes, shuffle, se
             assert len(batch) == size
         if drop_last:
             assert all(len(batch) == size for size, batch, _ in drawn)
-            # Only a tail shorter than the batch asked for next is left out.
+            # Only a tail shorter than the next batch is left out.
             assert n - len(flat(batches)) < sizes[len(batches) % len(sizes)]
         else:
             assert len(flat(batches)) == n

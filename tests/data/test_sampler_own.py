@@ -56,7 +56,7 @@ def test_a_sampler_may_be_the_first_argument_as_in_torchs_batch_sampler():
     assert sampler.sampler is own
     assert sorted(flat(sampler)) == [3, 5, 8]
     assert list(ResizableBatchSampler(Unsized(), 3)) == [[4, 2, 0], [1]]
-    # A list has indices of its own, so it is a data set.
+    # A list can be indexed, so it is a data set.
     assert list(ResizableBatchSampler([5, 3, 8], 3)) == [[0, 1, 2]]
 
 

@@ -55,7 +55,8 @@ def test_parameters_and_groups_add_up_to_the_model(inner_products):
     model, batch = make_mlp(torch.float64), make_batch(9, torch.float64)
     groups = [list(model[0].parameters()), list(model[2].parameters())]
     for options in ({"per_parameter": True}, {"param_groups": groups}):
-        moments = measure(model, batch, samples=5, statistics=["inner_products"] if inner_products else [], **options)
+        statistics = ["inner_products"] if inner_products else []
+        moments = measure(model, batch, samples=5, statistics=statistics, **options)
         found = LayerStatistics.of_step(moments)
         close(found.traces.sum(), moments.variance_trace, 1e-9)
         close(found.signals.sum(), moments.true_grad_sq_norm, 1e-9)
