@@ -82,7 +82,7 @@ class LayerStatistics:
             names = tuple(f"group {index}" for index in moments.by_group)
             return cls(names, "group", traces, signals, size, measured)
         names = tuple(moments.by_parameter)
-        m_eff = size if moments.effective_batch_size is None else moments.effective_batch_size
+        m_eff = moments.m_eff
         if moments.totals is not None:  # of several processes, whose samples are not all here
             sums = [moments.totals.parameter_terms[name] for name in names]
             norms = [moments.parameter_grad_sq_norms[name] for name in names]

@@ -167,8 +167,9 @@ class CurrentBatchSize:
 
     def write(self, size: int) -> None:
         """Set the size."""
-        self.size = size
-        self._loader.batch_size = size // self._accumulate
+        self.size, batch_size = size, size // self._accumulate
+        if self._loader.batch_size != batch_size:
+            self._loader.batch_size = batch_size
 
 
 def call_controller(

@@ -241,6 +241,8 @@ class LossPool:
         self._micro, self._summed = loader.micro_batches, summed
         self._attempt, self._calls = -1, 0
         self._total: Tensor | float = 0.0
+        self._device: torch.device | None = None
+        self._remote = False
 
     def pool(self, loss: Tensor | float) -> Tensor | float | None:
         """Take one loss; the batch's, or None while micro-batches of it are to come. One on an
@@ -251,22 +253,23 @@ class LossPool:
         """
         micro = self._micro
         if micro is None or micro.count == 1:
-            return _taken(loss)
+            return self._taken(loss)
         if self._attempt != micro.attempt:
             self._attempt, self._total, self._calls = micro.attempt, 0.0, 0
         self._calls += 1
         whole = self._summed or (micro.is_last and self._calls == 1)
-        self._total = self._total + _taken(loss) * (1 if whole else micro.size)
+        self._total = self._total + self._taken(loss) * (1 if whole else micro.size)
         if not micro.is_last:
             return None
         return self._total if whole else self._total / micro.batch_size
 
-
-def _taken(loss: Tensor | float) -> Tensor | float:
-    if not isinstance(loss, Tensor) or not is_remote(loss):
-        return scalar_loss(loss)
-    _check_scalar(loss)
-    return loss.detach().reshape(()).clone()  # a compiled step may overwrite it before it is read
+    def _taken(self, loss: Tensor | float) -> Tensor | float:
+        if isinstance(loss, Tensor) and loss.device != self._device:
+            self._device, self._remote = loss.device, is_remote(loss)
+        if not isinstance(loss, Tensor) or not self._remote:
+            return scalar_loss(loss)
+        _check_scalar(loss)
+        return loss.detach().reshape(()).clone()  # a compiled step may overwrite it before a read
 
 
 class StepClock:
