@@ -197,7 +197,7 @@ def test_token_counts_reach_the_moments():
         assert proposals.passed[-1]["moments"].weights is not None
 
 
-def test_weights_need_dots_on_measuring_steps():
+def test_weights_need_inner_products_on_measuring_steps():
     model, _, loader, scheduler = run(every=2)
     for step, (inputs, targets) in enumerate(loader):
         loss = squared_error(model(inputs), targets)

@@ -47,7 +47,8 @@ def test_the_short_last_batch(short_batch, last, scheduler_first):
 
 
 def test_short_last_batches_of_accumulated_passes():
-    model, optimizer, loader, scheduler = slope_run(Proposals(32), n=76, batch_size=16, accumulate=2)
+    model, optimizer, loader, scheduler = slope_run(
+        Proposals(32), n=76, batch_size=16, accumulate=2)
     moved = []
     for _ in range(2):
         optimizer.zero_grad()
@@ -63,7 +64,8 @@ def test_short_last_batches_of_accumulated_passes():
     # 16 16 | 16 16 | 12, left over and thrown away
     assert moved == pytest.approx([1.0] * 4, rel=1e-5)
     assert list(scheduler.diagnostics.column("batch_size")) == [32] * 4
-    model, optimizer, loader, scheduler = slope_run(Proposals(32), n=60, batch_size=16, accumulate=2)
+    model, optimizer, loader, scheduler = slope_run(
+        Proposals(32), n=60, batch_size=16, accumulate=2)
     for count, (inputs,) in enumerate(loader):
         (model(inputs).mean() / 2).backward()
         if count % 2:
@@ -221,7 +223,8 @@ def test_groups_are_weighted_by_their_variance_trace(every):
         loss.backward()
         optimizer.step()
         scheduler.step(loss)
-    assert [passed["lr"] for passed in controller.passed] == pytest.approx(expected[::every], rel=1e-5)
+    lrs = [passed["lr"] for passed in controller.passed]
+    assert lrs == pytest.approx(expected[::every], rel=1e-5)
     assert list(scheduler.diagnostics.column("lr")) == pytest.approx(
         [expected[step - step % every] for step in range(4)], rel=1e-5
     )

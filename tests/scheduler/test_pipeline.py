@@ -65,7 +65,8 @@ class Run:
         every_step = {} if "samples" in options else {"measure": "all"}
         options = {"batch_sizes": (4, 64), **every_step, "grad_scaler": grad_scaler, **options}
         parts = adabatch.wrap(self.model, SGD(self.model.parameters(), lr=1e-3), loader,
-                              controller=controller or Proposals(20, 24, 12, 16), **grouped(**options))
+                              controller=controller or Proposals(20, 24, 12, 16),
+                              **grouped(**options))
         self.optimizer, self.loader, self.scheduler = parts
         self.batches = iter(self.loader)
 
@@ -135,7 +136,8 @@ def test_the_numbers_are_the_same_one_step_later(options, monkeypatch):
     for name in ("variance_trace", "grad_sq_norm"):
         assert list(late.history.column(name)) == pytest.approx(list(expected.history.column(name)),
                                                                 rel=1e-5, nan_ok=True), name
-    passed = [[entry["lr"] for entry in run.scheduler.controller.passed] for run in (late, expected)]
+    passed = [[entry["lr"] for entry in run.scheduler.controller.passed]
+              for run in (late, expected)]
     assert passed[0] == passed[1]
 
 

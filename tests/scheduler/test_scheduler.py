@@ -58,15 +58,16 @@ def test_multiples():
 
 
 def test_cooldown_waits_and_counts_steps_that_did_not_measure():
-    assert sizes(slope_run(Proposals(20, 30, 40, 50, 60), cooldown=2), 6) == [16, 20, 20, 20, 50, 50]
+    run = slope_run(Proposals(20, 30, 40, 50, 60), cooldown=2)
+    assert sizes(run, 6) == [16, 20, 20, 20, 50, 50]
     assert sizes(slope_run(Proposals(20, 30), cooldown=3, every=2), 6) == [16, 20, 20, 20, 20, 30]
     assert sizes(slope_run(Proposals(20, math.nan, math.nan, 30), cooldown=2),
                  5) == [16, 20, 20, 20, 30]
 
 
 def test_hysteresis_keeps_small_changes_out():
-    assert sizes(slope_run(Proposals(17, 18, 14, 19, 20, 24), hysteresis=0.125), 7) == [16, 16, 16, 16,
-                                                                                     19, 19, 24]
+    run = slope_run(Proposals(17, 18, 14, 19, 20, 24), hysteresis=0.125)
+    assert sizes(run, 7) == [16, 16, 16, 16, 19, 19, 24]
 
 
 @pytest.mark.parametrize("every", [2, 3])
@@ -126,8 +127,8 @@ def test_the_controller_gets_raw_moments_and_the_record_shows_them():
         optimizer.step()
         scheduler.step(loss)
         assert controller.passed[-1]["loss"] == loss.item()
-    assert [passed["moments"].variance_trace for passed in controller.passed] == pytest.approx(expected,
-                                                                                         rel=1e-5)
+    traces = [passed["moments"].variance_trace for passed in controller.passed]
+    assert traces == pytest.approx(expected, rel=1e-5)
     history = scheduler.diagnostics
     assert list(history.column("variance_trace")) == pytest.approx(expected, rel=1e-5)
     assert list(history.column("samples_seen")) == [16, 32, 48, 60]
@@ -166,7 +167,8 @@ def test_accumulated_passes_are_one_step_of_all_their_samples(accumulate):
             total = 0.0
     hooks.remove()
     assert [len(inputs) for inputs, _ in groups[1]] == [{2: 15, 4: 8}[accumulate]] * accumulate
-    for group, passed, record in zip(groups, controller.passed, scheduler.diagnostics, strict=False):
+    steps = zip(groups, controller.passed, scheduler.diagnostics, strict=False)
+    for group, passed, record in steps:
         batch = tuple(torch.cat(parts) for parts in zip(*group, strict=True))
         grads = oracle.per_sample_grads(model, per_sample_loss, batch)
         assert passed["moments"].batch_size == record.batch_size == len(batch[0])

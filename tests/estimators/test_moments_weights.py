@@ -1,4 +1,5 @@
-"""Samples of unequal weight: a mean over all tokens of a padded batch. Expected values are closed forms of the oracle's per-sample gradients."""
+"""Samples of unequal weight: a mean over all tokens of a padded batch. Expected values are closed
+forms of the oracle's per-sample gradients."""
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ class Tokens(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.table, self.mix, self.head = nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7, bias=False)
+        self.table, self.mix, self.head = (
+            nn.Embedding(7, 5),
+            nn.Linear(5, 5),
+            nn.Linear(5, 7, bias=False),
+        )
         self.head.weight = self.table.weight
 
     def forward(self, ids):
@@ -24,7 +29,9 @@ class Tokens(nn.Module):
 def token_losses(model, batch):
     """Losses [N, T], zero at the padding."""
     ids, targets = batch
-    return nn.functional.cross_entropy(model(ids).transpose(1, 2), targets, reduction="none", ignore_index=-100)
+    return nn.functional.cross_entropy(
+        model(ids).transpose(1, 2), targets, reduction="none", ignore_index=-100
+    )
 
 
 def sample_means(model, batch):
@@ -38,7 +45,10 @@ def token_mean(model, batch):
 
 def padded(lengths, positions=6):
     """(ids, targets) [N, T] with -100 behind each sample's end."""
-    ids, targets = torch.randint(7, (len(lengths), positions)), torch.randint(7, (len(lengths), positions))
+    ids, targets = (
+        torch.randint(7, (len(lengths), positions)),
+        torch.randint(7, (len(lengths), positions)),
+    )
     targets[torch.arange(positions) >= torch.tensor(lengths).unsqueeze(1)] = -100
     return ids, targets
 
@@ -48,14 +58,17 @@ def flat(grads):
 
 
 def expected_terms(grads, shares):
-    """‖z_i − w_i g‖² with z_i = w_i g_i, w_i = m a_i and g = Σ a_i g_i, from the gradients of the samples' own means; and g itself."""
+    """‖z_i − w_i g‖² with z_i = w_i g_i, w_i = m a_i and g = Σ a_i g_i, from the gradients of the
+    samples' own means; and g itself."""
     rows, m = flat(grads), len(shares)
     mean = shares @ rows
     return (m * shares.unsqueeze(1) * (rows - mean)).square().sum(1), mean
 
 
 @pytest.mark.parametrize("samples", [None, 4])
-@pytest.mark.parametrize("lengths", [[6, 1, 3, 5, 2, 2, 4], [6, 0, 3, 5, 2, 2, 1], [3] * 7], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[6, 1, 3, 5, 2, 2, 4], [6, 0, 3, 5, 2, 2, 1], [3] * 7], ids=str
+)
 def test_token_means_of_padded_batches(lengths, samples):
     torch.manual_seed(0)
     model, batch, m = Tokens(), padded(lengths), 7
@@ -70,14 +83,22 @@ def test_token_means_of_padded_batches(lengths, samples):
     close(moments.grad_sq_norm, float(mean @ mean), 1e-5)
     close(moments.centred_sq_norms, terms[rows], 1e-5)
     close(moments.variance_trace, m / (m - 1) * float(terms[rows].mean()), 1e-5)
-    close(moments.true_grad_sq_norm, float(mean @ mean) - m / (m - 1) * float(terms[rows].mean()) / m, 1e-4)
+    close(
+        moments.true_grad_sq_norm,
+        float(mean @ mean) - m / (m - 1) * float(terms[rows].mean()) / m,
+        1e-4,
+    )
     shared = ((m - 1) ** 2 + len(rows) - 1) / (m * (m - 2))  # all terms share one mean
-    close(moments.std_error, m / (m - 1) * float(terms[rows].std()) * (shared / len(rows)) ** 0.5, 1e-4)
+    close(
+        moments.std_error,
+        m / (m - 1) * float(terms[rows].std()) * (shared / len(rows)) ** 0.5,
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("samples", [None, 3])
 @pytest.mark.parametrize("sizes", [(4, 4), (2, 6, 3)], ids=str)
-def test_accumulated_passes_have_token_means_of_their_own(sizes, samples):
+def test_accumulated_passes_have_one_token_mean_each(sizes, samples):
     torch.manual_seed(0)
     m, k = sum(sizes), len(sizes)
     lengths = torch.randint(1, 7, (m,))
@@ -95,14 +116,18 @@ def test_accumulated_passes_have_token_means_of_their_own(sizes, samples):
         close(moments.variance_trace, m / (m - 1) * float(terms.mean()), 1e-5)
         return
     rows, trace = moments.indices.split([min(samples, size) for size in sizes]), 0.0
-    for size, picked in zip(sizes, rows, strict=True):  # each pass's measured mean stands for all of its samples
+    for size, picked in zip(
+        sizes, rows, strict=True
+    ):  # each pass's measured mean stands for all of its samples
         trace += size / m * float(terms[picked].mean())
     close(moments.variance_trace, m / (m - 1) * trace, 1e-5)
 
 
 def test_equal_weights_are_no_weights():
     model, batch = make_mlp(), make_batch()
-    hooks = GradSampleHooks(model, statistics=["inner_products", "second_moment"], per_parameter=True)
+    hooks = GradSampleHooks(
+        model, statistics=["inner_products", "second_moment"], per_parameter=True
+    )
     both = []
     for weights in (None, torch.full((8,), 13.0)):
         model.zero_grad()
@@ -116,17 +141,22 @@ def test_equal_weights_are_no_weights():
 
 
 def test_lengths_are_not_taken_for_noise():
-    """The trace is that of the gradient over fresh batches, m·tr Cov(g); taking z_i for g_i would add about CV²(length)·‖g‖²."""
+    """The trace is that of the gradient over fresh batches, m·tr Cov(g); taking z_i for g_i would
+    add about CV²(length)·‖g‖²."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.full((4,), 2.0, dtype=torch.float64)
     gradients, traces, plain = [], [], []
     for _ in range(3000):
         lengths = torch.randint(1, 12, (32,), generator=generator).double()
-        grads = mean + torch.randn(32, 4, generator=generator, dtype=torch.float64) / lengths.sqrt().unsqueeze(1)
+        grads = mean + torch.randn(
+            32, 4, generator=generator, dtype=torch.float64
+        ) / lengths.sqrt().unsqueeze(1)
         weights = 32 * lengths / lengths.sum()
         z = weights.unsqueeze(1) * grads
         g = z.mean(0)
-        moments = GradientMoments(32, z.square().sum(1), float(g @ g), inner_products=z @ g, weights=weights)
+        moments = GradientMoments(
+            32, z.square().sum(1), float(g @ g), inner_products=z @ g, weights=weights
+        )
         gradients.append(g)
         traces.append(moments.variance_trace)
         plain.append(GradientMoments(32, moments.sq_norms, moments.grad_sq_norm).variance_trace)
@@ -138,11 +168,13 @@ def test_lengths_are_not_taken_for_noise():
     assert wrong > 5 * truth
 
 
-def test_weights_without_dots_are_an_error_never_the_plain_form():
+def test_weights_without_inner_products_raise():
     model, batch = make_mlp(), make_batch()
     hooks = GradSampleHooks(model)
     backward(model, batch)
-    with pytest.raises(ValueError, match=r"samples of unequal weight needs the inner products.*inner_products"):
+    with pytest.raises(
+        ValueError, match=r"samples of unequal weight needs the inner products.*inner_products"
+    ):
         hooks.collect(weights=torch.ones(8))
     with pytest.raises(ValueError, match="inner_products"):
         GradientMoments(2, torch.ones(2), 1.0, weights=torch.ones(2))
@@ -156,7 +188,10 @@ def test_weights_without_dots_are_an_error_never_the_plain_form():
     [
         (torch.ones(7), r"one number for each of the 8 samples of the step, got the shape \(7,\)"),
         (torch.ones(8, 1), r"got the shape \(8, 1\)"),
-        ([1.0] * 7 + [float("nan")], "finite numbers >= 0 with a positive sum in each backward pass"),
+        (
+            [1.0] * 7 + [float("nan")],
+            "finite numbers >= 0 with a positive sum in each backward pass",
+        ),
         ([1.0] * 7 + [-1.0], "finite numbers >= 0"),
         ([0] * 8, "positive sum"),
     ],
