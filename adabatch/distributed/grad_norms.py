@@ -21,7 +21,7 @@ def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) 
     No collective per parameter: a gradient that every process holds whole counts 1/world_size on
     each; of a DTensor the own shard counts, divided by the number of processes that hold the same
     shard (replicas of a hybrid mesh, and other meshes of the same kind under tensor parallelism).
-    Only partial sums are gathered to their norm.
+    Only partial sums are gathered.
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(2))
@@ -78,7 +78,9 @@ def _own_part(grad: Tensor, world_size: int) -> tuple[Tensor, float]:
     if not is_sharded(grad):
         return grad, 1 / world_size
     mesh, placements = grad.device_mesh, grad.placements
-    if any(placement.is_partial() for placement in placements) or mesh.size() > world_size:
+    if any(placement.is_partial() for placement in placements):
+        return grad.full_tensor(), 1 / world_size  # torch 2.9 takes norms of the partial sums
+    if mesh.size() > world_size:
         return total_norm([grad]), 1 / world_size
     sizes = [mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_replicate()]
     return grad.to_local(), mesh.size() / (world_size * math.prod(sizes))
