@@ -9,7 +9,7 @@ Legend: W processes, b_r of the step's m samples on process r, g_r the mean grad
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -85,13 +85,8 @@ class CrossRankEstimator(Estimator):
 
     def __init__(
         self,
-        model: nn.Module,
-        shard: BatchShard,
-        *,
-        loss_reduction: str = "mean",
-        accumulate: int = 1,
-        comm_hook: CommHook | None = None,
-        comm_state: Any = None,
+        model: nn.Module, shard: BatchShard, *, loss_reduction: str = "mean", accumulate: int = 1,
+        comm_hook: CommHook | None = None, comm_state: object = None,
     ):
         check_arguments(loss_reduction, accumulate=accumulate)
         self.loss_reduction, self.accumulate, self.on_backward_end = loss_reduction, accumulate, []
@@ -124,9 +119,7 @@ class CrossRankEstimator(Estimator):
             callback()
 
     def observe(
-        self,
-        *,
-        weights: Tensor | Sequence[float] | None = None,
+        self, *, weights: Tensor | Sequence[float] | None = None,
         loss_scale: float | StepScale | None = None,
     ) -> DelayedMoments:
         """This process's ‖g_r‖² [1] and its part of ‖ḡ‖²; MomentReduction adds up all processes'.
@@ -181,10 +174,8 @@ class CrossRankEstimator(Estimator):
 
 
 def _observe_buckets(
-    model: DistributedDataParallel,
-    owner: weakref.ref[CrossRankEstimator],
-    comm_hook: CommHook | None,
-    comm_state: Any,
+    model: DistributedDataParallel, owner: weakref.ref[CrossRankEstimator],
+    comm_hook: CommHook | None, comm_state: object,
 ) -> None:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -233,16 +224,12 @@ class _ObservedReduceScatter:
         single = getattr(distributed, "reduce_scatter_single", None)
         self._scatter = single or distributed.reduce_scatter_tensor
 
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Iterable[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A plain buffer."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: Any,
-        op: Any,
+        self, output_tensor: Tensor, input_tensor: Tensor, group: object, op: object,
         async_op: bool = False,
     ) -> Any:
         estimator = self._owner()

@@ -13,6 +13,7 @@ import numpy as np
 
 from adabatch._checks import check_version
 from adabatch.estimators.averages import half_width
+from adabatch.interfaces import State
 
 BIN_RATIO = 1.2  # bins of n grow by this: late ones, which say most of the floor, have most samples
 SMALLEST_SPAN = 30.0
@@ -134,11 +135,11 @@ class LossFloor:
         half = half_width(level, self.std_error, self.freedom)
         return self.value - half, self.value + half
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Plain numbers and lists of them, some kilobytes at most: bins are few."""
         return {"version": 1} | {name: _copied(getattr(self, name)) for name in self._SAVED}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from a state_dict().
 
         Raises:
@@ -149,7 +150,7 @@ class LossFloor:
             setattr(self, name, _copied(state[name]))
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> object:
     return list(value) if isinstance(value, list) else value
 
 

@@ -86,10 +86,7 @@ class MicroBatchEstimator(Estimator):
     _sizes: list[int]
 
     def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        micro_batches: BatchSplit,
-        *,
+        self, parameters: Iterable[Tensor], micro_batches: BatchSplit, *,
         loss_reduction: str = "mean",
     ):
         check_arguments(loss_reduction)
@@ -109,9 +106,7 @@ class MicroBatchEstimator(Estimator):
         ]
 
     def observe(
-        self,
-        *,
-        weights: Tensor | Sequence[float] | None = None,
+        self, *, weights: Tensor | Sequence[float] | None = None,
         loss_scale: float | StepScale | None = None,
     ) -> DelayedMoments:
         """The moments of the batch, of all its micro-batches.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from adabatch._types import Argument, Kwargs
 from adabatch.estimators.totals import Totals
 
 if TYPE_CHECKING:
@@ -445,7 +446,7 @@ def pool_passes(
     mean, by_samples = options.loss_reduction == "mean", options.by_samples
     loss_scale *= options.world_size
     share = sum(step.batch_size for step in passes) / whole_size if batch_size else 1.0
-    common: dict[str, Any] = {
+    common: Kwargs = {
         "batch_size": batch_size, "indices": _indices(passes), "share": share}
     if weights is None:
         factor = 1 if by_samples else k
@@ -466,7 +467,7 @@ def pool_passes(
                     for row in n_rows]
     batch_norms = [float(value) * whole**2 for value in grad_sq_norms.tolist()]
 
-    def moments(of_group: int | None, **more: Any) -> GradientMoments:
+    def moments(of_group: int | None, **more: Argument) -> GradientMoments:
         """Over the rows of a group, or over all."""
         chosen = [row for row, group in enumerate(options.group_of_row)
                   if of_group in (None, group)]
@@ -477,7 +478,7 @@ def pool_passes(
             inner_products=sums, **common, **more)
 
     groups = sorted(set(options.group_of_row)) if len(n_rows) > 1 else []
-    more: dict[str, Any] = {}
+    more: Kwargs = {}
     names = options.row_names
     if names:
         more["by_parameter"] = dict(zip(names, norms, strict=True))
@@ -493,8 +494,8 @@ def pool_passes(
 
 def _statistics(
     passes: Sequence[BackwardPass], scales: Sequence[float], statistics: Sequence[Statistic]
-) -> dict[str, Any]:
-    pooled: dict[str, Any] = {}
+) -> Kwargs:
+    pooled: Kwargs = {}
     for each in statistics:
         name = each.name
         if name == "inner_products":

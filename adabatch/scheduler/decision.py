@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from adabatch._types import Argument
 from adabatch.config import BatchSizes, Every
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
@@ -196,7 +197,7 @@ def call_controller(
 class PlainController(Controller):
     """A user's object with propose(): what it has is used, the rest are a Controller's defaults."""
 
-    def __init__(self, given: Any):
+    def __init__(self, given: Argument):
         self.given = given
 
     def __getattribute__(self, name: str) -> Any:
@@ -211,7 +212,7 @@ class PlainController(Controller):
         return float(self.given.propose(moments, loss=loss, lr=lr))
 
 
-def as_controller(given: Any) -> Controller:
+def as_controller(given: Argument) -> Controller:
     """A Controller as it is; a user's object with propose() with the defaults it lacks.
 
     Raises:
