@@ -316,7 +316,9 @@ class JointAverages:
     def covariance(self, first: int = 0, second: int = 1) -> float:
         """V_XY of two averages; NaN where an error is not known."""
         x, y = self.averages[first], self.averages[second]
-        errors, residuals = x.std_error() * y.std_error(), x.residual_error() * y.residual_error()
+        of_x, of_y = x.residual_error(), y.residual_error()
+        errors = (of_x if x.unknown else x.std_error()) * (of_y if y.unknown else y.std_error())
+        residuals = of_x * of_y
         if math.isnan(errors):
             return math.nan
         weights, by_x, by_y, _, _, products = self._sums[first, second]

@@ -235,17 +235,7 @@ def name_of(controller: Controller) -> str:
 
 
 class FixedInterval:
-    """Measures at one step in k, as many samples as the estimator is set to.
-
-    Args:
-        estimator: enabled, or not, for the next step.
-        every: the interval.
-
-    Example:
-        >>> from adabatch.estimators.null import NullEstimator
-        >>> FixedInterval(NullEstimator(), 3).measurement.every
-        3
-    """
+    """Measures at one step in `every`, as many samples as the estimator is set to."""
 
     def __init__(self, estimator: Estimator, every: int):
         self._estimator, self._every, self._batch_size = estimator, every, 0
@@ -321,13 +311,7 @@ class Budget:
         self._in_debt = self._warned = self._warned_of_cost = False
 
     def next_step(self, step: int, measured: bool, batch_size: int) -> None:
-        """A step has ended: prepare the estimator for the next one.
-
-        Args:
-            step: the number of the next step.
-            measured: whether the one that ended was measured.
-            batch_size: in force now, in samples of a step.
-        """
+        """A step has ended: prepare the estimator for step number `step`."""
         if measured:
             self._n_measured, self._since = self._n_measured + 1, 0
             self._in_debt = self._debt > 1e-9
@@ -366,11 +350,7 @@ class Budget:
             )
 
     def judge(self, trace: MovingAverage) -> None:
-        """Warn, once, when too little is measured to know the smoothed trace.
-
-        Args:
-            trace: the moving average of the measured traces.
-        """
+        """Warn, once, when too little is measured to know the smoothed trace."""
         if self._warned or trace.count < JUDGED_AFTER:
             return
         error = trace.std_error() / abs(trace.average) if trace.average else 0.0
@@ -412,16 +392,7 @@ class Budget:
 
 
 def plan_for(estimator: Estimator, measure: Every | float) -> FixedInterval | Budget:
-    """The plan that `measure` describes.
-
-    Raises:
-        ValueError: as Budget.
-
-    Example:
-        >>> from adabatch.estimators.null import NullEstimator
-        >>> type(plan_for(NullEstimator(), Every(2))).__name__
-        'FixedInterval'
-    """
+    """The plan that `measure` describes; ValueError as Budget."""
     if not isinstance(measure, Every):
         return Budget(estimator, measure)
     if measure.samples is not None:

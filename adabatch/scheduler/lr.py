@@ -72,10 +72,7 @@ def effective_lr_for(optimizer: Optimizer, given: EffectiveLr | None = None) -> 
 
 def effective_lr_of_controller(controller: Controller, optimizer: Optimizer) -> EffectiveLr:
     """The lr that a controller is given: as it is, unless it needs a step per unit of gradient.
-
-    Raises:
-        ValueError, TypeError: as effective_lr_for.
-    """
+    Errors as effective_lr_for."""
     given = controller.effective_lr
     if given is None and not controller.needs_effective_lr:
         return lambda group: float(group["lr"])
@@ -202,11 +199,7 @@ class StepFactor:
 
 
 def check_unscaled(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose lr another scheduler of ours scales already.
-
-    Raises:
-        ValueError: it does.
-    """
+    """Raise a ValueError for an optimizer whose lr another scheduler of ours scales already."""
     if any(factor.scales(optimizer) for factor in _live):
         raise ValueError(
             "this optimizer has a BatchSizeScheduler already, and two would both scale its lr: "

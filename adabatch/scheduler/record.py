@@ -110,14 +110,7 @@ class Stage(Protocol):
 
 class HostTransferStage:
     """The first stage: the numbers of a step on an accelerator arrive on the host while the next
-    step runs; others are there at once.
-
-    Example:
-        >>> seen = StepRecord(0, 0.5, None, delivered=0, batch_size=16, lrs=[0.1], base_lr=None,
-        ...                   epoch=0, seconds=0.01)
-        >>> HostTransferStage().start(seen)
-        False
-    """
+    step runs; others are there at once."""
 
     def start(self, record: StepRecord) -> bool:
         """Begin the copies; whether they are to be waited for."""
@@ -340,17 +333,11 @@ class EpochCount:
 
 
 class Recorder:
-    """Writes what was seen and decided in a step into the history.
-
-    Attributes:
-        trace: the moving average of the variance trace.
+    """Writes what was seen and decided in a step into the history; `trace` is the moving average of
+    the variance trace.
 
     Raises:
         TypeError: `diagnostics` is not a history.
-
-    Example:
-        >>> Recorder(Diagnostics()).trace.count
-        0
     """
 
     def __init__(self, diagnostics: Diagnostics):
@@ -363,13 +350,8 @@ class Recorder:
         self.diagnostics, self.trace = diagnostics, MovingAverage()
 
     def record(self, moments: GradientMoments | None, *, dropped: str, **fields: Any) -> None:
-        """Append one record.
-
-        Args:
-            moments: of the step, unless they were dropped before the controller saw them.
-            dropped: why the measurement was not used; empty where it was.
-            fields: further fields of a `Record`.
-        """
+        """Append one record: moments unless dropped before the controller saw them, why they were
+        not used (empty where they were), and further fields of a `Record`."""
         if moments is not None:
             trace, n_measured = moments.variance_trace, moments.n_measured
             error, freedom = trace_error(moments)
@@ -489,11 +471,7 @@ class UntrackedParameters:
         return [each for each in self._stepped() if id(each) not in self._known]
 
     def warn(self, stacklevel: int) -> None:
-        """Warn about those found, the first time there are any.
-
-        Args:
-            stacklevel: as in warnings.warn, counted from the caller of this method.
-        """
+        """Warn once about those found; stacklevel counts from the caller of this method."""
         late = self.found()
         if not late:
             return

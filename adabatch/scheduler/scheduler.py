@@ -377,11 +377,7 @@ class BatchSizeScheduler:
 
 
 def check_parts(optimizer: Any, loader: BatchSource, estimator: Estimator) -> None:
-    """Refuse parts that cannot work.
-
-    Raises:
-        TypeError: listing what is missing.
-    """
+    """Raise a TypeError that lists what parts lack."""
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
@@ -402,11 +398,8 @@ def check_parts(optimizer: Any, loader: BatchSource, estimator: Estimator) -> No
 
 
 def check_summed(controller: Controller, summed: bool) -> None:
-    """Refuse a summed loss where the controller needs the step per unit of the mean gradient.
-
-    Raises:
-        ValueError: it does.
-    """
+    """Raise a ValueError for a summed loss where the controller needs the step per unit of the mean
+    gradient."""
     if summed and controller.needs_effective_lr:
         raise ValueError(
             f"{name_of(controller)} needs the step per unit of the mean gradient. With "
@@ -430,12 +423,8 @@ def needs_moments(controller: Controller | None, rule: str | CouplingRule) -> bo
 def check_measured(
     estimator: Estimator, controller: Controller, rule: str | CouplingRule
 ) -> None:
-    """Refuse to measure too little.
-
-    Raises:
-        ValueError: nothing is measured, but controller or coupling needs moments; or a statistic
-            that the controller requires is missing.
-    """
+    """Raise a ValueError where controller or coupling need moments and nothing is measured, or where
+    a statistic that the controller requires is missing."""
     name = name_of(controller)
     if isinstance(estimator, NullEstimator):
         if needs_moments(controller, rule):
