@@ -423,8 +423,8 @@ def needs_moments(controller: Controller | None, rule: str | CouplingRule) -> bo
 def check_measured(
     estimator: Estimator, controller: Controller, rule: str | CouplingRule
 ) -> None:
-    """Raise a ValueError where controller or coupling need moments and nothing is measured, or where
-    a statistic that the controller requires is missing."""
+    """Raise a ValueError where controller or coupling need moments and nothing is measured, or a
+    statistic that the controller requires is missing."""
     name = name_of(controller)
     if isinstance(estimator, NullEstimator):
         if needs_moments(controller, rule):
