@@ -113,8 +113,8 @@ def conv_weight_grad_moments(
             *inputs, grad=True, second=second_moment, norms=True, deterministic=deterministic)
         norms = partial_norms.sum(0)
     shape = tuple(weight_shape)
-    wanted = second_moment and second is not None
-    return grad.view(shape), norms, second.view(shape) if wanted else None
+    return (grad.view(shape), norms,
+            second.view(shape) if second_moment and second is not None else None)
 
 
 @implements("triton", _takes)
