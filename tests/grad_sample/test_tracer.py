@@ -129,6 +129,43 @@ def test_exact(forward, options):
     exact(Around(forward, **options), torch.randn(N, T, D))
 
 
+def rows(m, x):
+    return m.inner(x).flatten(1)[:, :D]
+
+
+# Operations whose backward formula reads their result, or one of their results.
+READ_THEIR_RESULT = {
+    "cdist": lambda m, x: torch.cdist(rows(m, x), m.a),
+    "pairwise_distance": lambda m, x: F.pairwise_distance(rows(m, x), m.a[0])[:, None],
+    "cosine_similarity": lambda m, x: F.cosine_similarity(rows(m, x), m.a[0])[:, None],
+    "hypot": lambda m, x: torch.hypot(rows(m, x), m.a[0]),
+    "float_power": lambda m, x: torch.float_power(rows(m, x).exp(), m.a[0]),
+    "pow": lambda m, x: rows(m, x).exp() ** m.a[0],
+    "addcdiv": lambda m, x: torch.addcdiv(rows(m, x), m.a[0], m.a[1].exp()),
+    "logaddexp": lambda m, x: torch.logaddexp(rows(m, x), m.a[0]),
+    "softmax of a sum": lambda m, x: F.gumbel_softmax(rows(m, x) * m.a[0] + 1, dim=-1) * 0 + m.a[0]
+    + rows(m, x),
+    "maximum": lambda m, x: torch.maximum(rows(m, x), m.a[0]),
+    "atan2": lambda m, x: torch.atan2(rows(m, x), m.a[0]),
+    "linalg.solve": lambda m, x: torch.linalg.solve(
+        m.a + 3 * torch.eye(D), rows(m, x)[..., None])[..., 0],
+    "linalg.solve_triangular": lambda m, x: torch.linalg.solve_triangular(
+        m.a + 3 * torch.eye(D), rows(m, x)[..., None], upper=True)[..., 0],
+    "two results": lambda m, x: sum(torch.linalg.slogdet(
+        rows(m, x)[:, None] * m.a + 3 * torch.eye(D)))[:, None],
+    "attention": lambda m, x: F.scaled_dot_product_attention(
+        m.inner(x), m.a[None].expand(len(x), -1, -1), x[:, :D]).flatten(1),
+}
+
+
+@pytest.mark.parametrize("then", [lambda y: y, lambda y: y.mul_(2).add_(1)],
+                         ids=["", "changed in place"])
+@pytest.mark.parametrize("operation", READ_THEIR_RESULT.values(), ids=READ_THEIR_RESULT)
+def test_operations_whose_backward_formula_reads_their_result(operation, then):
+    torch.manual_seed(1)
+    exact(Around(lambda m, x: then(operation(m, x).clone()), a=(D, D)), torch.randn(N, T, D))
+
+
 @pytest.mark.parametrize("name", ["position table", "in place", "class token, repeat",
                                   "item by mask", "embedding of positions"])
 def test_exact_on_a_subset(name):

@@ -28,12 +28,13 @@ from adabatch.grad_sample.layout import Layout
 
 # They repeat a tensor: the result may have a row for every sample, but all rows are the same.
 EXPANDING = ("expand", "expand_as", "repeat", "broadcast_to", "repeat_interleave", "tile")
-# Their backward formula reads their result, which must not be changed in place: the tap copies it.
-READS_OUTPUT = (
-    "exp", "expm1", "sigmoid", "tanh", "softmax", "log_softmax", "logsumexp", "sqrt", "rsqrt",
-    "reciprocal", "pow", "relu", "elu", "prod", "cumprod", "baddbmm",
-    "scaled_dot_product_attention", "normalize",
-)
+# Autograd nodes whose backward formula reads inputs only. That of any other may read its result,
+# which must not change in place then: the tap copies it.
+READS_INPUTS_ONLY = frozenset((
+    "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Sum", "Mean", "Mm", "Bmm", "Addmm", "Addbmm", "Mv",
+    "Dot", "Addmv", "Linear", "UnsafeView", "Convolution", "MkldnnConvolution", "Embedding", "Cat",
+    "Stack", "Where", "Index", "IndexSelect", "Gather", "NativeLayerNorm", "Copy", "Clone",
+))
 # Their derivative does not depend on the samples' values, which may then change in place.
 ADDING = ("add", "sub", "rsub", "cat", "concat", "stack", "with_item")
 IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in (
@@ -185,8 +186,9 @@ class ParameterTracer(TorchFunctionMode):
                 f"{operation.name} gives an output of shape {wrong[0]} in a batch of "
                 f"{self._n_samples}: its samples do not lie along the first dimension. "
                 f"{RULE_OR_IGNORE}")
-        reads_output = function_name(operation.function).strip("_") in READS_OUTPUT
-        copied = [reads_output or output._is_view() for output in outputs]
+        # What is one of several results may have been saved where another was computed from it.
+        copied = [len(outputs) > 1 or output._is_view() or _may_read_result(output)
+                  for output in outputs]
         return self._tap(operation, outputs, copied)
 
     def _spread(self, args: Args, kwargs: Kwargs) -> Inputs:
@@ -319,6 +321,11 @@ class ParameterTracer(TorchFunctionMode):
 def _draws(function: Operation, args: Args, kwargs: Kwargs) -> bool:
     return function_name(function) == "scaled_dot_product_attention" and bool(
         kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+
+
+def _may_read_result(output: Tensor) -> bool:
+    """Whether the backward formula of what computed the output may read it."""
+    return type(output.grad_fn).__name__.partition("Backward")[0] not in READS_INPUTS_ONLY
 
 
 def _adds(function: Operation) -> bool:
