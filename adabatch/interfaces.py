@@ -33,13 +33,28 @@ Weights = Tensor | Sequence[float]
 NO_INTERVAL = (math.nan, math.nan)
 
 
+class NotMeasured(RuntimeError):
+    """This step could not be measured exactly, the next ones can: a scheduler records the reason
+    among the dropped measurements, and training continues.
+
+    Args:
+        reason: a few words, under which the diagnostics count it.
+        message: of the error that collect() raises.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class PendingMoments(Protocol):
     """The moments of a step whose numbers may still be on their way from an accelerator."""
 
     lags: bool  # whether moments() should be called one step later, because it waits for the device
 
     def moments(self) -> GradientMoments:
-        """The moments; waits for copies that are under way."""
+        """The moments; waits for copies that are under way. NotMeasured: of a step that is to be
+        left out."""
 
 
 class Estimator(ABC):

@@ -217,7 +217,8 @@ class Monitor:
         if self._hooks.loss_reduction == "sum":
             loss /= max(1, samples)
         known_loss = 0.0 if math.isnan(loss) else loss
-        dropped = "" if moments is None else rejection_reason(moments, known_loss)
+        dropped = (seen.not_measured if moments is None
+                   else rejection_reason(moments, known_loss))
         usable = None if dropped else moments
         if usable is not None:
             self._norms.update(usable)

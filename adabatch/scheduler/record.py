@@ -19,7 +19,7 @@ from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.layers import LayerStatistics
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments, trace_error
-from adabatch.interfaces import BatchSource, Estimator, PendingMoments, State
+from adabatch.interfaces import BatchSource, Estimator, NotMeasured, PendingMoments, State
 
 TOLERANCE = 0.01  # of the mean squared norm: far above float32's rounding
 SHAPES_SHOWN = 3
@@ -51,6 +51,7 @@ class StepRecord:
         seconds: since the step before; NaN for the first one.
         pending: the moments while their numbers are on their way; None once settled.
         copies: of the loss, under way.
+        not_measured: why there are no moments, where a step was to be measured and could not be.
 
     Example:
         >>> seen = StepRecord(0, 0.5, None, delivered=0, batch_size=16, lrs=[0.1], base_lr=None,
@@ -71,6 +72,7 @@ class StepRecord:
     seconds: float
     pending: PendingMoments | None = None
     copies: HostCopies | None = None
+    not_measured: str = ""
 
     def settle(self) -> None:
         """Turn loss and moments into numbers; where they are on their way from an accelerator, this
@@ -80,7 +82,11 @@ class StepRecord:
             self.copies = None
         self.loss = float(self.loss)
         if self.pending is not None:
-            self.moments, self.pending = self.pending.moments(), None
+            pending, self.pending = self.pending, None
+            try:
+                self.moments = pending.moments()
+            except NotMeasured as error:
+                self.not_measured = error.reason
 
     @property
     def measured(self) -> bool:

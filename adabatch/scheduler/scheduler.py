@@ -349,7 +349,7 @@ class BatchSizeScheduler:
         moments, samples, loss = seen.moments, seen.samples, float(seen.loss)
         if self._summed:
             loss /= max(1, samples)
-        dropped = "" if moments is None else rejection_reason(moments, loss)
+        dropped = seen.not_measured if moments is None else rejection_reason(moments, loss)
         usable = None if dropped else moments
         traces: dict[int, float] = {}
         if usable is not None:
