@@ -179,7 +179,8 @@ class PerSample:
     Args:
         layout: what `adabatch.check(model, batch, loss_fn)` returned, for models whose layers
             do not all have their samples along dimension 0.
-        ignore: names of modules to leave out of the measurement, with all their submodules.
+        ignore: names of modules to leave out of the measurement, with all their submodules, or of
+            single parameters.
         seed: of the random choice of measured samples.
         per_parameter: record each parameter's moments too, for `diagnostics.layers()`.
         inner_products: measure ⟨g_i, g⟩ too, which `step(loss, weights=...)` needs, and for which
@@ -200,7 +201,8 @@ class PerSample:
         names = self.ignore
         if (isinstance(names, str) or not isinstance(names, Collection)
                 or not all(isinstance(name, str) for name in names)):
-            problems.append(f"ignore must be a list of module names, got {names!r}")
+            problems.append(
+                f"ignore must be a list of names of modules or parameters, got {names!r}")
         else:
             object.__setattr__(self, "ignore", tuple(names))
         if self.layout is not None:
@@ -312,7 +314,8 @@ def _layout_problems(layout: object, ignore: Collection[str]) -> list[str]:
                 f"got {layout!r}"]
     prefixes = tuple(f"{name}." for name in ignore)
     refused = {name: why for name, why in layout.refused.items()
-               if name not in ignore and not name.startswith(prefixes)}
+               if name not in ignore and not name.startswith(prefixes)
+               and not set(layout[name].parameters) <= {*ignore}}
     lines = "".join(f"\n  - {name}: {why}" for name, why in refused.items())
     return [f"adabatch.check refused these layers; fix them, or leave them out with "
             f"ignore={sorted(refused)}:{lines}"] if refused else []

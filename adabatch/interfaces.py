@@ -115,6 +115,11 @@ class Estimator(ABC):
     def remove(self) -> None:
         """Take all hooks off model and parameters."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            f"{type(self).__name__} is attached to its model and cannot be copied or pickled: save "
+            "state_dict(), and load it into what is attached to the other model")
+
     def state_dict(self) -> State:
         """Plain numbers and tensors, with a version."""
         return {"version": 1}

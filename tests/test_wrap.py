@@ -107,7 +107,7 @@ ERRORS = {
     "nothing": ({"measure": None}, ValueError, "needs gradient moments, got measure=None"),
     "ignored": (
         {"estimator": adabatch.PerSample(ignore=["head"])}, ValueError,
-        "ignore contains 'head', but the model has no module of that name",
+        "ignore contains 'head', but the model has no module or parameter of that name",
     ),
     "accumulate": ({"accumulate": 0}, ValueError, "accumulate must be a positive integer"),
     "controller-name": (

@@ -33,6 +33,7 @@ ADDED_TERM = (
     "part of its gradient does not depend on the samples: a penalty on the weights inside the "
     "loss, which the per-sample norms cannot contain. Take it out of the loss and use the "
     "optimizer's weight_decay")
+NOT_FINITE = "its gradients are not finite on this batch; pass one on which they are"
 OUTSIDE = (
     "part of its gradient comes from a use outside the layer's own forward pass, such as "
     "F.linear(x, layer.weight), or from reentrant checkpointing. Call the layer instead, or pass "
@@ -145,7 +146,8 @@ class Findings:
             owner.name, type(owner.module).__name__, "rule" if sampler else "generic",
             sum(owner.parameters[name].numel() for name in own), found.layout,
             variance_share=trace / self._total if self._total else math.nan,
-            cost=self._cost(owner, sampler, found.layout, n_samples), reason=found.reason)
+            cost=self._cost(owner, sampler, found.layout, n_samples), reason=found.reason,
+            parameters=tuple(owner.parameters))
         if found.refused or unsupported:
             row.rule = row.rule if found.refused and sampler and not unsupported else "none"
             row.refuse(unsupported or found.reason)
@@ -179,12 +181,15 @@ class Findings:
     def enter_errors(self, taps: TapResults) -> None:
         """Enter the errors of the taps' norms, and refuse the layers that cannot be measured. The
         divisor is at least a small part of the whole model's norm: a gradient may be zero."""
-        total = float(sum(self._exact.sq_norms.values(), torch.zeros(())).max())
+        finite = [each for each in self._exact.sq_norms.values() if each.isfinite().all()]
+        total = float(sum(finite, torch.zeros(())).max())
         for owner in self._owners:
             row = self.rows[owner.name]
             if owner.name in taps.refused:
                 row.rule = "rule" if self._samplers[owner.name] else "none"
                 row.refuse(taps.refused[owner.name])
+            if not all(self._exact.sq_norms[name].isfinite().all() for name in self._own(owner)):
+                row.refuse(NOT_FINITE)
             pairs = [(self._exact.sq_norms[name], taps.sq_norms[name].cpu().double())
                      for name in self._own(owner) if name in taps.sq_norms]
             if pairs:

@@ -34,6 +34,7 @@ class CheckRow:
     # train-mode batch norm makes samples depend on each other), 'refused'.
     status: str = "exact"
     reason: str = ""  # why it is refused, or a remark
+    parameters: tuple[str, ...] = ()  # names in the model of its trainable parameters
 
     def refuse(self, reason: str) -> None:
         """Set the status to refused; the first reason stays."""

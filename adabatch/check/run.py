@@ -41,6 +41,12 @@ def _check(checked: CheckedModel, batch: Batch) -> CheckReport:
     size = len(large.losses)
     if size < 2:
         raise ValueError(f"check() compares samples, so it needs a batch of at least 2, got {size}")
+    wrong = [sample for sample, ok in enumerate(large.losses.isfinite().tolist()) if not ok]
+    if wrong:
+        raise ValueError(
+            f"the losses of {len(wrong)} of {size} samples are not finite (first: sample "
+            f"{wrong[0]}), so that nothing can be compared: pass a batch without NaN, and a model "
+            "whose losses on it are finite")
     n_samples = MAX_SAMPLES if size > MAX_SAMPLES else size - 1
     part, small = layouts.smaller_batch(checked, batch, large, n_samples) or (None, None)
     if size > MAX_SAMPLES:

@@ -9,17 +9,21 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from adabatch._hooks import UncopiedHook
 from adabatch._types import Args, Batch
 from adabatch.distributed.grad_norms import (is_sharded, parts_of_grad_sq_norms,
                                              replicated_sq_norms)
 from adabatch.estimators.gradients import grad_sq_norms
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 T = TypeVar("T")
 NOTHING_RUN = (
@@ -164,18 +168,22 @@ class OutputWeights:
     """
 
     def __init__(self, model: nn.Module, shard: BatchShard):
-        # Held weakly: a deep copy of the model would copy the owner too.
+        # Held weakly: the model would keep the owner alive.
         self._shard, owner = shard, weakref.ref(self)
 
         def hook(module: nn.Module, args: Args, output: Batch) -> Batch:
             weights = owner()
             return output if weights is None else weights.weighted(output)
 
+        self._copies: list[RemovableHandle] = []
         # Outside compiled graphs, which would be compiled again for every new weight.
-        self._handle = model.register_forward_hook(torch.compiler.disable(hook))
+        own = UncopiedHook(torch.compiler.disable(hook), self._copies)
+        self._handle = own.held(model.register_forward_hook(own))
 
     def weighted(self, output: T) -> T:
         """The output, with the weight on its gradient; RuntimeError where it holds no tensor."""
+        while self._copies:
+            self._copies.pop().remove()
         if not torch.is_grad_enabled():
             return output
         leaves, structure = tree_flatten(output)
@@ -191,4 +199,5 @@ class OutputWeights:
 
     def remove(self) -> None:
         """Take the hook off the model."""
-        self._handle.remove()
+        for handle in (self._handle, *self._copies):
+            handle.remove()

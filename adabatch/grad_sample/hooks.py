@@ -60,8 +60,8 @@ class GradSampleHooks(Estimator):
         seed: of the generator that draws the rows.
         accumulate: backward passes per optimizer step in your own gradient accumulation. With
             loss_reduction="mean" each pass's loss is its mean divided by `accumulate`.
-        ignore: names of modules that are left out, with all below them; their parameters count
-            neither in the norms nor in ‖g‖².
+        ignore: names of modules that are left out, with all below them, or of single parameters;
+            they count neither in the norms nor in ‖g‖².
         param_groups: lists of parameters with separate moments (`GradientMoments.by_group`), as in
             an optimizer's param_groups; parameters in none of them are left out.
         capacity: the largest batch to expect. Grows on demand in eager mode; under torch.compile

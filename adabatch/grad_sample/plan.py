@@ -43,8 +43,8 @@ def plan_layers(
 
     Args:
         model: the model, which torch.compile and DistributedDataParallel may have wrapped.
-        ignore: names of modules to leave out, with all below them and everywhere else where their
-            parameters are used.
+        ignore: names of modules to leave out, with all below them, or of single parameters, and
+            everywhere else where these parameters are used.
         only: ids of the parameters to measure; None for all that require grad.
 
     Raises:
@@ -55,14 +55,16 @@ def plan_layers(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = isinstance(ignore, Collection) and not isinstance(ignore, str)
     if not names or not all(isinstance(name, str) for name in ignore):
-        raise TypeError(f"ignore must be a list of module names, as model.named_modules() gives "
-                        f"them, got {ignore!r}")
+        raise TypeError("ignore must be a list of names, as model.named_modules() and "
+                        f"named_parameters() give them, got {ignore!r}")
     model = unwrap(model)
     problems = [*_model_problems(model, ignore)]
     layers: list[MeasuredLayer] = []
     named = model.named_modules(remove_duplicate=False)
-    ignored = {id(parameter) for name, layer in named if _is_below(clean_name(name), ignore)
-               for parameter in layer._parameters.values()}
+    ignored = {id(parameter) for name, layer in named
+               for own, parameter in layer._parameters.items()
+               if _is_below(clean_name(name), ignore)
+               or clean_name(f"{name}.{own}" if name else own) in ignore}
     parameters = _Parameters(ignored, only)
     traced: set[str] = set()
     inside: set[int] = set()
@@ -161,7 +163,9 @@ def _model_problems(model: nn.Module, ignore: Collection[str]) -> Iterator[str]:
         yield (
             "nn.DataParallel copies the layers at every step, which hides them from the hooks; use "
             "DistributedDataParallel, or the bare module on one device")
-    known = {clean_name(name) for name, _ in model.named_modules()}
+    named = (*model.named_modules(), *model.named_parameters(remove_duplicate=False))
+    known = {clean_name(name) for name, _ in named}
     for name in ignore:
         if name not in known:
-            yield f"ignore contains {name!r}, but the model has no module of that name"
+            yield (f"ignore contains {name!r}, but the model has no module or parameter of that "
+                   "name")

@@ -280,6 +280,11 @@ class BatchSizeScheduler:
         first step; remove() removes it too."""
         self._pipeline.stages.append(stage)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            "the scheduler is attached to its model, optimizer and loader and cannot be copied or "
+            "pickled: save scheduler.state_dict(), and load it into what adabatch.wrap returns")
+
     def __repr__(self) -> str:
         name, *rows = self._description()
         return f"{name[0]}({', '.join([name[1], *map(' '.join, rows)])})"

@@ -136,3 +136,28 @@ def test_check_stays_the_function_once_its_modules_are_imported():
     check(nn.Linear(D, 1), torch.randn(4, D), square_loss, verbose=False)
     assert adabatch.check is check
     assert adabatch.check is importlib.import_module("adabatch.check").check
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("samples", [6, 20])
+def test_losses_that_are_not_finite_are_named(value, samples):
+    model, inputs = nn.Linear(D, 2), torch.randn(samples, D)
+    inputs[3, 1] = value
+    with pytest.raises(ValueError, match=rf"losses of 1 of {samples} samples are not finite "
+                                         r"\(first: sample 3\).*pass a batch without NaN"):
+        check(model, inputs, square_loss, verbose=False)
+    assert check(model, inputs.nan_to_num(0, 0, 0), square_loss, verbose=False).ok
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.zeros(D)), nn.Linear(D, 2)
+
+        def forward(self, inputs):
+            return self.head(inputs + (self.scale * inputs).square().sqrt())
+
+    report = check(Root(), torch.randn(5, D), square_loss, verbose=False)
+    assert "not finite" in report[""].reason
+    assert report["head"].status == "exact"

@@ -4,6 +4,7 @@ checkpoints of their state."""
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import pytest
@@ -153,6 +154,93 @@ def test_a_deep_copy_is_not_measured_and_does_not_disturb():
     backward(model, batch)
     backward(copied, batch)
     agrees(hooks.collect(), grads)
+
+
+class Blocks(nn.Module):
+    """All kinds of hooks: of layers with and without a rule, of parts, of attention's dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4), nn.Tanh()))
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+        self.token, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        hidden = (self.body(inputs) + self.token)[:, None]
+        return self.head(self.attention(hidden, hidden, hidden)[0][:, 0])
+
+
+def n_hooks(model):
+    return sum(len(hooks) for layer in model.modules()
+               for hooks in (layer._forward_hooks, layer._forward_pre_hooks))
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def averaged(model):
+    return torch.optim.swa_utils.AveragedModel(model).module
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, averaged], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("run", [False, True])
+def test_copies_and_pickles_are_not_measured_and_can_be_attached_to(copied, run):
+    model, batch = Blocks(), make_batch()
+    hooks = GradSampleHooks(model)
+    n_before = n_hooks(model)
+    if run:
+        backward(model, batch)
+        hooks.collect()
+    other = copied(model)
+    model.zero_grad()
+    backward(other, batch)
+    with pytest.raises(RuntimeError, match="a copy of the model was trained"):
+        hooks.collect()
+    backward(model, batch)
+    hooks.collect()
+    assert n_hooks(model) == n_before
+    if copied is not pickled:
+        assert n_hooks(other) == 0
+    hooks.remove()
+    twice = copied(copied(other))
+    twice.attention.dropout = 0.0
+    twice.zero_grad()
+    grads = oracle.per_sample_grads(twice, squared_error, batch)
+    own = GradSampleHooks(twice)
+    backward(twice, batch)
+    agrees(own.collect(), grads)
+    own.remove()
+    assert n_hooks(model) == 0
+
+
+def test_a_copy_of_the_model_has_no_hooks_after_they_are_removed():
+    model = Blocks()
+    hooks = GradSampleHooks(model)
+    copies = [copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))]
+    hooks.remove()
+    assert n_hooks(copies[0]) == 0
+    for each in (model, *copies):
+        pickled(each)
+    gone = weakref.ref(hooks)
+    del hooks
+    assert gone() is None
+
+
+def test_a_pickled_model_loads_without_adabatch():
+    model = make_mlp()
+    GradSampleHooks(model)
+    assert b"adabatch" not in pickle.dumps(model)
+
+
+def test_hooks_themselves_are_not_copied():
+    hooks = GradSampleHooks(make_mlp())
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"GradSampleHooks is attached .*save state_dict\(\)"):
+            copied(hooks)
 
 
 def fail_half_way(model, batch, at):

@@ -47,7 +47,7 @@ def test_all_problems_are_listed_at_once():
     for part in ("Embedding (1): scale_grad_by_freq", "Embedding (2): sparse=True",
                  "set layer.sparse = False", "3.weight is not initialized: run one batch"):
         assert part in message
-    assert "ignore contains '9', but the model has no module of that name" in message
+    assert "ignore contains '9', but the model has no module or parameter of that name" in message
     assert "Linear (0)" not in message
     assert not any(layer._forward_hooks for layer in model.modules())
 
@@ -142,7 +142,7 @@ def test_models_that_are_refused(model, error, match):
         ({"accumulate": 0}, "accumulate must be a positive integer, got 0"),
         ({"accumulate": True}, "accumulate must be a positive integer, got True"),
         ({"capacity": -1}, "capacity must be a positive integer, got -1"),
-        ({"ignore": ["3", "2.weight"]}, r"(?s)contains '3'.*'2\.weight'"),
+        ({"ignore": ["3", "2.scale"]}, r"(?s)contains '3'.*'2\.scale'"),
         ({"param_groups": []}, "no trainable parameters"),
     ],
     ids=str,
@@ -150,3 +150,49 @@ def test_models_that_are_refused(model, error, match):
 def test_arguments_that_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         GradSampleHooks(make_mlp(), **options)
+
+
+class Bare(nn.Module):
+    """A bare parameter that the loss uses, and one inside of a submodule without a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.log_scale = nn.Linear(4, 3), nn.Parameter(torch.zeros(()))
+        self.part = nn.ParameterDict({"shift": nn.Parameter(torch.ones(3))})
+
+    def forward(self, inputs):
+        return self.body(inputs) + self.part["shift"]
+
+
+@pytest.mark.parametrize("ignore", [
+    ["log_scale"], ["log_scale", "part.shift"], ["log_scale", "body.weight"], ["", "body.bias"],
+    ["log_scale", "part", "body"]], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ignore_takes_names_of_parameters_too(ignore, compiled):
+    model, batch = Bare(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    left = {name for name in grads if name not in ignore and name.split(".")[0] not in ignore}
+    left -= {"log_scale"}
+    if not left:
+        with pytest.raises(ValueError, match="no trainable parameters"):
+            GradSampleHooks(model, ignore=ignore)
+        return
+    if compiled:
+        assert set(plan_layers(torch.compile(model), ignore=ignore).parameters) == left
+        return
+    moments = measure(model, batch, ignore=ignore, per_parameter=True)
+    assert moments.by_parameter.keys() == left
+    agrees(moments, {name: grads[name] for name in left})
+
+
+def test_the_error_of_a_bare_parameter_in_the_loss_names_a_fix_that_works():
+    def loss_fn(model, batch):
+        return (-model.log_scale).exp() * squared_error(model, batch) + model.log_scale
+
+    model, batch = Bare(), make_batch()
+    grads = oracle.per_sample_grads(model, loss_fn, batch)
+    with pytest.raises(RuntimeError, match=r"no tap saw: log_scale.*ignore=\[...\]"):
+        measure(model, batch, loss_fn)
+    model.zero_grad()
+    del grads["log_scale"]
+    agrees(measure(model, batch, loss_fn, ignore=["log_scale"]), grads)

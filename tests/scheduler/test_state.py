@@ -1,5 +1,6 @@
 """Saving and resuming: k steps, a checkpoint, fresh objects, k steps = 2k steps, bit for bit."""
 
+import copy
 import io
 import math
 from dataclasses import asdict
@@ -217,3 +218,15 @@ def test_a_spilled_lr_is_resumed():
     resumed = slope_run(Proposals(128), on_limit="lower_lr")
     resumed[3].load_state_dict(saved[3].state_dict())
     assert next(steps(*resumed, 1))[1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda each: torch.save(each, io.BytesIO())])
+def test_a_scheduler_itself_is_not_copied_but_its_state_is(how):
+    run = Run()
+    run.train(3)
+    for attached in (run.scheduler, {"all": [run.model, run.scheduler]}):
+        with pytest.raises(TypeError, match=r"save scheduler\.state_dict\(\)"):
+            how(attached)
+    for plain in (run.model, run.optimizer, run.schedule, run.scheduler.state_dict()):
+        how(plain)
+    run.train(1)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 NOTHING_MEASURED = (
     "no measured backward pass since the last collect(). Possible causes: backward() was not "
-    "called; scheduler.step() was called twice for one; the hooks are paused or removed; gradients "
-    "were taken with torch.autograd.grad or backward(inputs=...), which leave nothing behind (call "
+    "called; scheduler.step() was called twice for one; the hooks are paused or removed; a copy of "
+    "the model was trained (copies are not measured: attach to the copy); gradients were taken "
+    "with torch.autograd.grad or backward(inputs=...), which leave nothing behind (call "
     "loss.backward()); or the model was compiled and run before the hooks were attached (attach "
     "first, or call torch._dynamo.reset())."
 )

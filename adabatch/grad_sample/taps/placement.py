@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.estimators.gradients import running_backward
+from adabatch._hooks import UncopiedHook
 from adabatch._types import Args, Kwargs
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
@@ -106,47 +108,53 @@ class ForwardHooks:
         self._random: dict[int, RandomState] = {}
         self._handles: list[RemovableHandle] = []
         self._tracing_handles: list[RemovableHandle] = []
+        self._copies: list[RemovableHandle] = []  # of what copies of the model have in their place
 
     def attach(self, model: nn.Module, owner: object) -> None:
-        """Put the hooks on the model; they keep `owner` alive. They are plain functions, which a
-        deep copy of the model shares."""
+        """Put the hooks on the model; they keep `owner` alive, and copies of the model are without
+        them."""
         before = _First(prepend=True, with_kwargs=True)
         layers = [(site, site.layer) for site in self._sites[:-1]]
+
+        def bound(method: Callable[..., object], first: object) -> UncopiedHook:
+            return UncopiedHook(partial(method, first), self._copies, owner)
+
         for site, layer in layers:
-            hook = _bound(self._after_layer, site, owner)
-            self._handles.append(layer.register_forward_hook(hook, **before))
+            hook = bound(self._after_layer, site)
+            self._handles.append(hook.held(layer.register_forward_hook(hook, **before)))
             if call_type(layer).keeps_random_state:
-                hook = _bound(self._keep_random_state, site, owner)
-                self._handles.append(layer.register_forward_pre_hook(hook, prepend=True))
+                hook = bound(self._keep_random_state, site)
+                handle = layer.register_forward_pre_hook(hook, prepend=True)
+                self._handles.append(hook.held(handle))
         compiled_parts = any(is_compiled(module) for module in model.modules())
         self._tracing = self._must_trace or not compiled_parts
         if not self._tracing and not self._needs_size:
             return
         handles = self._tracing_handles
         for site, layer in layers:
-            hook = _bound(self._before_layer, site, owner)
-            handles.append(layer.register_forward_pre_hook(hook, **before))
+            hook = bound(self._before_layer, site)
+            handles.append(hook.held(layer.register_forward_pre_hook(hook, **before)))
         for part in model.modules():
             if part is not model and any(True for _ in part.children()):
                 own = weakref.ref(part)
-                hook = _bound(self._before_part, own, owner)
-                handles.append(part.register_forward_pre_hook(hook, **before))
-                hook = _bound(self._after_part, own, owner)
-                handles.append(part.register_forward_hook(hook, always_call=True))
+                hook = bound(self._before_part, own)
+                handles.append(hook.held(part.register_forward_pre_hook(hook, **before)))
+                hook = bound(self._after_part, own)
+                handles.append(hook.held(part.register_forward_hook(hook, always_call=True)))
         original = weakref.ref(model)
         # Last, so that it runs before the hook of a layer that is the model itself.
-        hook = _bound(self._before_model, original, owner)
-        self._handles.append(model.register_forward_pre_hook(hook, **before))
+        hook = bound(self._before_model, original)
+        self._handles.append(hook.held(model.register_forward_pre_hook(hook, **before)))
         handles = self._handles if self._must_trace else self._tracing_handles
-        hook = _bound(self._after_model, original, owner)
-        handles.append(model.register_forward_hook(hook, always_call=True))
+        hook = bound(self._after_model, original)
+        handles.append(hook.held(model.register_forward_hook(hook, always_call=True)))
 
     def remove(self) -> None:
         """Take all hooks off the model."""
-        for handle in (*self._handles, *self._tracing_handles):
-            handle.remove()
-        self._handles.clear()
-        self._tracing_handles.clear()
+        for handles in (self._handles, self._tracing_handles, self._copies):
+            for handle in handles:
+                handle.remove()
+            handles.clear()
 
     def _before_model(
         self, original: weakref.ref[nn.Module], model: nn.Module, args: Args, kwargs: Kwargs
@@ -163,6 +171,8 @@ class ForwardHooks:
                 names = ", ".join(sorted(self._traced)) or SHARED_TABLES
                 raise RuntimeError(NO_LAYER.format(names=names))
             return
+        while self._copies:
+            self._copies.pop().remove()
         tensors: Sequence[Tensor] = args  # the commonest call need not be flattened
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
             tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
@@ -257,7 +267,7 @@ class ForwardHooks:
     def _after_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
     ) -> object:
-        # A deep copy of the model carries the hooks along.
+        # A shallow copy of the model shares the hooks.
         if layer is not site.layer_reference():
             return None
         if self._tracer is not None and not is_compiling():
@@ -382,12 +392,3 @@ class _First(TypedDict):
     prepend: bool
     with_kwargs: bool
 
-
-def _bound(method: Callable[..., object], first: object, owner: object) -> Callable[..., object]:
-    """The method with its first argument given, as a plain function that keeps `owner` alive."""
-
-    def hook(*args: object) -> object:
-        return method(first, *args)
-
-    vars(hook)["owner"] = owner
-    return hook
