@@ -6,27 +6,16 @@ optimizer's own count of steps.
 
 from __future__ import annotations
 
-import inspect
-import weakref
 from collections.abc import Callable
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.interfaces import ParamGroup, State
+from adabatch.scheduler.during_step import held_weakly, undo_after_step
 
 Betas = tuple[float, ...]
 Count = Tensor | float
-
-
-def held_weakly(function: Callable[[], float]) -> Callable[[], Callable[[], float] | None]:
-    """A reference to a function: weak for a bound method, so that hooks keep no owner alive.
-
-    Example:
-        >>> held_weakly(float)()()
-        0.0
-    """
-    return weakref.WeakMethod(function) if inspect.ismethod(function) else lambda: function
 
 
 class BetaRescaler:
@@ -72,6 +61,7 @@ class BetaRescaler:
         self._counts: list[tuple[State, Count, Count]] = []
         self._handles = [optimizer.register_step_pre_hook(self._before),
                          optimizer.register_step_post_hook(self._after)]
+        self._end = undo_after_step(optimizer, self.restore)
 
     def restore(self) -> None:
         """Undo what a step that raised left behind; betas set since then are kept."""
@@ -88,6 +78,7 @@ class BetaRescaler:
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
         self.restore()
+        self._end()
         for handle in self._handles:
             handle.remove()
 

@@ -25,7 +25,8 @@ from adabatch.diagnostics.record import noise_scale
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import BatchSource, Controller, EffectiveLr, ParamGroup, State
-from adabatch.scheduler.betas import BetaRescaler, held_weakly
+from adabatch.scheduler.betas import BetaRescaler
+from adabatch.scheduler.during_step import held_weakly, undo_after_step
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -164,6 +165,7 @@ class StepFactor:
         self.last_lrs = read_lrs(optimizer)
         self._handles = [optimizer.register_step_pre_hook(self._before),
                          optimizer.register_step_post_hook(self._after)]
+        self._end = undo_after_step(optimizer, self.restore)
         _live.add(self)
 
     def scales(self, optimizer: Optimizer) -> bool:
@@ -180,6 +182,7 @@ class StepFactor:
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
         self.restore()
+        self._end()
         _live.discard(self)
         for handle in self._handles:
             handle.remove()
