@@ -48,7 +48,8 @@ class _GuardedStep:
 
     def __init__(self, optimizer: Optimizer):
         own = vars(optimizer).get("step")  # an lr scheduler's, say
-        self._step = weakref.WeakMethod(optimizer.step) if own is None else lambda: own
+        self._step: Callable[[], Callable[..., object] | None] = (
+            weakref.WeakMethod(optimizer.step) if own is None else lambda: own)
         self._replaced = own
         self._undo: list[weakref.WeakMethod[Callable[[], None]]] = []
         self.__signature__ = inspect.signature(optimizer.step)  # GradScaler looks
