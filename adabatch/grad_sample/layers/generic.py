@@ -31,6 +31,10 @@ MIXES = (
     "samples, or depends on the size of the batch. Give it a rule with register_grad_sampler, or "
     "pass ignore=[...]."
 )
+FAILS_ALONE = (
+    "{name} cannot be run for one sample alone, as measuring it needs: {error}. Give it a rule "
+    "with register_grad_sampler, or pass ignore=[...]."
+)
 IN_PLACE = (
     "changes its input in place, so that it cannot be run again: write `x = x + y` for `x += y`, "
     "or clone the input first, or pass ignore=[...]."
@@ -51,6 +55,8 @@ class RecomputedCall:
         random: the random state from before the call, where `keeps_random_state`.
 
     Attributes:
+        defines_samples: its output has as many rows as there are samples, even where no dimension
+            of the model's inputs is as long.
         tensors: the inputs to be saved.
         tapped: which of the output's leaves carry gradients.
 
@@ -59,6 +65,7 @@ class RecomputedCall:
     """
 
     keeps_random_state: ClassVar[bool] = False
+    defines_samples: ClassVar[bool] = False
 
     def __init__(
         self, name: str, layer: nn.Module, parameters: Collection[str], args: Args, kwargs: Kwargs,
@@ -246,10 +253,16 @@ def per_sample_grads(
             raise RuntimeError(f"{name} {RANDOM}") from error
         if "mutate a captured Tensor" in str(error):
             raise RuntimeError(f"{name} {IN_PLACE}") from error
-    grads = [one(tuple(row[sample] if each else row
-                       for row, each in zip(rows, batched, strict=True)),
-                 tuple(grad[sample] for grad in outer))
-             for sample in range(len(outer[0]))]
+    try:
+        grads = [one(tuple(row[sample] if each else row
+                           for row, each in zip(rows, batched, strict=True)),
+                     tuple(grad[sample] for grad in outer))
+                 for sample in range(len(outer[0]))]
+    except Exception as error:
+        if "when it is run for one sample" in str(error):
+            raise
+        first = f"{error}".partition("\n")[0]
+        raise RuntimeError(FAILS_ALONE.format(name=name, error=first)) from error
     return {key: torch.stack([grad[key] for grad in grads]) for key in grads[0]}
 
 

@@ -345,6 +345,8 @@ class ForwardHooks:
             n_samples = self._samples_in(site, carrying[0])
         else:
             n_samples = leaves[0].shape[kind.samples_dim(layer, 0)]
+            if kind.defines_samples and self._source is None:
+                self.input_sizes.add(n_samples)
         call = kind(site.name, layer, site.parameters, args, kwargs, output, n_samples,
                     site.layout, self._random.pop(site.index, None))
         outputs = [leaves[index] for index in call.tapped]
