@@ -60,7 +60,8 @@ class BetaRescaler:
         self._betas: list[tuple[ParamGroup, Betas, Betas]] = []
         self._counts: list[tuple[State, Count, Count]] = []
         self._handles = [optimizer.register_step_pre_hook(self._before),
-                         optimizer.register_step_post_hook(self._after)]
+                         optimizer.register_step_post_hook(self._after),
+                         optimizer.register_state_dict_post_hook(self._without_scaling)]
         self._end = undo_after_step(optimizer, self.restore)
 
     def restore(self) -> None:
@@ -69,10 +70,7 @@ class BetaRescaler:
             if group["betas"] is scaled:
                 group["betas"] = betas
         for state, count, replaced in self._counts:
-            # What the step added is kept: 1, or 0 for a parameter that it skipped.
-            added = state["step"] - replaced
-            added = added.round() if isinstance(count, Tensor) else round(float(added))
-            _set_count(state, count + added)
+            _set_count(state, _own_count(state, count, replaced))
         self._betas, self._counts = [], []
 
     def remove(self) -> None:
@@ -99,10 +97,23 @@ class BetaRescaler:
         for group in optimizer.param_groups:
             if "betas" in group:
                 betas = group["betas"]
-                group["betas"] = tuple(beta**self._applied for beta in betas)
-                self._betas.append((group, betas, group["betas"]))
+                scaled = tuple(beta**self._applied for beta in betas)
+                self._betas.append((group, betas, scaled))  # before it is written
+                group["betas"] = scaled
                 for parameter in group["params"]:
                     self._replace_count(optimizer.state.get(parameter, {}))
+
+    def _without_scaling(self, optimizer: Optimizer, saved: State) -> None:
+        """A state_dict() within a step, as of a signal's handler, has the optimizer's own values.
+        """
+        for group, betas, scaled in self._betas:
+            for own, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+                if own is group and packed["betas"] is scaled:
+                    packed["betas"] = betas
+        counts = {id(state): _own_count(state, *counts) for state, *counts in self._counts}
+        for index, state in saved["state"].items():
+            if id(state) in counts:
+                saved["state"][index] = {**state, "step": counts[id(state)]}
 
     def _replace_count(self, state: State) -> None:
         if "step" not in state:
@@ -113,8 +124,8 @@ class BetaRescaler:
             past = (count - self.steps).clamp(min=0) + count.clamp(max=self.steps) * mean
         else:
             past = max(count - self.steps, 0) + min(count, self.steps) * mean
-        _set_count(state, past / self._applied)
         self._counts.append((state, count, past / self._applied))
+        _set_count(state, past / self._applied)
 
     def _after(self, optimizer: Optimizer, *_: object) -> None:
         self.restore()
@@ -122,6 +133,14 @@ class BetaRescaler:
         self.steps += self._stepping
         self.exponents += self._applied * self._stepping
         self._stepping = False
+
+
+def _own_count(state: State, count: Count, replaced: Count) -> Count:
+    """The optimizer's count, with what the step added: 1, or 0 for a parameter that it skipped."""
+    added = state["step"] - replaced
+    if isinstance(count, Tensor):
+        return count + added.round()
+    return count + round(float(added))
 
 
 def _set_count(state: State, count: Count) -> None:

@@ -149,6 +149,7 @@ class StepFactor:
 
     Attributes:
         last_lrs: the lr of each group as used in the last step.
+        steps: optimizer steps that ended without an error.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -160,11 +161,12 @@ class StepFactor:
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[], float]):
         self._factor, self._optimizer = held_weakly(factor), weakref.ref(optimizer)
-        self._applied = 1.0
+        self._applied, self._stepping, self.steps = 1.0, False, 0
         self._saved: list[tuple[ParamGroup, Lr]] = []
         self.last_lrs = read_lrs(optimizer)
         self._handles = [optimizer.register_step_pre_hook(self._before),
-                         optimizer.register_step_post_hook(self._after)]
+                         optimizer.register_step_post_hook(self._after),
+                         optimizer.register_state_dict_post_hook(self._without_factor)]
         self._end = undo_after_step(optimizer, self.restore)
         _live.add(self)
 
@@ -177,7 +179,7 @@ class StepFactor:
         for group, lr in self._saved:
             if group["lr"] == lr * self._applied:
                 _put(group, lr)
-        self._saved = []
+        self._saved, self._stepping = [], False
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
@@ -192,13 +194,22 @@ class StepFactor:
         factor = self._factor()
         self._applied = 1.0 if factor is None else factor()
         if self._applied != 1.0:
-            self._saved = _scale(optimizer.param_groups, self._applied)
-        self.last_lrs = read_lrs(optimizer)
+            _scale(optimizer.param_groups, self._applied, self._saved)
+        self.last_lrs, self._stepping = read_lrs(optimizer), True
 
     def _after(self, optimizer: Optimizer, *_: object) -> None:
         for group, lr in self._saved:
             _put(group, lr)
-        self._saved = []
+        # torch runs the hooks around each step() of a class: twice where a subclass calls super().
+        self.steps += self._stepping
+        self._saved, self._stepping = [], False
+
+    def _without_factor(self, optimizer: Optimizer, state: State) -> None:
+        """A state_dict() within a step, as of a signal's handler, has the lr without it."""
+        for scaled, lr in self._saved:
+            for group, packed in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                if group["lr"] is scaled["lr"]:
+                    packed["lr"] = lr
 
 
 def check_unscaled(optimizer: Optimizer) -> None:
@@ -393,9 +404,8 @@ def read_lrs(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def _scale(groups: list[ParamGroup], factor: float) -> list[tuple[ParamGroup, Lr]]:
-    """Scale the groups' lrs; return what they were."""
-    saved: list[tuple[ParamGroup, Lr]] = []
+def _scale(groups: list[ParamGroup], factor: float, saved: list[tuple[ParamGroup, Lr]]) -> None:
+    """Scale the groups' lrs; `saved` gets what each was before it is written."""
     scaled: set[int] = set()
     for group in groups:
         lr = group["lr"]
@@ -406,7 +416,6 @@ def _scale(groups: list[ParamGroup], factor: float) -> list[tuple[ParamGroup, Lr
             scaled.add(id(lr))
             saved.append((group, lr.clone()))
             lr.mul_(factor)
-    return saved
 
 
 def _put(group: ParamGroup, lr: Lr) -> None:

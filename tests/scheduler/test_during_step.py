@@ -161,3 +161,37 @@ def test_a_closure_that_raises():
         optimizer.step(closure)
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
+@pytest.mark.parametrize("micro_batches", [None, 6], ids=["", "micro-batches"])
+@pytest.mark.parametrize("where", ["post-hook", "closure"])
+def test_a_state_saved_within_a_step_holds_no_factor(where, micro_batches, lr):
+    """As by the handler of a signal that arrives there."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    adam = torch.optim.AdamW(model.parameters(), lr=lr)
+    loader = DataLoader(TensorDataset(torch.randn(64, 5)), batch_size=16)
+    saved = []
+    adam.register_step_post_hook(lambda *_: saved.append(optimizer.state_dict()))
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, adam, loader, batch_sizes=(16, 16), micro_batches=micro_batches,
+        coupling=adabatch.Coupling("linear", base_batch_size=64, scale_betas=True))
+    for inputs, in loader:
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        if where == "closure" and micro_batches is None:
+            optimizer.step(lambda: saved.append(optimizer.state_dict()))
+        else:
+            optimizer.step()
+        scheduler.step(loss)
+    assert len(saved) >= 4
+    for state in saved:
+        assert float(state["param_groups"][0]["lr"]) == pytest.approx(0.1)
+        assert state["param_groups"][0]["betas"] == (0.9, 0.999)
+        assert all(float(each["step"]) in (0, 1, 2, 3, 4) for each in state["state"].values())
+    assert float(adam.param_groups[0]["lr"]) == pytest.approx(0.1)
+    assert {float(each["step"]) for each in adam.state.values()} == {4.0}
+    scheduler.remove()
+    assert not adam._optimizer_state_dict_post_hooks
