@@ -1,6 +1,10 @@
 """Layers without a rule, run again sample by sample: exact against one backward pass per sample, or
 a clear error before anything is wrong."""
 
+import itertools
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -170,6 +174,9 @@ def test_recurrent_layer_in_bfloat16_autocast():
           around=lambda: torch.autocast("cpu", torch.bfloat16))
 
 
+COUNTER = itertools.count(1)
+
+
 def changing_average(m, x):
     with torch.no_grad():
         m.average.mul_(0.9).add_(0.1 * x.mean((0, 1)))
@@ -187,11 +194,20 @@ REFUSED = {
     "noise": (lambda m, x: (x + torch.randn_like(x)) * m.weight, "draws random numbers"),
     "its input in place": (in_place_on_the_input, "1 changes its input in place.*clone the input"),
     "mixes samples": (lambda m, x: (x - x.mean(0)) * m.weight,
-                      r"do not add up to the gradient of these parameters: 1\.weight"),
-    "a buffer of its own changed": (
-        changing_average, r"do not add up to the gradient of these parameters: 1\.weight"),
+                      "1 gives other values when it is run again for one sample.*mixes samples"),
+    "a buffer of its own changed": (changing_average, "1 gives other values"),
     "a branch taken by the batch": (lambda m, x: x * m.weight if x.sum() > 0 else x * m.other,
-                                    "do not add up"),
+                                    "1 gives other values"),
+    "dropout where vmap cannot": (lambda m, x: F.dropout(not_vectorizable(m, x), 0.3),
+                                  "draws random numbers"),
+    "its input in place where vmap cannot": (
+        lambda m, x: in_place_on_the_input(m, x) * float(x.detach().sum() * 0 + 1),
+        "changes its input in place"),
+    "Python's random numbers": (lambda m, x: x * m.weight * random.random(),
+                                "draws random numbers"),
+    "NumPy's random numbers": (lambda m, x: x * m.weight * np.random.rand(),  # noqa: NPY002
+                               "draws random numbers"),
+    "a global counter": (lambda m, x: x * m.weight * next(COUNTER), "global counter"),
     "the mean of the samples": (lambda m, x: (x * m.weight).mean(0),
                                 r"it mixes samples, or depends on the size of the batch"),
 }

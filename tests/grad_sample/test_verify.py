@@ -122,7 +122,8 @@ def test_a_layer_that_mixes_samples_is_refused_in_every_precision(
     function, dtype, samples, positions
 ):
     for seed in range(5):
-        with pytest.raises(RuntimeError, match=r"do not add up to the gradient.*2\.weight"):
+        with pytest.raises(RuntimeError, match=r"do not add up to the gradient.*2\.weight"
+                           "|2 gives other values when it is run again"):
             stepped(function, dtype, samples, positions, seed)
 
 

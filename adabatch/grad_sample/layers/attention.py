@@ -19,23 +19,18 @@ from adabatch._types import Args, Kwargs
 from adabatch.grad_sample.factors.base import Dense, Factor
 from adabatch.grad_sample.factors.outer import Outer
 from adabatch.grad_sample.layers.generic import (
-    RandomState, RecomputedCall, leaves_with_gradient, register_call,
+    RecomputedCall, leaves_with_gradient, register_call,
 )
+from adabatch.grad_sample.layers.state import RandomState, random_state
 from adabatch.grad_sample.layout import Layout
 
 INPUTS = ("query", "key", "value", "key_padding_mask", "attn_mask")
-
-
-def random_state(device: torch.device) -> RandomState:
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_device
 
 
 @register_call(nn.MultiheadAttention)
 class AttentionCall(RecomputedCall):
     """One call of nn.MultiheadAttention."""
 
-    keeps_random_state = True
     layer: nn.MultiheadAttention
 
     @classmethod
@@ -52,13 +47,20 @@ class AttentionCall(RecomputedCall):
         return None
 
     @classmethod
+    def state_before(cls, layer: nn.Module) -> RandomState | None:
+        """Of the random numbers, where its dropout draws some."""
+        assert isinstance(layer, nn.MultiheadAttention)
+        draws = layer.dropout and layer.training
+        return random_state(layer.out_proj.weight.device) if draws else None
+
+    @classmethod
     def samples_dim(cls, layer: nn.Module, index: int) -> int:
         return 0 if layer.batch_first else 1
 
     def __init__(
         self, name: str, layer: nn.MultiheadAttention, parameters: Collection[str], args: Args,
         kwargs: Kwargs, output: Sequence[Tensor | None], n_samples: int,
-        layout: Layout = Layout.BATCH_FIRST, random: RandomState | None = None,
+        layout: Layout = Layout.BATCH_FIRST, before: object = None,
     ):
         bound = inspect.signature(layer.forward).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -71,14 +73,15 @@ class AttentionCall(RecomputedCall):
             raise RuntimeError(
                 f"{name} got a query of shape {tuple(query.shape)} without a batch dimension: add "
                 "one with unsqueeze")
-        if layer.dropout and layer.training and random is None:
+        if layer.dropout and layer.training and before is None:
             raise RuntimeError(
                 f"the dropout of {name} cannot be drawn again when it is compiled: set its dropout "
                 "to 0, or do not compile it")
         self.tensors = [given[key].detach() for key in self._present]
         self._self_attention = query is given["key"] is given["value"]
         self.name, self.layer, self.parameters = name, layer, tuple(parameters)
-        self._state, self.tapped = random, leaves_with_gradient(output)
+        self._state: RandomState | None = before if isinstance(before, tuple) else None
+        self.tapped = leaves_with_gradient(output)
 
     def factors(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch._types import Args, Inputs, Kwargs
 from adabatch.grad_sample.factors.base import Dense, Factor
+from adabatch.grad_sample.layers.state import LayerState, draws_taken_back
 from adabatch.grad_sample.layout import Layout
 from adabatch.kernels import CHUNK_BYTES
 
@@ -40,7 +42,13 @@ IN_PLACE = (
     "or clone the input first, or pass ignore=[...]."
 )
 
-RandomState = tuple[Tensor, Tensor | None]
+UNLIKE = (
+    "{name} gives other values when it is run again for one sample than it gave for the batch (the "
+    "difference is {difference:.2g} of their norm): it mixes samples, as a mean over the batch "
+    "does, or depends on something outside of it that has changed since, such as a global counter. "
+    "Give it a rule with register_grad_sampler, or pass ignore=[...]."
+)
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-3}  # relative; of other types 0.1
 
 
 class RecomputedCall:
@@ -52,26 +60,28 @@ class RecomputedCall:
         args, kwargs, output: of the call.
         n_samples: N.
         layout: of the samples in its output.
-        random: the random state from before the call, where `keeps_random_state`.
+        before: what `state_before` gave before the call.
 
     Attributes:
         defines_samples: its output has as many rows as there are samples, even where no dimension
             of the model's inputs is as long.
         tensors: the inputs to be saved.
         tapped: which of the output's leaves carry gradients.
+        expected: those leaves, where what comes out again is to be compared with them.
 
     Raises:
         RuntimeError: an input or output whose samples cannot be told apart.
     """
 
-    keeps_random_state: ClassVar[bool] = False
     defines_samples: ClassVar[bool] = False
+    expected: list[Tensor] | None = None
 
     def __init__(
         self, name: str, layer: nn.Module, parameters: Collection[str], args: Args, kwargs: Kwargs,
         output: object, n_samples: int, layout: Layout = Layout.BATCH_FIRST,
-        random: RandomState | None = None,
+        before: object = None,
     ):
+        self._before = self.state_before(layer) if before is None else before
         self.name, self.layer, self.parameters = name, layer, tuple(parameters)
         self._n_samples, self._layout = n_samples, layout
         everything = tree_flatten((args, kwargs, output), is_leaf=_is_packed)[0]
@@ -99,6 +109,11 @@ class RecomputedCall:
     def problem(cls, layer: nn.Module) -> str | None:
         """Why the layer cannot be measured, with the fix, or None."""
         return None
+
+    @classmethod
+    def state_before(cls, layer: nn.Module) -> object:
+        """What has to be kept before a call of the layer, to run it again as it was."""
+        return LayerState(layer)
 
     @classmethod
     def samples_dim(cls, layer: nn.Module, index: int) -> int:
@@ -129,10 +144,12 @@ class RecomputedCall:
     ) -> dict[str, Factor]:
         """{own parameter name: per-sample gradients} of the measured rows."""
         inputs, outer = self._of_samples(tensors, backprops, rows)
+        expected = self.expected and self._of_samples(tensors, self.expected, rows)[1]
         own = dict(self.layer.named_parameters())
         batched = [layout is not None for layout in self._input_layouts]
         measured = {name: own[name] for name in self.parameters}
-        grads = per_sample_grads(self._run, measured, inputs, batched, outer, self.name)
+        grads = per_sample_grads(
+            self._run, measured, inputs, batched, outer, self.name, expected)
         return {name: Dense(grad) for name, grad in grads.items()}
 
     def _of_samples(
@@ -157,14 +174,14 @@ class RecomputedCall:
     def _run(self, parameters: dict[str, Tensor], *inputs: Tensor) -> list[Tensor]:
         """The tapped outputs [1, ...] for inputs [1, ...] of one sample."""
         wide = next(iter(parameters.values())).dtype
-        rest = {name: _widened(value.detach(), wide)
-                for name, value in self.layer.named_parameters() if name not in parameters}
-        buffers = {name: _widened(value.detach(), wide).clone()
-                   for name, value in self.layer.named_buffers()}
+        own = {value: parameters.get(name, _widened(value.detach(), wide))
+               for name, value in self.layer.named_parameters()}
         alone = [value if layout is None else layout.single(value[0])
                  for value, layout in zip(inputs, self._input_layouts, strict=True)]
         args, kwargs = self._arguments(alone)
-        output = functional_call(self.layer, {**rest, **buffers, **parameters}, args, kwargs)
+        assert isinstance(self._before, LayerState)
+        with self._before.restored(own, lambda tensor: _widened(tensor, wide)):
+            output = self.layer.forward(*args, **kwargs)
         outputs = tree_flatten(output)[0]
         return [self._alone(outputs[index], layout)
                 for index, layout in zip(self.tapped, self._output_layouts, strict=True)]
@@ -178,6 +195,7 @@ class RecomputedCall:
                 name=self.name, got=tuple(output.shape), expected=expected)) from error
 
 
+PerSample = tuple[dict[str, Tensor], Sequence[Tensor]]
 CallT = TypeVar("CallT", bound=type[RecomputedCall])
 _CALLS: dict[type[nn.Module], type[RecomputedCall]] = {}
 
@@ -206,6 +224,7 @@ def leaves_with_gradient(leaves: Sequence[object]) -> list[int]:
 def per_sample_grads(
     function: Callable[..., Sequence[Tensor]], parameters: Mapping[str, Tensor],
     inputs: Sequence[Tensor], batched: Sequence[bool], cotangents: Sequence[Tensor], name: str,
+    expected: Sequence[Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Gradients {parameter: [S, *shape]} of Σ_k ⟨cotangent_k, output_k⟩ of each sample alone: vmap
     of the vjp over the samples, a loop where vmap cannot.
@@ -216,6 +235,8 @@ def per_sample_grads(
         batched: whether each input carries samples, and is [S, ...].
         cotangents: gradient with respect to each output, [S, ...].
         name: of the layer, for errors.
+        expected: the outputs [S, ...] that the function gave for these samples together, to be
+            compared; random numbers of Python's and NumPy's are noticed then. None: not now.
 
     Raises:
         RuntimeError: the function draws random numbers, changes its inputs or mixes samples.
@@ -230,40 +251,109 @@ def per_sample_grads(
     parameters = {key: _widened(value.detach(), wide) for key, value in parameters.items()}
     rows = tuple(_widened(value.detach(), wide) for value in inputs)
     outer = tuple(_widened(value, wide) for value in cotangents)
+    with nullcontext() if expected is None else no_draws(name, outer[0].device):
+        found = _vectorized(function, parameters, rows, batched, outer, name, expected is not None)
+    if found is None:
+        with no_draws(name, outer[0].device):
+            found = _one_by_one(function, parameters, rows, batched, outer, name)
+    grads, outputs = found
+    if expected is not None:
+        _check_outputs(outputs, expected, name)
+    return grads
 
-    def one(rows: tuple[Tensor, ...], outer: tuple[Tensor, ...]) -> dict[str, Tensor]:
+
+def _vectorized(
+    function: Callable[..., Sequence[Tensor]], parameters: Mapping[str, Tensor],
+    inputs: tuple[Tensor, ...], batched: Sequence[bool], cotangents: tuple[Tensor, ...], name: str,
+    returns_outputs: bool,
+) -> PerSample | None:
+    """(gradients, outputs [S, ...]) by vmap; None where vmap cannot."""
+    def one(rows: tuple[Tensor, ...], outer: tuple[Tensor, ...]) -> PerSample:
         args = [row.unsqueeze(0) if each else row for row, each in zip(rows, batched, strict=True)]
         outputs, pull, *_ = vjp(lambda own: tuple(function(own, *args)), parameters)
-        pairs = list(zip(outer, outputs, strict=True))
-        for grad, output in pairs:
-            if output.shape[1:] != grad.shape or output.shape[0] != 1:
-                raise RuntimeError(MIXES.format(
-                    name=name, got=tuple(output.shape), expected=(1, *grad.shape)))
-        return pull(tuple(grad.unsqueeze(0).to(output.dtype) for grad, output in pairs))[0]
+        grads = [grad.unsqueeze(0) for grad in outer]
+        _check_shapes(outputs, grads, name)
+        found = pull(tuple(grad.to(output.dtype)
+                           for grad, output in zip(grads, outputs, strict=True)))[0]
+        return found, [output.squeeze(0) for output in outputs] if returns_outputs else []
 
     numel = sum(math.prod(value.shape) for value in parameters.values())
     chunk = None if torch.compiler.is_compiling() else max(8, CHUNK_BYTES // max(1, 4 * numel))
-    in_dims = (tuple(0 if each else None for each in batched), (0,) * len(outer))
+    in_dims = (tuple(0 if each else None for each in batched), (0,) * len(cotangents))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return vmap(one, in_dims, randomness="error", chunk_size=chunk)(rows, outer)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+            return vmap(one, in_dims, randomness="error", chunk_size=chunk)(inputs, cotangents)
+    except Exception as error:
         if "randomness" in str(error):
             raise RuntimeError(f"{name} {RANDOM}") from error
         if "mutate a captured Tensor" in str(error):
             raise RuntimeError(f"{name} {IN_PLACE}") from error
-    try:
-        grads = [one(tuple(row[sample] if each else row
-                           for row, each in zip(rows, batched, strict=True)),
-                     tuple(grad[sample] for grad in outer))
-                 for sample in range(len(outer[0]))]
-    except Exception as error:
-        if "when it is run for one sample" in str(error):
-            raise
-        first = f"{error}".partition("\n")[0]
-        raise RuntimeError(FAILS_ALONE.format(name=name, error=first)) from error
-    return {key: torch.stack([grad[key] for grad in grads]) for key in grads[0]}
+        return None
+
+
+def _one_by_one(
+    function: Callable[..., Sequence[Tensor]], parameters: Mapping[str, Tensor],
+    inputs: Sequence[Tensor], batched: Sequence[bool], cotangents: Sequence[Tensor], name: str,
+) -> PerSample:
+    """The same in a loop, by autograd alone, which runs what functorch does not."""
+    own = {key: value.detach().requires_grad_() for key, value in parameters.items()}
+    found: dict[str, list[Tensor]] = {key: [] for key in own}
+    rows: list[Sequence[Tensor]] = []
+    for sample in range(len(cotangents[0])):
+        args = [each[sample : sample + 1].clone() if split else each
+                for each, split in zip(inputs, batched, strict=True)]
+        versions = [each._version for each in args]
+        try:
+            with torch.enable_grad():
+                outputs = function(own, *args)
+        except Exception as error:
+            if "when it is run for one sample" in str(error):
+                raise
+            first = f"{error}".partition("\n")[0]
+            raise RuntimeError(FAILS_ALONE.format(name=name, error=first)) from error
+        if versions != [each._version for each in args]:
+            raise RuntimeError(f"{name} {IN_PLACE}")
+        outer = [each[sample : sample + 1] for each in cotangents]
+        _check_shapes(outputs, outer, name)
+        pairs = [(output, grad.to(output.dtype))
+                 for output, grad in zip(outputs, outer, strict=True) if output.requires_grad]
+        grads = torch.autograd.grad(
+            [output for output, _ in pairs], list(own.values()), [grad for _, grad in pairs],
+            allow_unused=True) if pairs else [None] * len(own)
+        for (key, value), grad in zip(own.items(), grads, strict=True):
+            found[key].append(torch.zeros_like(value) if grad is None else grad)
+        rows.append([output.detach() for output in outputs])
+    return ({key: torch.stack(each) if each else own[key].new_zeros(0, *own[key].shape)
+             for key, each in found.items()},
+            [torch.cat(each) for each in zip(*rows, strict=True)])
+
+
+def _check_shapes(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], name: str) -> None:
+    """Raise a RuntimeError unless each output has the shape [1, ...] of its gradient."""
+    for output, grad in zip(outputs, cotangents, strict=True):
+        if output.shape != grad.shape:
+            raise RuntimeError(MIXES.format(
+                name=name, got=tuple(output.shape), expected=tuple(grad.shape)))
+
+
+def _check_outputs(outputs: Sequence[Tensor], expected: Sequence[Tensor], name: str) -> None:
+    """Raise a RuntimeError where single samples give other outputs than the batch gave."""
+    for output, given in zip(outputs, expected, strict=bool(outputs)):
+        tolerance = TOLERANCE.get(given.dtype, 0.1)
+        given = given.to(output.dtype)
+        difference = float((output - given).norm() / given.norm())
+        if difference > tolerance:
+            raise RuntimeError(UNLIKE.format(name=name, difference=difference))
+
+
+@contextmanager
+def no_draws(name: str, device: torch.device) -> Iterator[None]:
+    """Raise a RuntimeError where random numbers were drawn, and take them back."""
+    with draws_taken_back(device) as drawn:
+        yield
+    if drawn:
+        raise RuntimeError(f"{name} {RANDOM}")
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:

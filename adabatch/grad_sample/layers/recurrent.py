@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from adabatch.grad_sample.factors.base import Dense, Factor
-from adabatch.grad_sample.layers.generic import RecomputedCall, register_call
+from adabatch.grad_sample.layers.generic import RecomputedCall, no_draws, register_call
+from adabatch.grad_sample.layers.state import LayerState
 from adabatch.grad_sample.layout import Layout
+
+FORWARD = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
 
 
 @register_call(nn.RNNBase)
@@ -25,6 +29,11 @@ class RecurrentCall(RecomputedCall):
                 "its dropout between layers cannot be drawn again for one sample: stack "
                 "single-layer modules with nn.Dropout between them")
         return None
+
+    @classmethod
+    def state_before(cls, layer: nn.Module) -> object:
+        """Of a subclass with a forward of its own; torch's keep no state."""
+        return () if type(layer).forward in FORWARD else super().state_before(layer)
 
     @classmethod
     def samples_dim(cls, layer: nn.Module, index: int) -> int:
@@ -44,17 +53,23 @@ class RecurrentCall(RecomputedCall):
             return [(layout or Layout.BATCH_FIRST).single(value[sample]).to(measured[0].dtype)
                     for value, layout in zip(values, layouts, strict=True)]
 
+        own_code, device = isinstance(self._before, LayerState), outer[0].device
         grads = []
-        for sample in range(outer[0].shape[0]):
-            with torch.enable_grad():
-                args, kwargs = self._arguments(alone(inputs, self._input_layouts, sample))
-                # Not called: its hooks would measure it again.
-                outputs = tree_flatten(self.layer.forward(*args, **kwargs))[0]
-            tapped = [outputs[index] for index in self.tapped]
-            cotangents = alone(outer, self._output_layouts, sample)
-            grads.append(torch.autograd.grad(tapped, measured, cotangents))
+        with no_draws(self.name, device) if own_code else nullcontext():
+            for sample in range(outer[0].shape[0]):
+                outputs = self._outputs(alone(inputs, self._input_layouts, sample))
+                tapped = [outputs[index] for index in self.tapped]
+                cotangents = alone(outer, self._output_layouts, sample)
+                grads.append(torch.autograd.grad(tapped, measured, cotangents))
         return {name: Dense(torch.stack(each))
                 for name, each in zip(self.parameters, zip(*grads, strict=True), strict=True)}
+
+    def _outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Of one sample, by forward: the hooks would measure it again."""
+        args, kwargs = self._arguments(inputs)
+        state = self._before.restored() if isinstance(self._before, LayerState) else nullcontext()
+        with torch.enable_grad(), state:
+            return tree_flatten(self.layer.forward(*args, **kwargs))[0]
 
     def _input_layout(self, index: int, tensor: Tensor) -> Layout:
         if index == 0 and tensor.dim() != 3:

@@ -71,6 +71,7 @@ class TapSite:
         deferred: a parameter of this layer has several uses, or a statistic needs the finished
             gradient: factors are kept until the pass has ended.
         calls: forward passes through the layer since the last backward pass (eager mode).
+        runs: forward passes through a layer that is run again.
         fused: whether its last tap was a fused one.
         shapes: of its last input and output, samples first (eager mode), for the cost model.
         vectors: weight, bias, and whether the layer with them may get a LinearVectorTap.
@@ -86,6 +87,7 @@ class TapSite:
     layout: Layout = Layout.BATCH_FIRST
     deferred: bool = False
     calls: int = 0
+    runs: int = 0
     fused: bool = False
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     vectors: tuple[Tensor | None, Tensor | None, bool] | None = None

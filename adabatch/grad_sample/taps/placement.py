@@ -24,8 +24,7 @@ from adabatch.grad_sample.backward.verify import GradientSumCheck
 from adabatch.grad_sample.compat import is_compiled, uncompiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
-from adabatch.grad_sample.layers.attention import random_state
-from adabatch.grad_sample.layers.generic import RandomState, RecomputedCall, call_type
+from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.layout import BatchSizeSource, Layout
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.taps.base import (
@@ -105,7 +104,7 @@ class ForwardHooks:
         self._tracer: ParameterTracer | None = None
         self._traced_part: weakref.ref[nn.Module] | None = None
         self._n_samples: int | None = None
-        self._random: dict[int, RandomState] = {}
+        self._before: dict[int, object] = {}
         self._handles: list[RemovableHandle] = []
         self._tracing_handles: list[RemovableHandle] = []
         self._copies: list[RemovableHandle] = []  # of what copies of the model have in their place
@@ -122,10 +121,9 @@ class ForwardHooks:
         for site, layer in layers:
             hook = bound(self._after_layer, site)
             self._handles.append(hook.held(layer.register_forward_hook(hook, **before)))
-            if call_type(layer).keeps_random_state:
-                hook = bound(self._keep_random_state, site)
-                handle = layer.register_forward_pre_hook(hook, prepend=True)
-                self._handles.append(hook.held(handle))
+            if site.sampler is None:
+                hook = bound(self._before_call, site)
+                self._handles.append(hook.held(layer.register_forward_pre_hook(hook)))
         compiled_parts = any(is_compiled(module) for module in model.modules())
         self._tracing = self._must_trace or not compiled_parts
         if not self._tracing and not self._needs_size:
@@ -259,10 +257,12 @@ class ForwardHooks:
         has_rule = site.sampler is not None
         return self._tracer.enter_layer(site.name, layer, site.layout, has_rule, args, kwargs)
 
-    def _keep_random_state(self, site: TapSite, layer: nn.MultiheadAttention, args: Args) -> None:
-        draws = layer.dropout and layer.training
-        if draws and not is_compiling() and self.enabled and can_measure():
-            self._random[site.index] = random_state(layer.out_proj.weight.device)
+    def _before_call(self, site: TapSite, layer: nn.Module, args: Args) -> None:
+        """Keep what a layer without a rule needs to be run again."""
+        if is_compiling() or not self.enabled or layer is not site.layer_reference():
+            return
+        if can_measure():
+            self._before[site.index] = call_type(layer).state_before(layer)
 
     def _after_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
@@ -348,8 +348,12 @@ class ForwardHooks:
             if kind.defines_samples and self._source is None:
                 self.input_sizes.add(n_samples)
         call = kind(site.name, layer, site.parameters, args, kwargs, output, n_samples,
-                    site.layout, self._random.pop(site.index, None))
+                    site.layout, self._before.pop(site.index, None))
         outputs = [leaves[index] for index in call.tapped]
+        site.runs += 1
+        due = site.runs & (site.runs - 1) == 0  # the 1st, 2nd, 4th, ... time
+        if due and not torch.is_autocast_enabled(outputs[0].device.type):
+            call.expected = [output.detach() for output in outputs]
         site.shapes = called_shapes(tree_flatten((args, kwargs))[0], outputs[0], n_samples)
         copied = [True] * len(outputs)
         tapped = self._call_tap(call, site, outputs, copied, site, n_samples)
