@@ -35,7 +35,7 @@ from adabatch.grad_sample.rows import ProbeRows, RowSampler
 from adabatch.grad_sample.statistics import statistics_of
 from adabatch.grad_sample.taps.base import TapSite, autocast_disabled
 from adabatch.grad_sample.taps.placement import ForwardHooks
-from adabatch.interfaces import Estimator, State, Statistic
+from adabatch.interfaces import Estimator, NotMeasured, State, Statistic
 
 if TYPE_CHECKING:
     from adabatch.check.report import CheckReport
@@ -44,6 +44,13 @@ COMPILED = (
     "{names} cannot be measured on a compiled model, whose graph ends before the mean gradient is "
     "known: do not measure it, or do not compile {parts} (submodules without measured parameters "
     "may be compiled)"
+)
+UNSEEN_USE = "a use outside of the layers began"
+NOT_TRACED = (
+    "this step was not measured: the samples' contributions do not add up to the gradient of "
+    "{listed}, as where a weight is used without calling its layer from this step on. Forward "
+    "passes are traced from now on, which measures such uses: leave this step out and continue; "
+    "should the next one differ too, the error says so"
 )
 
 
@@ -97,6 +104,7 @@ class GradSampleHooks(Estimator):
     _passes: list[BackwardPass]
     _kept: list[DeferredFactors]
     _late: list[BackwardChecks]
+    _left_out: NotMeasured | None
     _n_passes: int
 
     def __init__(
@@ -131,7 +139,7 @@ class GradSampleHooks(Estimator):
         self.statistics = frozenset(each.name for each in self._statistics)
         self._row_sampler = RowSampler(samples, seed, capacity)
         self._probe_rows = ProbeRows(plan.parameters, groups, per_parameter)
-        self._recorder = BackwardRecorder(self._statistics)
+        self._recorder = BackwardRecorder(self._statistics, plan.parameters)
         self.sites = TapSite.all_of(plan, self._probe_rows.row_of, self._recorder,
                                     {} if layout is None else layout.layouts)
         wide = any(each.dtype == torch.float64 for each in plan.parameters.values())
@@ -242,6 +250,10 @@ class GradSampleHooks(Estimator):
             late = next(iter(sizes))
         sizes.clear()
         record = self._recorder.drain(task)
+        check = self._recorder.sum_check
+        wrong = check.differing(self.by_samples) if check.task == task else []
+        if wrong and not self._leave_out(wrong):
+            raise RuntimeError(check.describe(wrong, placer.called))
         rows, reports, leaves = probes.drain(task, record.reports(len(sites)), late)
         if isinstance(reports, Tensor):
             assert late is not None
@@ -272,8 +284,9 @@ class GradSampleHooks(Estimator):
         self._passes = [*self._passes, step][-self.accumulate :]
         if self._deferred and self._n_passes <= self.accumulate:
             self._kept.append(DeferredFactors(record))
-        if self._n_passes >= self.accumulate:
+        if self._n_passes >= self.accumulate and self._left_out is None:
             self._finish_step(seen)
+        placer.end_pass(self)
 
     def _finish_step(self, seen: set[str]) -> None:
         """The step's last pass has ended, its gradient is complete."""
@@ -306,12 +319,22 @@ class GradSampleHooks(Estimator):
         """Check a pass whose reports have arrived; the names of parameters that took part."""
         self._mixing[0] = self._mixing[0] or warn_of_mixing(reports, self.sites)
         seen = reported_parameters(reports, self.sites, used)
-        if not self._n_passes:
-            check_all_seen(seen, self._grads_except(seen))
+        if not self._n_passes and self._left_out is None:
+            try:
+                check_all_seen(seen, self._grads_except(seen))
+            except RuntimeError:
+                if not self._leave_out(self._grads_except(seen)):
+                    raise
         self._seen |= seen
-        if self._probes.remote:
-            self._recorder.sum_check = None  # it would wait again
         return seen
+
+    def _leave_out(self, names: Iterable[str]) -> bool:
+        """Leave out this step, where tracing the next forward pass may find the uses that it
+        missed; False if it cannot."""
+        if not self._placer.trace_always():
+            return False
+        self._left_out = NotMeasured(UNSEEN_USE, NOT_TRACED.format(listed=", ".join(names)))
+        return True
 
     def _checks(
         self, reports: Sequence[Sequence[float]] | Tensor, n_samples: int, used: set[str]
@@ -363,7 +386,7 @@ class GradSampleHooks(Estimator):
                 self.loss_reduction, rows.group_of_row, rows.names, self.by_samples,
                 1 if shard is None else shard.world_size, self._statistics)
             return PendingStep(self._passes, self._grad_sq_norms, scale, weights, self._late,
-                               options, self._probes.remote)
+                               options, self._probes.remote, self._left_out)
         finally:
             self.reset()
 
@@ -382,6 +405,7 @@ class GradSampleHooks(Estimator):
         """Discard what was measured since the last step, as after a backward pass that failed, and
         draw new rows."""
         self._passes, self._kept, self._late, self._n_passes = [], [], [], 0
+        self._left_out = None
         placer = self._placer
         placer.recomputing_task = -1
         placer.input_sizes.clear()

@@ -70,6 +70,7 @@ def test_2_grad_sq_norm_is_read_when_the_gradients_are_complete():
     model, batch = make_mlp(), make_batch()
     hooks = GradSampleHooks(model)
     model[0].weight.register_post_accumulate_grad_hook(times_five)
+    model[0].weight.grad = torch.ones_like(model[0].weight)  # so that its sum is not compared
     backward(model, batch)
     squares = [parameter.grad.double().square().sum() for parameter in model.parameters()]
     close(hooks.collect().grad_sq_norm, sum(squares), 1e-5)
@@ -257,14 +258,18 @@ def test_9_a_weight_used_beside_its_layer_is_exact_or_raises():
         agrees(hooks.collect(), grads)
 
 
-def test_10_an_l2_term_in_the_loss_biases_the_trace_as_the_formula_says():
-    """T̂ − T̂ without the term = −m/(m−1) (2⟨g, r⟩ + ‖r‖²), r the gradient of the term:
-    adabatch.check() finds it, the hooks do not."""
+def test_10_what_is_added_to_the_gradient_biases_the_trace_as_the_formula_says():
+    """T̂ − T̂ without it = −m/(m−1) (2⟨g, r⟩ + ‖r‖²), r what is added, as by an L2 term. Only of
+    gradients that were there before the pass the hooks do not see it."""
     model, batch = make_mlp(), make_batch()
     grads = oracle.per_sample_grads(model, squared_error, batch)
     hooks = GradSampleHooks(model)
     penalty = 0.5 * sum(parameter.square().sum() for parameter in model.parameters())
-    (squared_error(model, batch).mean() + penalty).backward()
+    with pytest.raises(RuntimeError, match=r"do not add up .*a penalty on the weights"):
+        (squared_error(model, batch).mean() + penalty).backward()
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    squared_error(model, batch).mean().backward()
     cross = sum(float((rows.mean(0) * model.get_parameter(name)).sum())
                 for name, rows in grads.items())
     square = sum(float(parameter.detach().square().sum()) for parameter in model.parameters())

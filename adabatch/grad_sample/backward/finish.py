@@ -23,7 +23,7 @@ from adabatch.estimators.moments import (
 from adabatch.grad_sample.backward.recorder import BackwardRecord, ProbeSet, Report, add_to_row
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.factors.merge import merge_factors
-from adabatch.interfaces import Statistic
+from adabatch.interfaces import NotMeasured, Statistic
 
 if TYPE_CHECKING:
     from adabatch.grad_sample.taps.base import TapSite
@@ -288,13 +288,16 @@ class PendingStep:
         grad_sq_norms: ‖g‖² of each probe row, [K].
         checks: of passes whose reports could not be read at once.
         loss_scale, weights, options: as for pool_passes.
+        left_out: why the step is not measured, if so.
     """
 
     def __init__(
         self, passes: Sequence[BackwardPass], grad_sq_norms: Tensor,
         loss_scale: StepScale | None, weights: Tensor | Sequence[float] | None,
         checks: Sequence[BackwardChecks], options: PoolOptions, remote: bool,
+        left_out: NotMeasured | None = None,
     ):
+        self._left_out = left_out
         self._passes, self._grad_sq_norms, self._checks = passes, grad_sq_norms, checks
         self._scale, self._weights, self._options = loss_scale, weights, options
         self._copies: HostCopies | None = None
@@ -314,6 +317,8 @@ class PendingStep:
             self._copies.wait()
         for check in self._checks:
             check.run()
+        if self._left_out is not None:
+            raise self._left_out
         scale = 1.0 if self._scale is None else self._scale.factor()
         return pool_passes(self._passes, self._grad_sq_norms, loss_scale=scale,
                            weights=self._weights, options=self._options)

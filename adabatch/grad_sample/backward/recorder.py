@@ -109,16 +109,15 @@ class BackwardRecorder:
         defers: whether a statistic needs the finished gradient, so that all factors are kept.
         fuses, fuses_subset: whether layers may compute both gradients at once, with all samples
             measured or some.
-        sum_check: compares contributions with the gradient until enough was compared; None
-            afterwards.
+        sum_check: compares the sum of the contributions with the gradient.
         norm_weights: {parameter: the factor by which its norms count here} of a model that several
             processes hold in parts; None of one that is whole.
     """
 
-    def __init__(self, statistics: Sequence[Statistic]):
+    def __init__(self, statistics: Sequence[Statistic], parameters: Mapping[str, Tensor]):
         self._record, self._task = BackwardRecord(), -1
         self._lock = threading.Lock()
-        self.sum_check: GradientSumCheck | None = None
+        self.sum_check = GradientSumCheck(parameters)
         self.norm_weights: Mapping[str, float] | None = None
         self.defers = any(each.needs_gradient for each in statistics)
         self.statistics = tuple(each for each in statistics if not each.needs_gradient)
@@ -168,16 +167,13 @@ class BackwardRecorder:
     def clear(self) -> None:
         """Drop the record."""
         self._record, self._task = BackwardRecord(), -1
+        self.sum_check.running = False
 
     def drain(self, task: int) -> BackwardRecord:
-        """The record of that backward pass, which has ended, without what a failed one left; a
-        RuntimeError where contributions do not add up to the gradient."""
+        """The record of that backward pass, which has ended, without what a failed one left."""
         with self._lock:
             record = self._record if self._task == task else BackwardRecord()
             self.clear()
-        check = self.sum_check
-        if check is not None and check.task == task and check.verify():
-            self.sum_check = None
         return record
 
 

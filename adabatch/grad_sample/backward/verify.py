@@ -6,23 +6,41 @@ Legend: N samples, G_i the contribution of sample i.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Iterable, Mapping
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from adabatch.estimators.gradients import running_backward
 from adabatch.grad_sample.factors.base import Factor
+from adabatch.kernels import accumulation_dtype
 
 DIFFERS = (
     "the samples' contributions do not add up to the gradient of these parameters: {listed}. "
-    "Possible causes: a layer without a rule mixes samples or changes its buffers while it runs, a "
-    "use that the hooks do not see, a term of the loss that does not pass through the samples. "
-    "adabatch.check(model, batch, loss_fn) finds it. Give the layer a rule with "
-    "register_grad_sampler, take the term out of the loss, or pass ignore=[...]"
+    "{causes}. adabatch.check(model, batch, loss_fn) finds layers that mix samples; ignore=[...] "
+    "leaves a layer out"
+)
+HOOKED = (
+    "A hook changes the gradient of {listed} (register_hook, register_post_accumulate_grad_hook): "
+    "change .grad after backward() instead"
+)
+NOT_CALLED = (
+    "The model itself was not called, but one of its methods or parts, where weights that are used "
+    "without calling their layer are not seen: call model(...)"
+)
+CAUSES = (
+    "Possible causes: a term of the loss that does not pass through the samples, such as a penalty "
+    "on the weights (use the optimizer's weight_decay, or add its gradient after backward()); a "
+    "weight used where the hooks do not see it: in the loss function, before the model is called, "
+    "in a compiled function, under torch.func (apply it inside the model's forward); other weights "
+    "in place of the layer's (torch.func.functional_call); a layer without a rule that mixes "
+    "samples or changes its buffers while it runs (give it a rule with register_grad_sampler)"
 )
 Node: TypeAlias = torch.autograd.graph.Node
 COMPILED = "CompiledFunctionBackward"  # one node that holds layers and taps alike
@@ -36,130 +54,291 @@ LEAST_EPS_ELSEWHERE = 2.0**-10
 # Rounding of a coarse type (bfloat16) may hide in one pass, of few samples above all, what a layer
 # mixes; hardly in that many passes.
 COARSE_EPS, COARSE_PASSES = 2.0**-8, 16
-CHUNK_BYTES = 1 << 24
+# Passes that are compared because their pattern is new: so many, and one more in so many passes.
+# Where inputs were not kept, they are for so many passes, in which the pattern may come again.
+ALL = "all layers"  # no name of a layer
+NEW_PATTERNS, PASSES_PER_PATTERN, PASSES_KEPT = 8, 256, 64
 
 
 @dataclass
 class _Sums:
-    """Of one parameter, over its uses: Σ_i G_i, Σ_i ‖G_i‖², the coarsest eps, and whether .grad was
-    empty."""
+    """Of one parameter, over its uses: Σ_i G_i as the check compares it, Σ_i ‖G_i‖², the coarsest
+    type, and whether .grad was empty."""
 
     total: Tensor
     squares: Tensor
-    eps: float
+    dtype: torch.dtype
     fresh: bool
 
 
 class GradientSumCheck:
-    """Compares Σ_i G_i with p.grad for each parameter p, in passes that measure all samples.
+    """Compares Σ_i G_i with p.grad for each measured parameter p, over all samples of a pass, also
+    where a part of them is measured.
+
+    Compared are the passes 1, 2, 4, 8, …, the first 16 where a coarse type takes part, and those
+    whose pattern was not seen before: the layers called and their modes, the numbers of autograd
+    nodes that the forward pass and the loss made, the parameters with hooks. The latter are 8 at
+    first and one more in 256 passes.
 
     Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², and so does
-    what is allowed, ‖Σ_i G_i − p.grad‖ <= eps·(4·√Σ‖G_i‖² + 2·‖p.grad‖). Sums are in float64.
+    what is allowed, ‖Σ_i G_i − p.grad‖ <= eps·(4·√Σ‖G_i‖² + 2·‖p.grad‖). Matrices are multiplied by
+    a random vector first, which needs no matrix of Σ_i G_i.
 
-    Only layers without a rule, traced operations and parameters with several uses are observed:
-    rules are tested. Gradients that were not empty before the pass, that hooks may change, or that
-    processes share, are left out.
+    Left out are gradients that were not empty before the pass, and those that processes share.
 
     Attributes:
-        task: the backward pass observed last; -1 for none.
+        keeps_inputs: the taps of the forward pass that runs keep all rows of their inputs.
+        task: the backward pass that runs, or ran last.
+        running: a forward pass has begun since the last backward pass.
 
     Example:
         >>> from adabatch.grad_sample.factors.base import Dense
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> check = GradientSumCheck({"weight": weight})
-        >>> factor = Dense(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-        >>> check.observe({"weight": "weight"}, {"weight": factor}, torch.float32)
-        >>> weight.grad = torch.tensor([4.0, 6.0])
-        >>> check.verify()
+        >>> factors = {"weight": Dense(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))}
+        >>> check.observes()
         True
+        >>> check.observe({"weight": "weight"}, factors, squares(factors), torch.float32)
+        >>> weight.grad = torch.tensor([4.0, 6.0])
+        >>> check.differing()
+        []
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         self._parameters = parameters
-        self._passes = 0
-        self._forget(-1)
+        self._passes = self._new = self._keep_until = self._next_hook = 0
+        self._coarse = self.running = False
+        self._patterns: set[object] = set()
+        self._hooked: tuple[str, ...] = ()
+        self._directions: dict[tuple[int, torch.device], Tensor] = {}
+        self._leaf = torch.zeros((), requires_grad=True)
+        self._lock = threading.Lock()
+        self._start, self._calls, self._thread, self._complete = 0, 0, 0, True
+        self.keeps_inputs = True
+        self._forget(-2)  # -1 is what runs outside of backward passes
 
     def _forget(self, task: int) -> None:
-        self.task = task
+        self.task, self._compares = task, False
         self._sums: dict[str, _Sums] = {}
 
+    # -- the forward pass
+
+    def start(self, output: object, all_rows: bool) -> None:
+        """Before the first tap of a forward pass; all_rows: all samples are measured."""
+        node = output.grad_fn if isinstance(output, Tensor) else None
+        self._start = self._next_node() if node is None else node._sequence_nr()
+        self.running, self._calls, self._thread = True, 0, threading.get_ident()
+        self.keeps_inputs = self.is_due or self._passes < self._keep_until
+        self._complete = all_rows or self.keeps_inputs
+        if RemovableHandle.next_id != self._next_hook:  # somebody has registered a hook
+            self._next_hook = RemovableHandle.next_id
+            self._hooked = tuple(name for name, parameter in self._parameters.items()
+                                 if _has_hooks(parameter))
+
+    def count_call(self, layer: int, training: bool) -> None:
+        """A layer was called."""
+        self._calls = hash((self._calls, layer, training))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next pass is compared whatever its pattern."""
+        n = self._passes + 1
+        return n & (n - 1) == 0 or (self._coarse and n <= COARSE_PASSES)
+
+    def _next_node(self) -> int:
+        """The number of the autograd node that this thread makes now."""
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
+        node = self._leaf.neg().grad_fn
+        torch._C._set_grad_enabled(before)
+        return -1 if node is None else node._sequence_nr()
+
+    # -- the backward pass
+
+    def observes(self, last: Node | None = None) -> bool:
+        """Whether the taps of the backward pass that runs are to report all their rows; `last`: the
+        node of the tap that asks, the first one of a pass being that of the last layer."""
+        task = running_backward()
+        if task != self.task:
+            with self._lock:
+                if task != self.task:
+                    self._begin(task, last)
+        return self._compares
+
+    def _begin(self, task: int, last: Node | None) -> None:
+        due = self.is_due
+        self._forget(task)
+        self._passes += 1
+        here = threading.get_ident() == self._thread  # an accelerator's backward has its own
+        of_loss = self._next_node() - self._start if here else 0
+        of_layers = 0 if last is None else last._sequence_nr() - self._start
+        pattern = self._calls, of_layers, of_loss, self._hooked
+        new = pattern not in self._patterns
+        within = self._new < NEW_PATTERNS + self._passes // PASSES_PER_PATTERN
+        if not (due or (new and within)) or _is_distributed():
+            return
+        self._new += not due
+        self._compares = self._complete
+        if self._complete:
+            self._patterns.add(pattern)
+        else:
+            self._keep_until = self._passes + PASSES_KEPT
+
     def observe(
-        self, names: Mapping[str, str], factors: Mapping[str, Factor], *dtypes: torch.dtype
+        self, names: Mapping[str, str], totals: Mapping[str, Factor | Tensor],
+        sq_norms: Mapping[str, Tensor], *dtypes: torch.dtype,
     ) -> None:
         """A use, while the gradient is not complete.
 
         Args:
             names: {own name: name in the model}.
+            totals: {own name: the factor over all samples, or Σ_i G_i}.
+            sq_norms: {own name: Σ_i ‖G_i‖²}.
             dtypes: that the layer computed in, as autocast may have chosen them.
         """
-        if self.task != running_backward():
-            self._forget(running_backward())
-        for own, factor in factors.items():
+        for own, whole in totals.items():
             name, parameter = names[own], self._parameters[names[own]]
-            total, squares = _total(factor), factor.sq_norms().double().sum()
-            eps = max(torch.finfo(dtype).eps for dtype in (parameter.dtype, *dtypes)
-                      if dtype.is_floating_point)
-            sums = self._sums.get(name)
-            if sums is None:
-                self._sums[name] = _Sums(total, squares, eps, _is_empty(parameter.grad))
-            else:
-                sums.total, sums.squares = sums.total + total, sums.squares + squares
-                sums.eps = max(sums.eps, eps)
+            squares = sq_norms[own]
+            total = self._reduced(whole, squares.device)
+            floating = [each for each in (parameter.dtype, *dtypes) if each.is_floating_point]
+            dtype = max(floating, key=lambda each: torch.finfo(each).eps)
+            self._coarse |= torch.finfo(dtype).eps >= COARSE_EPS
+            with self._lock:
+                sums = self._sums.get(name)
+                if sums is None:
+                    fresh = _is_empty(parameter.grad)
+                    self._sums[name] = _Sums(total, squares, dtype, fresh)
+                else:
+                    sums.total, sums.squares = sums.total + total, sums.squares + squares
+                    sums.dtype = max(sums.dtype, dtype, key=lambda each: torch.finfo(each).eps)
 
-    def verify(self) -> bool:
-        """When that backward pass has ended: whether enough was compared, one pass or 16 in which a
-        coarse type took part; a RuntimeError lists the parameters whose contributions do not add
-        up."""
-        sums = self._sums
-        self._forget(-1)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return False
-        sums = {name: each for name, each in sums.items()
-                if each.fresh and not _is_changed_by_others(self._parameters[name])}
-        scales = {name: math.sqrt(float(each.squares)) for name, each in sums.items()}
-        largest = max(scales.values(), default=0.0)
-        wrong = []
+    def _reduced(self, whole: Factor | Tensor, device: torch.device) -> Tensor:
+        """What is compared of Σ_i G_i or of a gradient: a matrix times a vector, else itself."""
+        if len(whole.shape) != 2:
+            total = whole if isinstance(whole, Tensor) else whole.total()
+            return total.to(accumulation_dtype(total))
+        if not isinstance(whole, Tensor):
+            return whole.total_times(self._direction(whole.shape[1], device))
+        whole = whole.to(accumulation_dtype(whole))
+        return whole @ self._direction(whole.shape[1], device).to(whole.dtype)
+
+    def _direction(self, width: int, device: torch.device) -> Tensor:
+        """A random vector of mean square 1, no entry of which is small or large."""
+        key = width, device
+        if key not in self._directions:
+            generator = torch.Generator().manual_seed(width)
+            signs = torch.randint(0, 2, (width,), generator=generator) * 2.0 - 1.0
+            vector = signs * (torch.rand(width, generator=generator) + 0.5).double()
+            scale = vector.square().mean().clamp_min(1e-30).rsqrt()
+            self._directions[key] = (vector * scale).to(device, torch.float32)
+        return self._directions[key]
+
+    def differing(self, by_samples: bool = False) -> list[str]:
+        """When a backward pass has ended: names of the parameters whose contributions do not add up
+        to the gradient; none where the pass was not compared.
+
+        Args:
+            by_samples: each pass's gradient is multiplied by its share of the step's samples.
+        """
+        self.running = False
+        sums, self._sums = self._sums, {}
+        compared: dict[str, tuple[Tensor, Tensor]] = {}
         for name, each in sums.items():
-            parameter, grad = self._parameters[name], torch.zeros_like(each.total)
-            if parameter.grad is not None:
-                grad = parameter.grad.to_dense().double().reshape(grad.shape)
+            parameter = self._parameters[name]
+            grad = parameter.grad
+            gone = grad is None and bool(parameter._post_accumulate_grad_hooks)
+            if not each.fresh or not parameter.requires_grad or gone:
+                continue
+            seen = torch.zeros_like(each.total)
+            if grad is not None:
+                seen = self._reduced(grad.to_dense(), grad.device)
+            compared[name] = each.total.reshape(seen.shape).to(seen.dtype), seen
+        if not compared:
+            return []
+        share = _common_factor(compared.values()) if by_samples else 1.0
+        numbers = [[_norm(share * total - seen), _norm(seen), share**2 * sums[name].squares]
+                   for name, (total, seen) in compared.items()]
+        found = dict(zip(compared, _on_host(numbers), strict=True))
+        # Values that are not finite are compared with nothing.
+        scales = {name: math.sqrt(row[2]) for name, row in found.items() if row[2] >= 0.0}
+        largest: dict[str, float] = {}
+        for name, scale in scales.items():
+            for owner in (name.rpartition(".")[0], ALL):
+                largest[owner] = max(largest.get(owner, 0.0), scale if scale < math.inf else 0.0)
+        wrong = []
+        for name, (difference, norm, _) in found.items():
+            parameter, dtype = self._parameters[name], sums[name].dtype
             # What is zero but for rounding, as a key's bias in attention, is compared with the
-            # other parameters.
-            rounding = OF_SAMPLES * (scales[name] + 0.1 * largest)
-            rounding += OF_GRADIENT * float(grad.norm())
-            allowed = _trusted(each.eps, parameter) * rounding
-            if float((each.total - grad).norm()) > allowed:  # not where a value is not finite
+            # other parameters, those of its layer above all.
+            others = 0.1 * largest.get(name.rpartition(".")[0], 0.0) + 0.01 * largest.get(ALL, 0.0)
+            rounding = OF_SAMPLES * (scales.get(name, math.nan) + others)
+            allowed = _trusted(dtype, parameter) * (rounding + OF_GRADIENT * norm)
+            if difference > allowed + _underflow(dtype, parameter):
                 wrong.append(name)
-        if wrong:
-            raise RuntimeError(DIFFERS.format(listed=", ".join(wrong)))
-        self._passes += bool(sums)
-        coarse = any(each.eps >= COARSE_EPS for each in sums.values())
-        return self._passes >= (COARSE_PASSES if coarse else 1)
+        return wrong
+
+    def describe(self, wrong: Sequence[str], called: bool) -> str:
+        """The error's text; called: the model's forward was."""
+        hooked = [name for name in wrong if _has_hooks(self._parameters[name])]
+        causes = [HOOKED.format(listed=", ".join(hooked))] if hooked else []
+        if not called:
+            causes.append(NOT_CALLED)
+        return DIFFERS.format(listed=", ".join(wrong), causes=". ".join(causes) or CAUSES)
 
 
-def _trusted(eps: float, like: Tensor) -> float:
+def squares(factors: Mapping[str, Factor], n_samples: int | None = None) -> dict[str, Tensor]:
+    """{name: Σ_i ‖G_i‖²}, of n_samples where these are a part of them."""
+    return {name: factor.sq_norms().sum() * (
+                1.0 if n_samples is None else n_samples / max(1, factor.n_samples))
+            for name, factor in factors.items()}
+
+
+def _norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values)
+
+
+def _on_host(rows: Sequence[Sequence[Tensor]]) -> list[list[float]]:
+    """Numbers, for which an accelerator is waited for once."""
+    device = rows[0][0].device
+    flat = torch.stack([value.to(device).double() for row in rows for value in row])
+    return flat.view(len(rows), -1).tolist()
+
+
+def _common_factor(pairs: Collection[tuple[Tensor, Tensor]]) -> float:
+    """c, of gradients that are c times the sums: the median over the large ones."""
+    rows = _on_host([[(total * seen).sum(), total.square().sum()] for total, seen in pairs])
+    least = 0.01 * max(square for _, square in rows)
+    factors = sorted(product / square for product, square in rows if square >= max(least, 1e-300))
+    return factors[len(factors) // 2] if factors else 1.0
+
+
+def _trusted(dtype: torch.dtype, like: Tensor) -> float:
+    eps = torch.finfo(dtype).eps
     if eps <= torch.finfo(torch.float64).eps:
         return 1e-8
     return max(eps, LEAST_EPS.get(like.device.type, LEAST_EPS_ELSEWHERE))
 
 
-def _total(factor: Factor) -> Tensor:
-    """Σ_n G_n, in float64, some samples at a time."""
-    size = max(1, CHUNK_BYTES // max(1, 4 * math.prod(factor.shape)))
-    total: Tensor | float = 0.0
-    for rows in torch.arange(factor.n_samples).split(size):
-        total = total + factor.select(rows).dense().double().sum(0)
-    if isinstance(total, Tensor):
-        return total
-    return torch.zeros(factor.shape, dtype=torch.float64)
+def _underflow(dtype: torch.dtype, parameter: Tensor) -> float:
+    """What rounding to the type's smallest numbers comes to: float16 loses small gradients."""
+    finfo = torch.finfo(dtype)
+    return finfo.tiny * finfo.eps * math.sqrt(max(1, parameter.numel()))
 
 
 def _is_empty(grad: Tensor | None) -> bool:
     return grad is None or (not grad.is_sparse and not bool(torch.count_nonzero(grad)))
 
 
-def _is_changed_by_others(parameter: Tensor) -> bool:
-    return bool(parameter._backward_hooks) or bool(parameter._post_accumulate_grad_hooks)
+def _has_hooks(parameter: Tensor) -> bool:
+    """Whether somebody else's hook may change its gradient."""
+    hooks = [*(parameter._backward_hooks or {}).values(),
+             *(parameter._post_accumulate_grad_hooks or {}).values()]
+    return not all(isinstance(hook, functools.partial)
+                   and hook.func.__module__.startswith("adabatch.") for hook in hooks)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def unseen_uses(

@@ -7,12 +7,14 @@ caller takes out. Only dense() needs memory for all N gradients at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from adabatch import kernels
-from adabatch.kernels import accumulation_dtype
+from adabatch.kernels import CHUNK_BYTES, accumulation_dtype
 
 
 class Factor:
@@ -56,6 +58,18 @@ class Factor:
     def dot(self, other: Tensor) -> Tensor:
         """Inner products ⟨G_n, other⟩, [N], with other [*shape]."""
         return kernels.dense_dot(self.dense(), other)
+
+    def total(self) -> Tensor:
+        """Σ_n G_n, [*shape], some samples at a time."""
+        size = max(1, CHUNK_BYTES // max(1, 4 * math.prod(self.shape)))
+        parts = [self.select(slice(start, start + size)).dense().sum(0)
+                 for start in range(0, max(1, self.n_samples), size)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def total_times(self, vector: Tensor) -> Tensor:
+        """Σ_n G_n v, [O], of matrices G_n [O, I]."""
+        total = self.total()
+        return total @ vector.to(total.dtype)
 
     def compact(self) -> Factor:
         """The same gradients in the form that is small to keep and cheap to read repeatedly."""

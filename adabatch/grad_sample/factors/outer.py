@@ -49,6 +49,11 @@ class Outer(Factor):
         dtype = accumulation_dtype(self.left, self.right)
         return torch.bmm(self.left.to(dtype).mT, self.right.to(dtype))
 
+    def total_times(self, vector: Tensor) -> Tensor:
+        dtype = accumulation_dtype(self.left, self.right)
+        right = self.right.to(dtype).flatten(0, 1) @ vector.to(dtype)
+        return right @ self.left.to(dtype).flatten(0, 1)
+
     def select(self, indices: Tensor | slice) -> Outer:
         return Outer(self.left[indices], self.right[indices])
 
@@ -93,6 +98,11 @@ class OneHotOuter(Factor):
         grad = self.right.new_zeros(table, dtype=dtype)
         grad.index_add_(0, rows, self.right.flatten(0, 1).to(dtype))
         return grad.view(samples, *self.shape)
+
+    def total_times(self, vector: Tensor) -> Tensor:
+        dtype = accumulation_dtype(self.right)
+        right = self.right.to(dtype).flatten(0, 1) @ vector.to(dtype)
+        return right.new_zeros(self.num_embeddings).index_add_(0, self.ids.flatten(), right)
 
     def select(self, indices: Tensor | slice) -> OneHotOuter:
         return OneHotOuter(self.ids[indices], self.right[indices], self.num_embeddings)

@@ -24,6 +24,7 @@ from adabatch.distributed.sharded_layers import is_parallel, own_activations, ow
 from adabatch.grad_sample.backward.recorder import (
     BackwardRecorder, ParameterUse, Probe, signal_gradient,
 )
+from adabatch.grad_sample.backward.verify import squares
 from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.layout import Layout
@@ -205,11 +206,9 @@ class TapSite:
         trained = all(parameter.requires_grad for parameter in own.values())
         return trained and sampler.fused.supports(layer, inputs, output, self.layout, all_rows)
 
-    def defer(self, factors: Mapping[str, Factor], rows: Tensor | None, dtype: torch.dtype) -> None:
+    def defer(self, factors: Mapping[str, Factor]) -> None:
         """Keep the factors of a call until the pass has ended."""
         compact = {name: factor.compact() for name, factor in factors.items()}
-        if rows is None and self.recorder.sum_check is not None:
-            self.recorder.sum_check.observe(self.parameters, compact, dtype)
         self.recorder.defer([ParameterUse(self.parameters[name], factor)
                              for name, factor in compact.items()])
 
@@ -323,17 +322,18 @@ class Tap(torch.autograd.Function):
 class PassthroughTap(Tap):
     """Reports from the measured rows of the layer's input and of the output's gradient.
 
-    forward(output, activations, rows, report, site, n_samples, *extras): `activations` are the
-    measured rows of the input (all rows where the rule needs them), `rows` the measured indices [S]
-    or None for all; `output` has to come first among the differentiable ones.
+    forward(output, activations, rows, whole, report, site, n_samples, *extras): `activations` are
+    the measured rows of the input (all rows where the rule needs them), `rows` the measured indices
+    [S] or None for all, `whole` all rows where they are kept besides; `output` has to come first
+    among the differentiable ones.
     """
 
     @staticmethod
-    def forward(ctx, output, activations, rows, report, site, n_samples, *extras):
+    def forward(ctx, output, activations, rows, whole, report, site, n_samples, *extras):
         Tap.place(ctx, site, report, n_samples, len(extras))
         ctx.mixed = site.mixes_samples
         ctx.parallel = not is_compiling() and is_sharded(output)
-        ctx.save_for_backward(activations, rows)
+        ctx.save_for_backward(activations, rows, whole)
         return Tap.pass_on(ctx, output)
 
     @staticmethod
@@ -345,19 +345,24 @@ class PassthroughTap(Tap):
                 f"{site.name} changed between train and eval mode after its forward pass: call "
                 "model.train() or eval() after loss.backward()"
             )
-        activations, rows = ctx.saved_tensors
+        activations, rows, whole = ctx.saved_tensors
         with autocast_disabled(backprops.device):
             own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
             n_samples = _n_samples(ctx.n_samples, site.layout, own)
             factors = site.factors(activations, own, rows, n_samples)
+            if not is_compiling() and site.recorder.sum_check.observes(ctx):
+                every = factors if rows is None else site.factors(
+                    activations if whole is None else whole, own, None, n_samples)
+                site.recorder.sum_check.observe(
+                    site.parameters, every, squares(factors, n_samples), own.dtype)
             if site.must_defer:
-                site.defer(factors, rows, own.dtype)
+                site.defer(factors)
                 extras = [None] * ctx.n_extras
             else:
                 measured = n_samples if rows is None else rows.shape[0]
                 extras = site.report(factors, measured, ctx.dtype)
         report = Tap.call_report(ctx, site, n_samples, own)
-        return backprops, None, None, report, None, None, *extras
+        return backprops, None, None, None, report, None, None, *extras
 
 
 def pass_through(
@@ -373,10 +378,13 @@ def pass_through(
         activations = layout.split(activations, n_samples)
     if parallel:
         site.shapes = tuple(activations.shape), tuple(output.to_local().shape)  # type: ignore[attr-defined]
+    whole = None
     if rows is not None and not site.mixes_samples:
+        if not is_compiling() and site.recorder.sum_check.keeps_inputs:
+            whole = activations
         activations = activations.index_select(0, rows)
     known = _known(layout, n_samples)
-    return PassthroughTap.apply(output, activations, rows, report, site, known, *extras)
+    return PassthroughTap.apply(output, activations, rows, whole, report, site, known, *extras)
 
 
 class FusedBackwardTap(Tap):
@@ -406,11 +414,20 @@ class FusedBackwardTap(Tap):
                 needs_inputs=ctx.needs_inputs, norms=not defer,
                 second_moment=not defer and site.recorder.needs_second_moment,
             )
+            factors = {}
             if defer:
                 a, b = (layout.split(each, n_samples) for each in (saved[0], backprops))
                 if rows is not None:
                     a, b = a.index_select(0, rows), b.index_select(0, rows)
-                site.defer(site.sampler.rule(layer, a, b), rows, backprops.dtype)
+                factors = site.sampler.rule(layer, a, b)
+            if not is_compiling() and site.recorder.sum_check.observes(ctx):
+                norms = (squares(factors, n_samples) if defer else
+                         {name: each.sum() for name, each in result.sq_norms.items()})
+                site.recorder.sum_check.observe(
+                    site.parameters, {name: result.grads[name] for name in norms}, norms,
+                    backprops.dtype)
+            if defer:
+                site.defer(factors)
                 extras = [None] * ctx.n_extras
             else:
                 measured = n_samples if rows is None else rows.shape[0]
@@ -474,9 +491,15 @@ class RecomputeTap(Tap):
         with autocast_disabled(backprops[0].device):
             factors = ctx.call.factors(inputs, backprops, rows)
             names = {name: name for name in factors} if site is None else site.parameters
-            if not is_compiling() and rows is None and recorder.sum_check is not None:
+            if not is_compiling() and recorder.sum_check.observes(ctx):
                 dtypes = [each.dtype for each in (*backprops, *inputs)]
-                recorder.sum_check.observe(names, factors, *dtypes, *ctx.autocast)
+                # Not more samples at once than are measured.
+                chunks = [] if rows is None else torch.arange(
+                    ctx.n_samples, device=rows.device).split(max(1, len(rows)))
+                for every in (ctx.call.factors(inputs, backprops, chunk)
+                              for chunk in chunks) if chunks else (factors,):
+                    recorder.sum_check.observe(
+                        names, every, squares(every), *dtypes, *ctx.autocast)
             if site is None or site.must_defer:
                 recorder.defer([ParameterUse(names[name], each) for name, each in factors.items()])
             else:

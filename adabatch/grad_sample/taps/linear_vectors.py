@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adabatch import kernels
 from adabatch.grad_sample.backward.recorder import signal_gradient
+from adabatch.grad_sample.backward.verify import squares
 from adabatch.grad_sample.layers.linear import linear_grad_sample
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.taps.base import DOUBLE_BACKWARD, Tap, TapSite, autocast_disabled
@@ -46,7 +47,8 @@ def _is_plain(site: TapSite, weight: Tensor | None, bias: Tensor | None, output:
 
 class LinearVectorTap(Tap):
     """forward(output [N, O], (activations [S, I],), rows [S] or None for all, report, site); the
-    activations in a tuple, so that autograd takes them for no input of the tap."""
+    activations in a tuple, so that autograd takes them for no input of the tap, with all rows
+    behind them where they are kept besides."""
 
     @staticmethod
     def forward(ctx, output, activations, rows, report, site):
@@ -60,15 +62,21 @@ class LinearVectorTap(Tap):
     def backward(ctx, backprops):
         if torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
-        site, (activations,) = ctx.site, ctx.saved_tensors
+        site, (activations, *whole) = ctx.site, ctx.saved_tensors
         measured = backprops if ctx.rows is None else backprops.index_select(0, ctx.rows)
         norms: list[tuple[int, Tensor]] = []
         if site.must_defer:
             with autocast_disabled(backprops.device):
-                factors = site.sampler.rule(site.layer, activations.detach(), measured)
-                site.defer(factors, ctx.rows, backprops.dtype)
+                site.defer(site.sampler.rule(site.layer, activations.detach(), measured))
         else:
             norms = _norms(site, activations, measured, ctx.dtype)
+        if site.recorder.sum_check.observes(ctx):
+            with autocast_disabled(backprops.device):
+                rule, inputs = site.sampler.rule, activations.detach()
+                sq_norms = squares(rule(site.layer, inputs, measured), len(backprops))
+                factors = rule(site.layer, *whole or (inputs,), backprops)
+                site.recorder.sum_check.observe(
+                    site.parameters, factors, sq_norms, backprops.dtype)
         first = site.recorder.record_call(site.index, backprops.shape[0], norms)
         return backprops, None, None, ctx.signal if first else None, None
 
@@ -82,8 +90,11 @@ def pass_vectors(
     site: TapSite, inputs: Tensor, output: Tensor, rows: Tensor | None, report: Tensor
 ) -> Tensor:
     """The layer's output behind its tap."""
-    activations = inputs if rows is None else inputs.detach().index_select(0, rows)
-    return _apply(output, (activations,), rows, report, site)
+    if rows is None:
+        return _apply(output, (inputs,), rows, report, site)
+    inputs = inputs.detach()
+    kept = (inputs,) if site.recorder.sum_check.keeps_inputs else ()
+    return _apply(output, (inputs.index_select(0, rows), *kept), rows, report, site)
 
 
 def _norms(

@@ -20,7 +20,6 @@ from adabatch._hooks import UncopiedHook
 from adabatch._types import Args, Kwargs
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
-from adabatch.grad_sample.backward.verify import GradientSumCheck
 from adabatch.grad_sample.compat import is_compiled, uncompiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
@@ -62,7 +61,7 @@ class ForwardHooks:
 
     The first measured forward pass of an eager model is always traced: that finds position tables
     looked up without a batch dimension and weights used without calling their layer. If it finds
-    none, tracing ends.
+    none, tracing pauses until the next pass whose sums are compared with the gradient.
 
     Args:
         sites: the layers with a tap; the last one stands for the traced operations.
@@ -79,6 +78,8 @@ class ForwardHooks:
         forward_sizes: N of the taps placed since the last backward pass.
         recomputing_task: the backward pass in which activation checkpointing last ran a layer
             again, or -1.
+        called, traced: whether the model itself was called since the last backward pass, and
+            whether the whole call was traced.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class ForwardHooks:
         self.operation_shapes: dict[str, tuple[int, ...]] = {}
         self._sites, self._parameters, self._traced = sites, parameters, traced
         self._probes, self._row_sampler, self._recorder = probes, row_sampler, recorder
-        recorder.sum_check = GradientSumCheck(parameters)
+        self._check = recorder.sum_check
+        self.called = self.traced = False
         self._source = batch_size_source
         self._owners: dict[str, list[TapSite]] = {}
         for site in sites:
@@ -108,6 +110,9 @@ class ForwardHooks:
         self._handles: list[RemovableHandle] = []
         self._tracing_handles: list[RemovableHandle] = []
         self._copies: list[RemovableHandle] = []  # of what copies of the model have in their place
+        self._model_handle: RemovableHandle | None = None
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._may_trace = False
 
     def attach(self, model: nn.Module, owner: object) -> None:
         """Put the hooks on the model; they keep `owner` alive, and copies of the model are without
@@ -124,14 +129,23 @@ class ForwardHooks:
             if site.sampler is None:
                 hook = bound(self._before_call, site)
                 self._handles.append(hook.held(layer.register_forward_pre_hook(hook)))
-        compiled_parts = any(is_compiled(module) for module in model.modules())
-        self._tracing = self._must_trace or not compiled_parts
-        if not self._tracing and not self._needs_size:
-            return
+        self._model = weakref.ref(model)
+        self._may_trace = not any(is_compiled(module) for module in model.modules())
+        self._tracing = self._must_trace or self._may_trace
+        if self._tracing or self._needs_size:
+            self._attach_tracing(model, owner)
+
+    def _attach_tracing(self, model: nn.Module, owner: object) -> None:
+        """Put the hooks on the model that tracing needs."""
+        before = _First(prepend=True, with_kwargs=True)
         handles = self._tracing_handles
-        for site, layer in layers:
+
+        def bound(method: Callable[..., object], first: object) -> UncopiedHook:
+            return UncopiedHook(partial(method, first), self._copies, owner)
+
+        for site in self._sites[:-1]:
             hook = bound(self._before_layer, site)
-            handles.append(hook.held(layer.register_forward_pre_hook(hook, **before)))
+            handles.append(hook.held(site.layer.register_forward_pre_hook(hook, **before)))
         for part in model.modules():
             if part is not model and any(True for _ in part.children()):
                 own = weakref.ref(part)
@@ -140,19 +154,39 @@ class ForwardHooks:
                 hook = bound(self._after_part, own)
                 handles.append(hook.held(part.register_forward_hook(hook, always_call=True)))
         original = weakref.ref(model)
+        if self._model_handle is not None:
+            self._model_handle.remove()
         # Last, so that it runs before the hook of a layer that is the model itself.
         hook = bound(self._before_model, original)
-        self._handles.append(hook.held(model.register_forward_pre_hook(hook, **before)))
-        handles = self._handles if self._must_trace else self._tracing_handles
+        self._model_handle = hook.held(model.register_forward_pre_hook(hook, **before))
         hook = bound(self._after_model, original)
         handles.append(hook.held(model.register_forward_hook(hook, always_call=True)))
 
+    def trace_always(self) -> bool:
+        """Trace all passes from now on; whether that may find what the last one missed: it was not
+        traced, and can be."""
+        if self.traced or not (self.called and self._may_trace):
+            return False
+        self._must_trace = True
+        return True
+
+    def end_pass(self, owner: object) -> None:
+        """After a backward pass: trace the next forward pass where its sums will be compared."""
+        self.called = self.traced = False
+        if not self._tracing and self._may_trace and (self._must_trace or self._check.is_due):
+            model = self._model()
+            if model is not None:
+                self._tracing = True
+                self._attach_tracing(model, owner)
+
     def remove(self) -> None:
         """Take all hooks off the model."""
-        for handles in (self._handles, self._tracing_handles, self._copies):
+        model_handle = [] if self._model_handle is None else [self._model_handle]
+        for handles in (self._handles, self._tracing_handles, self._copies, model_handle):
             for handle in handles:
                 handle.remove()
             handles.clear()
+        self._model_handle, self._may_trace = None, False
 
     def _before_model(
         self, original: weakref.ref[nn.Module], model: nn.Module, args: Args, kwargs: Kwargs
@@ -171,6 +205,7 @@ class ForwardHooks:
             return
         while self._copies:
             self._copies.pop().remove()
+        self.called, self.traced = True, False
         tensors: Sequence[Tensor] = args  # the commonest call need not be flattened
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
             tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
@@ -231,6 +266,8 @@ class ForwardHooks:
             self._tracing = False  # a whole pass went by without a traced use
             for handle in self._tracing_handles:
                 handle.remove()
+            self._tracing_handles.clear()
+        self.traced |= self._tracer is not None and output is not None
         self._stop_tracing()
 
     def _stop_tracing(self) -> None:
@@ -243,6 +280,8 @@ class ForwardHooks:
         self, operation: TracedOp, outputs: list[Tensor], copied: list[bool]
     ) -> Sequence[Tensor]:
         self._must_trace = True
+        if running_backward() == -1:
+            self._count_call(self._sites[-1], outputs[0], False)
         for name in operation.parameters:
             for site in self._owners.get(name, ()):
                 site.deferred = True
@@ -294,6 +333,11 @@ class ForwardHooks:
             if measured:
                 tracer.resume(output if result is None else result)
 
+    def _count_call(self, site: TapSite, output: object, training: bool) -> None:
+        if not self._check.running:
+            self._check.start(output, self._row_sampler.samples is None)
+        self._check.count_call(site.index, training)
+
     def _tap_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
     ) -> object:
@@ -301,6 +345,7 @@ class ForwardHooks:
         task = running_backward()
         if task == -1:
             site.calls += 1
+            self._count_call(site, output, layer.training)
         self.recomputing_task = task  # activation checkpointing runs the layer again in backward
         if (isinstance(output, Tensor) and output.dim() == 2 and args
                 and has_vectors(site, layer, args[0], output)):
