@@ -18,7 +18,7 @@ from torch import Tensor
 from adabatch._types import Batch
 from adabatch.check.isolate import no_gradients_yet, restored
 from adabatch.check.layouts import LayoutResult
-from adabatch.check.passes import CheckedModel, ParameterOwner, PassRecord
+from adabatch.check.passes import CheckedModel, ParameterOwner, PassRecord, real_parts
 from adabatch.check.report import CheckReport, CheckRow
 from adabatch.grad_sample.cost import called_shapes, layer_cost
 from adabatch.grad_sample.hooks import GradSampleHooks
@@ -53,14 +53,14 @@ def exact_norms(checked: CheckedModel, batch: Batch, n_samples: int) -> ExactNor
     parameters = checked.parameters
     n_compared = min(n_samples, MAX_COMPARED)
     norms: dict[str, list[float]] = {name: [] for name in parameters}
-    totals = {name: each.new_zeros(each.shape, dtype=torch.float64)
+    totals = {name: torch.zeros_like(real_parts(each.detach()), dtype=torch.float64)
               for name, each in parameters.items()}
     for sample in range(n_compared):
         with restored(checked.model):
             loss = checked.loss_fn(checked.model, batch)[sample]
             grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, grad in zip(parameters, grads, strict=True):
-            value = torch.zeros(()) if grad is None else grad.to_dense().double()
+            value = torch.zeros(()) if grad is None else real_parts(grad.to_dense()).double()
             norms[name].append(float(value.square().sum()))
             totals[name] += value.to(totals[name])
     traces = {name: max(0.0, sum(norms[name]) - float(total.square().sum()) / n_compared)
@@ -237,8 +237,8 @@ def _rest(name: str, record: PassRecord) -> Tensor | None:
     grad = record.grads[name]
     if grad is None:
         return None
-    parts = [part.double() for part in record.inside.get(name, {}).values()]
-    whole = grad.to_dense().double()
+    parts = [real_parts(part).double() for part in record.inside.get(name, {}).values()]
+    whole = real_parts(grad.to_dense()).double()
     rest = whole - sum(parts)
     uses = record.uses.get(name, 0)
     # One use passes its gradient on bit for bit; several are added up in the parameter's own type.

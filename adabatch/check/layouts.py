@@ -192,7 +192,7 @@ def smaller_batch(
         guess = {path: dim for (path, _), dim in zip(leaves, dims, strict=True) if dim is not None}
 
         def cut(path: Path, tensor: Tensor, guess: dict[Path, int] = guess) -> Tensor:
-            return tensor.narrow(guess[path], 0, n_samples) if path in guess else tensor
+            return _shortened(tensor, guess[path], n_samples) if path in guess else tensor
 
         part = map_tensors(batch, cut)
         try:
@@ -202,6 +202,13 @@ def smaller_batch(
         if trial is not None and _same(trial.losses, full.losses[:n_samples]):
             return part, trial
     return None
+
+
+def _shortened(tensor: Tensor, dim: int, length: int) -> Tensor:
+    """The tensor, which may be sparse, cut to a length."""
+    if tensor.layout is torch.strided:
+        return tensor.narrow(dim, 0, length)
+    return tensor.to_dense().narrow(dim, 0, length).to_sparse(layout=tensor.layout)
 
 
 def _same(losses: Tensor, expected: Tensor) -> bool:

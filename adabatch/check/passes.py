@@ -207,10 +207,16 @@ class PassRecord:
             if call.output is None:
                 call.output = tensor.detach()
             copied = tensor.clone()
-            copied.register_hook(lambda grad: call.backprops.update({index: grad.detach()}))
+            copied.register_hook(
+                lambda grad: call.backprops.update({index: real_parts(grad.detach())}))
             return copied
 
         return map_tensors(output, tap)
+
+
+def real_parts(tensor: Tensor) -> Tensor:
+    """The tensor; a complex one as its real and imaginary parts [..., 2]."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _recomputing() -> bool:

@@ -91,8 +91,9 @@ def _shortened(grad: Tensor) -> Tensor:
 
 
 def _dense(grad: Tensor) -> Tensor:
-    """The values of the gradient, at least float32."""
+    """The values of the gradient, real, at least float32."""
     grad = grad.coalesce().values() if grad.is_sparse else grad
+    grad = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
     return grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
 
 

@@ -30,7 +30,7 @@ from adabatch.grad_sample.backward.recorder import (
 from adabatch.grad_sample.backward.verify import check_uses_seen
 from adabatch.grad_sample.compat import is_compiled
 from adabatch.grad_sample.cost import StepCost, step_cost
-from adabatch.grad_sample.plan import plan_layers, unwrap
+from adabatch.grad_sample.plan import ParameterIdentity, plan_layers, unwrap
 from adabatch.grad_sample.rows import ProbeRows, RowSampler
 from adabatch.grad_sample.statistics import statistics_of
 from adabatch.grad_sample.taps.base import TapSite, autocast_disabled
@@ -167,6 +167,7 @@ class GradSampleHooks(Estimator):
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self.reset()
         self._placer.attach(unwrap(model), self)
+        self._identity = ParameterIdentity(unwrap(model), plan.parameters)
         self._attached = True
 
     def _check_not_compiled(self, model: nn.Module) -> None:
@@ -240,6 +241,7 @@ class GradSampleHooks(Estimator):
                 callback()
         except Exception:
             self.reset()  # half of a pass must not be collected later
+            self._identity.check()  # the cause of many other errors
             raise
 
     def _take_pass(self) -> None:
@@ -275,6 +277,7 @@ class GradSampleHooks(Estimator):
         else:
             seen = set()
             self._late.append(self._checks(reports, late, used))
+        self._identity.check_sometimes(len(seen) < len(self._seen))
         self._n_passes += 1
         indices = None
         if self._row_sampler.samples is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,6 +13,13 @@ from torch.nn.parameter import UninitializedParameter
 from adabatch.grad_sample.compat import is_compiled_wrapper
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.registry import GradSampler, find_grad_sampler
+
+ATTACH_AGAIN = (
+    "Neither the hooks nor an optimizer that was made before hold the new ones. Change the model "
+    "first, then make the optimizer and attach (adabatch.wrap, or GradSampleHooks): remove() the "
+    "old hooks, give the new parameters to the optimizer (add_param_group, or a new one), and "
+    "attach again. load_state_dict(state, assign=True) replaces parameters too: leave assign out"
+)
 
 
 @dataclass(frozen=True)
@@ -121,12 +129,67 @@ class _Parameters:
             if isinstance(parameter, UninitializedParameter):
                 problems.append(
                     f"{full} is not initialized: run one batch through the lazy module first")
+            if parameter.is_complex():
+                problems.append(
+                    f"{full} is complex: hold its real and imaginary parts in a real parameter of "
+                    f"shape [..., 2] and use torch.view_as_complex of it, or pass "
+                    f"ignore=[{full!r}]")
             name = self._names.setdefault(id(parameter), full)
             if name in self.by_name:
                 self.shared.add(name)
             self.by_name[name] = parameter
             own[own_name] = name
         return own
+
+
+class ParameterIdentity:
+    """Looks whether the model still has the parameters that were planned for.
+
+    Args:
+        parameters: the measured ones by name; they keep their names' objects alive.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 1))
+        >>> same = ParameterIdentity(model, dict(model.named_parameters()))
+        >>> same.check()
+        >>> model[0].bias = nn.Parameter(model[0].bias.detach() + 1)
+        >>> same.check()
+        Traceback (most recent call last):
+        RuntimeError: these parameters were replaced ... 0.bias. ...
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
+        self._model, self._parameters = weakref.ref(model), parameters
+        measured = set(map(id, parameters.values()))
+        self._others = [
+            weakref.ref(each) for each in model.parameters() if id(each) not in measured]
+        self._calls = self._incomplete = 0
+
+    def check_sometimes(self, incomplete: bool) -> None:
+        """Check at the 1st, 2nd, 4th, 8th, ... call, and at such ones of those in which not all
+        parameters took part."""
+        self._calls += 1
+        self._incomplete += incomplete
+        due = self._calls & (self._calls - 1) == 0
+        if due or (incomplete and self._incomplete & (self._incomplete - 1) == 0):
+            self.check()
+
+    def check(self) -> None:
+        """Raise a RuntimeError listing parameters that were replaced or added and are trained."""
+        model = self._model()
+        if model is None:
+            return
+        known = {id(each) for each in self._parameters.values()}
+        known.update(id(each) for each in (other() for other in self._others) if each is not None)
+        new = {clean_name(name): parameter for name, parameter in model.named_parameters()
+               if id(parameter) not in known}
+        replaced = [name for name in new if name in self._parameters]
+        added = [name for name, parameter in new.items()
+                 if name not in replaced and parameter.grad is not None]
+        texts = [f"these parameters were {how} since the hooks were attached: {', '.join(names)}."
+                 for how, names in (("replaced", replaced), ("added", added)) if names]
+        if texts:
+            raise RuntimeError(f"{' '.join(texts)} {ATTACH_AGAIN}")
 
 
 def _can_run_again(layer: nn.Module) -> bool:

@@ -318,3 +318,63 @@ def test_state_dict_repeats_the_draws_of_rows():
     assert torch.equal(draws(resumed, 3), expected)
     with pytest.raises(ValueError, match="version 99"):
         resumed.load_state_dict({"version": 99})
+
+
+def replace_head(model):
+    model[2] = nn.Linear(6, 3)
+
+
+def replace_weight(model):
+    model[2].weight = nn.Parameter(torch.randn(3, 6))
+
+
+def assign_state(model):
+    state = {name: nn.Parameter(value.clone()) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def append_layer(model):
+    model.append(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("change", [replace_head, replace_weight, assign_state, append_layer])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_parameters_that_are_replaced_after_attaching_are_named(change, steps):
+    model, batch = make_mlp(), make_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hooks = GradSampleHooks(model)
+
+    def step():
+        optimizer.zero_grad()
+        backward(model, batch)
+        hooks.collect()
+        optimizer.step()
+
+    for _ in range(steps):
+        step()
+    change(model)
+    name = "3.weight" if change is append_layer else "2.weight"
+    with pytest.raises(RuntimeError, match=rf"(replaced|added) since .*{name}.*attach again"):
+        step()
+    hooks.remove()
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    backward(model, batch)
+    agrees(hooks.collect(), grads)
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())),
+    lambda model: model[0].requires_grad_(False),
+    lambda model: model.__setitem__(1, nn.Tanh()),
+    lambda model: model.append(nn.Identity())], ids=["load", "freeze", "activation", "identity"])
+def test_what_replaces_no_parameters_is_no_error(change):
+    model, batch = make_mlp(), make_batch()
+    hooks = GradSampleHooks(model)
+    for _ in range(4):
+        model.zero_grad()
+        backward(model, batch)
+        hooks.collect()
+        change(model)

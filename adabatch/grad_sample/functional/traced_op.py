@@ -90,6 +90,8 @@ class TracedOp:
         known."""
         if len(backprops) != 1 or self.may_align - self.aligned:
             return None
+        if any(tensor.is_complex() for tensor in (*backprops, *tensors)):
+            return None
         leaves = [_Operand(leaf, place in self.aligned)
                   if isinstance(leaf, ParameterExpression) else leaf
                   for place, leaf in enumerate(self.leaves)]

@@ -23,7 +23,7 @@ from adabatch.grad_sample.functional.expression import (
     Leaf, Leaves, Operation, ParameterExpression, names_of, versions_of,
 )
 from adabatch.grad_sample.functional.traced_op import TracedOp, function_name, identity
-from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
+from adabatch.grad_sample.layers.generic import RecomputedCall, call_type, with_rows
 from adabatch.grad_sample.layout import Layout
 
 # They repeat a tensor: the result may have a row for every sample, but all rows are the same.
@@ -310,7 +310,7 @@ class ParameterTracer(TorchFunctionMode):
             function=function,
             leaves=[None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
             tree=tree_flatten(tree_unflatten(list(range(len(leaves))), tree))[1],
-            tensors=[_kept(leaves[index].detach(), function) for index in positions],
+            tensors=[_kept(with_rows(leaves[index].detach()), function) for index in positions],
             batched=[samples[index] for index in positions],
             positions=positions,
             parameters={name: self._parameters[name] for name in names},

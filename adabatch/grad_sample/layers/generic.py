@@ -49,6 +49,7 @@ UNLIKE = (
     "Give it a rule with register_grad_sampler, or pass ignore=[...]."
 )
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-3}  # relative; of other types 0.1
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 class RecomputedCall:
@@ -93,7 +94,7 @@ class RecomputedCall:
         outputs = tree_flatten(output)[0]
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        self.tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        self.tensors = [with_rows(leaf.detach()) for leaf in leaves if isinstance(leaf, Tensor)]
         self.tapped = leaves_with_gradient(outputs)
         self._output_layouts = [self._output_layout(index, outputs[index])
                                 for index in self.tapped]
@@ -246,6 +247,8 @@ def per_sample_grads(
         >>> per_sample_grads(scaled, {"a": ones[0]}, [ones], [True], [ones], "Scale")["a"].shape
         torch.Size([3, 2])
     """
+    if not len(cotangents[0]):  # an empty batch
+        return {key: value.new_zeros(0, *value.shape) for key, value in parameters.items()}
     double = any(tensor.dtype == torch.float64 for tensor in (*parameters.values(), *cotangents))
     wide = torch.float64 if double else torch.float32
     parameters = {key: _widened(value.detach(), wide) for key, value in parameters.items()}
@@ -301,7 +304,7 @@ def _one_by_one(
     found: dict[str, list[Tensor]] = {key: [] for key in own}
     rows: list[Sequence[Tensor]] = []
     for sample in range(len(cotangents[0])):
-        args = [each[sample : sample + 1].clone() if split else each
+        args = [_row(each, sample) if split else each
                 for each, split in zip(inputs, batched, strict=True)]
         versions = [each._version for each in args]
         try:
@@ -329,6 +332,13 @@ def _one_by_one(
             [torch.cat(each) for each in zip(*rows, strict=True)])
 
 
+def _row(tensor: Tensor, sample: int) -> Tensor:
+    """A copy of one row [1, ...] of a tensor, which may be sparse."""
+    if tensor.layout is torch.strided:
+        return tensor[sample : sample + 1].clone()
+    return tensor.index_select(0, torch.tensor([sample], device=tensor.device))
+
+
 def _check_shapes(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], name: str) -> None:
     """Raise a RuntimeError unless each output has the shape [1, ...] of its gradient."""
     for output, grad in zip(outputs, cotangents, strict=True):
@@ -354,6 +364,11 @@ def no_draws(name: str, device: torch.device) -> Iterator[None]:
         yield
     if drawn:
         raise RuntimeError(f"{name} {RANDOM}")
+
+
+def with_rows(tensor: Tensor) -> Tensor:
+    """The tensor in a form that rows can be taken of: compressed sparse ones by coordinates."""
+    return tensor.to_sparse_coo() if tensor.layout in COMPRESSED else tensor
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:

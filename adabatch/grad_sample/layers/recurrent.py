@@ -46,6 +46,9 @@ class RecurrentCall(RecomputedCall):
         inputs, outer = self._of_samples(tensors, backprops, rows)
         own = dict(self.layer.named_parameters())
         measured = [own[name] for name in self.parameters]
+        if not len(outer[0]):  # an empty batch
+            return {name: Dense(own[name].detach().new_zeros(0, *own[name].shape))
+                    for name in self.parameters}
 
         def alone(
             values: list[Tensor], layouts: Sequence[Layout | None], sample: int

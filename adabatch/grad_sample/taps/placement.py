@@ -352,7 +352,8 @@ class ForwardHooks:
             shape, device = output.shape, output.device
             site.shapes = args[0].shape, shape
             rows, _ = self._rows(shape[0], device)
-            return pass_vectors(site, args[0], output, rows, self._probes.on(device).signal)
+            inputs = args[0] if args[0].layout is torch.strided else args[0].to_dense()
+            return pass_vectors(site, inputs, output, rows, self._probes.on(device).signal)
         return self._tap_by_rule(site, layer, args, kwargs, output)
 
     def _tap_by_rule(
@@ -367,6 +368,8 @@ class ForwardHooks:
             return self._tap_call(site, layer, args, kwargs, output)
         assert isinstance(output, Tensor)  # of a layer with a rule
         inputs = args[0] if args else next(iter(kwargs.values()))
+        if inputs.layout is not torch.strided:  # sparse
+            inputs = inputs.to_dense()
         n_samples = self._samples_in(site, output)
         rows, length = self._rows(n_samples, output.device)
         probe = self._probes.on(output.device)

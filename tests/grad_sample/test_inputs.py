@@ -1,0 +1,169 @@
+"""Unusual inputs: sparse, complex, empty ones; expected values come from dense, whole batches."""
+
+import pytest
+import torch
+from torch import nn
+
+import adabatch
+from adabatch import GradSampleHooks
+from tests import oracle
+from tests.grad_sample.measuring import agrees, backward, make_batch, measure, squared_error
+
+SPARSE = {"coo": torch.Tensor.to_sparse_coo, "csr": torch.Tensor.to_sparse_csr,
+          "csc": torch.Tensor.to_sparse_csc}
+
+
+class Product(nn.Module):
+    """x W + b, in operations: without a rule where it is a layer of its own."""
+
+    def __init__(self, function, head=True):
+        super().__init__()
+        self.function, self.head = function, nn.Linear(3, 3) if head else None
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, inputs):
+        outputs = self.function(inputs, self.weight) + self.bias
+        return outputs if self.head is None else self.head(outputs)
+
+
+@pytest.mark.parametrize("form", SPARSE)
+@pytest.mark.parametrize("options", [
+    {}, {"samples": 3}, {"statistics": ["inner_products"]}, {"statistics": ["second_moment"]}],
+    ids=str)
+@pytest.mark.parametrize("make", [
+    lambda: nn.Linear(4, 3), lambda: nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3)),
+    lambda: Product(torch.sparse.mm), lambda: Product(lambda x, w: nn.functional.linear(x, w.T)),
+    lambda: nn.Sequential(Product(torch.matmul, head=False))],
+    ids=["linear", "two", "mm", "functional", "run again"])
+@pytest.mark.filterwarnings("ignore:Sparse C")
+def test_sparse_inputs_are_exact(form, options, make):
+    torch.manual_seed(0)
+    model, (inputs, targets) = make(), make_batch()
+    inputs = inputs * (torch.rand_like(inputs) > 0.5)
+
+    def losses(model, batch):
+        return squared_error(lambda inputs: model(SPARSE[form](inputs)), batch)
+
+    grads = oracle.per_sample_grads(model, squared_error, (inputs, targets))
+    agrees(measure(model, (inputs, targets), losses, **options), grads)
+
+
+@pytest.mark.parametrize("form", SPARSE)
+@pytest.mark.filterwarnings("ignore:Sparse C")
+def test_check_takes_sparse_batches(form):
+    for samples in (6, 20):
+        report = adabatch.check(
+            nn.Linear(4, 3), SPARSE[form](torch.randn(samples, 4)),
+            lambda model, inputs: model(inputs).square().sum(1), verbose=False)
+        assert report.ok
+        assert report[""].error < 1e-5
+
+
+class Spectral(nn.Module):
+    """A real signal, its spectrum changed by a parameter, and back."""
+
+    def __init__(self, change, *shape, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.change, self.body, self.head = change, nn.Linear(4, 6), nn.Linear(6, 3)
+        self.weight = nn.Parameter(torch.randn(*shape, dtype=dtype))
+
+    def forward(self, inputs):
+        spectrum = torch.fft.rfft(self.body(inputs))
+        return self.head(torch.fft.irfft(self.change(spectrum, self.weight), n=6))
+
+
+COMPLEX = {
+    "gain": (lambda x, w: x * w, 4),
+    "gain first": (lambda x, w: w * x, 4),
+    "offset": (lambda x, w: x + w, 4),
+    "complex gain": (lambda x, w: x * torch.view_as_complex(w), 4, 2),
+    "complex offset": (lambda x, w: x + torch.view_as_complex(w), 4, 2),
+    "modes": (lambda x, w: torch.einsum("ni,io->no", x, torch.view_as_complex(w)), 4, 4, 2),
+    "parts": (lambda x, w: x * torch.complex(w[0], w[1]), 2, 4),
+    "phase": (lambda x, w: x * torch.exp(1j * w), 4),
+}
+
+
+@pytest.mark.parametrize("change", COMPLEX)
+@pytest.mark.parametrize("samples", [None, 3])
+def test_real_parameters_that_meet_complex_values_are_exact(change, samples):
+    model, batch = Spectral(*COMPLEX[change]), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    agrees(measure(model, batch, samples=samples), grads)
+
+
+@pytest.mark.parametrize(("make", "name"), [
+    (lambda: Spectral(lambda x, w: x * w, 4, dtype=torch.cfloat), "weight"),
+    (lambda: nn.Sequential(nn.Linear(4, 3, dtype=torch.cfloat)), "0.weight"),
+    (lambda: nn.Sequential(nn.Conv1d(1, 3, 2, dtype=torch.cfloat)), "0.bias")],
+    ids=["spectral", "linear", "conv"])
+def test_complex_parameters_are_refused_by_name(make, name):
+    model = make()
+    with pytest.raises(ValueError, match=rf"{name} is complex: .*view_as_complex.*ignore="):
+        GradSampleHooks(model)
+
+
+def test_check_refuses_a_complex_parameter_and_both_fixes_work():
+    wrong, batch = Spectral(lambda x, w: x * w, 4, dtype=torch.cfloat), make_batch()
+    report = adabatch.check(wrong, batch, squared_error, verbose=False)
+    assert list(report.refused) == [""]
+    assert "weight is complex" in report.refused[""]
+    right = Spectral(*COMPLEX["complex gain"])
+    right.load_state_dict({name: torch.view_as_real(value) if value.is_complex() else value
+                           for name, value in wrong.state_dict().items()})
+    grads = oracle.per_sample_grads(right, squared_error, batch)
+    agrees(measure(right, batch), grads)
+    assert adabatch.check(right, batch, squared_error, verbose=False).ok
+    del grads["weight"]
+    agrees(measure(wrong, batch, ignore=["weight"]), grads)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(1, 3, batch_first=True)
+
+    def forward(self, inputs):
+        return self.rnn(inputs.unsqueeze(2))[0][:, -1]
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(1, 1, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        hidden = inputs.unsqueeze(2)
+        return self.head(self.attention(hidden, hidden, hidden)[0].squeeze(2))
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair, self.points = nn.Bilinear(4, 4, 3), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, inputs):
+        return torch.cdist(self.pair(inputs, inputs), self.points)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.PReLU()), Recurrent, Attention,
+    Pairs, lambda: nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 4))],
+    ids=["rules", "recurrent", "attention", "run again and traced", "conv"])
+@pytest.mark.parametrize("empty_first", [True, False])
+@pytest.mark.parametrize("options", [{}, {"statistics": ["inner_products"]}], ids=str)
+def test_an_empty_micro_batch_adds_nothing(make, empty_first, options):
+    torch.manual_seed(0)
+    model, batch = make(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model, loss_reduction="sum", accumulate=2, **options)
+    for samples in ((0, 8) if empty_first else (8, 0)):
+        backward(model, [each[:samples] for each in batch], loss_reduction="sum")
+    agrees(hooks.collect(), grads)
+    model.zero_grad()
+    for _ in range(2):
+        backward(model, [each[:0] for each in batch], loss_reduction="sum")
+    empty = hooks.collect()
+    with pytest.raises(ValueError, match="at least 2 samples, got a batch of 0"):
+        print(empty.variance_trace)
