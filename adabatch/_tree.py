@@ -9,11 +9,14 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_map_with_path
+from torch.utils._pytree import (
+    GetAttrKey, MappingKey, SequenceKey, tree_flatten, tree_map_with_path,
+)
 
 from adabatch._types import Argument, Path
 
 T = TypeVar("T")
+_PLAIN = (Tensor, int, float, str, bool, type(None))
 
 
 def map_tensors(value: T, function: Callable[[Path, Tensor], Tensor]) -> T:
@@ -40,6 +43,16 @@ def tensors(value: object) -> list[tuple[Path, Tensor]]:
         [((0,), 2), ((1, 'b'), 3)]
     """
     return [(path, leaf) for path, leaf in _leaves(value) if isinstance(leaf, Tensor)]
+
+
+def input_tensors(args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
+    """All tensors among the arguments of a call; the commonest ones are not flattened."""
+    if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
+        return [args[0]]
+    leaves = tree_flatten((args, kwargs))[0]
+    if any(_children(leaf) for leaf in leaves if not isinstance(leaf, _PLAIN)):
+        return [tensor for _, tensor in tensors((args, kwargs))]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def holds_packed_sequence(value: object) -> bool:

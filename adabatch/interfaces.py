@@ -40,11 +40,12 @@ class NotMeasured(RuntimeError):
     Args:
         reason: a few words, under which the diagnostics count it.
         message: of the error that collect() raises.
+        warns: the scheduler warns with the message.
     """
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str, warns: bool = False):
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.warns = reason, warns
 
 
 class PendingMoments(Protocol):
@@ -67,6 +68,8 @@ class Estimator(ABC):
     statistics: frozenset[str] = frozenset()  # names of what is measured besides squared norms
     samples: int | None = None  # measured of each backward pass; None: all of them
     shard: BatchShard | None = None  # what is known of batches that several processes share
+    # Nothing can be measured before a batch has another size than the last one had.
+    needs_another_size: bool = False
     enabled: bool = True  # whether the next forward pass is measured; may be set between steps
     # Called without arguments at the end of each measured backward pass, when the gradients are
     # complete, before anybody clips or unscales them.

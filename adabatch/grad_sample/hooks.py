@@ -20,9 +20,9 @@ from adabatch.estimators.gradients import (
 from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import BackwardPass, GradientMoments, PoolOptions
 from adabatch.grad_sample.backward.finish import (
-    NOTHING_MEASURED, REENTRANT, BackwardChecks, DeferredFactors, PendingStep, batch_size_of,
-    check_all_seen, check_gradients_left, finish_pass, reported_parameters, trainable_grads,
-    warn_of_mixing,
+    NOTHING_MEASURED, OPEN, OPEN_ROLES, REENTRANT, BackwardChecks, DeferredFactors, PendingStep,
+    Unmeasured, batch_size_of, check_all_seen, check_gradients_left, finish_pass,
+    reported_parameters, trainable_grads, warn_of_mixing,
 )
 from adabatch.grad_sample.backward.recorder import (
     INITIAL_CAPACITY, BackwardRecorder, ProbeSet, Rows, add_to_row,
@@ -35,7 +35,7 @@ from adabatch.grad_sample.rows import ProbeRows, RowSampler
 from adabatch.grad_sample.statistics import statistics_of
 from adabatch.grad_sample.taps.base import TapSite, autocast_disabled
 from adabatch.grad_sample.taps.placement import ForwardHooks
-from adabatch.interfaces import Estimator, NotMeasured, State, Statistic
+from adabatch.interfaces import Estimator, NotMeasured, PendingMoments, State, Statistic
 
 if TYPE_CHECKING:
     from adabatch.check.report import CheckReport
@@ -85,6 +85,9 @@ class GradSampleHooks(Estimator):
 
     Raises:
         ValueError: on attaching, listing all layers that cannot be measured exactly, with the fix.
+        NotMeasured: from collect(), a RuntimeError: what a layer was called with is
+            as long as the batch, and nothing shows whether it carries the samples. A batch of
+            another size settles that for good, or adabatch.check.
         RuntimeError: from loss.backward(), where the pass cannot be measured exactly (layers that
             saw another number of rows, higher-order gradients).
 
@@ -161,8 +164,9 @@ class GradSampleHooks(Estimator):
                     probe.value(each.name, name, shape)
         source = None if layout is None else layout.batch_size_source
         self._placer = ForwardHooks(self.sites, plan.parameters, plan.traced, self._probes,
-                                    self._row_sampler, self._recorder, source)
-        self._finished_task = -1
+                                    self._row_sampler, self._recorder, source,
+                                    () if layout is None else layout.layouts)
+        self._finished_task, self._warned_of_open = -1, False
         self._mixing, self._seen = [False], set[str]()
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self.reset()
@@ -246,6 +250,8 @@ class GradSampleHooks(Estimator):
 
     def _take_pass(self) -> None:
         probes, placer, sites, task = self._probes, self._placer, self.sites, self._finished_task
+        if placer.open_roles:  # observe() says so
+            return
         # On accelerators, after the first pass, the reports are read one step later.
         sizes, late = placer.forward_sizes, None
         if self._seen and probes.remote and len(sizes) == 1:
@@ -356,7 +362,7 @@ class GradSampleHooks(Estimator):
     def observe(
         self, *, weights: Tensor | Sequence[float] | None = None,
         loss_scale: float | StepScale | None = None,
-    ) -> PendingStep:
+    ) -> PendingMoments:
         """Take the moments of all backward passes since the last step, without waiting for an
         accelerator: its numbers are copied while training continues.
 
@@ -375,8 +381,17 @@ class GradSampleHooks(Estimator):
             ValueError: weights without inner products or of another length than the samples; a
                 loss_scale that is not a positive number.
         """
+        open_roles = dict(self._placer.open_roles)
+        if open_roles:
+            self.reset()
+            listed = ", ".join(name for name, _ in open_roles)
+            warns, self._warned_of_open = not self._warned_of_open, True
+            self.needs_another_size = True
+            return Unmeasured(NotMeasured(OPEN, OPEN_ROLES.format(
+                listed=listed, n_samples=next(iter(open_roles.values()))), warns))
+        self.needs_another_size = False
         if not self._n_passes:
-            raise RuntimeError(NOTHING_MEASURED)
+            raise RuntimeError(NOTHING_MEASURED + self._placer.size_remark())
         try:
             if self._n_passes != self.accumulate:
                 raise RuntimeError(
@@ -413,6 +428,7 @@ class GradSampleHooks(Estimator):
         placer.recomputing_task = -1
         placer.input_sizes.clear()
         placer.forward_sizes.clear()
+        placer.open_roles.clear()
         if self._row_sampler.samples is not None:
             self._row_sampler.redraw()
         self._recorder.clear()

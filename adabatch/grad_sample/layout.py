@@ -12,6 +12,7 @@ Legend: N samples, T positions. The samples a, b, c with positions 0 and 1, row 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from enum import Enum
 
@@ -120,6 +121,10 @@ class BatchSizeSource:
 
     def read(self, args: Args, kwargs: Kwargs) -> int:
         """N, from the arguments of a call of the model; a ValueError where it is not there."""
+        return self.tensor(args, kwargs).shape[self.dim]
+
+    def tensor(self, args: Args, kwargs: Kwargs) -> Tensor:
+        """The tensor from which N is read."""
         if self.position is not None and self.position < len(args):
             value = args[self.position]
         elif self.name is not None and self.name in kwargs:
@@ -129,13 +134,14 @@ class BatchSizeSource:
                                 f"{sorted(kwargs)}")
         for key in self.path:
             try:
-                value = value[key]
-            except (KeyError, IndexError, TypeError):
+                fields = dataclasses.is_dataclass(value)
+                value = getattr(value, str(key)) if fields else value[key]
+            except (KeyError, IndexError, TypeError, AttributeError):
                 raise self._missing(f"a {type(value).__name__} has no item {key!r}") from None
         if not isinstance(value, Tensor) or value.dim() <= self.dim:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise self._missing(f"found {found}")
-        return value.shape[self.dim]
+        return value
 
     def to_dict(self) -> Kwargs:
         """The arguments of an equal BatchSizeSource."""

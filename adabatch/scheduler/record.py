@@ -87,6 +87,8 @@ class StepRecord:
                 self.moments = pending.moments()
             except NotMeasured as error:
                 self.not_measured = error.reason
+                if error.warns:
+                    warnings.warn(str(error), stacklevel=2)
 
     @property
     def measured(self) -> bool:

@@ -371,6 +371,8 @@ class BatchSizeScheduler:
         else:
             dropped = dropped if usable is None else "the controller's proposal is NaN"
             self._size.update(proposal, self.size_rule)
+        if self.estimator.needs_another_size and self._size.size == seen.batch_size:
+            self._size.write(self.size_rule.other_size(self._size.size))
         self.samples_seen += samples
         self._recorder.record(
             usable, step=seen.step, batch_size=samples or seen.batch_size, seconds=seen.seconds,

@@ -36,6 +36,13 @@ NOTHING_MEASURED = (
     "loss.backward()); or the model was compiled and run before the hooks were attached (attach "
     "first, or call torch._dynamo.reset())."
 )
+OPEN = "it is not known yet what carries samples"
+OPEN_ROLES = (
+    "this step is not measured: what {listed} is called with has {n_samples} rows, as many as the "
+    "batch has samples, and nothing shows yet whether they are the samples or a table that is the "
+    "same for all. A batch of another size settles it for good. Where all batches have one size, "
+    "pass layout=adabatch.check(model, batch, loss_fn)"
+)
 REENTRANT = (
     "reentrant activation checkpointing cannot be measured: its backward passes run inside "
     "another. Use checkpoint(..., use_reentrant=False)"
@@ -322,6 +329,17 @@ class PendingStep:
         scale = 1.0 if self._scale is None else self._scale.factor()
         return pool_passes(self._passes, self._grad_sq_norms, loss_scale=scale,
                            weights=self._weights, options=self._options)
+
+
+@dataclass
+class Unmeasured:
+    """A step of which moments() raises `error`."""
+
+    error: NotMeasured
+    lags: bool = False
+
+    def moments(self) -> GradientMoments:
+        raise self.error
 
 
 def _copied(step: BackwardPass, copies: HostCopies) -> BackwardPass:

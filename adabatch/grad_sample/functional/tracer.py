@@ -10,8 +10,7 @@ Legend: N samples, S measured.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from adabatch._types import Args, Inputs, Kwargs
 from adabatch.grad_sample.functional.expression import (
     Leaf, Leaves, Operation, ParameterExpression, names_of, versions_of,
+)
+from adabatch.grad_sample.functional.flow import (
+    FLAT, ROW_BY_ROW, UNKNOWN, Key, SampleFlow, operation_name,
 )
 from adabatch.grad_sample.functional.traced_op import TracedOp, function_name, identity
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type, with_rows
@@ -39,7 +41,7 @@ READS_INPUTS_ONLY = frozenset((
 ADDING = ("add", "sub", "rsub", "cat", "concat", "stack", "with_item")
 IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))
-RULE_OR_IGNORE = "Give the module a rule with register_grad_sampler, or pass ignore=[...]"
+RULE_OR_IGNORE = "Give the module a rule with register_grad_sampler, or pass ignore=[...]."
 
 Tap = Callable[[TracedOp, list[Tensor], list[bool]], Sequence[Tensor]]
 
@@ -49,17 +51,20 @@ class ParameterTracer(TorchFunctionMode):
 
     Args:
         traced: {parameter name: parameter}.
-        n_samples: N.
-        inputs: of the model; its tensors with N rows are the samples.
+        flow: of the samples, as far as the model's inputs show it.
         tap: tap(operation, outputs, copied) returns the output tensors tapped, as a copy where
             `copied` says so.
+        settled: names of the layers whose layout is known from adabatch.check.
     """
 
-    def __init__(self, traced: dict[str, Tensor], n_samples: int, inputs: Sequence[Leaf], tap: Tap):
+    def __init__(
+        self, traced: dict[str, Tensor], flow: SampleFlow, tap: Tap,
+        settled: Collection[str] = (),
+    ):
         super().__init__()
-        self._sampled: dict[int, weakref.ref[Tensor]] = {}
-        self._parameters, self._n_samples, self._tap = traced, n_samples, tap
-        self._add_samples(leaf for leaf in inputs if self._has_rows(leaf))
+        self._flow, self._settled = flow, settled
+        self._parameters, self._n_samples, self._tap = traced, flow.n_samples, tap
+        self._layer_roles: list[tuple[nn.Module, Layout, frozenset[Key], bool]] = []
         self._suspended = 0  # above 0 nothing is watched: a layer with a tap runs
         self._suspending: list[bool] = []
         self._expressions: dict[int, tuple[ParameterExpression, Tensor]] = {
@@ -86,10 +91,16 @@ class ParameterTracer(TorchFunctionMode):
             index for index, leaf in enumerate(leaves) if id(leaf) in self._expressions]
         dims = {index: self._row_dim(name, layer, layout, leaves[index], index)
                 for index in traced}
-        suspends = None not in dims.values() and (
-            bool(traced) or self._has_batch_dim(layer, layout, has_rule, leaves))
+        roles: frozenset[Key] | None = frozenset()
+        if not traced and not self._suspended:
+            with torch._C.DisableTorchFunction():
+                roles = self._layer_inputs(name, layer, layout, has_rule, leaves)
+        suspends = None not in dims.values() and roles is not None
         self._suspending.append(suspends)
         self._suspended += suspends
+        if suspends:
+            flat = any(flow is not None and flow.dim == FLAT for flow in map(self._flow.of, leaves))
+            self._layer_roles.append((layer, layout, roles or frozenset(), flat))
         if not suspends or not traced:
             return None
         for index, dim in dims.items():
@@ -104,19 +115,56 @@ class ParameterTracer(TorchFunctionMode):
         """Watch again, after a layer with this output."""
         if self._suspended:
             self._suspended -= 1
-            self._add_samples(tree_flatten(output)[0])
+            layer, layout, roles, flat = self._layer_roles.pop()
+            call = call_type(layer)
+            with torch._C.DisableTorchFunction():
+                for index, leaf in enumerate(tree_flatten(output)[0]):
+                    if isinstance(leaf, Tensor):
+                        dim = int(layout is Layout.BATCH_SECOND)
+                        dim = dim if call is RecomputedCall else call.samples_dim(layer, index)
+                        flat_here = flat and not self._flow.has_rows(leaf)
+                        self._flow.add(leaf, FLAT if flat_here else dim, roles)
 
-    def _has_batch_dim(
-        self, layer: nn.Module, layout: Layout, has_rule: bool, leaves: Sequence[Leaf]
-    ) -> bool:
-        """Whether the layer is called with samples, unlike a position table."""
-        if layout is not Layout.BATCH_FIRST:
-            return layout is not Layout.SHARED
-        if call_type(layer) is not RecomputedCall:
-            return True
+    def _layer_inputs(
+        self, name: str, layer: nn.Module, layout: Layout, has_rule: bool, leaves: Sequence[Leaf]
+    ) -> frozenset[Key] | None:
+        """None for a layer that is called without samples, as a position table is; else the roles
+        that must carry samples for it to be called with them."""
+        key = self._flow.roles.next_call(name)
+        if layout is not Layout.BATCH_FIRST or name in self._settled:
+            return None if layout is Layout.SHARED else frozenset()
+        call = call_type(layer)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)][: 1 if has_rule else None]
-        constant_rows = any(leaf.is_floating_point() and self._has_rows(leaf) for leaf in inputs)
-        return constant_rows or any(self._comes_from_samples(leaf) for leaf in inputs)
+        found = [(leaf, self._flow.of(leaf)) for leaf in inputs]
+        sure = [flow.roles for _, flow in found if flow is not None and (
+            flow.dim == 0 or call is not RecomputedCall)]
+        if sure:
+            roles = min(sure, key=len)
+            self._flow.roles.use(roles)
+            return roles
+        if call is not RecomputedCall:
+            return frozenset()
+        # Along which dimension, if any, the samples lie is not known.
+        for leaf, flow in found:
+            unclear = flow is not None or (
+                leaf.is_floating_point() and not self._flow.is_constant(leaf))
+            if unclear and self._flow.has_rows(leaf):
+                carries = self._flow.roles.carries(key, self._n_samples)
+                if carries is not False:
+                    return frozenset() if carries else frozenset((key,))
+        for leaf, flow in found:
+            if flow is not None and flow.dim > 0 and not self._flow.has_rows(leaf):
+                raise RuntimeError(
+                    f"{name} ({type(layer).__name__}) is called with a tensor of shape "
+                    f"{tuple(leaf.shape)} that has the {self._n_samples} samples along dimension "
+                    f"{flow.dim}: without a layout they must lie along dimension 0. Find the "
+                    f"layouts with adabatch.check(...).{self._flow.counted}")
+        if any(flow is not None and not self._flow.has_rows(leaf) for leaf, flow in found):
+            return frozenset()
+        for leaf in inputs[:1]:
+            if leaf.dim() and leaf.is_floating_point() and not self._flow.has_rows(leaf):
+                self._flow.roles.carries(key, leaf.shape[0])
+        return None
 
     def _row_dim(
         self, name: str, layer: nn.Module, layout: Layout, tensor: Tensor, index: int
@@ -128,7 +176,10 @@ class ParameterTracer(TorchFunctionMode):
         if whole:
             dim = call.samples_dim(layer, index)
         fits = tuple(tensor.shape[dim : dim + 1]) == (self._n_samples,)
-        if fits and (whole or dim or self._expressions[id(tensor)][0].expanded):
+        if not whole and not dim and self._expressions[id(tensor)][0].expanded:
+            key, size = self._flow.roles.next_call(name), tensor.shape[0]
+            return dim if self._flow.roles.carries(key, size, opens=False) is not False else None
+        if fits and (whole or dim):
             return dim
         if whole:
             raise RuntimeError(
@@ -150,22 +201,20 @@ class ParameterTracer(TorchFunctionMode):
         if torch.is_grad_enabled() and any(id(value) in self._expressions for value in values):
             return self._traced(function, args, kwargs)
         output = function(*args, **kwargs)
-        if any(self._comes_from_samples(value) for value in values):
-            self._add_samples(_flat((output,)))
+        name = operation_name(function)
+        self._flow.follow(name, args, kwargs, values, list(_flat((output,))))
         return output
 
     def _has_rows(self, leaf: object) -> bool:
-        """Whether it is a tensor with N rows."""
-        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self._n_samples
+        return self._flow.has_rows(leaf)
 
     def _comes_from_samples(self, value: object) -> bool:
-        reference = self._sampled.get(id(value))
-        return reference is not None and reference() is value
+        return self._flow.of(value) is not None
 
-    def _add_samples(self, values: Iterable[object]) -> None:
+    def _add_samples(self, values: Iterable[object], roles: frozenset[Key] = frozenset()) -> None:
         for value in values:
             if isinstance(value, Tensor):
-                self._sampled[id(value)] = weakref.ref(value)
+                self._flow.add(value, 0, roles)
 
     def _tap_rows(self, value: Tensor, dim: int) -> Tensor:
         """A tensor computed from parameters alone (a learned initial state) with its rows, one for
@@ -181,11 +230,13 @@ class ParameterTracer(TorchFunctionMode):
 
     def _tap_outputs(self, operation: TracedOp, outputs: list[Tensor]) -> Sequence[Tensor]:
         wrong = [tuple(output.shape) for output in outputs if not self._has_rows(output)]
+        if wrong and self._flow.roles.open:
+            return outputs  # this pass is not measured
         if wrong:
             raise RuntimeError(
                 f"{operation.name} gives an output of shape {wrong[0]} in a batch of "
                 f"{self._n_samples}: its samples do not lie along the first dimension. "
-                f"{RULE_OR_IGNORE}")
+                f"{RULE_OR_IGNORE}{self._flow.counted}")
         # What is one of several results may have been saved where another was computed from it.
         copied = [len(outputs) > 1 or output._is_view() or _may_read_result(output)
                   for output in outputs]
@@ -216,11 +267,11 @@ class ParameterTracer(TorchFunctionMode):
                 known = id(original) in self._expressions
                 args = (original if known else original.clone(), *args[1:])
             if from_samples:
-                self._add_samples([args[0]])
+                self._flow.copy(args[0], original)
         leaves, tree = tree_flatten((args, kwargs))
         found = [self._expressions[id(leaf)][0] if id(leaf) in self._expressions else leaf
                  for leaf in leaves]
-        samples = self._batched(function, found)
+        samples, roles = self._batched(function, found)
         if any(samples) and function is _with_item and not _writes_to_all_samples(*args[:2]):
             raise RuntimeError(
                 "a tensor computed from parameters is written to chosen samples only: write to "
@@ -234,7 +285,7 @@ class ParameterTracer(TorchFunctionMode):
             tensors = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
             tapped = iter(self._tap_outputs(operation, tensors))
             outputs = [next(tapped) if isinstance(leaf, Tensor) else leaf for leaf in outputs]
-            self._add_samples(outputs)
+            self._add_samples(outputs, roles)
             output = tree_unflatten(outputs, out_tree)
         else:
             self._remember(function, found, tree, outputs)
@@ -248,29 +299,58 @@ class ParameterTracer(TorchFunctionMode):
         if own is not None:
             self._expressions[id(target)] = (own[0], target)
         else:
-            self._add_samples([target])
+            self._expressions.pop(id(target), None)
+            self._flow.copy(target, result)
         return target
 
-    def _batched(self, function: Operation, leaves: Leaves) -> list[bool]:
-        """Which of an operation's inputs carry samples along their first dimension; a RuntimeError
-        where one carries them elsewhere."""
-        # What has a gradient and no expression may come out of an operation that is not seen: a
-        # compiled function or a torch.autograd.Function.
-        batched = [self._has_rows(leaf) and (leaf.requires_grad or self._comes_from_samples(leaf))
-                   for leaf in leaves]
+    def _batched(
+        self, function: Operation, leaves: Leaves
+    ) -> tuple[list[bool], frozenset[Key]]:
+        """Which of an operation's inputs carry samples along their first dimension, and the roles
+        that must for it to be so; a RuntimeError where one carries them elsewhere."""
+        key: Key | None = None
+
+        def carries(leaf: Leaf) -> bool:
+            """Of a tensor with N rows whose samples the data flow does not show."""
+            nonlocal key
+            name = f"{function_name(function)} of {', '.join(sorted(names_of(leaves)))}"
+            key = key or self._flow.roles.next_call(name)
+            return self._flow.roles.carries(key, leaf.shape[0]) is not False
+
+        was_open = bool(self._flow.roles.open)
+        flows = [self._flow.of(leaf) for leaf in leaves]
+        sure = [flow.roles for flow in flows if flow is not None and flow.dim == 0]
+        batched = []
+        for leaf, flow in zip(leaves, flows, strict=True):
+            each = flow is not None and flow.dim == 0
+            if not each and self._has_rows(leaf) and (flow is None or flow.dim == UNKNOWN):
+                # What has a gradient and no expression may come out of an operation that is not
+                # seen: a compiled function or a torch.autograd.Function.
+                each = (leaf.requires_grad or flow is not None) and carries(leaf)
+            batched.append(each)
         for leaf, each in zip(leaves, batched, strict=True):
-            if isinstance(leaf, Tensor) and not each and self._hides_samples(leaf):
+            hidden = isinstance(leaf, Tensor) and not each and self._hides_samples(leaf)
+            if hidden and not was_open:
                 raise RuntimeError(
                     f"{', '.join(sorted(names_of(leaves)))} meets activations of shape "
                     f"{tuple(leaf.shape)} in {function_name(function) or 'an operation'}: in a "
                     f"batch of {self._n_samples} their samples do not lie along the first "
-                    f"dimension, so they cannot be told apart. {RULE_OR_IGNORE}")
+                    f"dimension, so they cannot be told apart. {RULE_OR_IGNORE}"
+                    f"{self._flow.counted}")
         widest = max(
             (leaf.dim() for leaf, each in zip(leaves, batched, strict=True) if each), default=0)
         # Zeros made for the batch have as many dimensions as the samples; a table of N positions
-        # has fewer.
-        return [each or bool(widest and self._has_rows(leaf) and leaf.dim() >= widest)
-                for leaf, each in zip(leaves, batched, strict=True)]
+        # has fewer. In other than row-by-row operations they may be a table all the same.
+        by_row = operation_name(function) in (*ROW_BY_ROW, "with_item")
+        for index, leaf in enumerate(leaves):
+            if widest and not batched[index] and self._has_rows(leaf) and leaf.dim() >= widest:
+                plain = by_row or not leaf.is_floating_point()
+                batched[index] = plain or (not self._flow.is_constant(leaf) and carries(leaf))
+        if sure:
+            roles = min(sure, key=len)
+            self._flow.roles.use(roles)
+            return batched, roles
+        return batched, frozenset() if key is None else frozenset((key,))
 
     def _hides_samples(self, leaf: Tensor) -> bool:
         rows = leaf.shape[0] if leaf.dim() else 0
@@ -300,6 +380,7 @@ class ParameterTracer(TorchFunctionMode):
     ) -> TracedOp:
         positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         names = sorted(names_of(leaves))
+        by_row = operation_name(function) in (*ROW_BY_ROW, "with_item")
         widest = max(leaf.dim() for leaf, each in zip(leaves, samples, strict=True) if each)
         per_sample = {
             index: leaf for index, leaf in enumerate(leaves)
@@ -314,7 +395,8 @@ class ParameterTracer(TorchFunctionMode):
             batched=[samples[index] for index in positions],
             positions=positions,
             parameters={name: self._parameters[name] for name in names},
-            aligned=frozenset(index for index, leaf in per_sample.items() if leaf.expanded),
+            aligned=frozenset(index for index, leaf in per_sample.items()
+                              if leaf.expanded and by_row),
             may_align=frozenset(per_sample))
 
 

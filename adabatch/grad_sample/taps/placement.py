@@ -7,7 +7,7 @@ Legend: N samples in the batch, S measured.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.estimators.gradients import running_backward
 from adabatch._hooks import UncopiedHook
+from adabatch._tree import input_tensors
 from adabatch._types import Args, Kwargs
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
 from adabatch.grad_sample.compat import is_compiled, uncompiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
+from adabatch.grad_sample.functional.flow import Key, Roles, SampleFlow
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.layout import BatchSizeSource, Layout
 from adabatch.grad_sample.rows import RowSampler
@@ -37,6 +39,11 @@ if TYPE_CHECKING:
 NO_LAYER = (
     "a compiled graph cannot measure parameters that no layer with a tap uses: {names}. Run the "
     "model uncompiled, or pass ignore=[...]"
+)
+COUNTED = (
+    " The number of samples, {n_samples}, was read from dimension 0 of the first tensor that the "
+    "model was called with. If that tensor carries no samples: call the model with the samples "
+    "first, or pass layout=adabatch.check(model, batch, loss_fn), which finds them"
 )
 SHARED_TABLES = "position tables that are looked up once for all samples"
 
@@ -69,8 +76,11 @@ class ForwardHooks:
         traced: names of those that belong to no site.
         batch_size_source: where N is read from the model's inputs; None for dimension 0 of the
             first tensor.
+        settled: names of the layers whose layout is known.
 
     Attributes:
+        open_roles: {what may or may not carry samples: its size, N} of the forward passes since
+            this was last cleared, which then are not measured.
         input_sizes: of all dimensions of the model's input tensors since this was last cleared;
             empty where layouts are given.
         operation_shapes: {name: shape of the last output} of the operations on traced parameters,
@@ -85,7 +95,7 @@ class ForwardHooks:
     def __init__(
         self, sites: Sequence[TapSite], parameters: dict[str, Tensor], traced: frozenset[str],
         probes: ProbeSet, row_sampler: RowSampler, recorder: BackwardRecorder,
-        batch_size_source: BatchSizeSource | None = None,
+        batch_size_source: BatchSizeSource | None = None, settled: Collection[str] = (),
     ):
         self.enabled, self.recomputing_task = True, -1
         self.input_sizes: set[int] = set()
@@ -96,12 +106,15 @@ class ForwardHooks:
         self._check = recorder.sum_check
         self.called = self.traced = False
         self._source = batch_size_source
+        self._layers_settled, self._roles = settled, Roles()
+        self.open_roles: dict[Key, int] = {}
         self._owners: dict[str, list[TapSite]] = {}
         for site in sites:
             for name in site.parameters.values():
                 self._owners.setdefault(name, []).append(site)
         self._must_trace = bool(traced) or any(site.layout is Layout.SHARED for site in sites)
         self._needs_size = any(not site.layout.stores_batch_size for site in sites)
+        self._buffers: list[tuple[dict[str, Tensor | None], str]] = []
         self._tracing = True
         self._tracer: ParameterTracer | None = None
         self._traced_part: weakref.ref[nn.Module] | None = None
@@ -153,6 +166,8 @@ class ForwardHooks:
                 handles.append(hook.held(part.register_forward_pre_hook(hook, **before)))
                 hook = bound(self._after_part, own)
                 handles.append(hook.held(part.register_forward_hook(hook, always_call=True)))
+        self._buffers = [(module._buffers, name) for module in model.modules()
+                         for name in module._buffers]
         original = weakref.ref(model)
         if self._model_handle is not None:
             self._model_handle.remove()
@@ -206,24 +221,23 @@ class ForwardHooks:
         while self._copies:
             self._copies.pop().remove()
         self.called, self.traced = True, False
-        tensors: Sequence[Tensor] = args  # the commonest call need not be flattened
-        if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
-            tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = input_tensors(args, kwargs)
         if self._source is None:
             for tensor in tensors:
                 self.input_sizes.update(tensor.shape)
         if self._tracing or self._needs_size:
-            self._n_samples = self._size_of_inputs(args, kwargs, tensors)
-            if self._tracing and self._n_samples is not None:
-                self._start_tracing(self._n_samples, args, kwargs)
+            counted = self._counted_input(args, kwargs, tensors)
+            self._n_samples = None if counted is None else counted[0].shape[counted[1]]
+            if self._tracing and counted is not None:
+                self._start_tracing(counted, tensors)
 
-    def _size_of_inputs(
+    def _counted_input(
         self, args: Args, kwargs: Kwargs, tensors: Sequence[Tensor]
-    ) -> int | None:
-        """N, from the source, or else from dimension 0 of the first tensor; None if there is none,
-        a RuntimeError if parameters are to be traced."""
+    ) -> tuple[Tensor, int] | None:
+        """The tensor and its dimension that give N: those of the source, or else dimension 0 of the
+        first tensor; None if there is none, a RuntimeError if parameters are to be traced."""
         if self._source is not None:
-            return self._source.read(args, kwargs)
+            return self._source.tensor(args, kwargs), self._source.dim
         first = next((tensor for tensor in tensors if tensor.dim()), None)
         if first is None and self._traced:
             raise RuntimeError(
@@ -231,7 +245,13 @@ class ForwardHooks:
                 "cannot be read from the model's inputs: none of them is a tensor. Call the model "
                 "with tensors, or with tuples, lists and dicts of them, or pass ignore=[...]"
             )
-        return None if first is None else first.shape[0]
+        return None if first is None else (first, 0)
+
+    def size_remark(self) -> str:
+        """From where N was read in the last pass, for errors."""
+        if self._n_samples is None or self._source is not None:
+            return ""
+        return COUNTED.format(n_samples=self._n_samples)
 
     def _before_part(
         self, original: weakref.ref[nn.Module], part: nn.Module, args: Args, kwargs: Kwargs
@@ -243,8 +263,10 @@ class ForwardHooks:
         if self._n_samples is None or running_backward() == -1:
             return
         if part is original() and self._must_trace and can_measure():
-            self._start_tracing(self._n_samples, args, kwargs)
-            self._traced_part = original
+            inputs = input_tensors(args, kwargs)
+            if inputs:
+                self._start_tracing((inputs[0], 0), inputs, again=True)
+                self._traced_part = original
 
     def _after_part(
         self, original: weakref.ref[nn.Module], part: nn.Module, args: Args, output: object
@@ -252,9 +274,22 @@ class ForwardHooks:
         if self._traced_part is original:
             self._stop_tracing()
 
-    def _start_tracing(self, n_samples: int, args: Args, kwargs: Kwargs) -> None:
-        inputs = tree_flatten((args, kwargs))[0]
-        self._tracer = ParameterTracer(self._parameters, n_samples, inputs, self._tap_operation)
+    def _start_tracing(
+        self, counted: tuple[Tensor, int], inputs: Sequence[Tensor], again: bool = False
+    ) -> None:
+        """Watch the operations on these inputs of the model, or of a part that is run `again`."""
+        assert self._n_samples is not None
+        if not again:
+            self._roles.begin(self._n_samples)
+        reports_to = {id(leaf) for leaf in self._probes.leaves}
+        flow = SampleFlow(self._n_samples, self._roles, reports_to, self.size_remark())
+        flow.add_inputs(inputs, *counted, again)
+        for buffers, name in self._buffers:
+            buffer = buffers.get(name)
+            if buffer is not None:
+                flow.add_constant(buffer)
+        self._tracer = ParameterTracer(
+            self._parameters, flow, self._tap_operation, self._layers_settled)
         self._tracer.__enter__()
 
     def _after_model(
@@ -262,7 +297,11 @@ class ForwardHooks:
     ) -> None:
         if model is not original():
             return
-        if self._tracer is not None and not self._must_trace and output is not None:
+        if self._tracer is not None and output is not None:
+            self.open_roles.update(self._roles.open)
+        if self._tracer is not None and not (
+            self._must_trace or self._roles.open or output is None
+        ):
             self._tracing = False  # a whole pass went by without a traced use
             for handle in self._tracing_handles:
                 handle.remove()
