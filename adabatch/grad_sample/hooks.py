@@ -251,6 +251,8 @@ class GradSampleHooks(Estimator):
     def _take_pass(self) -> None:
         probes, placer, sites, task = self._probes, self._placer, self.sites, self._finished_task
         if placer.open_roles:  # observe() says so
+            self._recorder.drain(task)
+            placer.end_pass(self)
             return
         # On accelerators, after the first pass, the reports are read one step later.
         sizes, late = placer.forward_sizes, None
@@ -429,6 +431,7 @@ class GradSampleHooks(Estimator):
         placer.input_sizes.clear()
         placer.forward_sizes.clear()
         placer.open_roles.clear()
+        self._recorder.discards = False
         if self._row_sampler.samples is not None:
             self._row_sampler.redraw()
         self._recorder.clear()

@@ -109,6 +109,7 @@ class BackwardRecorder:
         defers: whether a statistic needs the finished gradient, so that all factors are kept.
         fuses, fuses_subset: whether layers may compute both gradients at once, with all samples
             measured or some.
+        discards: the pass that runs is not measured, and layers are not run again.
         sum_check: compares the sum of the contributions with the gradient.
         norm_weights: {parameter: the factor by which its norms count here} of a model that several
             processes hold in parts; None of one that is whole.
@@ -118,6 +119,7 @@ class BackwardRecorder:
         self._record, self._task = BackwardRecord(), -1
         self._lock = threading.Lock()
         self.sum_check = GradientSumCheck(parameters)
+        self.discards = False
         self.norm_weights: Mapping[str, float] | None = None
         self.defers = any(each.needs_gradient for each in statistics)
         self.statistics = tuple(each for each in statistics if not each.needs_gradient)

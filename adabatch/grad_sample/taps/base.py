@@ -489,9 +489,10 @@ class RecomputeTap(Tap):
         site, recorder, (rows, *inputs) = ctx.own_site, ctx.site.recorder, ctx.saved_tensors
         extras: Sequence[Tensor | None] = [None] * ctx.n_extras
         with autocast_disabled(backprops[0].device):
-            factors = ctx.call.factors(inputs, backprops, rows)
+            discards = recorder.discards
+            factors = {} if discards else ctx.call.factors(inputs, backprops, rows)
             names = {name: name for name in factors} if site is None else site.parameters
-            if not is_compiling() and recorder.sum_check.observes(ctx):
+            if not is_compiling() and not discards and recorder.sum_check.observes(ctx):
                 dtypes = [each.dtype for each in (*backprops, *inputs)]
                 # Not more samples at once than are measured.
                 chunks = [] if rows is None else torch.arange(

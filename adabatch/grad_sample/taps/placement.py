@@ -299,6 +299,7 @@ class ForwardHooks:
             return
         if self._tracer is not None and output is not None:
             self.open_roles.update(self._roles.open)
+            self._recorder.discards |= bool(self.open_roles)
         if self._tracer is not None and not (
             self._must_trace or self._roles.open or output is None
         ):
