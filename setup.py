@@ -29,7 +29,7 @@ setup(
     ],
     package_dir={"adabatch.kernels": "kernels"},
     package_data={"adabatch": ["py.typed"]},
-    install_requires=["torch>=2.7", "numpy", "scipy"],
+    install_requires=["torch>=2.9", "numpy", "scipy"],
     extras_require={
         "examples": EXAMPLES,
         "triton": ["triton>=3.7.1; platform_system == 'Linux'"],

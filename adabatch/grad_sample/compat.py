@@ -4,7 +4,6 @@ that alone would double the time to import adabatch."""
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -41,9 +40,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            options = inspect.signature(torch.compiler.disable).parameters
-            reason = {"reason": _UNCOMPILED} if "reason" in options else {}  # not in torch 2.7
-            disabled.append(torch.compiler.disable(function, **reason))
+            disabled.append(torch.compiler.disable(function, reason=_UNCOMPILED))
         return disabled[0](*args, **kwargs)
 
     # The marks of torch.compiler.disable, which the compiler looks for before it traces a function.

@@ -55,9 +55,7 @@ def close(actual, expected, rtol):
 
 
 def raises_while_compiling(match):
-    """An error raised in what is being compiled. Torch 2.7 and 2.8 replace its text."""
-    if torch.__version__ < (2, 9):
-        match = f"{match}|Observed exception"
+    """An error raised in what is being compiled."""
     return pytest.raises(Exception, match=match)
 
 
