@@ -40,6 +40,21 @@ from adabatch.interfaces import Estimator, NotMeasured, PendingMoments, State, S
 if TYPE_CHECKING:
     from adabatch.check.report import CheckReport
 
+TOO_MANY = (
+    "saw {n} backward passes since the last collect(), but accumulate={k}. If each pass had "
+    "samples of its own (gradient accumulation), pass accumulate=k for k backward passes per step. "
+    "If they had the same samples, accumulate= would be wrong: add several losses of one batch and "
+    "call backward() once, and pause the hooks (hooks.paused(), scheduler.estimator.paused()) "
+    "around passes that do not belong to the step, as all but one of SAM's or of a closure that "
+    "the optimizer calls several times")
+TOO_FEW = (
+    "saw {n} backward passes since the last collect(), but accumulate={k}, so that the factor on "
+    "each pass's loss is not known. If all steps have {n}, pass accumulate={n}; if these are the "
+    "last ones of an epoch, step only after each k-th pass, counted from epoch to epoch")
+SAME_FORWARD = (
+    "one forward pass was differentiated by several backward passes of a step, but accumulate={k} "
+    "counts each pass's samples as others: add the losses and call backward() once on the sum, or "
+    "pause the hooks around the other passes (hooks.paused(), scheduler.estimator.paused())")
 COMPILED = (
     "{names} cannot be measured on a compiled model, whose graph ends before the mean gradient is "
     "known: do not measure it, or do not compile {parts} (submodules without measured parameters "
@@ -275,9 +290,15 @@ class GradSampleHooks(Estimator):
             self._recorder.norm_weights, probes)
         for site in sites if repeated else ():
             site.deferred |= not repeated.isdisjoint(site.parameters.values())
+        again = False
         for index, site in enumerate(sites):
             seen_calls = site.calls if isinstance(reports, Tensor) else round(reports[index][0])
+            again |= seen_calls > site.calls and index in self._counted
+            if site.calls and self.accumulate > 1:
+                self._counted.add(index)
             site.calls = max(0, site.calls - seen_calls)
+        if again:
+            raise RuntimeError(SAME_FORWARD.format(k=self.accumulate))
         used = {use.parameter for use in record.uses}
         if late is None:
             assert not isinstance(reports, Tensor)
@@ -379,7 +400,8 @@ class GradSampleHooks(Estimator):
             loss_scale: the factor on the loss: a number, or what `LossScale.take()` returns.
 
         Raises:
-            RuntimeError: another number of measured backward passes than `accumulate`.
+            RuntimeError: more measured backward passes than `accumulate`, or none.
+            NotMeasured: fewer.
             ValueError: weights without inner products or of another length than the samples; a
                 loss_scale that is not a positive number.
         """
@@ -395,11 +417,11 @@ class GradSampleHooks(Estimator):
         if not self._n_passes:
             raise RuntimeError(NOTHING_MEASURED + self._placer.size_remark())
         try:
-            if self._n_passes != self.accumulate:
-                raise RuntimeError(
-                    f"saw {self._n_passes} backward passes since the last collect(), but "
-                    f"accumulate={self.accumulate}: pass accumulate=k for k backward passes per "
-                    "step, and pause the hooks (hooks.paused()) around passes outside of it")
+            if self._n_passes > self.accumulate:
+                raise RuntimeError(TOO_MANY.format(n=self._n_passes, k=self.accumulate))
+            if self._n_passes < self.accumulate:
+                raise NotMeasured("short accumulation group",
+                                  TOO_FEW.format(n=self._n_passes, k=self.accumulate))
             scale = None if loss_scale is None else step_scale(loss_scale)
             rows, shard = self._probe_rows, self.shard
             options = PoolOptions(
@@ -426,6 +448,7 @@ class GradSampleHooks(Estimator):
         draw new rows."""
         self._passes, self._kept, self._late, self._n_passes = [], [], [], 0
         self._left_out = None
+        self._counted: set[int] = set()  # layers whose calls were counted in a pass of this step
         placer = self._placer
         placer.recomputing_task = -1
         placer.input_sizes.clear()

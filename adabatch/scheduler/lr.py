@@ -311,9 +311,11 @@ class LrAdjuster:
                 self.lr.remove()
                 raise
 
-    def samples(self) -> int:
-        """Samples delivered for the present step; 0 if no batch was."""
-        return sum(delivered for _, delivered in self._recent())
+    def samples(self, drawn: int) -> int:
+        """Samples delivered for the present step, for which `drawn` batches were drawn; those of
+        the latest ones where none was. 0 if no batch ever was."""
+        recent = self._recent()
+        return sum(delivered for _, delivered in recent[-drawn:])
 
     def on_moments(self, moments: GradientMoments) -> None:
         """Take the moments of a step, for the batches to come."""

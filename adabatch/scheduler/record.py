@@ -31,6 +31,34 @@ UNKNOWN_SCALER = (
     "Pass grad_scaler=scaler to adabatch.wrap or BatchSizeScheduler; for a scale that never "
     "changes, scheduler.step(loss, loss_scale=...) is enough"
 )
+# Calls of scheduler.step() that are judged together; calls in succession without a batch that are
+# too many where the loader was never used, and where one batch may be used several times.
+GUARDED_CALLS, IDLE_CALLS, REUSED_CALLS = 8, 3, 20
+NO_STEP = (
+    "{n} of {calls} calls of scheduler.step() had no step of the optimizer that was wrapped since "
+    "the call before, and each call counts as a step: sizes and variances are wrong. If gradients "
+    "are accumulated, pass accumulate=k to adabatch.wrap (the number given to Lightning's "
+    "accumulate_grad_batches, or to Hugging Face's or Accelerate's gradient_accumulation_steps) "
+    "and call scheduler.step(loss) only after optimizer.step(); if a GradScaler skips steps, pass "
+    "grad_scaler="
+)
+SEVERAL_STEPS = (
+    "{n} of {calls} calls of scheduler.step() came after several steps of the optimizer: call "
+    "scheduler.step(loss) after each optimizer.step(), or batch sizes and the diagnostics lag"
+)
+NO_BATCH = (
+    "no batch of the loader that adabatch.wrap returned was drawn in the last {n} calls of "
+    "scheduler.step(), so that the batch size it sets has no effect: iterate over that loader, not "
+    "over the one that was passed in, and not over a list of its batches. Frameworks that build a "
+    "loader of their own (Hugging Face's Trainer, Accelerate's prepare(), Lightning, skorch) must "
+    "be given this one, e.g. by a get_train_dataloader() that returns it"
+)
+SAME_BATCH = (
+    "this step measured {passes} backward passes, but drew {drawn} batches: samples were "
+    "differentiated several times and counted as different ones. If one batch has several losses, "
+    "add them, call backward() once, and omit accumulate=; otherwise pause the measurement around "
+    "all but one of its passes (scheduler.estimator.paused())"
+)
 
 
 @dataclass
@@ -405,6 +433,113 @@ def rejection_reason(moments: GradientMoments, loss: float) -> str:
     if not math.isfinite(loss):
         return "non-finite loss"
     return "" if moments.is_finite else "non-finite gradient"
+
+
+class LoopGuard:
+    """Warns, once each, where the loop does not do what scheduler.step(loss) assumes: one step of
+    the optimizer for each call, on batches of the loader that is controlled.
+
+    A few calls without a step are no fault (a GradScaler or the loop skips steps whose gradients
+    are not finite, scheduler.step() comes first), nor is a batch used twice.
+
+    Args:
+        loader, optimizer: whose batches and steps are to be used.
+        count: of the optimizer's steps.
+        history: of which steps were dropped.
+        accumulate: batches of each step.
+        grad_scaler: whose scale falls where it skips a step; None.
+    """
+
+    def __init__(self, loader: BatchSource, optimizer: Optimizer, count: StepCount,
+                 history: Diagnostics, accumulate: int, grad_scaler: Any = None):
+        self._loader, self._optimizer, self._count = loader, optimizer, count
+        self._history, self._accumulate = history, accumulate
+        self._scaler, self._scale = grad_scaler, math.inf
+        self._warned: set[str] = set()
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from here on: at the start, and after a state was loaded."""
+        self._steps, self._batches = self._count.steps, self._loader.n_batches
+        self._began, self._idle, self._ahead = self._batches, 0, 0
+        self.short = False  # the last measured group of passes was shorter than `accumulate`
+        self._calls, self._without, self._several = -1, 0, 0  # the first call has no step before
+        self._dropped = self._history.n_dropped
+
+    @property
+    def drawn(self) -> int:
+        """Batches drawn since the last call."""
+        return self._loader.n_batches - self._batches
+
+    def after_call(self, measured: bool) -> None:
+        """Look at one call of scheduler.step().
+
+        Raises:
+            RuntimeError: the same samples were differentiated several times in a measured step.
+        """
+        steps, drawn = self._count.steps, self.drawn
+        done, self._steps = steps - self._steps, steps
+        self._batches += drawn
+        if self._calls >= 0:
+            self._without += done == 0
+            self._several += done > 1
+        self._calls += 1
+        self._idle = 0 if drawn else self._idle + 1
+        if drawn != self._accumulate:
+            self._judge_batches(drawn, measured)
+        # Missing steps are judged at a call without one, whose gradient is still there.
+        if self._calls >= GUARDED_CALLS and (not done or 2 * self._without < self._calls):
+            self._judge_steps()
+
+    def allow_short(self, error: NotMeasured) -> None:
+        """A group of accumulated passes is shorter than `accumulate`, as the last one of an epoch
+        may be: two in succession raise the error, the first one is warned about."""
+        if self.short:
+            raise error
+        self.short = True
+        self._warn("short", f"{error}. This step is not measured, and is counted in "
+                            "scheduler.diagnostics.dropped", stacklevel=5)
+
+    def _judge_batches(self, drawn: int, measured: bool) -> None:
+        ahead, accumulate = drawn - self._accumulate, self._accumulate
+        self._ahead += ahead if measured else max(0, ahead)  # those fetched before their step
+        if accumulate > 1 and self._ahead < 0 and not self._loader.runs_ahead:
+            self._ahead = 0
+            raise RuntimeError(SAME_BATCH.format(passes=accumulate, drawn=drawn))
+        never = self._loader.n_batches == self._began
+        if self._idle >= IDLE_CALLS and (never or (
+                self._idle >= REUSED_CALLS and not self._loader.runs_ahead)):
+            self._warn("batches", NO_BATCH.format(n=self._idle), stacklevel=6)
+
+    def _judge_steps(self) -> None:
+        dropped, self._dropped = self._dropped, self._history.n_dropped
+        without, several = self._without - (self._dropped - dropped), self._several
+        calls, self._calls, self._without, self._several = self._calls, 0, 0, 0
+        if 2 * several >= calls:
+            self._warn("several", SEVERAL_STEPS.format(n=several, calls=calls), stacklevel=6)
+        if 2 * without >= calls and not self._skipped():
+            self._warn("steps", NO_STEP.format(n=without, calls=calls), stacklevel=6)
+
+    def _skipped(self) -> bool:
+        """Whether steps may have been skipped for gradients that are not finite; this waits."""
+        if self._scaler is not None:
+            before, self._scale = self._scale, self._scaler.get_scale()
+            if self._scale < before:
+                return True
+        grads = (each.grad for group in self._optimizer.param_groups for each in group["params"]
+                 if type(each.grad) is Tensor and each.grad.layout is torch.strided)
+        return not all(bool(grad.isfinite().all()) for grad in grads)
+
+    def _warn(self, kind: str, message: str, stacklevel: int) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=stacklevel)
+
+
+class StepCount(Protocol):
+    """Counts the optimizer's steps."""
+
+    steps: int
 
 
 class GradientNormCheck:

@@ -20,16 +20,17 @@ from adabatch.diagnostics.record import shown
 from adabatch.estimators.loss_scale import LossScale, StepScale
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import Measurement
-from adabatch.interfaces import NO_INTERVAL, BatchSource, Controller, Estimator, RunContext, State
+from adabatch.interfaces import (NO_INTERVAL, BatchSource, Controller, Estimator, NotMeasured,
+                                 RunContext, State)
 from adabatch.scheduler.coupling import rule_of_optimizer, smoothing_of
 from adabatch.scheduler.decision import (CurrentBatchSize, PlainController, SizeRule, as_controller,
                                          call_controller, name_of, plan_for)
 from adabatch.scheduler.lr import (LrAdjuster, MeanEffectiveLr, check_unscaled,
                                    effective_lr_of_controller)
 from adabatch.scheduler.record import (EpochCount, GradientNormCheck, GradScalerDetector,
-                                       HostTransferStage, LossPool, Pipeline, Recorder, Stage,
-                                       StepClock, StepRecord, UntrackedParameters, check_rows,
-                                       rejection_reason)
+                                       HostTransferStage, LoopGuard, LossPool, Pipeline, Recorder,
+                                       Stage, StepClock, StepRecord, UntrackedParameters,
+                                       check_rows, rejection_reason)
 
 if TYPE_CHECKING:
     from adabatch.distributed.group import Processes
@@ -158,6 +159,8 @@ class BatchSizeScheduler:
                               summed=summed, controller=chosen)
         self._size = CurrentBatchSize(loader, accumulate, first, rule.cooldown)
         self._norm_check = GradientNormCheck()
+        self._guard = LoopGuard(loader, optimizer, self._lr.lr, self.diagnostics, accumulate,
+                                grad_scaler)
         self._untracked = UntrackedParameters(optimizer, parameters)
         self._scale = None if grad_scaler is None else LossScale(grad_scaler)
         self._detector: GradScalerDetector | None = None
@@ -262,6 +265,7 @@ class BatchSizeScheduler:
         self._base_lr.weights = list(state["lr_weights"])
         self.estimator.enabled = state["enabled"]
         self._clock.reset()
+        self._guard.restart()
         self._size.write(self.size_rule.size_for(state["batch_size"]))
 
     def remove(self) -> None:
@@ -320,7 +324,7 @@ class BatchSizeScheduler:
     ) -> StepRecord:
         """Take what the step leaves behind. Nothing here may wait for an accelerator."""
         self._lr.restore()
-        estimator, pending = self.estimator, None
+        estimator, pending, not_measured = self.estimator, None, ""
         if estimator.enabled:
             if self._detector is not None and loss_scale is not None:
                 self._detector.remove()
@@ -330,17 +334,25 @@ class BatchSizeScheduler:
                 if loss_scale is not None:
                     raise ValueError("the scale is read from the grad_scaler: omit loss_scale=")
                 scale = self._scale.take()
-            pending = estimator.observe(weights=weights, loss_scale=scale)
+            try:
+                pending = estimator.observe(weights=weights, loss_scale=scale)
+                self._guard.short = False
+            except NotMeasured as error:
+                self._guard.allow_short(error)
+                not_measured = error.reason
             step = self.step_count
             if isinstance(loss, Tensor) and loss.grad_fn is not None and (
                 step < CHECKED_STEPS or step % CHECKED_EVERY == 0
             ):
                 estimator.check_loss(loss)
             self._untracked.warn(stacklevel=3)
+        drawn = self.accumulate if pending is not None else self._guard.drawn
+        self._guard.after_call(measured=pending is not None)
         record = StepRecord(
-            self.step_count, pooled, None, delivered=self._lr.samples(),
+            self.step_count, pooled, None, delivered=self._lr.samples(drawn),
             batch_size=self._size.size, lrs=self._base_lr.read(), base_lr=self._lr.base_lr,
             epoch=self._epochs.after_step(), seconds=self._clock.lap(), pending=pending,
+            not_measured=not_measured,
         )
         self.step_count += 1
         return record

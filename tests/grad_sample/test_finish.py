@@ -128,7 +128,7 @@ def test_two_backward_passes_without_accumulate_raise_and_the_next_step_is_good(
     hooks = GradSampleHooks(model)
     backward(model, make_batch(5))
     backward(model, batch)
-    message = r"saw 2 backward passes.*accumulate=1: pass accumulate=k"
+    message = r"saw 2 backward passes.*accumulate=1.*pass accumulate=k.*add several losses"
     with pytest.raises(RuntimeError, match=message):
         hooks.collect()
     model.zero_grad()
@@ -143,6 +143,40 @@ def test_fewer_backward_passes_than_accumulate_raise():
     backward(model, make_batch())
     with pytest.raises(RuntimeError, match=r"saw 1 backward passes.*accumulate=3"):
         hooks.collect()
+
+
+@pytest.mark.parametrize("shape", ["one output", "two heads"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_forward_pass_under_two_backward_passes_is_refused_and_their_sum_is_exact(
+        shape, accumulate):
+    torch.manual_seed(0)
+    body, heads = nn.Linear(4, 3), nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    model, inputs = nn.ModuleList([body, heads]), torch.randn(5, 4)
+
+    def losses():
+        hidden = body(inputs)
+        if shape == "one output":
+            return hidden[:, 0].square(), hidden[:, 1].exp()
+        return heads[0](hidden).square().sum(1), heads[1](hidden).exp().sum(1)
+
+    hooks = GradSampleHooks(model, accumulate=accumulate)
+    first, second = losses()
+    first.mean().backward(retain_graph=True)
+    message = "add" if accumulate == 1 else "one forward pass was differentiated by several"
+    def rest():
+        second.mean().backward()
+        hooks.collect()
+
+    with pytest.raises(RuntimeError, match=message):
+        rest()
+    hooks.remove()
+    hooks = GradSampleHooks(model)  # as the message says
+    model.zero_grad()
+    sum(losses()).mean().backward()
+    used = [each for each in model.parameters() if each.grad is not None]
+    grads = [torch.autograd.grad(loss, used, retain_graph=True) for loss in sum(losses())]
+    expected = [sum(part.square().sum() for part in each) for each in grads]
+    close(hooks.collect().sq_norms, torch.stack(expected), 1e-5)
 
 
 def test_a_paused_pass_does_not_count():
