@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -27,7 +28,38 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calling the module runs compiled code: of such a wrapper, or of module.compile()."""
-    return is_compiled_wrapper(module) or module._compiled_call_impl is not None
+    call = module._compiled_call_impl
+    return is_compiled_wrapper(module) or not (call is None or isinstance(call, FinallyCall))
+
+
+class FinallyCall:
+    """Does something after every call of a module: in a forward hook it would not be done where
+    KeyboardInterrupt ends the call. It takes the place that module.compile() writes to, which
+    copies and pickles of the module are without.
+    """
+
+    def __init__(self, module: nn.Module, finally_do: Callable[[], None]):
+        self._module, self._finally_do = weakref.ref(module), weakref.WeakMethod(finally_do)
+        if module._compiled_call_impl is None:
+            module._compiled_call_impl = self
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        module = self._module()
+        assert module is not None
+        if torch.compiler.is_compiling():
+            return module._call_impl(*args, **kwargs)
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            method = self._finally_do()
+            if method is not None:
+                method()
+
+    def remove(self) -> None:
+        """Take it off the module."""
+        module = self._module()
+        if module is not None and module._compiled_call_impl is self:
+            del module._compiled_call_impl
 
 
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:

@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from adabatch import GradSampleHooks
 from tests import oracle
@@ -378,3 +380,64 @@ def test_what_replaces_no_parameters_is_no_error(change):
         backward(model, batch)
         hooks.collect()
         change(model)
+
+
+class Interrupted(nn.Module):
+    """Uses a parameter of its own, so that its operations are traced, and can be interrupted."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.linear, self.error = nn.Parameter(torch.ones(4)), nn.Linear(4, 3), None
+
+    def forward(self, inputs):
+        hidden = inputs * self.scale
+        if self.error is not None:
+            raise self.error
+        return self.linear(hidden)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, ValueError])
+def test_what_ends_a_forward_pass_leaves_no_function_mode(error):
+    torch.manual_seed(0)
+    model, batch = Interrupted(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    for _ in range(2):
+        with torch.device("cpu"):
+            before = _get_current_function_mode_stack()
+            model.error = error("in forward")
+            with pytest.raises(error):
+                model(batch[0])
+            assert _get_current_function_mode_stack() == before
+        assert not _get_current_function_mode_stack()
+        model.error = None
+        model.zero_grad()
+        backward(model, batch)
+        agrees(hooks.collect(), grads)
+
+
+def test_an_interrupt_while_a_checkpointed_part_runs_again_leaves_no_function_mode():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Interrupted()
+
+        def forward(self, inputs):
+            return checkpoint(self.part, inputs, use_reentrant=False)
+
+    torch.manual_seed(0)
+    model, batch = Outer(), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    backward(model, batch)
+    agrees(hooks.collect(), grads)
+    loss = squared_error(model, batch).mean()
+    model.part.error = KeyboardInterrupt("in backward")
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    assert not _get_current_function_mode_stack()
+    model.part.error = None
+    model.zero_grad()
+    hooks.reset()
+    backward(model, batch)
+    agrees(hooks.collect(), grads)

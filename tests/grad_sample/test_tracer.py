@@ -333,11 +333,34 @@ def test_checkpointed_blocks_with_traced_parameters():
     exact(Around(forward, a=(9, D), blocks=blocks), torch.randn(N, T, D))
 
 
-def test_traced_operations_in_a_checkpointed_function_raise():
-    """They cannot be seen when the function, not a part of the model, is run again."""
-    model = Around(lambda m, x: checkpoint(lambda y: m.inner(y) * m.a, x, use_reentrant=False))
-    with pytest.raises(RuntimeError, match="number of tensors"):
-        exact(model, torch.randn(N, T, D))
+def all_in_place(m, x):
+    hidden = m.inner(x)
+    hidden *= m.a
+    hidden += m.a
+    hidden[:, 0] = m.a
+    return hidden
+
+
+CHECKPOINTED = {
+    "layer scale": lambda m, x: m.inner(x) * m.a,
+    "before the layer": lambda m, x: m.inner(x * m.a),
+    "no layer": lambda m, x: torch.tanh(x * m.a) + m.a.exp(),
+    "in place": all_in_place,
+    "a table of positions": lambda m, x: m.inner(x * m.a + m.table(torch.arange(T))),
+    "functional": lambda m, x: F.linear(x, m.inner.weight) * m.a,
+    "attention": lambda m, x: F.scaled_dot_product_attention(
+        m.inner(x), x, x * m.a, dropout_p=0.3),
+}
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("function", CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_parameters_in_checkpointed_functions(function, samples):
+    model = Around(lambda m, x: m.head(checkpoint(
+        lambda y: function(m, m.first(y)), x, use_reentrant=False)),
+        table=nn.Embedding(9, D), head=nn.Linear(D, 2), first=nn.Linear(D, D))
+    torch.manual_seed(1)
+    exact(model, torch.randn(N, T, D), samples=samples)
 
 
 def test_parts_called_directly_raise_with_the_cause():

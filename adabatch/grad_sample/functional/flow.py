@@ -142,17 +142,12 @@ class SampleFlow:
         if tensor.grad_fn is not None:
             self._nodes[tensor.grad_fn] = flow
 
-    def add_inputs(
-        self, inputs: Sequence[Tensor], counted: Tensor, dim: int, again: bool = False
-    ) -> None:
-        """The inputs of the model, N of which is read from `counted`, or of a part of it that is
-        run `again`. Others of N rows carry samples if their role does."""
+    def add_inputs(self, inputs: Sequence[Tensor], counted: Tensor, dim: int) -> None:
+        """The inputs of the model, N of which is read from `counted`. Others of N rows carry
+        samples if their role does."""
         for index, tensor in enumerate(inputs):
             if tensor is counted:
                 self.add(tensor, dim)
-            elif again:
-                if self.has_rows(tensor):
-                    self.add(tensor, 0)
             elif tensor.dim():
                 key = f"input {index + 1}", 0
                 carries = self.roles.carries(key, tensor.shape[0], opens=False)

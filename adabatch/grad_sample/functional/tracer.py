@@ -14,7 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode,
+)
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from adabatch._types import Args, Inputs, Kwargs
@@ -71,6 +73,16 @@ class ParameterTracer(TorchFunctionMode):
             id(parameter): (ParameterExpression.of_parameter(name, parameter), parameter)
             for name, parameter in traced.items()
         }
+
+    def leave(self) -> None:
+        """Take the mode off, from under others that were entered after it."""
+        if all(mode is not self for mode in _get_current_function_mode_stack()):
+            return
+        above: list[TorchFunctionMode] = []
+        while (mode := _pop_mode()) is not self:
+            above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)
 
     def enter_layer(
         self, name: str, layer: nn.Module, layout: Layout, has_rule: bool, args: Args,

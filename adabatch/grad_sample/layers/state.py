@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What torch keeps in a module: no state of the layer's own, and copied in vain.
-TORCHS = frozenset(vars(nn.Module())) - {
+TORCHS = {*vars(nn.Module()), "_compiled_call_impl"} - {
     "training", "_parameters", "_buffers", "_non_persistent_buffers_set"}
 # What needs no copy: it cannot change, or belongs to others.
 SHARED = frozenset((

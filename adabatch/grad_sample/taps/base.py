@@ -27,6 +27,7 @@ from adabatch.grad_sample.backward.recorder import (
 from adabatch.grad_sample.backward.verify import squares
 from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.factors.base import Factor
+from adabatch.grad_sample.functional.expression import versions_of
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.plan import Plan
 from adabatch.grad_sample.registry import FusedResult, GradSampler
@@ -41,6 +42,10 @@ DEFERRED_COMPILED = (
     "{name} shares a parameter with another use, or a statistic such as inner_products needs the "
     "finished gradient, which a compiled graph cannot do: do not compile the model, or do not "
     "measure that statistic"
+)
+CHANGED = (
+    "{name} cannot be measured: a tensor that it was computed from was changed in place since. "
+    "Change a copy of it: write `x = x + y` for `x += y`, or clone it first"
 )
 TRACED = "operations on traced parameters"
 # Decisions kept for each layer; what activation checkpointing runs again must get the tap it had.
@@ -72,6 +77,8 @@ class TapSite:
         deferred: a parameter of this layer has several uses, or a statistic needs the finished
             gradient: factors are kept until the pass has ended.
         calls: forward passes through the layer since the last backward pass (eager mode).
+        untapped: the tracer left its last call without a tap, as of a table that is looked up
+            once for all samples; what activation checkpointing runs again gets none either.
         runs: forward passes through a layer that is run again.
         fused: whether its last tap was a fused one.
         shapes: of its last input and output, samples first (eager mode), for the cost model.
@@ -88,6 +95,7 @@ class TapSite:
     layout: Layout = Layout.BATCH_FIRST
     deferred: bool = False
     calls: int = 0
+    untapped: bool = False
     runs: int = 0
     fused: bool = False
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
@@ -476,7 +484,11 @@ class RecomputeTap(Tap):
         outputs = [tensor.clone() if copy else tensor
                    for tensor, copy in zip(tensors, copied, strict=False)]
         ctx.mark_dirty(*(tensor for tensor, copy in zip(outputs, copied, strict=True) if not copy))
-        ctx.save_for_backward(rows, *tensors[n_outputs : n_outputs + n_inputs])
+        if site is None:
+            # Not as saved tensors: activation checkpointing counts them, and need not trace again.
+            ctx.rows, ctx.versions = rows, versions_of(call.tensors)
+        else:
+            ctx.save_for_backward(rows, *tensors[n_outputs : n_outputs + n_inputs])
         ctx.call, ctx.own_site, ctx.n_inputs = call, site, n_inputs
         kind = outputs[0].device.type
         autocast = not is_compiling() and torch.is_autocast_enabled(kind)
@@ -486,7 +498,13 @@ class RecomputeTap(Tap):
     @staticmethod
     def backward(ctx, *backprops):
         Tap.check()
-        site, recorder, (rows, *inputs) = ctx.own_site, ctx.site.recorder, ctx.saved_tensors
+        site, recorder = ctx.own_site, ctx.site.recorder
+        if site is None:
+            rows, inputs = ctx.rows, ctx.call.tensors
+            if ctx.versions != versions_of(inputs):
+                raise RuntimeError(CHANGED.format(name=ctx.call.name))
+        else:
+            rows, *inputs = ctx.saved_tensors
         extras: Sequence[Tensor | None] = [None] * ctx.n_extras
         with autocast_disabled(backprops[0].device):
             discards = recorder.discards

@@ -21,7 +21,7 @@ from adabatch._tree import input_tensors
 from adabatch._types import Args, Kwargs
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
-from adabatch.grad_sample.compat import is_compiled, uncompiled
+from adabatch.grad_sample.compat import FinallyCall, is_compiled, uncompiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
 from adabatch.grad_sample.functional.flow import Key, Roles, SampleFlow
@@ -117,7 +117,7 @@ class ForwardHooks:
         self._buffers: list[tuple[dict[str, Tensor | None], str]] = []
         self._tracing = True
         self._tracer: ParameterTracer | None = None
-        self._traced_part: weakref.ref[nn.Module] | None = None
+        self._call: FinallyCall | None = None
         self._n_samples: int | None = None
         self._before: dict[int, object] = {}
         self._handles: list[RemovableHandle] = []
@@ -159,13 +159,6 @@ class ForwardHooks:
         for site in self._sites[:-1]:
             hook = bound(self._before_layer, site)
             handles.append(hook.held(site.layer.register_forward_pre_hook(hook, **before)))
-        for part in model.modules():
-            if part is not model and any(True for _ in part.children()):
-                own = weakref.ref(part)
-                hook = bound(self._before_part, own)
-                handles.append(hook.held(part.register_forward_pre_hook(hook, **before)))
-                hook = bound(self._after_part, own)
-                handles.append(hook.held(part.register_forward_hook(hook, always_call=True)))
         self._buffers = [(module._buffers, name) for module in model.modules()
                          for name in module._buffers]
         original = weakref.ref(model)
@@ -176,6 +169,8 @@ class ForwardHooks:
         self._model_handle = hook.held(model.register_forward_pre_hook(hook, **before))
         hook = bound(self._after_model, original)
         handles.append(hook.held(model.register_forward_hook(hook, always_call=True)))
+        if self._call is None:
+            self._call = FinallyCall(model, self._stop_tracing)
 
     def trace_always(self) -> bool:
         """Trace all passes from now on; whether that may find what the last one missed: it was not
@@ -202,6 +197,9 @@ class ForwardHooks:
                 handle.remove()
             handles.clear()
         self._model_handle, self._may_trace = None, False
+        if self._call is not None:
+            self._call.remove()
+        self._stop_tracing()
 
     def _before_model(
         self, original: weakref.ref[nn.Module], model: nn.Module, args: Args, kwargs: Kwargs
@@ -253,37 +251,13 @@ class ForwardHooks:
             return ""
         return COUNTED.format(n_samples=self._n_samples)
 
-    def _before_part(
-        self, original: weakref.ref[nn.Module], part: nn.Module, args: Args, kwargs: Kwargs
-    ) -> None:
-        """Activation checkpointing runs a part of the model again inside backward, where the model
-        itself is not called."""
-        if not self.enabled or is_compiling() or self._tracer is not None:
-            return
-        if self._n_samples is None or running_backward() == -1:
-            return
-        if part is original() and self._must_trace and can_measure():
-            inputs = input_tensors(args, kwargs)
-            if inputs:
-                self._start_tracing((inputs[0], 0), inputs, again=True)
-                self._traced_part = original
-
-    def _after_part(
-        self, original: weakref.ref[nn.Module], part: nn.Module, args: Args, output: object
-    ) -> None:
-        if self._traced_part is original:
-            self._stop_tracing()
-
-    def _start_tracing(
-        self, counted: tuple[Tensor, int], inputs: Sequence[Tensor], again: bool = False
-    ) -> None:
-        """Watch the operations on these inputs of the model, or of a part that is run `again`."""
+    def _start_tracing(self, counted: tuple[Tensor, int], inputs: Sequence[Tensor]) -> None:
+        """Watch the operations on these inputs of the model."""
         assert self._n_samples is not None
-        if not again:
-            self._roles.begin(self._n_samples)
+        self._roles.begin(self._n_samples)
         reports_to = {id(leaf) for leaf in self._probes.leaves}
         flow = SampleFlow(self._n_samples, self._roles, reports_to, self.size_remark())
-        flow.add_inputs(inputs, *counted, again)
+        flow.add_inputs(inputs, *counted)
         for buffers, name in self._buffers:
             buffer = buffers.get(name)
             if buffer is not None:
@@ -311,10 +285,9 @@ class ForwardHooks:
         self._stop_tracing()
 
     def _stop_tracing(self) -> None:
-        self._traced_part = None
         if self._tracer is not None:
             tracer, self._tracer = self._tracer, None
-            tracer.__exit__(None, None, None)
+            tracer.leave()
 
     def _tap_operation(
         self, operation: TracedOp, outputs: list[Tensor], copied: list[bool]
@@ -354,6 +327,8 @@ class ForwardHooks:
         if not self.enabled or not can_measure():
             return None
         if not is_compiling():
+            if site.untapped and running_backward() != -1:
+                return None
             return self._tap_layer(site, layer, args, kwargs, output)
         if site.deferred:
             raise RuntimeError(DEFERRED_COMPILED.format(name=site.name))
@@ -364,6 +339,7 @@ class ForwardHooks:
         output: object,
     ) -> object:
         measured = tracer.leave_layer()
+        site.untapped = not measured
         result = None
         try:
             if measured and self.enabled and can_measure():
@@ -386,6 +362,7 @@ class ForwardHooks:
         if task == -1:
             site.calls += 1
             self._count_call(site, output, layer.training)
+            site.untapped = False
         self.recomputing_task = task  # activation checkpointing runs the layer again in backward
         if (isinstance(output, Tensor) and output.dim() == 2 and args
                 and has_vectors(site, layer, args[0], output)):
