@@ -80,6 +80,7 @@ class TapSite:
         untapped: the tracer left its last call without a tap, as of a table that is looked up
             once for all samples; what activation checkpointing runs again gets none either.
         runs: forward passes through a layer that is run again.
+        traced: a layer without a rule that gives no row per sample: its operations are traced.
         fused: whether its last tap was a fused one.
         shapes: of its last input and output, samples first (eager mode), for the cost model.
         vectors: weight, bias, and whether the layer with them may get a LinearVectorTap.
@@ -97,6 +98,7 @@ class TapSite:
     calls: int = 0
     untapped: bool = False
     runs: int = 0
+    traced: bool = False
     fused: bool = False
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     vectors: tuple[Tensor | None, Tensor | None, bool] | None = None

@@ -26,6 +26,7 @@ from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
 from adabatch.grad_sample.functional.flow import Key, Roles, SampleFlow
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
+from adabatch.grad_sample.layers.state import LayerState, draws_taken_back
 from adabatch.grad_sample.layout import BatchSizeSource, Layout
 from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.taps.base import (
@@ -45,6 +46,13 @@ COUNTED = (
     "model was called with. If that tensor carries no samples: call the model with the samples "
     "first, or pass layout=adabatch.check(model, batch, loss_fn), which finds them"
 )
+SINGLE_NUMBER = (
+    "{name} returns a single number for the whole batch, so that its parameters can only be "
+    "measured in the operations where they meet the samples: {error}. Let it return a value for "
+    "each sample, and average outside of it, or pass ignore=[{name!r}]"
+)
+NOT_TRACED = (
+    "these are only seen in eager mode and inside of the model's own forward, so call it there")
 SHARED_TABLES = "position tables that are looked up once for all samples"
 
 # Names of this module: each look-up along torch's large modules reads memory that the step has
@@ -304,7 +312,7 @@ class ForwardHooks:
     def _before_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
-        if is_compiling() or self._tracer is None or layer is not site.layer:
+        if is_compiling() or self._tracer is None or layer is not site.layer or site.traced:
             return None
         has_rule = site.sampler is not None
         return self._tracer.enter_layer(site.name, layer, site.layout, has_rule, args, kwargs)
@@ -321,6 +329,9 @@ class ForwardHooks:
     ) -> object:
         # A shallow copy of the model shares the hooks.
         if layer is not site.layer_reference():
+            return None
+        if site.traced and not is_compiling():
+            self._check_traced(site, output)
             return None
         if self._tracer is not None and not is_compiling():
             return self._tap_traced(self._tracer, site, layer, args, kwargs, output)
@@ -343,11 +354,38 @@ class ForwardHooks:
         result = None
         try:
             if measured and self.enabled and can_measure():
+                if site.sampler is None and call_type(layer) is RecomputedCall and (
+                        _single_number(output)):
+                    tracer.resume(())
+                    measured = False
+                    return self._trace_again(site, layer, args, kwargs)
                 result = self._tap_layer(site, layer, args, kwargs, output)
             return result
         finally:
             if measured:
                 tracer.resume(output if result is None else result)
+
+    def _trace_again(
+        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs
+    ) -> object:
+        """The output of a layer that gives no row per sample, such as a loss with parameters: run
+        again, traced, as it is from the next pass on."""
+        site.traced = True
+        state = self._before.pop(site.index)
+        assert isinstance(state, LayerState)
+        device = next(iter(layer.parameters())).device
+        try:
+            with state.restored(), draws_taken_back(device):
+                return layer.forward(*args, **kwargs)
+        except RuntimeError as error:
+            site.traced = False
+            reason = f"{error}".partition(". Give")[0]  # without its own fix
+            raise RuntimeError(SINGLE_NUMBER.format(name=site.name, error=reason)) from error
+
+    def _check_traced(self, site: TapSite, output: object) -> None:
+        """Raise where a layer that must be traced ran without: its parameters would be left out."""
+        if self._tracer is None and self.enabled and can_measure() and _single_number(output):
+            raise RuntimeError(SINGLE_NUMBER.format(name=site.name, error=NOT_TRACED))
 
     def _count_call(self, site: TapSite, output: object, training: bool) -> None:
         if not self._check.running:
@@ -406,6 +444,8 @@ class ForwardHooks:
         if not carrying:
             return None
         kind = call_type(layer)
+        if kind is RecomputedCall and _single_number(output):
+            raise RuntimeError(SINGLE_NUMBER.format(name=site.name, error=NOT_TRACED))
         if kind is RecomputedCall:
             n_samples = self._samples_in(site, carrying[0])
         else:
@@ -457,6 +497,12 @@ class ForwardHooks:
         sampler = self._row_sampler
         rows = None if sampler.samples is None else sampler.rows(n_samples, device)
         return rows, n_samples if rows is None else rows.shape[0]
+
+
+def _single_number(output: object) -> bool:
+    """Whether a tensor among the output has a gradient and no dimensions."""
+    return any(isinstance(leaf, Tensor) and not leaf.dim() and leaf.requires_grad
+               for leaf in tree_flatten(output)[0])
 
 
 class _First(TypedDict):
