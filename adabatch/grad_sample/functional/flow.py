@@ -90,6 +90,8 @@ class Roles:
         settled = self._settled.get(key)
         if settled is not None:
             return settled
+        if size == self._n_samples == 0:
+            return True  # an empty batch: either adds nothing
         if size != self._n_samples:
             self._settled[key] = False
         elif self._size_when_open.setdefault(key, size) != size:
