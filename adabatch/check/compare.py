@@ -39,6 +39,10 @@ OUTSIDE = (
     "F.linear(x, layer.weight), or from reentrant checkpointing. Call the layer instead, or pass "
     "ignore=[...]")
 
+DEPENDENT = (
+    "the losses of the samples change where others are left out of the batch: what is measured is "
+    "each sample's contribution within this batch, a proxy of the variance over fresh batches")
+
 
 class ExactNorms(NamedTuple):
     """Of each parameter, by its name."""
@@ -177,6 +181,12 @@ class Findings:
             if row.status == "exact" and row.layout is not None and mixes:
                 row.status = "contribution"
                 row.reason = "samples depend on each other through batch norm in training mode"
+
+    def mark_dependent(self) -> None:
+        """Mark what is measured exactly of losses that depend on other samples as a proxy."""
+        for row in self.rows.values():
+            if row.status == "exact":
+                row.status, row.reason = "contribution", DEPENDENT
 
     def enter_errors(self, taps: TapResults) -> None:
         """Enter the errors of the taps' norms, and refuse the layers that cannot be measured. The

@@ -41,6 +41,8 @@ UNKNOWN_ORDER = ("each row of its output belongs to one sample, but in none of t
 # Dimensions of each output of each call that grow with the number of samples; None: not known.
 BatchDims = list[list[frozenset[int]]]
 
+Cut = dict[Path, int]  # {path of a tensor in the batch: its dimension of the samples}
+
 
 @dataclass(frozen=True)
 class LayoutResult:
@@ -182,25 +184,22 @@ def _listed(possible: list[list[Layout]]) -> str:
 
 def smaller_batch(
     checked: CheckedModel, batch: Batch, full: PassRecord, n_samples: int
-) -> tuple[Batch, PassRecord] | None:
-    """The first n_samples of a batch and a trial of them, with the losses they had in the batch:
-    tensors are cut along a dimension as long as the batch, or not; None where no way fits."""
+) -> tuple[Batch, PassRecord, Cut] | None:
+    """The first n_samples of a batch, a trial of them, with the losses they had in the batch, and
+    along which dimensions it was cut: each tensor along one as long as the batch, or not. None
+    where no way fits."""
     size, leaves = len(full.losses), tensors(batch)
     choices = [[*(dim for dim, length in enumerate(tensor.shape) if length == size), None]
                for _, tensor in leaves]
     for dims in itertools.islice(itertools.product(*choices), MAX_GUESSES):
         guess = {path: dim for (path, _), dim in zip(leaves, dims, strict=True) if dim is not None}
-
-        def cut(path: Path, tensor: Tensor, guess: dict[Path, int] = guess) -> Tensor:
-            return _shortened(tensor, guess[path], n_samples) if path in guess else tensor
-
-        part = map_tensors(batch, cut)
+        part = _cut(batch, guess, n_samples)
         try:
             trial = run_trial(checked, part) if guess else None
         except Exception:  # a wrong guess may fail anywhere in the user's code
             continue
         if trial is not None and _same(trial.losses, full.losses[:n_samples]):
-            return part, trial
+            return part, trial, guess
     return None
 
 
@@ -209,6 +208,42 @@ def _shortened(tensor: Tensor, dim: int, length: int) -> Tensor:
     if tensor.layout is torch.strided:
         return tensor.narrow(dim, 0, length)
     return tensor.to_dense().narrow(dim, 0, length).to_sparse(layout=tensor.layout)
+
+
+def depends_on_others(
+    checked: CheckedModel, batch: Batch, full: PassRecord, dims: Cut | None
+) -> bool:
+    """Whether the losses of a batch's first samples differ where the rest is left out, though
+    nothing is random; dims: as smaller_batch found them, None for the first as long as the batch.
+    """
+    size = len(full.losses)
+    if dims is None:
+        dims = {path: tensor.shape.index(size) for path, tensor in tensors(batch)
+                if size in tensor.shape}
+    for n_samples in {size - 1, max(2, size // 2)} - {size}:
+        before = _random_states()
+        try:
+            with torch.no_grad():
+                losses = checked.loss_fn(checked.model, _cut(batch, dims, n_samples))
+        except Exception:  # the user's code may take no smaller batch
+            return False
+        same = all(map(torch.equal, before, _random_states()))
+        if not same or losses.shape != (n_samples,):
+            return False
+        if not _same(losses, full.losses[:n_samples]):
+            return True
+    return False
+
+
+def _random_states() -> list[Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _cut(batch: Batch, dims: Cut, n_samples: int) -> Batch:
+    """The first samples of a batch, whose tensors have them along those dimensions."""
+    return map_tensors(batch, lambda path, tensor: (
+        tensor.narrow(dims[path], 0, n_samples) if path in dims else tensor))
 
 
 def _same(losses: Tensor, expected: Tensor) -> bool:

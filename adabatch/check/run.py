@@ -37,7 +37,7 @@ def run_check(model: nn.Module, batch: Batch, loss_fn: LossFn) -> CheckReport:
 
 def _check(checked: CheckedModel, batch: Batch) -> CheckReport:
     model, owners = checked.model, checked.owners
-    large = _first_trial(checked, batch)
+    whole = large = _first_trial(checked, batch)
     size = len(large.losses)
     if size < 2:
         raise ValueError(f"check() compares samples, so it needs a batch of at least 2, got {size}")
@@ -48,13 +48,15 @@ def _check(checked: CheckedModel, batch: Batch) -> CheckReport:
             f"{wrong[0]}), so that nothing can be compared: pass a batch without NaN, and a model "
             "whose losses on it are finite")
     n_samples = MAX_SAMPLES if size > MAX_SAMPLES else size - 1
-    part, small = layouts.smaller_batch(checked, batch, large, n_samples) or (None, None)
+    part, small, cut = layouts.smaller_batch(checked, batch, large, n_samples) or (None,) * 3
     if size > MAX_SAMPLES:
         if small is None:
             raise ValueError(f"the batch of {size} could not be cut down to {MAX_SAMPLES} samples: "
-                             "no choice of dimensions gave these samples' own losses. Pass a batch "
-                             f"of 2 to {MAX_SAMPLES} samples.")
+                             "no choice of dimensions gave these samples' own losses, or they "
+                             "depend on the other samples of the batch. Pass a batch of 2 to "
+                             f"{MAX_SAMPLES} samples, which shows which.")
         batch, size = part, MAX_SAMPLES
+        whole = small
     dims = layouts.batch_dims(large, small)
     weights, ratios = layouts.draw_weights(size)
 
@@ -78,6 +80,12 @@ def _check(checked: CheckedModel, batch: Batch) -> CheckReport:
     findings.enter_errors(taps)
     findings.refuse_unaccounted(float((weights * ratios).sum() / weights.sum()))
     findings.refuse_wrong()
+    with restored(model):
+        model.eval()
+        dependent = not mixing_batch_norm(model) and layouts.depends_on_others(
+            checked, batch, whole, cut)
+    if dependent:
+        findings.mark_dependent()
     if taps.problem:
         report.notes.append(f"the hooks cannot be used: {taps.problem}")
     return report
