@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from adabatch._checks import check_version, integer, positive, real
 from adabatch._types import Argument
@@ -106,6 +106,10 @@ class SampleClock:
     The smallest batch size is a good unit: with a constant batch of that size the lrs are those
     without the clock.
 
+    ReduceLROnPlateau gets the metric of the steps that come due. Where several do, a metric that is
+    better counts as better once and not as bad for the rest; one that is not counts as bad for each
+    of them. OneCycleLR, which raises beyond its total_steps, stays at the last of them.
+
     Args:
         scheduler: any scheduler of torch.optim.lr_scheduler, chained and sequential ones included.
         samples_per_step: samples (or tokens) for one of its steps, at least 1.
@@ -134,10 +138,23 @@ class SampleClock:
     def step(self, samples: int, **kwargs: Argument) -> None:
         """Count the samples of the batch just stepped, and take the steps that have come due, each
         with the keyword arguments, such as ``metrics=loss``."""
+        scheduler = self.scheduler
+        if isinstance(scheduler, ReduceLROnPlateau) and "metrics" not in kwargs:
+            raise TypeError("ReduceLROnPlateau is stepped with a metric: call "
+                            "step(samples, metrics=loss) of SampleClock")
         self.samples_seen += integer("samples", samples, at_least=0)
+        better = False
         for _ in range(self.samples_seen // self.samples_per_step - self.steps_taken):
-            self.scheduler.step(**kwargs)
             self.steps_taken += 1
+            if isinstance(scheduler, OneCycleLR) and (
+                    scheduler.last_epoch + 1 >= scheduler.total_steps):
+                continue
+            if not isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(**kwargs)
+            elif not better or scheduler.in_cooldown:  # the same once more is not worse than itself
+                best = scheduler.best
+                scheduler.step(**kwargs)
+                better = better or scheduler.best != best
 
     def get_last_lr(self) -> list[float | Tensor]:
         """The lr of each group, as the wrapped scheduler set it last."""
