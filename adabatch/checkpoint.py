@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 
 from adabatch._checks import check_version
 from adabatch._types import Part
+from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.distributed.group import is_initialized, ranks_of, registered_group
-from adabatch.interfaces import State
+from adabatch.interfaces import BatchSource, State
 from adabatch.micro_batches.optimizer import AccumulatingOptimizer
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ def state_dict(**parts: Part) -> State:
 
     torch.save it; torch.load(..., weights_only=True) reads it. Call after scheduler.step(loss) and
     before the next batch is drawn; with micro-batches where loader.is_last_micro_batch is True.
+    Called within a step that is not taken, as in the handler of a KeyboardInterrupt, with both
+    loader= and scheduler=, the batches of that step come again after resuming; where the data set
+    cannot go back, as an iterable one, a warning says so.
 
     Args:
         parts: whatever has a state_dict(): scheduler=, loader=, optimizer=, model=, lr_scheduler=,
@@ -58,8 +62,27 @@ def state_dict(**parts: Part) -> State:
             raise TypeError(f"{name} must have state_dict() and load_state_dict(), got "
                             f"{type(part).__name__}: pass the object itself")
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"version": 1, "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "parts": {name: part.state_dict() for name, part in parts.items()}}
+    untrained = _untrained(parts)
+    states = {name: untrained if name == "loader" and untrained is not None else part.state_dict()
+              for name, part in parts.items()}
+    return {"version": 1, "random": {"cpu": torch.get_rng_state(), "cuda": cuda}, "parts": states}
+
+
+def _untrained(parts: dict[str, Part]) -> State | None:
+    """The loader's state before the batches of a step that is under way; None between steps."""
+    loader, scheduler = parts.get("loader"), parts.get("scheduler")
+    if not isinstance(loader, AdaptiveDataLoader) or not isinstance(scheduler, Stepped):
+        return None
+    position = scheduler.untrained_from() if scheduler.loader is loader else None
+    if position is None or (position == loader.position and loader.is_last_micro_batch):
+        return None
+    state = loader.state_from(position)
+    if state is None:
+        warnings.warn(
+            "the checkpoint is taken within a step: its batch was delivered, no step was taken on "
+            "it, and this data set or sampler cannot go back, so that it will be left out after "
+            "resuming. Save after scheduler.step(loss)", stacklevel=3)
+    return state
 
 
 def load_state_dict(state: State, **parts: Part) -> None:
@@ -184,6 +207,16 @@ def load_checkpoint(
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"])
     return scheduler.step_count
+
+
+@runtime_checkable
+class Stepped(Protocol):
+    """A scheduler that knows which batches no step was taken on."""
+
+    loader: BatchSource
+
+    def untrained_from(self) -> int | None:
+        """See BatchSizeScheduler.untrained_from."""
 
 
 class _Processes(NamedTuple):

@@ -1,14 +1,17 @@
 """save_checkpoint and load_checkpoint of one process and of a part of many; those of all processes:
 tests/distributed/test_elastic.py."""
 
+from itertools import count
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Adam
+from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
 import adabatch
+from adabatch.controllers import Scheduled
 from tests.distributed.processes import assert_checks_pass
 from tests.scripted import Indexed, Proposals
 
@@ -87,3 +90,109 @@ def test_other_parts_than_were_saved(tmp_path):
 def test_a_part_of_all_processes(tmp_path):
     checks = ["checkpoints_of_some_processes", "checkpoints_of_a_process_alone"]
     assert_checks_pass(3, [*checks, "checkpoints_of_a_mesh_without_a_group"], tmp_path)
+
+
+INTERRUPTED = {
+    "plain": {}, "accumulate": {"accumulate": 2, "batch_sizes": (16, 16)},
+    "micro-batches": {"micro_batches": 3}, "nothing measured": {"controller": Scheduled("0:8")},
+    "workers": {"num_workers": 1}, "scheduler first": {"first": True},
+}
+
+
+def interrupted_run(num_workers=0, first=False, **options):
+    """(parts, train): train(trained, stop) collects the indices of the steps taken in one epoch and
+    raises KeyboardInterrupt in the forward or backward pass number `stop`."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    loader = DataLoader(Indexed(64), 8, shuffle=True, num_workers=num_workers)
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, SGD(model.parameters(), lr=0.1), loader, **{"batch_sizes": (8, 8), **options})
+    size, passes, seen = options.get("accumulate", 1), count(), []
+
+    def train(trained, stop=None):
+        for n, (indices, inputs, targets) in enumerate(loader, 1):
+            seen.extend(indices.tolist())
+            if next(passes) == stop:
+                raise KeyboardInterrupt
+            loss = (model(inputs) - targets).square().mean()
+            (loss / size).backward()
+            if n % size and "micro_batches" not in options:
+                continue
+            if first:
+                scheduler.step(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            if not first:
+                scheduler.step(loss)
+            if loader.is_last_micro_batch:
+                trained.extend(seen)
+                seen.clear()
+
+    return {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler}, train
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize("options", INTERRUPTED.values(), ids=INTERRUPTED)
+def test_a_batch_that_no_step_was_taken_on_comes_again(options, epochs, stop):
+    """Ctrl-C in the middle of a step, caught to save: no sample is left out after resuming."""
+    trained = []
+    parts, train = interrupted_run(**options)
+    for _ in range(epochs):
+        train(trained)
+    per_epoch = 24 if "micro_batches" in options else 8
+    with pytest.raises(KeyboardInterrupt):
+        train(trained, stop=per_epoch * epochs + stop)
+    state = adabatch.state_dict(**parts)
+    parts, train = interrupted_run(**options)
+    adabatch.load_state_dict(state, **parts)
+    train(trained)
+    assert [trained.count(index) for index in range(64)] == [1 + epochs] * 64
+
+
+def test_between_steps_and_after_a_validation_pass_nothing_comes_again():
+    trained = []
+    parts, train = interrupted_run()
+    train(trained)
+    for _ in parts["loader"]:
+        pass
+    assert adabatch.state_dict(**parts)["parts"]["loader"] == parts["loader"].state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        train(trained, stop=11)
+    assert parts["scheduler"].untrained_from() == 24
+    parts, train = interrupted_run()
+    assert parts["scheduler"].untrained_from() is None
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        while self.at < 64:
+            self.at += 1
+            yield self.at, torch.ones(3), torch.ones(1)
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def test_a_stream_that_cannot_go_back_says_so():
+    model = nn.Linear(3, 1)
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, SGD(model.parameters(), lr=0.1), adabatch.AdaptiveDataLoader(Stream(), 8),
+        batch_sizes=(8, 8), controller=Scheduled("0:8"))
+    parts = {"model": model, "loader": loader, "optimizer": optimizer, "scheduler": scheduler}
+    for step, (_, inputs, targets) in enumerate(loader):
+        loss = (model(inputs) - targets).square().mean()
+        if step == 3:
+            break
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+        adabatch.state_dict(**parts)  # between steps: no warning
+    with pytest.warns(UserWarning, match=r"cannot go back.*Save after scheduler\.step"):
+        adabatch.state_dict(**parts)

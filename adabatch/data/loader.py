@@ -247,9 +247,23 @@ class AdaptiveDataLoader(BatchSource):
             raise RuntimeError(
                 "a checkpoint between two micro-batches would lose their gradients: save where "
                 "loader.is_last_micro_batch is True, after the step")
+        state = self.state_from(None)
+        assert state is not None
+        return state
+
+    def state_from(self, position: int | None) -> State | None:
+        """The state in which the samples from `position` on come (again); None where the data set
+        or sampler cannot go back so far. For a position of None as state_dict()."""
         sampler_state, progress = self.batch_sampler.state_dict(), self._progress
         if self._epoch is not None:
             sampler_state, progress = self._epoch.state(sampler_state)
+        back = 0 if position is None else sampler_state["position"] - position
+        if back > 0:
+            sampler_state = {**sampler_state, "position": position}
+            if progress is not None and not self.is_stream:
+                progress = {**progress, "skip": progress["skip"] - back}
+            if self.is_stream or (progress is not None and progress["skip"] < 0):
+                return None
         return {"version": 1, "sampler": sampler_state, "progress": progress}
 
     def load_state_dict(self, state: State) -> None:

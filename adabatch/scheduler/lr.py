@@ -268,6 +268,7 @@ class LrAdjuster:
     Attributes:
         last_lr_factor: the coupling's factor of the last step.
         base_lr: the lr of the last step without any factor; None before.
+        stepped_at: batches that the loader had delivered at the last step.
 
     Raises:
         ValueError: a coupling for a summed loss; a coupling beside a controller that sets the lr
@@ -302,6 +303,7 @@ class LrAdjuster:
         self._own_factor = DelayedValue(own)
         self._mean_lr, self.last_lr_factor = mean_lr, 1.0
         self.base_lr: float | None = None
+        self.stepped_at = -1
         self.lr = StepFactor(optimizer, self._lr_factor)
         self._betas: BetaRescaler | None = None
         if options.scale_betas:
@@ -383,6 +385,7 @@ class LrAdjuster:
         self.base_lr = self._mean_lr({})
         requested, delivered = self._requested_and_delivered()
         batch, base = self.loader.n_batches, self.base_batch_size
+        self.stepped_at = batch
         factor = self._coupling(requested, base, self._noise_scale.for_batch(batch))
         if not 0 <= factor < math.inf:
             raise ValueError(

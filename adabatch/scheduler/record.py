@@ -462,6 +462,8 @@ class LoopGuard:
         """Count from here on: at the start, and after a state was loaded."""
         self._steps, self._batches = self._count.steps, self._loader.n_batches
         self._began, self._idle, self._ahead = self._batches, 0, 0
+        self._position = self._loader.position
+        self._iteration: int | None = None
         self.short = False  # the last measured group of passes was shorter than `accumulate`
         self._calls, self._without, self._several = -1, 0, 0  # the first call has no step before
         self._dropped = self._history.n_dropped
@@ -480,6 +482,7 @@ class LoopGuard:
         steps, drawn = self._count.steps, self.drawn
         done, self._steps = steps - self._steps, steps
         self._batches += drawn
+        self._position, self._iteration = self._loader.position, self._loader.n_iterations
         if self._calls >= 0:
             self._without += done == 0
             self._several += done > 1
@@ -490,6 +493,17 @@ class LoopGuard:
         # Missing steps are judged at a call without one, whose gradient is still there.
         if self._calls >= GUARDED_CALLS and (not done or 2 * self._without < self._calls):
             self._judge_steps()
+
+    def untrained_from(self, stepped_at: int) -> int | None:
+        """The loader's position before the batches that no step was taken on: of the step that is
+        under way. None where there are none, or more than a step has, as after a validation pass.
+
+        stepped_at: batches that were drawn at the last step of the optimizer.
+        """
+        if stepped_at == self._loader.n_batches or not 0 < self.drawn <= self._accumulate:
+            return None
+        same = self._iteration in (None, self._loader.n_iterations)
+        return self._position if same else 0
 
     def allow_short(self, error: NotMeasured) -> None:
         """A group of accumulated passes is shorter than `accumulate`, as the last one of an epoch

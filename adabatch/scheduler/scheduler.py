@@ -268,6 +268,11 @@ class BatchSizeScheduler:
         self._guard.restart()
         self._size.write(self.size_rule.size_for(state["batch_size"]))
 
+    def untrained_from(self) -> int | None:
+        """The loader's position before the batches of a step that is under way and was not taken,
+        as in the handler of a KeyboardInterrupt; None between steps."""
+        return self._guard.untrained_from(self._lr.stepped_at)
+
     def remove(self) -> None:
         """Take all hooks off the optimizer and the model."""
         self._lr.remove()
