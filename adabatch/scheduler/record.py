@@ -414,9 +414,10 @@ def check_rows(seen: StepRecord, loader: BatchSource) -> None:
         raise RuntimeError(
             f"the layers saw {size} rows in this step, but the loader delivered {delivered} "
             "samples. If the model puts another dimension first (time first, or samples and "
-            "positions flattened together), find its layout with adabatch.check(...); if one step "
-            "uses several batches, pass accumulate=; if the loop fetches a batch before it has "
-            "stepped the last one, leave that to workers (num_workers=)"
+            "positions flattened together), find its layout with adabatch.check(...); if the loop "
+            "leaves samples out, keep their rows and set their losses to 0; if one step uses "
+            "several batches, pass accumulate=; if the loop fetches a batch before it has stepped "
+            "the last one, leave that to workers (num_workers=)"
         )
 
 

@@ -167,3 +167,56 @@ def test_an_empty_micro_batch_adds_nothing(make, empty_first, options):
     empty = hooks.collect()
     with pytest.raises(ValueError, match="at least 2 samples, got a batch of 0"):
         print(empty.variance_trace)
+
+
+class Dropping(nn.Module):
+    """Leaves out the samples whose first input is negative, in some place."""
+
+    def __init__(self, place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.place, self.first, self.last = place, nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        keep = inputs[:, 0] > 0
+        hidden = self.first(inputs[keep] if self.place == "inputs" else inputs)
+        if self.place == "between":
+            hidden = hidden[keep]
+        if self.place == "back":
+            outputs = hidden.new_zeros(len(inputs), 3)
+            outputs[keep] = self.last(hidden[keep])
+            return outputs
+        return self.last(hidden)
+
+
+def kept_losses(model, batch):
+    """Σ over the outputs for kept samples, 0 of others."""
+    losses = model(batch[0]).square().sum(1)
+    return losses * (batch[0][:, 0] > 0)
+
+
+@pytest.mark.parametrize("place", ["inputs", "between", "back"])
+def test_samples_left_out_in_the_model_are_refused_and_the_fix_works(place):
+    model, batch = Dropping(place), make_batch(9)
+    batch[0][:, 0] = torch.tensor([1.0, -1, 1, 1, -1, 1, 1, -1, 1])
+    with pytest.raises(RuntimeError, match="keep their rows and set their losses to 0"):
+        measure(model, batch, lambda model, batch: model(batch[0]).square().sum(1))
+    right = Dropping("nowhere")
+    grads = oracle.per_sample_grads(right, kept_losses, batch)
+    agrees(measure(right, batch, kept_losses), grads)
+    assert adabatch.check(right, batch, kept_losses, verbose=False).ok
+
+
+@pytest.mark.parametrize("options", [{}, {"samples": 4}, {"statistics": ["inner_products"]}],
+                         ids=str)
+def test_losses_of_chosen_rows_count_the_others_as_zero(options):
+    """The mean over k of N rows is that over N of N/k times them, and of zeros."""
+    model, batch, chosen = Dropping("nowhere"), make_batch(9), torch.tensor([0, 2, 3, 7])
+
+    def losses(model, batch):
+        return model(batch[0]).square().sum(1)
+
+    factors = torch.zeros(9).index_fill(0, chosen, 9 / len(chosen))
+    grads = {name: grad * factors.view(9, *[1] * (grad.dim() - 1))
+             for name, grad in oracle.per_sample_grads(model, losses, batch).items()}
+    agrees(measure(model, batch, lambda *each: losses(*each)[chosen], **options), grads)

@@ -163,7 +163,8 @@ def batch_size_of(
             rows[site.name] = round(total / calls)
     size = Counter(rows.values()).most_common(1)[0][0]
     odd = ", ".join(f"{name} ({n})" for name, n in rows.items() if n != size)
-    settle = "Find the layouts with adabatch.check(...)"
+    settle = ("Find the layouts with adabatch.check(...); if the model leaves samples out, let it "
+              "keep their rows and set their losses to 0")
     if odd:
         problems.append(f"the first dimension of these layers' outputs is not the batch of {size}: "
                         f"{odd}. {settle}")
