@@ -77,7 +77,7 @@ class GradientSumCheck:
 
     Compared are the passes 1, 2, 4, 8, …, the first 16 where a coarse type takes part, and those
     whose pattern was not seen before: the layers called and their modes, the numbers of autograd
-    nodes that the forward pass and the loss made, the parameters with hooks. The latter are 8 at
+    nodes made before them, by them and by the loss, the parameters with hooks. The latter are 8 at
     first and one more in 256 passes.
 
     Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², and so does
@@ -113,7 +113,7 @@ class GradientSumCheck:
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
         self._leaf = torch.zeros((), requires_grad=True)
         self._lock = threading.Lock()
-        self._start, self._calls, self._thread, self._complete = 0, 0, 0, True
+        self._start, self._end, self._calls, self._thread, self._complete = 0, 0, 0, 0, True
         self.keeps_inputs = True
         self._forget(-2)  # -1 is what runs outside of backward passes
 
@@ -169,10 +169,12 @@ class GradientSumCheck:
         due = self.is_due
         self._forget(task)
         self._passes += 1
-        here = threading.get_ident() == self._thread  # an accelerator's backward has its own
-        of_loss = self._next_node() - self._start if here else 0
+        before = of_loss = 0
+        if threading.get_ident() == self._thread:  # an accelerator's backward has its own
+            now = self._next_node()
+            before, of_loss, self._end = self._start - self._end, now - self._start, now
         of_layers = 0 if last is None else last._sequence_nr() - self._start
-        pattern = self._calls, of_layers, of_loss, self._hooked
+        pattern = self._calls, before, of_layers, of_loss, self._hooked
         new = pattern not in self._patterns
         within = self._new < NEW_PATTERNS + self._passes // PASSES_PER_PATTERN
         if not (due or (new and within)) or _is_distributed():

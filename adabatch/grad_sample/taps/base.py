@@ -47,6 +47,13 @@ CHANGED = (
     "{name} cannot be measured: a tensor that it was computed from was changed in place since. "
     "Change a copy of it: write `x = x + y` for `x += y`, or clone it first"
 )
+OTHER_PARAMETERS = (
+    "{name}.{own} is not the parameter that it was when the hooks were attached: the layer was "
+    "pruned or parametrized (weight_norm, spectral_norm), the parameter was replaced, or the model "
+    "is called with other weights (torch.func.functional_call). After such a change attach again: "
+    "hooks.remove() and GradSampleHooks(model), or adabatch.wrap(...); call with other weights "
+    "inside hooks.paused()"
+)
 TRACED = "operations on traced parameters"
 # Decisions kept for each layer; what activation checkpointing runs again must get the tap it had.
 MOST_SHAPES = 256
@@ -73,6 +80,7 @@ class TapSite:
             keep the model alive until the garbage collector runs.
         sampler: what is registered for it; None where it is run again sample by sample.
         parameters: {own parameter name: name in the model}, measured ones only.
+        own: those that the layer itself holds, as they were when it was attached.
         rows: {own parameter name: the probe row of its per-sample values}.
         deferred: a parameter of this layer has several uses, or a statistic needs the finished
             gradient: factors are kept until the pass has ended.
@@ -93,6 +101,7 @@ class TapSite:
     parameters: dict[str, str]
     rows: dict[str, int]
     recorder: BackwardRecorder
+    own: tuple[tuple[str, Tensor], ...] = ()
     layout: Layout = Layout.BATCH_FIRST
     deferred: bool = False
     calls: int = 0
@@ -116,9 +125,12 @@ class TapSite:
             name = measured.name or type(measured.layer).__name__
             rows = {own: row_of[full] for own, full in measured.parameters.items()}
             layout = layouts.get(measured.name, Layout.BATCH_FIRST)
+            own = tuple((own, plan.parameters[full]) for own, full in measured.parameters.items()
+                        if own in measured.layer._parameters
+                        and type(plan.parameters[full]) is nn.Parameter)
             shared = not plan.shared.isdisjoint(measured.parameters.values())
             sites.append(cls(name, index, weakref.ref(measured.layer), measured.sampler,
-                             measured.parameters, rows, recorder, layout,
+                             measured.parameters, rows, recorder, own, layout,
                              shared or recorder.defers))
         return [*sites,
                 cls(TRACED, len(sites), lambda: None, None, {}, {}, recorder, deferred=True)]
@@ -128,6 +140,13 @@ class TapSite:
         layer = self.layer_reference()
         assert layer is not None  # only read while the layer runs
         return layer
+
+    def check_unchanged(self, layer: nn.Module) -> None:
+        """Raise a RuntimeError where the layer has other parameters than when it was attached."""
+        present = layer._parameters
+        for name, parameter in self.own:
+            if present.get(name) is not parameter:
+                raise RuntimeError(OTHER_PARAMETERS.format(name=self.name, own=name))
 
     @property
     def mixes_samples(self) -> bool:

@@ -396,6 +396,7 @@ class ForwardHooks:
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
     ) -> object:
         """Outside compiled graphs."""
+        site.check_unchanged(layer)
         task = running_backward()
         if task == -1:
             site.calls += 1
