@@ -187,6 +187,7 @@ class GradSampleHooks(Estimator):
         self.reset()
         self._placer.attach(unwrap(model), self)
         self._identity = ParameterIdentity(unwrap(model), plan.parameters)
+        self._placer.check_all = self._identity.check
         self._attached = True
 
     def _check_not_compiled(self, model: nn.Module) -> None:

@@ -48,11 +48,10 @@ CHANGED = (
     "Change a copy of it: write `x = x + y` for `x += y`, or clone it first"
 )
 OTHER_PARAMETERS = (
-    "{name}.{own} is not the parameter that it was when the hooks were attached: the layer was "
-    "pruned or parametrized (weight_norm, spectral_norm), the parameter was replaced, or the model "
-    "is called with other weights (torch.func.functional_call). After such a change attach again: "
-    "hooks.remove() and GradSampleHooks(model), or adabatch.wrap(...); call with other weights "
-    "inside hooks.paused()"
+    "{name}.{own} is not the parameter it was when the hooks were attached: the layer was "
+    "pruned or parametrized (weight_norm, spectral_norm), or the model called with other weights "
+    "(torch.func.functional_call). After such a change attach again: hooks.remove() and "
+    "GradSampleHooks(model), or adabatch.wrap(...); call with other weights inside hooks.paused()"
 )
 TRACED = "operations on traced parameters"
 # Decisions kept for each layer; what activation checkpointing runs again must get the tap it had.
@@ -141,11 +140,14 @@ class TapSite:
         assert layer is not None  # only read while the layer runs
         return layer
 
-    def check_unchanged(self, layer: nn.Module) -> None:
-        """Raise a RuntimeError where the layer has other parameters than when it was attached."""
+    def check_unchanged(self, layer: nn.Module, check_all: Callable[[], None]) -> None:
+        """Raise a RuntimeError where the layer has other parameters than when it was attached;
+        check_all: lists all parameters that were replaced."""
         present = layer._parameters
         for name, parameter in self.own:
             if present.get(name) is not parameter:
+                if isinstance(present.get(name), nn.Parameter):
+                    check_all()
                 raise RuntimeError(OTHER_PARAMETERS.format(name=self.name, own=name))
 
     @property

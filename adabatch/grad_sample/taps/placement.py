@@ -96,6 +96,7 @@ class ForwardHooks:
         forward_sizes: N of the taps placed since the last backward pass.
         recomputing_task: the backward pass in which activation checkpointing last ran a layer
             again, or -1.
+        check_all: raises where parameters of the model were replaced, listing all.
         called, traced: whether the model itself was called since the last backward pass, and
             whether the whole call was traced.
     """
@@ -113,6 +114,7 @@ class ForwardHooks:
         self._probes, self._row_sampler, self._recorder = probes, row_sampler, recorder
         self._check = recorder.sum_check
         self.called = self.traced = False
+        self.check_all: Callable[[], None] = lambda: None
         self._source = batch_size_source
         self._layers_settled, self._roles = settled, Roles()
         self.open_roles: dict[Key, int] = {}
@@ -396,7 +398,7 @@ class ForwardHooks:
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
     ) -> object:
         """Outside compiled graphs."""
-        site.check_unchanged(layer)
+        site.check_unchanged(layer, self.check_all)
         task = running_backward()
         if task == -1:
             site.calls += 1
