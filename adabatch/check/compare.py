@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,21 @@ class TapResults(NamedTuple):
     sq_norms: dict[str, Tensor]  # {parameter's name: ‖g_i‖², [N]}
     refused: dict[str, str]  # {layer's name: why the hooks cannot measure it}
     problem: str  # an error that names no layer, or ''
+
+
+def settle_roles(
+    checked: CheckedModel, batches: Iterable[Batch], report: CheckReport
+) -> None:
+    """Learn from batches of different sizes what carries samples, where the data flow does not
+    show it."""
+    with restored(checked.model), suppress(Exception):  # measuring will say what is wrong
+        hooks = GradSampleHooks(checked.model, layout=report)
+        try:
+            for batch in batches:
+                checked.loss_fn(checked.model, batch)
+            report.roles = hooks.roles.settled
+        finally:
+            hooks.remove()
 
 
 def measure_with_taps(checked: CheckedModel, batch: Batch, report: CheckReport) -> TapResults:

@@ -193,7 +193,7 @@ def smaller_batch(
                for _, tensor in leaves]
     for dims in itertools.islice(itertools.product(*choices), MAX_GUESSES):
         guess = {path: dim for (path, _), dim in zip(leaves, dims, strict=True) if dim is not None}
-        part = _cut(batch, guess, n_samples)
+        part = cut_batch(batch, guess, n_samples)
         try:
             trial = run_trial(checked, part) if guess else None
         except Exception:  # a wrong guess may fail anywhere in the user's code
@@ -224,7 +224,7 @@ def depends_on_others(
         before = _random_states()
         try:
             with torch.no_grad():
-                losses = checked.loss_fn(checked.model, _cut(batch, dims, n_samples))
+                losses = checked.loss_fn(checked.model, cut_batch(batch, dims, n_samples))
         except Exception:  # the user's code may take no smaller batch
             return False
         same = all(map(torch.equal, before, _random_states()))
@@ -240,7 +240,7 @@ def _random_states() -> list[Tensor]:
     return [torch.get_rng_state(), *cuda]
 
 
-def _cut(batch: Batch, dims: Cut, n_samples: int) -> Batch:
+def cut_batch(batch: Batch, dims: Cut, n_samples: int) -> Batch:
     """The first samples of a batch, whose tensors have them along those dimensions."""
     return map_tensors(batch, lambda path, tensor: (
         tensor.narrow(dims[path], 0, n_samples) if path in dims else tensor))

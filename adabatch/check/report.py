@@ -66,6 +66,9 @@ class CheckReport:
     n_samples: int  # used for the layouts
     n_compared: int  # with a backward pass each; variance shares are over these
     notes: list[str] = field(default_factory=list)  # what concerns no layer in particular
+    # Of inputs whose samples the data flow does not show: {(of what, number of the call): whether
+    # they carry samples}.
+    roles: dict[tuple[str, int], bool] = field(default_factory=dict)
 
     @property
     def layouts(self) -> dict[str, Layout]:
@@ -94,6 +97,7 @@ class CheckReport:
         rows = [{**asdict(row), "layout": row.layout and row.layout.value} for row in self.rows]
         source = self.batch_size_source and self.batch_size_source.to_dict()
         return {"version": 1, "rows": rows, "batch_size_source": source, "ok": self.ok,
+                "roles": [[*key, carries] for key, carries in self.roles.items()],
                 "n_samples": self.n_samples, "n_compared": self.n_compared, "notes": [*self.notes]}
 
     def remarks(self) -> list[str]:

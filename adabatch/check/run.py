@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader
 from adabatch._tree import tensors
 from adabatch._types import Batch, LossFn
 from adabatch.check import layouts
-from adabatch.check.compare import MAX_COMPARED, Findings, exact_norms, measure_with_taps
+from adabatch.check.compare import (
+    MAX_COMPARED, Findings, exact_norms, measure_with_taps, settle_roles,
+)
 from adabatch.check.isolate import mixing_batch_norm, plain_arithmetic, restored, running_statistics
 from adabatch.check.layouts import MAX_SAMPLES
 from adabatch.check.passes import CheckedModel, PassRecord, find_owners, record_pass, run_trial
@@ -76,6 +78,8 @@ def _check(checked: CheckedModel, batch: Batch) -> CheckReport:
     if mixing_batch_norm(model):
         findings.mark_contributions(infer(two_passes()))
     with running_statistics(model):
+        if cut is not None:
+            settle_roles(checked, (layouts.cut_batch(batch, cut, size - 1), batch), report)
         taps = measure_with_taps(checked, batch, report)
     findings.enter_errors(taps)
     findings.refuse_unaccounted(float((weights * ratios).sum() / weights.sum()))

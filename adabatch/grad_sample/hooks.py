@@ -30,6 +30,7 @@ from adabatch.grad_sample.backward.recorder import (
 from adabatch.grad_sample.backward.verify import check_uses_seen
 from adabatch.grad_sample.compat import is_compiled
 from adabatch.grad_sample.cost import StepCost, step_cost
+from adabatch.grad_sample.functional.flow import Roles
 from adabatch.grad_sample.plan import ParameterIdentity, plan_layers, unwrap
 from adabatch.grad_sample.rows import ProbeRows, RowSampler
 from adabatch.grad_sample.statistics import statistics_of
@@ -95,6 +96,7 @@ class GradSampleHooks(Estimator):
             interval; "second_moment" gives Σ_i g_i², elementwise.
 
     Attributes:
+        roles: what is settled on inputs whose samples the data flow does not show.
         by_samples: the passes of a step are micro-batches, weighted by their samples. It and
             accumulate may be set between steps.
 
@@ -178,9 +180,10 @@ class GradSampleHooks(Estimator):
                 if shape is not None:
                     probe.value(each.name, name, shape)
         source = None if layout is None else layout.batch_size_source
+        self.roles = Roles() if layout is None else Roles(layout.roles)
         self._placer = ForwardHooks(self.sites, plan.parameters, plan.traced, self._probes,
                                     self._row_sampler, self._recorder, source,
-                                    () if layout is None else layout.layouts)
+                                    () if layout is None else layout.layouts, self.roles)
         self._finished_task, self._warned_of_open = -1, False
         self._mixing, self._seen = [False], set[str]()
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))

@@ -151,6 +151,27 @@ def test_check_settles_it_where_all_batches_have_one_size(name):
         close(measured(model, hooks, x), expected(model, hooks, x), 1e-9)
 
 
+def test_check_settles_what_a_second_input_is():
+    def loss_fn(model, batch):
+        return model(*batch).square().mean(1)
+
+    model = Case(lambda m, x, y: m.a(x) @ (m.p * y).T, p=lambda: nn.Parameter(torch.ones(D)))
+    model, batch = model.double(), [torch.randn(5, D).double() for _ in range(2)]
+    hooks = GradSampleHooks(model)
+    with pytest.raises(NotMeasured, match="input 2 is called with has 5 rows"):
+        measured(model, hooks, *batch)
+    hooks.remove()
+    report = adabatch.check(model, batch, loss_fn, verbose=False)
+    assert report.ok, str(report)
+    hooks = GradSampleHooks(model, layout=report)
+    got = measured(model, hooks, *batch)
+    with hooks.paused():
+        want = [sum(float(grad.square().sum()) for grad in torch.autograd.grad(
+            loss, list(model.parameters())[:3], retain_graph=True, allow_unused=True)
+            if grad is not None) for loss in loss_fn(model, batch)]
+    close(got, want, 1e-9)
+
+
 @pytest.mark.parametrize("name", FLOW_LOST)
 def test_samples_whose_flow_is_lost_are_settled_by_a_batch_of_another_size(name):
     model = Case(FLOW_LOST[name]).double()

@@ -10,8 +10,9 @@ Legend: N samples.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -49,8 +50,12 @@ class Roles:
     A size other than N settles a role at once. One of N leaves it open, until a pass of another N
     shows whether it followed; a later coincidence then changes nothing.
 
+    Args:
+        settled: what is known already, as from adabatch.check.
+
     Attributes:
-        open: {role: (name, size)} of the pass that runs.
+        settled: {role: whether it carries samples}.
+        open: {role: size} of the pass that runs.
 
     Example:
         >>> roles = Roles()
@@ -65,8 +70,8 @@ class Roles:
         False
     """
 
-    def __init__(self) -> None:
-        self._settled: dict[Key, bool] = {}
+    def __init__(self, settled: Mapping[Key, bool] = MappingProxyType({})):
+        self.settled = dict(settled)
         self._size_when_open: dict[Key, int] = {}
         self._calls: dict[str, int] = {}
         self._n_samples = 0
@@ -87,20 +92,20 @@ class Roles:
     def carries(self, key: Key, size: int, opens: bool = True) -> bool | None:
         """Whether an input of that first size carries samples; None where that is not known yet,
         which leaves the role open if the pass depends on it."""
-        settled = self._settled.get(key)
+        settled = self.settled.get(key)
         if settled is not None:
             return settled
         if size == self._n_samples == 0:
             return True  # an empty batch: either adds nothing
         if size != self._n_samples:
-            self._settled[key] = False
+            self.settled[key] = False
         elif self._size_when_open.setdefault(key, size) != size:
-            self._settled[key] = True
+            self.settled[key] = True
         else:
             if opens:
                 self.open[key] = size
             return None
-        return self._settled[key]
+        return self.settled[key]
 
     def use(self, keys: Iterable[Key]) -> None:
         """Something depends on whether these inputs with N rows carry samples."""
@@ -110,7 +115,7 @@ class Roles:
     def settle(self, keys: Iterable[Key]) -> None:
         """These carry samples, as an operation that combines them row by row with samples shows."""
         for key in keys:
-            self._settled[key] = True
+            self.settled[key] = True
             self.open.pop(key, None)
 
 

@@ -85,6 +85,7 @@ class ForwardHooks:
         batch_size_source: where N is read from the model's inputs; None for dimension 0 of the
             first tensor.
         settled: names of the layers whose layout is known.
+        roles: what is known of inputs whose samples the data flow does not show.
 
     Attributes:
         open_roles: {what may or may not carry samples: its size, N} of the forward passes since
@@ -105,6 +106,7 @@ class ForwardHooks:
         self, sites: Sequence[TapSite], parameters: dict[str, Tensor], traced: frozenset[str],
         probes: ProbeSet, row_sampler: RowSampler, recorder: BackwardRecorder,
         batch_size_source: BatchSizeSource | None = None, settled: Collection[str] = (),
+        roles: Roles | None = None,
     ):
         self.enabled, self.recomputing_task = True, -1
         self.input_sizes: set[int] = set()
@@ -116,7 +118,7 @@ class ForwardHooks:
         self.called = self.traced = False
         self.check_all: Callable[[], None] = lambda: None
         self._source = batch_size_source
-        self._layers_settled, self._roles = settled, Roles()
+        self._layers_settled, self._roles = settled, Roles() if roles is None else roles
         self.open_roles: dict[Key, int] = {}
         self._owners: dict[str, list[TapSite]] = {}
         for site in sites:
