@@ -11,13 +11,21 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_transforms = torch._C._functorch.peek_interpreter_stack
 _UNCOMPILED = (
     "a layer without a grad_sample rule is run again sample by sample, outside compiled graphs: "
     "compile without fullgraph=True, or pass ignore=[...]"
 )
+
+
+def is_transformed() -> bool:
+    """Whether what runs now is transformed by torch.func or differentiated in forward mode, for
+    which taps have no derivative."""
+    return _transforms() is not None or forward_ad._current_level >= 0
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

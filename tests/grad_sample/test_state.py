@@ -271,8 +271,10 @@ class Quantized(nn.Linear):
     lambda: Quantized(D, D),
     lambda: Stateful(lambda m, x: Rounded.apply(x * m.weight * 9) / 9),
     lambda: Stateful(lambda m, x: torch.tanh(x) * Rounded.apply(m.weight * 7)),
+    lambda: Stateful(lambda m, x: torch.autograd.grad(
+        (torch.tanh(x) * m.weight).sum(), x, create_graph=True)[0]),
     lambda: Stateful(lambda m, x: torch.from_numpy(x.detach().numpy().copy()) * m.weight + x),
-], ids=["quantized weight", "quantized output", "both", "through NumPy"])
+], ids=["quantized weight", "quantized output", "both", "a gradient", "through NumPy"])
 def test_what_torch_func_cannot_run_is_run_by_autograd(layer):
     model = stack(layer())
     plain, hooks = copy.deepcopy(model), GradSampleHooks(model)

@@ -4,6 +4,7 @@ torch.compile in test_compile.py."""
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -235,6 +236,62 @@ def test_8_vmap_over_the_model_runs_past_the_hooks():
     expected = torch.func.vmap(model)(batch[0])
     GradSampleHooks(model, samples=2)
     assert torch.equal(torch.func.vmap(model)(batch[0]), expected)
+
+
+class Differentiated(nn.Module):
+    """Its output is a derivative of its layers', taken by `way`."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.layer = nn.Linear(4, 3), nn.Linear(3, 3)
+        self.scale, self.way = nn.Parameter(torch.ones(3)), way
+
+    def function(self, hidden):
+        return torch.tanh(self.layer(hidden)) * self.scale
+
+    def forward(self, inputs):
+        return self.way(self.function, self.first(inputs))
+
+
+def dual_tangent(function, inputs):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(inputs, torch.ones_like(inputs))
+        return forward_ad.unpack_dual(function(dual)).tangent
+
+
+TRANSFORMS = {
+    "forward mode": dual_tangent,
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[1],
+    "vjp": lambda function, x: torch.func.vjp(function, x)[1](torch.ones(len(x), 3))[0],
+    "grad": lambda function, x: torch.func.grad(lambda y: function(y).sum())(x),
+}
+
+
+@pytest.mark.parametrize("way", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_8_transforms_of_the_model_run_past_the_hooks(way):
+    torch.manual_seed(0)
+    model, (inputs, targets) = Differentiated(lambda function, x: function(x)), make_batch()
+    grads = oracle.per_sample_grads(model, squared_error, (inputs, targets))
+    expected = way(model, inputs)
+    hooks = GradSampleHooks(model)
+    found = way(model, inputs)
+    torch.testing.assert_close(found, expected)
+    found.square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"transform of torch\.func"):
+        hooks.collect()
+    model.zero_grad()
+    backward(model, (inputs, targets))
+    agrees(hooks.collect(), grads)
+
+
+@pytest.mark.parametrize("way", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_8_parameters_inside_of_a_transform_are_refused_by_name(way):
+    torch.manual_seed(0)
+    model, batch = Differentiated(way), make_batch()
+    hooks = GradSampleHooks(model)
+    with pytest.raises(RuntimeError, match=r"no tap saw: .*scale.*transform of torch\.func"):
+        backward(model, batch)
+    hooks.remove()
 
 
 def test_9_a_weight_used_beside_its_layer_is_exact_or_raises():

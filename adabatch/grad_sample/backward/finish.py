@@ -33,7 +33,8 @@ NOTHING_MEASURED = (
     "called; scheduler.step() was called twice for one; the hooks are paused or removed; a copy of "
     "the model was trained (copies are not measured: attach to the copy); gradients were taken "
     "with torch.autograd.grad or backward(inputs=...), which leave nothing behind (call "
-    "loss.backward()); or the model was compiled and run before the hooks were attached (attach "
+    "loss.backward()); the model was called inside of a transform of torch.func or in forward-mode "
+    "differentiation; or the model was compiled and run before the hooks were attached (attach "
     "first, or call torch._dynamo.reset())."
 )
 OPEN = "it is not known yet what carries samples"
@@ -231,7 +232,8 @@ def check_all_seen(seen: Collection[str], nonzero: Mapping[str, Tensor]) -> None
     if missing:
         raise RuntimeError(
             f"these parameters have a gradient that no tap saw: {', '.join(missing)}. Either they "
-            "are used without calling their layer (F.linear(x, layer.weight)), or parts of the "
+            "are used without calling their layer (F.linear(x, layer.weight)), or inside of a "
+            "transform of torch.func or forward-mode differentiation, or parts of the "
             "model are called instead of the model itself, or their gradient is left from an "
             "earlier step (call optimizer.zero_grad()), or the model was compiled and run before "
             "the hooks were attached (attach first, or call torch._dynamo.reset()). To leave a "

@@ -20,6 +20,7 @@ from torch.overrides import (
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from adabatch._types import Args, Inputs, Kwargs
+from adabatch.grad_sample.compat import is_transformed
 from adabatch.grad_sample.functional.expression import (
     Leaf, Leaves, Operation, ParameterExpression, names_of, versions_of,
 )
@@ -98,6 +99,9 @@ class ParameterTracer(TorchFunctionMode):
         Raises:
             RuntimeError: such a tensor has no row for every sample, and the layer is not watched.
         """
+        if is_transformed():
+            self._suspending.append(False)
+            return None
         leaves, tree = tree_flatten((args, kwargs))
         traced = [] if self._suspended else [
             index for index, leaf in enumerate(leaves) if id(leaf) in self._expressions]
@@ -205,7 +209,7 @@ class ParameterTracer(TorchFunctionMode):
     ) -> Leaf:
         kwargs = kwargs or {}
         # In this order, so that compiled submodules depend on nothing of ours.
-        if torch.compiler.is_compiling() or self._suspended:
+        if torch.compiler.is_compiling() or self._suspended or is_transformed():
             return function(*args, **kwargs)
         if torch.is_grad_enabled() and _draws(function, args, kwargs):
             args, kwargs = self._spread(args, kwargs)

@@ -304,8 +304,9 @@ def _one_by_one(
     found: dict[str, list[Tensor]] = {key: [] for key in own}
     rows: list[Sequence[Tensor]] = []
     for sample in range(len(cotangents[0])):
-        args = [_row(each, sample) if split else each
-                for each, split in zip(inputs, batched, strict=True)]
+        with torch.enable_grad():
+            args = [_row(each, sample) if split else each
+                    for each, split in zip(inputs, batched, strict=True)]
         versions = [each._version for each in args]
         try:
             with torch.enable_grad():
@@ -333,9 +334,11 @@ def _one_by_one(
 
 
 def _row(tensor: Tensor, sample: int) -> Tensor:
-    """A copy of one row [1, ...] of a tensor, which may be sparse."""
+    """A copy of one row [1, ...] of a tensor, which may be sparse; where it is not, the layer may
+    take gradients with respect to it, and change it in place."""
     if tensor.layout is torch.strided:
-        return tensor[sample : sample + 1].clone()
+        row = tensor[sample : sample + 1].detach()
+        return row.requires_grad_(row.is_floating_point() or row.is_complex()).clone()
     return tensor.index_select(0, torch.tensor([sample], device=tensor.device))
 
 

@@ -21,7 +21,7 @@ from adabatch._tree import input_tensors
 from adabatch._types import Args, Kwargs
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
-from adabatch.grad_sample.compat import FinallyCall, is_compiled, uncompiled
+from adabatch.grad_sample.compat import FinallyCall, is_compiled, is_transformed, uncompiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
 from adabatch.grad_sample.functional.flow import Key, Roles, SampleFlow
@@ -59,16 +59,15 @@ SHARED_TABLES = "position tables that are looked up once for all samples"
 # just evicted from the caches.
 is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _is_tracing = torch.jit.is_tracing
-_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def can_measure() -> bool:
     """Whether gradients are taken of what runs now: not under no_grad, nor while a model is
-    exported, traced or transformed by torch.func."""
+    exported, traced, transformed by torch.func or differentiated in forward mode."""
     # The flag: torch.compiler.is_exporting() is True in every graph compiled by torch before 2.13.
     if not _is_grad_enabled() or torch.compiler._is_exporting_flag:
         return False
-    return is_compiling() or not (_is_tracing() or _transforms() is not None)
+    return is_compiling() or not (_is_tracing() or is_transformed())
 
 
 class ForwardHooks:
