@@ -27,7 +27,8 @@ class BatchSizes:
     """Which batch sizes are allowed, and how readily the size changes.
 
     Args:
-        minimum, maximum: bounds of a step's batch, in samples, both included.
+        minimum, maximum: bounds of a step's batch, in samples, both included. A size that follows
+            from what is measured is never below 2, as one sample has no variance.
         multiple_of: sizes are multiples of this.
         size_ratio: allow only sizes about this ratio apart, from the lowest to the highest, so
             that compiled models see few shapes (1.25: 23 from 16 to 2048). None: every size.

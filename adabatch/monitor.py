@@ -25,6 +25,10 @@ from adabatch.scheduler.record import (
 )
 from adabatch.wrap import check_not_hooked, check_optimizer, per_sample_hooks, plan_of
 
+# Optimizer steps in turn before which a GradScaler may have skipped others: more of them are a loop
+# that accumulates.
+MOST_RESETS = 3
+
 
 @suggest_keywords
 def monitor(
@@ -109,7 +113,7 @@ class Monitor:
         self._pipeline = Pipeline([HostTransferStage()])
         self._norms = GradientNormCheck()
         self._untracked = UntrackedParameters(optimizer, hooks.parameters.values())
-        self._batch_size = 0
+        self._batch_size = self._resets = 0
         self._loss: Tensor | float = math.nan
         self._scale = None if grad_scaler is None else LossScale(grad_scaler)
         self._detector = GradScalerDetector(optimizer, hooks) if grad_scaler is None else None
@@ -188,13 +192,14 @@ class Monitor:
         hooks = self._hooks
         skipped, present = divmod(max(0, hooks.n_passes - 1), hooks.accumulate)
         pending = None
-        if hooks.enabled and skipped and present == hooks.accumulate - 1:
-            hooks.reset()  # a GradScaler skipped steps, whose passes have not been collected
-            if self._scale is not None:
-                self._scale.clear()
+        whole = skipped and present == hooks.accumulate - 1 and self._resets < MOST_RESETS
+        if hooks.enabled and whole and self._scale is not None:
+            hooks.reset()  # the GradScaler skipped steps, whose passes have not been collected
+            self._scale.clear()
+            self._resets += 1
         elif hooks.enabled and hooks.n_passes:
             scale = None if self._scale is None else self._scale.take()
-            pending = hooks.observe(loss_scale=scale)
+            pending, self._resets = hooks.observe(loss_scale=scale), 0
             self._untracked.warn(stacklevel=4)
         seen = StepRecord(
             step=self.step_count, loss=self._loss, moments=None, delivered=0, epoch=0, base_lr=None,

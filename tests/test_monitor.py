@@ -163,3 +163,48 @@ def test_errors_leave_everything_as_it_was(options, error, message):
         adabatch.monitor(model, optimizer, **options)
     assert not any(module._forward_hooks for module in model.modules())
     assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "GradScaler"])
+@pytest.mark.parametrize("passes", [2, 4])
+def test_accumulation_that_was_not_passed_is_an_error(passes, scaled):
+    """Not a loop in which nothing is ever measured; with accumulate= it is measured."""
+    for accumulate in (1, passes):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=4.0)
+        watched = adabatch.monitor(model, optimizer, measure="all", accumulate=accumulate,
+                                   grad_scaler=scaler if scaled else None)
+
+        def train(model=model, optimizer=optimizer, scaler=scaler):
+            for _ in range(6):
+                optimizer.zero_grad()
+                for _ in range(passes):
+                    loss = model(torch.randn(8, 4)).square().mean() / passes
+                    scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+        if accumulate == 1:
+            with pytest.raises(RuntimeError, match=f"saw {passes} backward.*pass accumulate=k"):
+                train()
+        else:
+            train()
+            assert watched.diagnostics.n_measured == 6
+        watched.remove()
+
+
+def test_an_optimizer_hook_added_later_does_not_disturb():
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with adabatch.monitor(model, optimizer, measure="all") as watched:
+        before = len(optimizer._optimizer_step_pre_hooks)
+        calls = []
+        optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+        assert len(calls) == watched.diagnostics.n_measured == 6
+        assert len(optimizer._optimizer_step_pre_hooks) == before  # the detector's own is gone

@@ -45,18 +45,25 @@ class SizeRule(BatchSizes):
 
     @classmethod
     def for_steps(
-        cls, sizes: BatchSizes, accumulate: int, epoch_samples: int | None, drop_last: bool
+        cls, sizes: BatchSizes, accumulate: int, epoch_samples: int | None, drop_last: bool,
+        measured: bool = False,
     ) -> SizeRule:
         """The rule for steps of `accumulate` equal batches drawn from epochs of `epoch_samples`
         samples (None: not known). A batch larger than an epoch is never delivered whole, and with
-        drop_last not at all.
+        drop_last not at all. Where the size follows from what is measured, a step has at least two
+        samples: one has no variance, and would stay one for ever.
 
         Raises:
             ValueError: no step fits the bounds; with drop_last also: the smallest batch is larger
                 than an epoch.
         """
         multiple = math.lcm(sizes.multiple_of, accumulate)
-        rule = cls(**asdict(sizes) | {"multiple_of": multiple})
+        if measured and sizes.maximum < 2:
+            raise ValueError(
+                "the maximum of batch_sizes must be at least 2 where the size follows from the "
+                f"variance of a batch, got {sizes.maximum}")
+        least = max(sizes.minimum, 2) if measured else sizes.minimum
+        rule = cls(**asdict(sizes) | {"multiple_of": multiple, "minimum": least})
         if epoch_samples is None or rule.highest <= epoch_samples * accumulate:
             return rule
         smallest = rule.lowest // accumulate

@@ -687,6 +687,8 @@ class GradScalerDetector:
             scale = self.scale_in([float(ratio) for ratio in ratios])
             if scale is not None:
                 raise RuntimeError(UNKNOWN_SCALER.format(scale=scale))
+        if self._left <= 0:
+            self._handle.remove()
 
     @staticmethod
     def scale_in(ratios: list[float]) -> float | None:
@@ -721,8 +723,8 @@ class GradScalerDetector:
             ratios = [norms[each] / _norm(each) for each in norms]
         self._ratios.append((copies, [copies.add(ratio) for ratio in ratios]))
         self._left -= 1
-        if self._left <= 0:
-            self.remove()
+        if self._left <= 0:  # the hook itself stays until check(): torch iterates over hooks now
+            self._callbacks.remove(self._on_backward_end)
 
 
 def _norm(parameter: Tensor) -> Tensor:

@@ -128,12 +128,15 @@ class BatchSizeScheduler:
         self.accumulate = accumulate = estimator.accumulate
         self._summed = summed = estimator.loss_reduction == "sum"
         drops = options.short_batch == "drop" or loader.drop_last
-        rule = self.size_rule = SizeRule.for_steps(sizes, accumulate, loader.num_samples, drops)
+        given = None if controller is None else as_controller(controller)
+        reads = measured is not None and needs_moments(given, options.rule)
+        rule = self.size_rule = SizeRule.for_steps(
+            sizes, accumulate, loader.num_samples, drops, reads)
         seesaw = controller is None and options.rule == "seesaw"
         if seesaw:
             first = rule.size_for(loader.batch_size * accumulate)
-            controller = Seesaw(options.base_batch_size or first, rule_of_optimizer(optimizer))
-        chosen = as_controller(CABS() if controller is None else controller)
+            given = Seesaw(options.base_batch_size or first, rule_of_optimizer(optimizer))
+        chosen = CABS() if given is None else given
         self.context = RunContext(optimizer, estimator.parameters,
                                   batch_size=lambda: loader.batch_size * accumulate)
         chosen.bind(self.context)

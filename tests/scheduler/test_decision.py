@@ -6,9 +6,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import adabatch
 from adabatch.scheduler.decision import SizeRule
 
 proposals = st.floats(allow_nan=False)
@@ -202,3 +204,39 @@ def test_hysteresis_keeps_a_ladder_from_fluttering():
 def test_a_wrong_ladder(size_ratio):
     with pytest.raises(ValueError, match="size_ratio must be a number > 1"):
         SizeRule(16, 2048, size_ratio=size_ratio)
+
+
+@pytest.mark.parametrize("controller", [adabatch.CABS, adabatch.controllers.NoiseScale])
+@pytest.mark.parametrize("first", [1, 16])
+def test_a_measured_size_never_becomes_one(controller, first):
+    """A batch of one has no variance, from which nothing would lead to a larger one."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
+    loader = torch.utils.data.DataLoader(data, batch_size=first)
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, optimizer, loader, controller=controller(), batch_sizes=(1, 32), measure="all")
+    sizes = []
+    for _ in range(3):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss = (model(inputs) - targets).square().mean()
+            loss.backward()
+            optimizer.step()
+            scheduler.step(loss)
+            sizes.append(scheduler.get_last_batch_size())
+    assert min(sizes) >= 2
+    scheduler.remove()
+    with pytest.raises(ValueError, match="at least 2"):
+        adabatch.wrap(model, torch.optim.SGD(model.parameters(), lr=1e-4),
+                      torch.utils.data.DataLoader(data), batch_sizes=(1, 1))
+
+
+def test_a_size_that_is_not_measured_may_be_one():
+    model = torch.nn.Linear(4, 1)
+    loader = torch.utils.data.DataLoader(torch.randn(64, 4), batch_size=1)
+    scheduler = adabatch.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=1e-4), loader, batch_sizes=(1, 1),
+        controller=adabatch.controllers.Scheduled("0:1"))[2]
+    assert scheduler.size_rule.bounds == (1, 1)
