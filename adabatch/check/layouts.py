@@ -241,9 +241,26 @@ def _random_states() -> list[Tensor]:
 
 
 def cut_batch(batch: Batch, dims: Cut, n_samples: int) -> Batch:
-    """The first samples of a batch, whose tensors have them along those dimensions."""
-    return map_tensors(batch, lambda path, tensor: (
-        tensor.narrow(dims[path], 0, n_samples) if path in dims else tensor))
+    """The first samples of a batch, whose tensors have them along those dimensions; flat ones, into
+    which offsets among them point, up to the end of the last sample."""
+    leaves = tensors(batch)
+    pointers = [tensor for path, tensor in leaves if path in dims and _may_be_offsets(tensor)]
+    offsets = max(pointers, key=lambda tensor: int(tensor[-1]), default=None)
+
+    def cut(path: Path, tensor: Tensor) -> Tensor:
+        if path in dims:
+            return _shortened(tensor, dims[path], n_samples)
+        if offsets is not None and tensor.dim() == 1 and len(tensor) >= int(offsets[-1]):
+            return _shortened(tensor, 0, int(offsets[n_samples]))
+        return tensor
+
+    return map_tensors(batch, cut)
+
+
+def _may_be_offsets(tensor: Tensor) -> bool:
+    """Whether it may hold where each sample begins in flat tensors, as nn.EmbeddingBag takes it."""
+    integers = tensor.dim() == 1 and tensor.dtype in (torch.int32, torch.int64)
+    return integers and int(tensor[0]) == 0 and bool((tensor.diff() >= 0).all())
 
 
 def _same(losses: Tensor, expected: Tensor) -> bool:

@@ -108,6 +108,7 @@ def test_check_says_the_same_and_its_layout_serves_what_is_traced_beside(options
     report = adabatch.check(model, batch, losses, verbose=False)
     assert report.ok
     assert report["bag"].error < 1e-5
+    assert report["bag"].status == "exact"
     grads = oracle.per_sample_grads(model, losses, batch)
     agrees(measure(model, batch, losses, layout=report), grads)
 
@@ -125,3 +126,18 @@ def test_what_cannot_be_exact_is_refused_by_name(use, name):
     model.zero_grad()
     moments = measure(model, batch, losses, ignore=["bag", "weights"][: 1 + (use != "functional")])
     agrees(moments, {name: grads[name] for name in left})
+
+
+@pytest.mark.parametrize("samples", [3, 8, 20])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"mode": "sum"}], ids=str)
+def test_check_cuts_flat_batches_where_their_samples_end(samples, options):
+    model, lengths = Text(**options), torch.randint(1, LONGEST, (samples,))
+    flat = (torch.randint(V, (int(lengths.sum()),)), lengths.cumsum(0) - lengths,
+            torch.arange(samples) % 2)
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(*batch[:2]), batch[2], reduction="none")
+
+    report = adabatch.check(model, flat, loss_fn, verbose=False)
+    assert [row.status for row in report.rows] == ["exact", "exact"]
+    assert str(report.batch_size_source) == "offsets.shape[0]"
