@@ -23,7 +23,8 @@ from adabatch.scheduler.record import (
     GradientNormCheck, GradScalerDetector, HostTransferStage, Pipeline, Recorder, StepClock,
     StepRecord, UntrackedParameters, rejection_reason,
 )
-from adabatch.wrap import check_not_hooked, check_optimizer, per_sample_hooks, plan_of
+from adabatch.wrap import (check_not_hooked, check_optimizer, per_sample_hooks, plan_of,
+                           warn_of_foreign_parameters)
 
 # Optimizer steps in turn before which a GradScaler may have skipped others: more of them are a loop
 # that accumulates.
@@ -86,6 +87,7 @@ def monitor(
         loss_reduction=loss_reduction, accumulate=accumulate,
     )
     try:
+        warn_of_foreign_parameters(model, optimizer)
         plan = Every(interval.k) if interval is not None else share or Every(1)
         return Monitor(optimizer, hooks, plan, grad_scaler=grad_scaler, diagnostics=diagnostics)
     except Exception:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
@@ -25,14 +28,19 @@ from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.grad_sample.statistics import PreconditionedTrace
 from adabatch.interfaces import Controller, Estimator, RunContext
-from adabatch.micro_batches.optimizer import MicroBatching
+from adabatch.micro_batches.optimizer import AccumulatingOptimizer, MicroBatching
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.decision import as_controller
+from adabatch.scheduler.lr import is_scaled
 from adabatch.scheduler.scheduler import BatchSizeScheduler, needs_moments
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
 
+# What calls of wrap() attached: {estimator: (optimizer, scheduler, what undoes the loader's part)}.
+_wrapped: weakref.WeakKeyDictionary[Estimator, tuple[
+    weakref.ref[Optimizer], weakref.ref[BatchSizeScheduler], Callable[[], None]]]
+_wrapped = weakref.WeakKeyDictionary()
 KINDS = {PerSample: "per_sample", MicroBatch: "micro_batch", CrossRank: "cross_rank"}
 
 
@@ -95,7 +103,8 @@ def wrap(
 
     Raises:
         ValueError: layers that cannot be measured exactly (all listed), options that do not go
-            together, a model or optimizer that is wrapped already, processes set up differently.
+            together, a model that GradSampleHooks or a monitor measures already, processes set up
+            differently. What an earlier call of wrap() put on them is removed, with a warning.
         RuntimeError: several processes were launched, but no process group is initialised.
         TypeError: a loader or optimizer of another kind, an unknown keyword.
 
@@ -119,6 +128,7 @@ def wrap(
     sizes, lr_rule = BatchSizes.of(batch_sizes), Coupling.of(coupling)
     micro_options, measured = MicroBatches.of(micro_batches), measure_of(measure)
     how = estimator_options(estimator)
+    optimizer = _unwrapped(model, optimizer)
     check_not_hooked(model)
     settings = {
         "controller": controller, "loss_reduction": loss_reduction, "accumulate": accumulate,
@@ -172,9 +182,12 @@ def wrap(
         scheduler.process_group = process_group
         if parallel is not None:
             parallel.join(model, hooks, scheduler, between_processes=isinstance(how, CrossRank))
-        optimizer = micro.accumulating(
+        if not isinstance(hooks, (NullEstimator, MicroBatchEstimator)):
+            warn_of_foreign_parameters(model, optimizer)
+        inner, optimizer = optimizer, micro.accumulating(
             optimizer, hooks, grad_scaler=grad_scaler, lr_scheduler=micro_options.lr_scheduler,
             max_grad_norm=micro_options.max_grad_norm)
+        _wrapped[scheduler.estimator] = weakref.ref(inner), weakref.ref(scheduler), micro.undo
     except Exception:
         (hooks if scheduler is None else scheduler).remove()
         micro.undo()
@@ -238,12 +251,53 @@ def check_optimizer(optimizer: object) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
 
 
-def check_not_hooked(model: nn.Module) -> None:
-    """Raise ValueError for a model that is measured already, TypeError for what is no module."""
+def _unwrapped(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Undo earlier calls of wrap() for this model or optimizer, with a warning; the user's own
+    optimizer. Measurement that others attached stays."""
+    if isinstance(optimizer, AccumulatingOptimizer):
+        optimizer.remove()
+        optimizer = optimizer.optimizer
+    owners = _owners(model)
+    for hooks, (stepped, reference, undo) in list(_wrapped.items()):
+        if hooks not in owners and not (stepped() is optimizer and is_scaled(optimizer)):
+            continue
+        scheduler = reference()
+        (hooks if scheduler is None else scheduler).remove()
+        undo()
+        warnings.warn(
+            "this model or optimizer was wrapped before: what the earlier call put on them is "
+            "removed, and its scheduler and loader are out of use. Call wrap() once, or "
+            "scheduler.remove() before it is called again", stacklevel=4)
+    return optimizer
+
+
+def _owners(model: nn.Module) -> set[GradSampleHooks]:
+    """Those that measure the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    if any(isinstance(getattr(hook, "owner", None), GradSampleHooks) for hook in hooks):
+    owners = (getattr(hook, "owner", None) for hook in hooks)
+    return {owner for owner in owners if isinstance(owner, GradSampleHooks)}
+
+
+def warn_of_foreign_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    """Warn of parameters that the optimizer steps and the model does not hold."""
+    own = {id(parameter) for parameter in model.parameters()}
+    foreign = [each for params in _groups(optimizer) for each in params
+               if each.requires_grad and id(each) not in own]
+    if foreign:
+        shapes = ", ".join(str(list(each.shape)) for each in foreign[:3])
+        warnings.warn(
+            f"the optimizer also holds {len(foreign)} parameters that are not the model's (of "
+            f"shapes {shapes}{', …' if len(foreign) > 3 else ''}): variance, gradient norm and "
+            "batch size are those of the model's parameters alone. Pass a module that holds all "
+            "that is trained, torch.nn.ModuleList([model, other]), as the model; or step the "
+            "others with an optimizer of their own", stacklevel=4)
+
+
+def check_not_hooked(model: nn.Module) -> None:
+    """Raise ValueError for a model that is measured already, TypeError for what is no module."""
+    if _owners(model):
         raise ValueError(
             "the model's gradients are measured already: call remove() of the scheduler, monitor "
             "or GradSampleHooks that measures them, or use that one")

@@ -1,6 +1,7 @@
 """wrap: one call turns a plain training loop into one that chooses its batch size."""
 
 import copy
+import gc
 import inspect
 import math
 import warnings
@@ -18,6 +19,7 @@ from torch.utils.data import (
 
 import adabatch
 from adabatch import CABS, AdaptiveDataLoader
+from adabatch.controllers import Scheduled
 from tests.scripted import Indexed, Proposals, ones, regression, train_epoch, wrapped
 
 
@@ -281,12 +283,11 @@ def test_nothing_of_ours_warns(compiled):
     assert scheduler.diagnostics[0].variance_trace > 0
 
 
-@pytest.mark.parametrize("measuring", ["wrap", "monitor", "hooks"])
+@pytest.mark.parametrize("measuring", ["monitor", "hooks"])
 def test_a_model_that_is_measured_already_is_refused(measuring):
     model = nn.Sequential(nn.Linear(3, 1))
     optimizer, loader = SGD(model.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=16)
     first = {
-        "wrap": lambda: adabatch.wrap(model, SGD(model.parameters(), lr=0.1), loader)[2],
         "monitor": lambda: adabatch.monitor(model, optimizer),
         "hooks": lambda: adabatch.GradSampleHooks(model),
     }[measuring]()
@@ -296,6 +297,102 @@ def test_a_model_that_is_measured_already_is_refused(measuring):
             second()
     first.remove()
     adabatch.wrap(model, optimizer, loader)[2].remove()
+
+
+AGAIN = {
+    "plain": {}, "micro-batches": {"micro_batches": 5},
+    "nothing measured": {"controller": Scheduled("0:16")},
+    "coupled": {"coupling": adabatch.Coupling("linear", base_batch_size=32)},
+}
+
+
+@pytest.mark.parametrize("same", ["model alone", "optimizer too", "all parts"])
+@pytest.mark.parametrize("options", AGAIN.values(), ids=AGAIN)
+def test_wrapping_again_takes_the_place_of_the_first_call(options, same):
+    """As where a notebook's cell is run again: the second run is as if there had been no first."""
+    def start():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        return model, SGD(model.parameters(), lr=0.05), DataLoader(Indexed(96), 16)
+
+    def wrap(model, optimizer, loader):
+        return adabatch.wrap(model, optimizer, loader, batch_sizes=(16, 16), measure="auto",
+                             **options)
+
+    model, optimizer, loader = start()
+    expected = train_epoch(model, *(parts := wrap(model, optimizer, loader)))
+    weights, record = model.weight.tolist(), parts[2].diagnostics.latest
+    model, optimizer, loader = start()
+    first = wrap(model, optimizer, loader)
+    if same == "all parts":
+        optimizer, loader, _ = first
+    elif same == "model alone":
+        optimizer = SGD(model.parameters(), lr=0.05)
+    if same == "model alone" and "controller" in options:  # the first call put nothing on it
+        second = wrap(model, optimizer, loader)
+    else:
+        with pytest.warns(UserWarning, match="was wrapped before") as caught:
+            second = wrap(model, optimizer, loader)
+        assert len(caught) == 1
+    assert train_epoch(model, *second) == expected
+    assert model.weight.tolist() == weights
+    assert second[2].diagnostics.latest.variance_trace == pytest.approx(
+        record.variance_trace, nan_ok=True)
+    second[2].remove()
+    assert not model._forward_hooks
+
+
+def test_wrapping_again_after_remove_or_after_the_first_was_freed():
+    model = nn.Linear(3, 1)
+    loader = DataLoader(Indexed(96), 16)
+    parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.05), loader)
+    parts[2].remove()
+    parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.05), loader)  # no warning
+    del parts
+    gc.collect()
+    with pytest.warns(UserWarning, match="was wrapped before"):
+        parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.05), loader)
+    train_epoch(model, *parts)
+    assert parts[2].diagnostics.latest.variance_trace_ema > 0
+
+
+@pytest.mark.parametrize("other", ["module", "parameter"])
+@pytest.mark.parametrize("by", ["wrap", "monitor"])
+def test_parameters_of_another_module_are_named_and_the_cure_is_exact(by, other):
+    torch.manual_seed(0)
+    encoder = nn.Linear(3, 4)
+    decoder = nn.Linear(4, 3) if other == "module" else nn.ParameterList([torch.ones(4)])
+    inputs = torch.randn(16, 3)
+
+    def loss_of(rows):
+        hidden = encoder(rows)
+        outputs = decoder(hidden) if other == "module" else hidden * decoder[0]
+        return outputs.square().sum(1)
+
+    def measure(model):
+        optimizer = SGD([*encoder.parameters(), *decoder.parameters()], lr=0.0)
+        if by == "wrap":
+            return adabatch.wrap(model, optimizer, DataLoader(inputs, 16), batch_sizes=(16, 16),
+                                 measure="all")[2], optimizer
+        return adabatch.monitor(model, optimizer, measure="all"), optimizer
+
+    with pytest.warns(UserWarning, match=r"also holds .* not the model's.*ModuleList"):
+        measured, _ = measure(encoder)
+    measured.remove()
+    if other == "parameter":
+        return
+    both = [*encoder.parameters(), *decoder.parameters()]
+    of_rows = [torch.autograd.grad(loss_of(row[None])[0], both) for row in inputs]
+    grads = [torch.cat([each.flatten() for each in of_row]) for of_row in of_rows]
+    measured, optimizer = measure(nn.ModuleList([encoder, decoder]))  # as the message says
+    loss = loss_of(inputs).mean()
+    loss.backward()
+    optimizer.step()
+    if by == "wrap":
+        measured.step(loss)
+    assert measured.diagnostics.latest.variance_trace == pytest.approx(
+        float(torch.stack(grads).var(0).sum()), rel=1e-4)
+    measured.remove()
 
 
 DEFAULTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -117,6 +118,7 @@ class CABS(Controller):
         self._optimizer: Optimizer | None = None
         self._parameters: Mapping[str, Tensor] = {}
         self._lr = math.nan
+        self._warned = False
 
     @property
     def needs_effective_lr(self) -> bool:
@@ -164,6 +166,8 @@ class CABS(Controller):
         if math.isnan(trace):
             return math.nan
         numerator, gap = self.scale * lr * max(0.0, trace), self._gap(average)
+        if loss < 0 or gap < 0:
+            self._check_loss(loss, gap)
         if gap <= 0:
             return math.inf if numerator else 0.0
         return numerator / gap
@@ -194,6 +198,18 @@ class CABS(Controller):
             found["preconditioned_trace_ema"] = self.trace.average
             found["preconditioned_trace_std_error"] = self.trace.std_error()
         return found
+
+    def _check_loss(self, loss: float, gap: float) -> None:
+        """Warn once of a loss that cannot be above its floor."""
+        floor, _ = self._floor()
+        if self._warned or not (gap < 0 or (floor == 0 and loss < -self.eps)):
+            return
+        self._warned = True
+        warnings.warn(
+            f"CABS divides by the loss above its floor, which must be positive: got a loss of "
+            f"{loss:.4g} and f_star={floor:.4g}, so that the proposed batch size means nothing. "
+            "Pass the floor, CABS(f_star=...), below all losses of the run; or f_star='auto'; or "
+            "use a controller that does not read the loss, such as NormTest()", stacklevel=6)
 
     def _floor(self) -> tuple[float, float]:
         if self.floor is None:

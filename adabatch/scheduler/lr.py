@@ -212,9 +212,14 @@ class StepFactor:
                     packed["lr"] = lr
 
 
+def is_scaled(optimizer: Optimizer) -> bool:
+    """Whether a scheduler of ours scales the optimizer's lr."""
+    return any(factor.scales(optimizer) for factor in _live)
+
+
 def check_unscaled(optimizer: Optimizer) -> None:
     """Raise a ValueError for an optimizer whose lr another scheduler of ours scales already."""
-    if any(factor.scales(optimizer) for factor in _live):
+    if is_scaled(optimizer):
         raise ValueError(
             "this optimizer has a BatchSizeScheduler already, and two would both scale its lr: "
             "call remove() of the first, or use that one"

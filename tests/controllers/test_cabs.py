@@ -2,6 +2,7 @@
 float64 for ours."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -175,3 +176,27 @@ def test_eps_keeps_a_vanishing_loss_finite():
 def test_arguments_out_of_range(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("losses", [[-0.5], [2.0, -0.1], [0.5, 0.3, -3.0]])
+@pytest.mark.parametrize("f_star", [0.0, "auto"])
+def test_a_negative_loss_is_named_once_and_a_floor_is_the_cure(losses, f_star):
+    controller = CABS(f_star=f_star)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for loss in [*losses, -1.0]:
+            controller.propose(moments_of([4.0, 4.0], 1.0), loss=loss, lr=0.1)
+    assert len(caught) == 1
+    assert "CABS(f_star=" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cured = CABS(f_star=-4.0)
+        for loss in losses:
+            proposal = cured.propose(moments_of([4.0, 4.0], 1.0), loss=loss, lr=0.1)
+            assert 0 < proposal < math.inf
+
+
+def test_a_loss_of_zero_is_no_fault():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CABS().propose(moments_of([4.0, 4.0], 1.0), loss=0.0, lr=0.1)
