@@ -228,7 +228,8 @@ class GradSampleHooks(Estimator):
     def cost(self) -> StepCost:
         """What measuring costs by the cost model, from the shapes of the last measured pass."""
         seen = [(site.layer, *site.shapes, site.sampler is None)
-                for site in self.sites if site.shapes is not None]
+                for site in self.sites
+                if site.shapes is not None and site.layer_reference() is not None]
         numel = sum(parameter.numel() for parameter in self.parameters.values())
         operations = self._placer.operation_shapes.values()
         return step_cost(seen, numel, operations, self._statistics)

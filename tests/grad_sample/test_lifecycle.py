@@ -441,3 +441,21 @@ def test_an_interrupt_while_a_checkpointed_part_runs_again_leaves_no_function_mo
     hooks.reset()
     backward(model, batch)
     agrees(hooks.collect(), grads)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_layer_that_is_removed_after_attaching_is_left_out(steps):
+    model, batch = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), make_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hooks = GradSampleHooks(model)
+    for _ in range(steps):
+        backward(model, batch)
+        hooks.collect()
+    optimizer.zero_grad()
+    model[2] = nn.Identity()
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(model, batch)
+        agrees(hooks.collect(), grads)
+    assert len(hooks.cost().layers) == 1

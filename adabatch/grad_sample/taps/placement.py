@@ -169,7 +169,9 @@ class ForwardHooks:
 
         for site in self._sites[:-1]:
             hook = bound(self._before_layer, site)
-            handles.append(hook.held(site.layer.register_forward_pre_hook(hook, **before)))
+            layer = site.layer_reference()
+            if layer is not None:  # it may have been removed from the model
+                handles.append(hook.held(layer.register_forward_pre_hook(hook, **before)))
         self._buffers = [(module._buffers, name) for module in model.modules()
                          for name in module._buffers]
         original = weakref.ref(model)
@@ -315,7 +317,8 @@ class ForwardHooks:
     def _before_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
-        if is_compiling() or self._tracer is None or layer is not site.layer or site.traced:
+        if (is_compiling() or self._tracer is None or site.traced
+                or layer is not site.layer_reference()):
             return None
         has_rule = site.sampler is not None
         return self._tracer.enter_layer(site.name, layer, site.layout, has_rule, args, kwargs)
