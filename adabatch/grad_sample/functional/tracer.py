@@ -217,8 +217,14 @@ class ParameterTracer(TorchFunctionMode):
         if torch.is_grad_enabled() and any(id(value) in self._expressions for value in values):
             return self._traced(function, args, kwargs)
         output = function(*args, **kwargs)
-        name = operation_name(function)
-        self._flow.follow(name, args, kwargs, values, list(_flat((output,))))
+        kind = type(output)
+        if kind is Tensor or kind is nn.Parameter:
+            self._flow.follow(operation_name(function), args, kwargs, values, (output,))
+        elif function is Tensor.__setitem__ or (
+            isinstance(output, (Tensor, tuple, list)) and kind is not torch.Size
+        ):
+            outputs = list(_flat((output,)))
+            self._flow.follow(operation_name(function), args, kwargs, values, outputs)
         return output
 
     def _has_rows(self, leaf: object) -> bool:
