@@ -238,6 +238,7 @@ class EpochIterator:
                 whole = self._whole
                 batch = self._collated(local)(0, local, []) if whole else self._next_samples(local)
                 self._advance(n, local)
+                sampler.n_delivered += 1
                 yield batch
                 batch = None  # not kept while the next one is awaited
                 sampler.check_current(self._iterator_id)
@@ -274,11 +275,13 @@ class EpochIterator:
             if self._micro.is_last and not advanced:
                 self._advance(n, local)
                 advanced = True
+            self._sampler.n_delivered += 1
             yield batch
             self._sampler.check_current(self._iterator_id)
             part, at = part + 1, at + size
             if self._micro.failed:
                 self._put_back(kept)
+                self._sampler.n_delivered -= len(kept)
                 sizes, part, at, kept = self._micro.start(n, shard, local), 0, 0, []
         self._micro.end()
 

@@ -92,11 +92,20 @@ class AdaptiveDataLoader(BatchSource):
     n_iterations: int = 0
 
     def __init__(
-        self, dataset: Dataset, batch_size: int = 1, shuffle: bool = False, *,
+        self, dataset: Dataset, batch_size: int | None = 1, shuffle: bool | None = False,
+        *,
         sampler: Sampler | None = None, seed: int = 0, drop_last: bool = False, rank: int = 0,
         world_size: int = 1, collate_fn: CollateFn | None = None, collate_in: str = "worker",
         join_fn: JoinFn | None = None, seed_samples: bool = False, **kwargs: Argument,
     ):
+        if kwargs.pop("batch_sampler", None) is not None:
+            raise ValueError(
+                "batch_sampler= decides the size of the batches, which this loader changes: pass "
+                "batch_size=, with sampler= for an order of your own.")
+        if batch_size is None:
+            raise ValueError(
+                "batch_size=None (no batching) leaves nothing to adapt: let the data set give "
+                "single samples, and set batch_size to an integer >= 1.")
         self.is_stream = isinstance(dataset, IterableDataset)
         if self.is_stream and (shuffle or sampler is not None):
             raise ValueError(
@@ -186,6 +195,16 @@ class AdaptiveDataLoader(BatchSource):
         return f"<code>{html.escape(repr(self))}</code>{bar}"
 
     def __len__(self) -> int:
+        """(Micro-)batches of this epoch: those delivered and those left; TypeError where unknown.
+
+        It changes with the batch size, so that ``i == len(loader) - 1`` holds at the last one.
+        """
+        micro = self.micro_batches
+        present = 0 if micro.is_last else micro.index + 1  # counted on both sides
+        return self.batch_sampler.said(self.batches_left - present)
+
+    @property
+    def batches_left(self) -> int:
         """(Micro-)batches left in this epoch at the present size; TypeError where not known."""
         whole, others = self.batch_sampler.sizes_to_come()
         shard, parts = self.batch_sampler.shard, self.micro_batches.sizes

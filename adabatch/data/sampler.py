@@ -37,7 +37,8 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     Each ``iter()`` starts the next epoch: 0, 1, … An epoch left by ``break`` counts as begun; an
     iterator that drew nothing leaves its epoch to the next one. Only the newest one may be drawn
     from. In a plain ``DataLoader`` with workers a new size lags by the ``num_workers ·
-    prefetch_factor`` batches drawn ahead, which ``position`` and ``len()`` count.
+    prefetch_factor`` batches drawn ahead, which ``position`` and ``len()`` count. A data set may
+    grow or shrink between epochs: each epoch has the samples that are there when it begins.
 
     Args:
         data_source: a data set with a length, or the number of samples; or, as in torch's
@@ -58,6 +59,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         shard: rank and world_size.
         is_sized: whether the length of the epoch is known in advance and kept to.
         n_batches: batches drawn so far, over all epochs.
+        n_delivered: the same of this epoch; an AdaptiveDataLoader counts micro-batches.
         recent: (size requested, size drawn) of the latest batches, newest last.
         last_local_size: samples of the latest batch drawn in this process.
         runs_ahead, n_iterations, micro_batches: see BatchSource.
@@ -72,9 +74,9 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         >>> for batch in batches:
         ...     print(batch, len(batches))
         ...     batches.batch_size = 3
-        [0, 1, 2, 3] 2
-        [4, 5, 6] 1
-        [7, 8, 9] 0
+        [0, 1, 2, 3] 3
+        [4, 5, 6] 3
+        [7, 8, 9] 3
         >>> _ = next(iter(batches))
         >>> batches
         ResizableBatchSampler(10 samples, batch 3, position 3 of 10, epoch 1)
@@ -88,16 +90,18 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     n_iterations: int | None = None
     micro_batches: None = None
     n_batches: int = 0
+    n_delivered: int = 0
     position: int = 0
     recent: deque[tuple[int, int]] = deque(maxlen=0)  # noqa: RUF012 replaced by __init__
 
     def __init__(
         self, data_source: int | Sized | Iterable[int] | None, batch_size: int, *,
-        shuffle: bool = False, sampler: Iterable[int] | None = None, seed: int = 0,
+        shuffle: bool | None = False, sampler: Iterable[int] | None = None, seed: int = 0,
         drop_last: bool = False, rank: int = 0, world_size: int = 1,
     ) -> None:
         if sampler is None and _is_sampler(data_source):
             sampler = data_source  # type: ignore[assignment]
+        shuffle = False if shuffle is None else shuffle  # as torch's DataLoader takes it
         for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
             if not isinstance(flag, bool):
                 kind = type(flag).__name__
@@ -107,6 +111,8 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             raise ValueError(f"the sampler ({name}) decides the order: omit it or shuffle=True.")
         self.sampler: Source = None if sampler is None else _checked_sampler(sampler)
         self._num_samples = _sample_count(data_source) if sampler is None else None
+        sized = sampler is None and isinstance(data_source, Sized)
+        self._data_source: Sized | None = data_source if sized else None  # type: ignore[assignment]
         self.shard = Shard(rank, world_size)
         shared = world_size > 1 and not isinstance(sampler, StreamOrder)
         self.is_sized = sampler is None or shared
@@ -120,6 +126,9 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         self.recent = deque(maxlen=4096)
         # Which iterator is the newest, and whether it drew anything.
         self._iterator_id, self._begun = 0, False
+        # What len() said of a whole epoch, and how many epochs in a row were left at that.
+        self._said: set[int] = set()
+        self._left_early = 0
         # A user's generator: a loaded state to begin from, and the one the epoch began from.
         self._restore: Tensor | None = None
         self._begun_from: Tensor | None = None
@@ -148,7 +157,17 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     @property
     def num_samples(self) -> int | None:
         """Samples of a whole epoch; None for a sampler without a length."""
-        return length_of(self.sampler) if self._num_samples is None else self._num_samples
+        if self._num_samples is None:
+            return length_of(self.sampler)
+        if not self.position and not self._begun:
+            self._count_samples()
+        return self._num_samples
+
+    def _count_samples(self) -> None:
+        """Look at the data set's length again, which may have changed since the last epoch."""
+        if self._data_source is not None and len(self._data_source) != self._num_samples:
+            self._num_samples = len(self._data_source)
+            self.shard.check_epoch(self._num_samples)
 
     @property
     def samples_left(self) -> int | None:
@@ -156,10 +175,15 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         total = self.num_samples
         return None if total is None else max(0, total - self.position)
 
-    def __len__(self) -> int:
+    @property
+    def batches_left(self) -> int:
         """Batches left in this epoch at the present size; TypeError where that is not known."""
         whole, others = self.sizes_to_come()
         return whole + len(others)
+
+    def __len__(self) -> int:
+        """Batches of this epoch: those drawn and those left; TypeError where not known."""
+        return self.said(self.batches_left)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.describe()})"
@@ -199,10 +223,11 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             generator = source.get_state()
         return {
             "version": VERSION, "epoch": self._epoch, "position": self.position,
-            "batch_size": self.batch_size, "num_samples": self._num_samples,
+            "batch_size": self.batch_size,
+            "num_samples": None if self._num_samples is None else self.num_samples,
             "shuffle": self.shuffle, "seed": self.seed,
             "sampler": self.sampler.state_dict() if isinstance(self.sampler, Part) else None,
-            "generator": generator}
+            "generator": generator, "batches": self.n_delivered}
 
     def load_state_dict(self, state: State) -> None:
         """Let the next ``iter()`` continue where ``state`` was saved, with any number of processes.
@@ -224,6 +249,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         generator = generator_of(self.sampler)
         self.batch_size = max(batch_size, self.shard.world_size)
         self.go_to(epoch, position)
+        self.n_delivered = state.get("batches", 0)
         if isinstance(self.sampler, Part):
             self.sampler.load_state_dict(state["sampler"])
         elif position == 0 and generator is not None:
@@ -242,9 +268,10 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     def _checked(self, state: State) -> tuple[int, int, int, int]:
         """(epoch, position, batch_size, seed) of a state that belongs to an order of this kind."""
         check_version(state, VERSION, "ResizableBatchSampler")
-        if state.keys() != _KEYS:
+        if state.keys() - {"batches"} != _KEYS:  # which older states do not have
             raise ValueError(
                 f"The sampler's state must have the entries {sorted(_KEYS)}, got {sorted(state)}.")
+        self._count_samples()
         stateful, generated = (state[name] is not None for name in ("sampler", "generator"))
         wrong = [f"{name}: saved {saved}, here {here}" for name, saved, here in (
             ("num_samples", state["num_samples"], self._num_samples),
@@ -273,6 +300,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
                 break
             self.record(requested, len(batch) if self.shard.world_size == 1 else size)
             self.position += self.last_size
+            self.n_delivered += 1
             yield batch
             self.check_current(iterator_id)
         self.go_to(self._epoch + 1)
@@ -281,10 +309,29 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
 
     def go_to(self, epoch: int, position: int = 0) -> None:
         """Let the next iterator start here; the present one is out of date."""
+        self._look_for_early_ends()
         self._epoch, self.position = epoch, position
-        self._begun = False
+        self._begun, self.n_delivered = False, 0
         self._begun_from = self._restore = None
         self._iterator_id += 1
+
+    def said(self, left: int) -> int:
+        """What len() says where `left` batches are left; kept, to notice loops that count to it."""
+        if not self.n_delivered:
+            self._said.add(left)
+        return self.n_delivered + left
+
+    def _look_for_early_ends(self) -> None:
+        """Warn where two epochs in a row were left after as many batches as len() had said."""
+        early = self._begun and self.n_delivered in self._said and bool(self.samples_left)
+        early = early and self.batches_left > 0
+        self._left_early = self._left_early + 1 if early else 0
+        if self._left_early == 2:
+            warnings.warn(
+                f"Two epochs were left after {self.n_delivered} batches, as many as len() said "
+                f"when they began, with {self.samples_left} samples to come: the batch size has "
+                "changed since. Iterate until the loader ends (for batch in loader), or compare "
+                "with the present len(), which is updated at every batch.", stacklevel=4)
 
     def new_iterator(self) -> int:
         """The id of a new iterator, the only one that may be drawn from."""

@@ -6,10 +6,11 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from typing import Protocol, runtime_checkable
 
-from torch.utils.data import Dataset, get_worker_info
+import torch
+from torch.utils.data import Dataset, IterDataPipe, MapDataPipe, get_worker_info
+from torch.utils.data.graph_settings import apply_random_seed, apply_sharding
 
 from adabatch._types import CollateFn, Part, Sample, Source
 from adabatch.data.batches import PER_SAMPLE, Layout, learn_layout
@@ -104,16 +105,19 @@ class StreamFetcher(Fetcher):
         began = time.perf_counter()
         if request.run != self._run:
             self._run = request.run
-            self._begin(request.epoch, request.restore)
+            self._begin(request.epoch, request.restore, request.stream)
         wanted = len(request.indices)
         samples = self._samples(request) if wanted else []
         self._count += len(samples)
         self._ended |= len(samples) < wanted
         return self._reply(samples, began, self._ended, self._state())
 
-    def _begin(self, epoch: int, restore: State | None) -> None:
+    def _begin(self, epoch: int, restore: State | None, stream: int) -> None:
         if isinstance(self.dataset, EpochAware):
             self.dataset.set_epoch(epoch)
+        if isinstance(self.dataset, IterDataPipe):
+            # All workers shuffle alike, so that sharding gives each its own samples.
+            apply_random_seed(self.dataset, torch.Generator().manual_seed(stream))
         restore = restore or {"count": 0, "ended": False, "of_iterator": False, "data": None}
         self._count, self._ended = restore["count"], restore["ended"]
         if self._ended:
@@ -130,7 +134,7 @@ class StreamFetcher(Fetcher):
         rank, world = self.shard.rank, self.shard.world_size
 
         def take() -> list[Sample]:
-            taken = list(islice(self._iterator, len(request.indices) * world))
+            taken = _next_of(self._iterator, len(request.indices) * world)
             return taken[rank : len(taken) // world * world : world]
 
         if not self._seeded:
@@ -151,6 +155,17 @@ class StreamFetcher(Fetcher):
         return {"data": data, "count": self._count, "of_iterator": of_iterator, "ended": False}
 
 
+def _next_of(iterator: Iterator[Sample], n: int) -> list[Sample]:
+    """Up to n samples; not by islice, which calls iter(), and some iterators begin again then."""
+    taken: list[Sample] = []
+    try:
+        while len(taken) < n:
+            taken.append(next(iterator))
+    except StopIteration:
+        pass
+    return taken
+
+
 class WorkerStart:
     """A worker_init_fn that gives get_worker_info() the user's data set and calls the user's."""
 
@@ -163,5 +178,7 @@ class WorkerStart:
         assert isinstance(info.dataset, Fetcher)
         # Past its own setattr, which refuses in some releases of torch.
         object.__setattr__(info, "dataset", info.dataset.dataset)
+        if isinstance(info.dataset, (IterDataPipe, MapDataPipe)):
+            apply_sharding(info.dataset, info.num_workers, info.id)  # as torch's DataLoader does
         if self._then is not None:
             self._then(worker)

@@ -72,7 +72,7 @@ class DefaultBatchSizeManager(_Attribute):
     the same sampler, by a :class:`~adabatch.data.sampler.ResizableBatchSampler`. A batch sampler of
     another class is kept, and its ``batch_size`` attribute is set. Batches that workers have
     already been given (``prefetch_factor * num_workers``) keep their size. The new sampler has one
-    position: ``len(loader)`` within an epoch counts the batches to come, and of two iterators over
+    position: ``len(loader)`` within an epoch changes with the batch size, and of two iterators over
     the loader only the newer may be drawn from.
 
     Raises:

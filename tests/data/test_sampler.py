@@ -23,14 +23,14 @@ PROPERTY = settings(max_examples=100, deadline=None)
 def draw(sampler, sizes):
     """One epoch with batch k of size sizes[k mod len(sizes)].
 
-    Returns a list of (size requested, batch, len before the draw).
+    Returns a list of (size requested, batch, batches left before the draw).
     """
     asked = 0
     sampler.batch_size = sizes[0]
     drawn, iterator = [], iter(sampler)
     while True:
         sampler.batch_size = size = sizes[asked % len(sizes)]
-        before = len(sampler)
+        before = sampler.batches_left
         batch = next(iterator, None)
         if batch is None:
             return drawn
@@ -64,7 +64,7 @@ def test_every_index_once_in_batches_of_the_size_asked_for(n, sizes, shuffle, se
 
 @PROPERTY
 @given(n=LENGTHS, sizes=SIZES, drop_last=st.booleans())
-def test_len_is_what_is_still_to_come_at_the_present_size(n, sizes, drop_last):
+def test_batches_left_is_what_is_to_come_at_the_present_size(n, sizes, drop_last):
     sampler = ResizableBatchSampler(n, sizes[0], shuffle=True, drop_last=drop_last)
     rounded = math.floor if drop_last else math.ceil
     assert len(sampler) == rounded(n / sizes[0])
@@ -77,10 +77,11 @@ def test_len_is_what_is_still_to_come_at_the_present_size(n, sizes, drop_last):
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_len_counts_down_to_nothing(drop_last):
+def test_len_is_that_of_the_epoch_and_batches_left_counts_down(drop_last):
     sampler = ResizableBatchSampler(23, 5, drop_last=drop_last)
     whole = 4 if drop_last else 5
-    assert [len(sampler) for _ in sampler] == list(range(whole - 1, -1, -1))
+    assert [len(sampler) for _ in sampler] == [whole] * whole
+    assert [sampler.batches_left for _ in sampler] == list(range(whole - 1, -1, -1))
     assert len(sampler) == whole == len(list(sampler))
 
 

@@ -78,6 +78,7 @@ def test_the_state_is_plain_numbers():
         "seed": 2**64 - 1,
         "sampler": None,
         "generator": None,
+        "batches": 1,
     }
 
 

@@ -1,0 +1,136 @@
+"""What torch's DataLoader delivers in unusual cases, ours delivers too, or says why not."""
+
+import warnings
+
+import pytest
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.datapipes.iter import IterableWrapper
+
+from adabatch import AdaptiveDataLoader, ResizableBatchSampler
+from tests.data.streams import Numbers, drawn, flat
+
+
+class OwnIterator(IterableDataset):
+    """Begins again at each iter()."""
+
+    def __iter__(self):
+        self.at = 0
+        return self
+
+    def __next__(self):
+        if self.at == 7:
+            raise StopIteration
+        self.at += 1
+        return self.at - 1
+
+
+class Shuffled(IterableDataset):
+    """iter() of its iterator begins again."""
+
+    class Iterator:
+        def __init__(self):
+            self.left = list(range(7))
+
+        def __iter__(self):
+            return type(self)()
+
+        def __next__(self):
+            if not self.left:
+                raise StopIteration
+            return self.left.pop()
+
+    def __iter__(self):
+        return self.Iterator()
+
+
+class Generated(IterableDataset):
+    def __iter__(self):
+        yield from range(7)
+
+
+STREAMS = {"own-iterator": OwnIterator, "other-iterator": Shuffled, "generator": Generated}
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"num_workers": 1}, {"num_workers": 2, "persistent_workers": True}], ids=str)
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+def test_iterable_data_sets_of_every_kind(stream, options):
+    theirs, ours = (kind(stream(), batch_size=2, **options) for kind in (
+        DataLoader, AdaptiveDataLoader))
+    for _ in range(2):
+        # Where workers' last batches are short, ours are joined to the requested size.
+        assert sorted(flat(drawn(ours))) == sorted(flat(batch.tolist() for batch in theirs))
+
+
+def pipe(shuffled):
+    source = IterableWrapper(range(12))
+    return (source.shuffle() if shuffled else source).sharding_filter()
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_sharded_data_pipe_delivers_each_sample_once(shuffled, workers):
+    loader = AdaptiveDataLoader(pipe(shuffled), 3, num_workers=workers)
+    for _ in range(2):
+        assert sorted(flat(drawn(loader))) == list(range(12))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("sampler", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True, None])
+def test_each_epoch_has_the_samples_there_when_it_begins(shuffle, sampler, workers):
+    data = Numbers(10)
+    loader = (ResizableBatchSampler(data, 4, shuffle=shuffle) if sampler
+              else AdaptiveDataLoader(data, 4, shuffle, num_workers=workers))
+    for n in (10, 17, 3, 8):
+        data.n = n
+        assert len(loader) == loader.batches_left == -(-n // 4)
+        assert sorted(flat([list(batch) for batch in loader])) == list(range(n))
+    iterator = iter(loader)
+    next(iterator)
+    data.n = 30  # within an epoch: holds from the next one
+    assert loader.num_samples == 8
+    assert len(list(iterator)) == 1
+    resumed = AdaptiveDataLoader(data, 4, shuffle)
+    assert loader.num_samples == resumed.num_samples == 30
+
+
+def test_i_equals_len_minus_one_at_the_last_batch_only_however_sizes_change():
+    loader = AdaptiveDataLoader(Numbers(50), 4)
+    last = []
+    for i, _ in enumerate(loader):
+        last.append(i == len(loader) - 1)
+        loader.batch_size = 3 + 5 * i % 7
+    assert last == [False] * (len(last) - 1) + [True]
+
+
+def counted_to(loader, n):
+    for i, _ in enumerate(loader):
+        loader.batch_size = 4
+        if i == n - 1:
+            break
+
+
+def test_epochs_left_at_the_len_first_read_are_warned_of_and_whole_ones_are_not():
+    loader = AdaptiveDataLoader(Numbers(40), 8)
+    n = len(loader)
+    counted_to(loader, n)
+    counted_to(loader, n)
+    with pytest.warns(UserWarning, match=r"left after 5 batches.*16 samples to come.*Iterate"):
+        next(iter(loader))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            drawn(loader)
+        for stop in (1, 2, 3, 1):
+            len(loader)
+            drawn(loader, stop=stop)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"batch_sampler": [[0, 1], [2]]}, "batch_sampler= decides the size.*pass batch_size="),
+    ({"batch_size": None}, "batch_size=None .*single samples.*>= 1"),
+])
+def test_arguments_of_a_data_loader_that_leave_nothing_to_adapt(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveDataLoader(Numbers(3), **options)
