@@ -26,8 +26,8 @@ PER_SAMPLE, CONSTANT = "per sample", "constant"
 Layout: TypeAlias = "int | str | list[Layout] | None"
 JoinFn = Callable[..., Batch]
 _FIX = (
-    "Let collate_fn give every chunk the same shapes, pass join_fn= (adabatch.data.pad_right "
-    "pads), or collate whole batches: collate_in='consumer'.")
+    "Let collate_fn give every chunk the same shapes, pass join_fn= (functools.partial(pad_right, "
+    "padding_value=...) of adabatch.data pads), or collate whole batches: collate_in='consumer'.")
 
 
 class UnknownAxis(str):
@@ -36,8 +36,11 @@ class UnknownAxis(str):
     __slots__ = ()
 
 
-def learn_layout(collate_fn: CollateFn, sample: Sample) -> Layout:
+def learn_layout(collate_fn: CollateFn, sample: Sample, others: Sequence[Sample] = ()) -> Layout:
     """The layout of batches of samples like this one, from a batch of one and a batch of two.
+
+    What a batch with the others, cut, does not share with batches of fewer samples is marked
+    UnknownAxis: flat sequences that seemed to count samples, values derived from the whole batch.
 
     Example:
         >>> learn_layout(torch.utils.data.default_collate, {"image": torch.zeros(3), "name": "a"})
@@ -50,7 +53,58 @@ def learn_layout(collate_fn: CollateFn, sample: Sample) -> Layout:
         return UnknownAxis(
             f"collate_fn raised {type(error).__name__} ({error}) on a batch of one or two samples, "
             "from which its layout is learnt")
-    return _compare(one, two)
+    layout = _compare(one, two)
+    samples = [sample, *others]
+    if not others:
+        return layout
+    try:
+        whole, again, fewer = (
+            collate_fn([copy.deepcopy(each) for each in samples[:n]])
+            for n in (len(samples), len(samples), len(samples) - 1))
+    except Exception:
+        return layout  # which the batch itself will raise
+    return _checked(layout, whole, again, fewer, len(samples))
+
+
+def _checked(layout: Layout, whole: Batch, again: Batch, fewer: Batch, n: int) -> Layout:
+    """The layout, with UnknownAxis where a whole batch, cut, is not the batch of all but the last.
+
+    again: the whole batch collated once more; what differs from it is drawn at random.
+    """
+    if isinstance(layout, list):
+        columns = [_children(node) for node in (whole, again, fewer)]
+        parts = [list(column[0]) for column in columns if column is not None]
+        if len(parts) < 3 or any(len(part) != len(layout) for part in parts):
+            return UnknownAxis("its parts differ from batch to batch")
+        return [_checked(inner, *nodes, n) for inner, *nodes in zip(layout, *parts, strict=True)]
+    if misfit := misfits(whole, layout, n) or misfits(fewer, layout, n - 1):
+        return UnknownAxis(misfit)
+    known = layout == CONSTANT or isinstance(layout, int)
+    if not known or not _equal(whole, again):
+        return layout
+    part = _cut(whole, layout, 0, n - 1, ())
+    if getattr(part, "shape", None) != getattr(fewer, "shape", None):
+        return layout if isinstance(layout, int) else UnknownAxis(
+            "its shape depends on the whole batch")
+    return layout if _equal(part, fewer) else UnknownAxis(
+        "its values depend on the whole batch, and would come from another number of samples")
+
+
+def misfits(batch: Batch, layout: Layout, n: int) -> str:
+    """Why a batch of n samples does not have this layout; '' where it does."""
+    if isinstance(layout, list):
+        found = _children(batch)
+        parts = () if found is None else found[0]
+        if len(parts) != len(layout):
+            return f"it has {len(parts)} parts instead of {len(layout)}"
+        whys = (misfits(part, inner, n) for part, inner in zip(parts, layout, strict=True))
+        return next(filter(None, whys), "")
+    if isinstance(layout, int):
+        shape = tuple(getattr(batch, "shape", ()))
+        if len(shape) <= layout or shape[layout] != n:
+            return f"{n} samples give shape {shape}, so axis {layout} does not count samples"
+    return f"{n} samples give {len(batch)} entries" if (
+        layout == PER_SAMPLE and len(batch) != n) else ""
 
 
 def cut(batch: Batch, layout: Layout, start: int, stop: int) -> Batch:
@@ -87,7 +141,7 @@ def join(
 
 def pad_right(
     parts: Sequence[Tensor], axis: int = 0, path: Path = (), *,
-    padding_value: float | Mapping[object, float] = 0,
+    padding_value: float | Mapping[object, float] | None = None,
 ) -> Tensor:
     """A join_fn: pads every other axis on the right to the longest part, then joins along `axis`.
 
@@ -95,19 +149,33 @@ def pad_right(
         parts: tensors of one dtype and as many dimensions.
         axis: the one that counts samples.
         path: where in the batch they stand: keys, positions, names of fields.
-        padding_value: a number, or {last entry of the path: number}, 0 for those not named; bind
-            it with functools.partial.
+        padding_value: a number, or {last entry of the path: number}, 0 for those not named except
+            labels and targets; bind it with functools.partial. Needed where anything is padded.
+
+    Raises:
+        ValueError: a part must be padded, and padding_value does not say with what.
 
     Example:
-        >>> pad_right([torch.ones(1, 2), torch.ones(1, 3)])
+        >>> pad_right([torch.ones(1, 2), torch.ones(1, 3)], padding_value=0)
         tensor([[1., 1., 0.],
                 [1., 1., 1.]])
     """
     value = padding_value
     if isinstance(value, Mapping):
-        value = value.get(path[-1] if path else None, 0)
+        name = path[-1] if path else None
+        meaningful = any(word in str(name).lower() for word in ("label", "target"))
+        value = value.get(name, None if meaningful else 0)
     shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
     shape[axis] = sum(part.shape[axis] for part in parts)
+    if value is None:
+        if any(part.shape[:axis] + part.shape[axis + 1 :] != (*shape[:axis], *shape[axis + 1 :])
+               for part in parts):
+            name = repr(path[-1]) if path else "the batch"
+            raise ValueError(
+                f"pad_right must pad {name}, and 0 could be a label: say with what, by join_fn="
+                "functools.partial(pad_right, padding_value={'labels': -100, 'input_ids': pad_id})"
+                " (names or positions as in the batch; a number pads all).")
+        value = 0
     joined = parts[0].new_full(shape, value)
     offset = 0
     for part in parts:
@@ -255,4 +323,9 @@ def _join_arrays(
 def _equal(one: Batch, other: Batch) -> bool:
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
-    return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
+    try:
+        return bool(one == other)
+    except Exception:
+        return one is other

@@ -9,15 +9,18 @@ from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch.utils.data import Dataset, IterDataPipe, MapDataPipe, get_worker_info
+from torch.utils.data import Dataset, IterDataPipe, MapDataPipe, default_collate, get_worker_info
 from torch.utils.data.graph_settings import apply_random_seed, apply_sharding
 
 from adabatch._types import CollateFn, Part, Sample, Source
-from adabatch.data.batches import PER_SAMPLE, Layout, learn_layout
+from adabatch.data.batches import PER_SAMPLE, Layout, UnknownAxis, learn_layout, misfits
 from adabatch.data.chunks import Reply, Request
 from adabatch.data.order import ONE_PROCESS, EpochAware, Shard
 from adabatch.data.rng import generators_restored, mix, sample_keys, seed_generators
 from adabatch.interfaces import State
+
+
+_COMPARED = 4  # samples from which a collate_fn's layout is learnt
 
 
 @runtime_checkable
@@ -48,6 +51,7 @@ class Fetcher(Dataset):
     ):
         self.dataset, self._collate_fn = dataset, collate_fn
         self.learns, self._seeded, self.shard = learns, seeded, shard
+        self._layout: Layout = None
         self._fetches_lists = isinstance(dataset, FetchesLists)
 
     def __getitem__(self, request: Request) -> Reply:
@@ -85,9 +89,19 @@ class Fetcher(Dataset):
         collate_fn = self._collate_fn
         if samples and self.learns:
             self.learns = False
-            layout = learn_layout(collate_fn, samples[0]) if collate_fn else PER_SAMPLE
+            layout = PER_SAMPLE
+            if collate_fn:
+                known = collate_fn is default_collate
+                with generators_restored():
+                    others = () if known else samples[1:_COMPARED]
+                    layout = learn_layout(collate_fn, samples[0], others)
+            self._layout = layout
         n = len(samples)  # before collating: a collate_fn may take the list apart
         batch = collate_fn(samples) if collate_fn and samples else samples
+        if collate_fn and samples and self._layout is not None:
+            why = misfits(batch, self._layout, n)
+            if why:
+                self._layout = layout = UnknownAxis(why)
         return Reply(batch, n, layout, ended, state, time.perf_counter() - began)
 
 

@@ -183,6 +183,26 @@ def test_a_collate_fn_that_sees_the_whole_batch(workers):
 
 
 REFUSED = {
+    "flat": (
+        lambda samples: {"tokens": torch.cat([torch.full((1 + s % 3,), s) for s in samples])},
+        r"at \['tokens'\]: \d samples give shape \(\d,\), so axis 0 does not count samples",
+    ),
+    "flat, later": (
+        lambda samples: torch.cat([torch.full((1 + s // 5,), s) for s in samples]),
+        r"joined: \d samples give shape \(\d+,\), so axis 0 does not count samples",
+    ),
+    "count": (
+        lambda samples: {"x": torch.tensor(samples), "n": len(samples)},
+        r"at \['n'\]: its values depend on the whole batch.*collate_in='consumer'",
+    ),
+    "positions": (
+        lambda samples: (torch.tensor(samples), torch.arange(len(samples)).flip(0)),
+        r"at \[1\]: its values depend on the whole batch",
+    ),
+    "centred": (
+        lambda samples: torch.tensor(samples) - torch.tensor(samples).float().mean(),
+        "its values depend on the whole batch",
+    ),
     "square": (
         lambda samples: torch.ones(len(samples), len(samples)),
         r"a batch of one has shape \(1, 1\), a batch of two \(2, 2\)",
@@ -208,6 +228,28 @@ def test_what_cannot_be_joined_is_explained(collate, message):
 
     with pytest.raises(ValueError, match=message):
         loop()
+
+
+@pytest.mark.parametrize("collate", [case[0] for name, case in REFUSED.items() if name in (
+    "flat", "flat, later", "count", "positions", "centred")])
+def test_a_refused_collate_fn_gives_whole_batches_in_the_consumer(collate):
+    loader = AdaptiveDataLoader(Given(), 4, num_workers=1, collate_fn=collate,
+                                collate_in="consumer")
+    at = 0
+    for batch in loader:
+        same(batch, collate(list(range(at, at + loader.last_size))))
+        at += loader.last_size
+        loader.batch_size = 7
+    assert at == 40
+
+
+def test_labels_are_not_padded_with_a_guess():
+    parts = [torch.ones(1, 2), torch.ones(1, 3)]
+    for padding in ({}, {"padding_value": {"input_ids": 1}}):
+        with pytest.raises(ValueError, match=r"must pad 'labels'.*'labels': -100"):
+            pad_right(parts, 0, ("labels",), **padding)
+    padded = pad_right(parts, 0, ("labels",), padding_value={"labels": -100})
+    assert padded.tolist() == [[1, 1, -100], [1, 1, 1]]
 
 
 def test_a_collate_fn_that_takes_samples_apart_is_not_disturbed():

@@ -116,7 +116,7 @@ def test_epochs_left_at_the_len_first_read_are_warned_of_and_whole_ones_are_not(
     n = len(loader)
     counted_to(loader, n)
     counted_to(loader, n)
-    with pytest.warns(UserWarning, match=r"left after 5 batches.*16 samples to come.*Iterate"):
+    with pytest.warns(UserWarning, match=r"left after 5 batches.*20 samples to come.*Iterate"):
         next(iter(loader))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
