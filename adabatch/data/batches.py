@@ -76,7 +76,8 @@ def _checked(layout: Layout, whole: Batch, again: Batch, fewer: Batch, n: int) -
         parts = [list(column[0]) for column in columns if column is not None]
         if len(parts) < 3 or any(len(part) != len(layout) for part in parts):
             return UnknownAxis("its parts differ from batch to batch")
-        return [_checked(inner, *nodes, n) for inner, *nodes in zip(layout, *parts, strict=True)]
+        triples = zip(layout, parts[0], parts[1], parts[2], strict=True)
+        return [_checked(inner, a, b, c, n) for inner, a, b, c in triples]
     if misfit := misfits(whole, layout, n) or misfits(fewer, layout, n - 1):
         return UnknownAxis(misfit)
     known = layout == CONSTANT or isinstance(layout, int)
