@@ -23,8 +23,8 @@ from adabatch.scheduler.record import (
     GradientNormCheck, GradScalerDetector, HostTransferStage, Pipeline, Recorder, StepClock,
     StepRecord, UntrackedParameters, rejection_reason,
 )
-from adabatch.wrap import (check_not_hooked, check_optimizer, per_sample_hooks, plan_of,
-                           warn_of_foreign_parameters)
+from adabatch.wrap import (check_not_hooked, check_one_pass, check_optimizer, per_sample_hooks,
+                           plan_of, warn_of_foreign_parameters)
 
 # Optimizer steps in turn before which a GradScaler may have skipped others: more of them are a loop
 # that accumulates.
@@ -81,6 +81,7 @@ def monitor(
                          "other estimators need adabatch.wrap")
     _check_alone()
     check_not_hooked(model)
+    check_one_pass(optimizer)
     interval, share = plan_of(measure_of(measure), how, needed=True)
     hooks = per_sample_hooks(
         model, optimizer, how, frozenset(), samples=None if interval is None else interval.samples,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch._checks import suggest_keywords
@@ -147,6 +147,8 @@ def wrap(
         adaptive, micro_options.size, accumulate, KINDS[type(how)], micro_options.loss_fn)
     needed = needs_moments(controller, lr_rule.rule)
     interval, share = plan_of(measured, how, needed)
+    if interval is not None or share is not None:
+        check_one_pass(optimizer)
     samples = interval.samples if interval is not None else None
     samples = samples if parallel is None else parallel.samples_here(samples)
     hooks: Estimator
@@ -293,6 +295,15 @@ def warn_of_foreign_parameters(model: nn.Module, optimizer: Optimizer) -> None:
             "batch size are those of the model's parameters alone. Pass a module that holds all "
             "that is trained, torch.nn.ModuleList([model, other]), as the model; or step the "
             "others with an optimizer of their own", stacklevel=4)
+
+
+def check_one_pass(optimizer: Optimizer) -> None:
+    """Raise ValueError for an optimizer whose step has several backward passes."""
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "a step of LBFGS has several backward passes over the same samples, of which none is "
+            "the step's: it cannot be measured. Use a controller that measures nothing, "
+            "controllers.Scheduled(...), or another optimizer")
 
 
 def check_not_hooked(model: nn.Module) -> None:

@@ -395,6 +395,28 @@ def test_parameters_of_another_module_are_named_and_the_cure_is_exact(by, other)
     measured.remove()
 
 
+@pytest.mark.parametrize("how", ["CABS", "effective_lr", "monitor"])
+def test_lbfgs_is_refused_where_it_would_be_measured_and_the_cure_runs(how):
+    model, loader = nn.Linear(3, 1), DataLoader(Indexed(64), 16)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    lr = None if how == "CABS" else lambda group: group["lr"]
+    attach = {"monitor": lambda: adabatch.monitor(model, optimizer)}.get(
+        how, lambda: adabatch.wrap(model, optimizer, loader, controller=CABS(effective_lr=lr)))
+    with pytest.raises(ValueError, match=r"LBFGS.*controllers\.Scheduled"):
+        attach()
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, optimizer, loader, controller=Scheduled("0:16"))
+    for _, inputs, targets in loader:
+        def closure(inputs=inputs, targets=targets):
+            optimizer.zero_grad()
+            loss = (model(inputs) - targets).square().mean()
+            loss.backward()
+            return loss
+
+        scheduler.step(optimizer.step(closure))
+    assert scheduler.step_count == 4
+
+
 DEFAULTS = {
     "controller": CABS, "batch_sizes": adabatch.BatchSizes, "coupling": adabatch.Coupling,
     "measure": lambda: "auto", "estimator": adabatch.PerSample,
