@@ -12,10 +12,11 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn.functional import linear
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
-from adabatch import GradSampleHooks
+from adabatch import AdaptiveDataLoader, GradSampleHooks
 from adabatch.interfaces import NotMeasured
 from tests import oracle
 from tests.grad_sample.measuring import agrees
+from tests.options import make_scheduler
 
 STARTS = [1, 2, 4, 6]  # steps, counted from 0; some are compared anyway, some by their pattern
 
@@ -30,7 +31,7 @@ class Model(nn.Module):
         self.body = None
 
     def forward(self, x):
-        h = torch.tanh(self.norm(self.a(x)) + self.table(torch.arange(4).repeat(len(x), 1)).sum(1))
+        h = torch.tanh(self.norm(self.a(x)))  # nothing that is traced from the start
         return self.b(h if self.body is None else self.body(self, h))
 
     def score(self, x):
@@ -193,7 +194,7 @@ def test_a_hook_that_reads_the_gradient_is_no_false_alarm(model):
 ], ids=["prune", "weight_norm", "parametrizations.weight_norm", "orthogonal", "parametrize", "new"])
 @pytest.mark.parametrize("start", [1, 6])
 def test_a_layer_that_changes_is_named_and_measured_when_attached_again(model, change, start):
-    model.body = lambda m, h: m.spare(h)
+    model.body = lambda m, h: m.spare(h) + m.table.weight[0]
     steps = train(model, losses, start + 2, lambda model: change(model.a) and None, start)
     is_refused(steps, start, r"(replaced since.*: |^)a\.weight.*attach again")
     hooks = GradSampleHooks(model)
@@ -207,3 +208,22 @@ def test_a_layer_that_changes_is_named_and_measured_when_attached_again(model, c
     grads = {name: torch.stack(rows)
              for name, rows in zip(hooks.parameters, zip(*of_sample, strict=True), strict=True)}
     agrees(hooks.collect(), grads, 1e-9)
+
+
+def test_the_scheduler_counts_the_step_that_was_left_out(model):
+    data = torch.utils.data.TensorDataset(torch.randn(160, 5, dtype=torch.float64))
+    loader = AdaptiveDataLoader(data, batch_size=16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = make_scheduler(optimizer, loader, GradSampleHooks(model))
+    for step, (x,) in enumerate(loader):
+        model.body = TRACED["the weight of a layer"] if step >= 4 else None
+        optimizer.zero_grad()
+        loss = losses(model, x).mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+        loader.batch_size = 15 + step % 2  # what has N rows is settled by batches of unlike size
+        if step == 7:
+            break
+    assert scheduler.diagnostics.dropped == {"a use outside of the layers began": 1}
+    assert scheduler.diagnostics.n_measured == 7
