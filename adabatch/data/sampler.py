@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
+from zlib import crc32
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import BatchSampler, IterableDataset, Sampler
 
@@ -129,6 +132,8 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         # What len() said of a whole epoch, and how many epochs in a row were left at that.
         self._said: set[int] = set()
         self._left_early = 0
+        # Checksums of the first 1, 2, … indices of a user's order, and the one of a loaded state.
+        self._checksums, self._expected = array("L"), 0
         # A user's generator: a loaded state to begin from, and the one the epoch began from.
         self._restore: Tensor | None = None
         self._begun_from: Tensor | None = None
@@ -227,7 +232,8 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             "num_samples": None if self._num_samples is None else self.num_samples,
             "shuffle": self.shuffle, "seed": self.seed,
             "sampler": self.sampler.state_dict() if isinstance(self.sampler, Part) else None,
-            "generator": generator, "batches": self.n_delivered}
+            "generator": generator, "batches": self.n_delivered,
+            "order": self._checksum()}
 
     def load_state_dict(self, state: State) -> None:
         """Let the next ``iter()`` continue where ``state`` was saved, with any number of processes.
@@ -250,6 +256,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         self.batch_size = max(batch_size, self.shard.world_size)
         self.go_to(epoch, position)
         self.n_delivered = state.get("batches", 0)
+        self._expected = state.get("order", 0)
         if isinstance(self.sampler, Part):
             self.sampler.load_state_dict(state["sampler"])
         elif position == 0 and generator is not None:
@@ -268,7 +275,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
     def _checked(self, state: State) -> tuple[int, int, int, int]:
         """(epoch, position, batch_size, seed) of a state that belongs to an order of this kind."""
         check_version(state, VERSION, "ResizableBatchSampler")
-        if state.keys() - {"batches"} != _KEYS:  # which older states do not have
+        if state.keys() - {"batches", "order"} != _KEYS:  # which older states do not have
             raise ValueError(
                 f"The sampler's state must have the entries {sorted(_KEYS)}, got {sorted(state)}.")
         self._count_samples()
@@ -313,6 +320,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         self._epoch, self.position = epoch, position
         self._begun, self.n_delivered = False, 0
         self._begun_from = self._restore = None
+        self._checksums, self._expected = array("L"), 0
         self._iterator_id += 1
 
     def said(self, left: int) -> int:
@@ -368,8 +376,31 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             self._begun_from = generator.get_state()
         self._restore = None
         skipped = skip if isinstance(self.sampler, Part) else start
-        order = islice(self.sampler, skipped, None)
+        repeats = not isinstance(self.sampler, (Part, StreamOrder)) and generator is None
+        order = self._summed(skipped) if repeats else islice(self.sampler, skipped, None)
         return self.shard.of_order(order, start, self.num_samples if self.is_sized else None)
+
+    def _checksum(self) -> int:
+        """Of the indices of a user's sampler up to the position; 0: unknown."""
+        known = 0 < self.position <= len(self._checksums)
+        return self._checksums[self.position - 1] if known else self._expected
+
+    def _summed(self, skipped: int) -> Iterator[int]:
+        """A user's order after `skipped` indices; RuntimeError unless those are the saved ones."""
+        checksum, sums, random = 0, self._checksums, isinstance(self.sampler, SHUFFLING)
+        for at, index in enumerate(self.sampler):
+            if at == skipped and self._expected and not random and checksum != self._expected:
+                raise RuntimeError(
+                    f"{type(self.sampler).__name__} does not repeat the order of the run that "
+                    "saved the state: some samples would come twice and others never. Give it a "
+                    "generator attribute (torch.Generator) that it draws from, or state_dict and "
+                    "load_state_dict, or let it depend on its set_epoch alone; or use "
+                    "shuffle=True.")
+            integral = isinstance(index, (int, np.integer))
+            checksum = crc32(str(index).encode(), checksum) if integral else 0
+            sums.append(checksum)
+            if at >= skipped:
+                yield index
 
     def sizes_to_come(self) -> tuple[int, list[int]]:
         """(whole batches, sizes of the others) left in the epoch; TypeError where not known."""

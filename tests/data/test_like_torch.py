@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.datapipes.iter import IterableWrapper
@@ -134,3 +135,27 @@ def test_epochs_left_at_the_len_first_read_are_warned_of_and_whole_ones_are_not(
 def test_arguments_of_a_data_loader_that_leave_nothing_to_adapt(options, message):
     with pytest.raises(ValueError, match=message):
         AdaptiveDataLoader(Numbers(3), **options)
+
+
+class FromNumPy:
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        return iter(np.random.permutation(40))  # noqa: NPY002 as users' samplers do
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_sampler_that_does_not_repeat_its_order_is_refused_on_resuming(seed):
+    np.random.seed(1)  # noqa: NPY002
+    first = AdaptiveDataLoader(Numbers(40), 4, sampler=FromNumPy())
+    head, state = drawn(first, stop=3), first.state_dict()
+    resumed = AdaptiveDataLoader(Numbers(40), 4, sampler=FromNumPy())
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    np.random.seed(seed)  # noqa: NPY002
+    if seed == 1:
+        assert sorted(flat(head + drawn(resumed))) == list(range(40))
+        return
+    with pytest.raises(RuntimeError, match=r"FromNumPy does not repeat.*generator"):
+        drawn(resumed)

@@ -79,6 +79,7 @@ def test_the_state_is_plain_numbers():
         "sampler": None,
         "generator": None,
         "batches": 1,
+            "order": 0,
     }
 
 
