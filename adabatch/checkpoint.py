@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from adabatch.scheduler.scheduler import BatchSizeScheduler
 
 LATEST = "latest"
+SHOWN = 20  # differences that an error lists
 # The loader before the scheduler, which writes the batch size last.
 _ORDER = ("model", "optimizer", "grad_scaler", "lr_scheduler", "loader", "scheduler")
 
@@ -178,7 +179,8 @@ def load_checkpoint(
         The number of steps done, or None where there is no checkpoint.
 
     Raises:
-        ValueError: other parts than were saved.
+        ValueError: other parts than were saved, or another model or optimizer (all differences are
+            listed; nothing is loaded then).
     """
     latest = Path(folder) / LATEST
     if not latest.exists():
@@ -191,6 +193,7 @@ def load_checkpoint(
     models, optimizers = get_state_dict(model, inner)
     state: State = {"model": models, "optimizer": optimizers, "run": b""}
     keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    _check_fits(path, keys, state)
     saved = {key.split(".")[1] for key in keys if key.startswith("random.")}
     if len(saved) == processes.size and own in saved:
         state["random"] = {own: {name: value for name, value in _random_states().items()
@@ -207,6 +210,35 @@ def load_checkpoint(
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"])
     return scheduler.step_count
+
+
+def _check_fits(path: Path, saved: Mapping[str, object], state: State) -> None:
+    """Raise a ValueError that lists the tensors of model and optimizer that are not those saved:
+    torch raises a BaseException for some, and passes over what only the checkpoint has."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    parts = ("model.", "optimizer.state.")
+    here = dict(_shapes("", state))
+    there = {name: tuple(entry.size) for name, entry in saved.items()
+             if name.startswith(parts) and isinstance(entry, TensorStorageMetadata)}
+    here = {name: shape for name, shape in here.items() if name.startswith(parts)}
+    lines = [f"\n  - {name}: {there.get(name, 'not')} in the checkpoint, {here.get(name, 'not')} "
+             "here" for name in sorted(here.keys() | there.keys())
+             if here.get(name) != there.get(name)]
+    if lines:
+        more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        raise ValueError(
+            f"the checkpoint {path} is of another model or optimizer: build both as they were when "
+            f"it was saved, or save to another folder{''.join(lines[:SHOWN])}{more}")
+
+
+def _shapes(path: str, value: object) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The names, as torch.distributed.checkpoint joins them, and shapes of all tensors."""
+    if isinstance(value, Tensor):
+        yield path, tuple(value.shape)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _shapes(f"{path}.{name}" if path else str(name), each)
 
 
 @runtime_checkable

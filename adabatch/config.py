@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from adabatch._types import LossFn
 from adabatch.check.report import CheckReport
@@ -274,6 +274,9 @@ class MicroBatches:
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, LRScheduler):
             problems.append("lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got "
                             f"{self.lr_scheduler!r}")
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau):
+            problems.append("lr_scheduler is a ReduceLROnPlateau, whose step() takes a metric: "
+                            "omit it, and step it in your loop")
         if self.max_grad_norm is not None and not _is_number(self.max_grad_norm, above=0):
             problems.append(
                 f"max_grad_norm must be a number > 0 or None, got {self.max_grad_norm!r}")

@@ -244,4 +244,5 @@ def _check_alone() -> None:
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         raise ValueError(
             f"monitor measures one process, and {group.get_world_size()} share each batch: use "
-            "adabatch.wrap, with controllers.Scheduled('0:SIZE') for a fixed batch size")
+            "adabatch.wrap, with controller=controllers.Scheduled('0:SIZE') and measure=0.05 for a "
+            "fixed batch size")

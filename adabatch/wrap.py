@@ -32,7 +32,7 @@ from adabatch.micro_batches.optimizer import AccumulatingOptimizer, MicroBatchin
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.decision import as_controller
 from adabatch.scheduler.lr import is_scaled
-from adabatch.scheduler.scheduler import BatchSizeScheduler, needs_moments
+from adabatch.scheduler.scheduler import BatchSizeScheduler, needs_moments, without_moments
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
@@ -68,8 +68,8 @@ def wrap(
     has the loader's own size, clipped to the bounds.
 
     Args:
-        model: any module whose trainable layers have a grad_sample rule. Wrap before the first
-            compiled run.
+        model: any module; layers without a grad_sample rule are run again for each sample, and
+            what cannot be exact is refused. Wrap before the first compiled run.
         optimizer: torch.optim.SGD; with CABS also Adam, AdamW, RMSprop or Adagrad; others with a
             controller that is given an effective_lr. Its parameters are the ones measured.
         loader: a map-style DataLoader with a batch_size. A shuffling one gets an order keyed by a
@@ -154,10 +154,9 @@ def wrap(
     hooks: Estimator
     if interval is None and share is None:
         if needed and measure is None:
-            name = type(controller).__name__ if controller is not None else "Seesaw"
-            raise ValueError(
-                f"{name} or coupling={lr_rule.rule!r} needs gradient moments, got measure=None: "
-                "omit measure=, or use a controller that needs none, as controllers.Scheduled(...)")
+            names, fixes = without_moments(controller, lr_rule.rule)
+            raise ValueError(f"{names} gradient moments, got measure=None: omit measure=, or use "
+                             f"{fixes}")
         hooks = NullEstimator(accumulate, loss_reduction)
     elif isinstance(how, MicroBatch):
         parameters = [each for params in _groups(optimizer) for each in params]

@@ -86,6 +86,31 @@ def test_other_parts_than_were_saved(tmp_path):
         adabatch.state_dict(lr=0.1)
 
 
+def plain(kind=Adam, **options):
+    def build(model):
+        optimizer = kind(model.parameters(), lr=0.01, **options)
+        return dict(zip(("optimizer", "loader", "scheduler"), adabatch.wrap(
+            model, optimizer, DataLoader(Indexed(), 16), controller=Scheduled("0:16")),
+            strict=True), model=model)
+    return build
+
+
+@pytest.mark.parametrize(("model", "build", "difference"), [
+    (nn.Linear(3, 2), plain(), r"model.weight: \(1, 3\) in the checkpoint, \(2, 3\) here"),
+    (nn.Sequential(nn.Linear(3, 1)), plain(), r"model.0.weight: not in the .*, \(1, 3\) here"),
+    (nn.Linear(3, 1, bias=False), plain(), r"model.bias: \(1,\) in the checkpoint, not here"),
+    (nn.Linear(3, 1), plain(SGD), r"state.weight.exp_avg: \(1, 3\) in the checkpoint, not here"),
+    (nn.Linear(3, 1), plain(Adam, amsgrad=True), r"max_exp_avg_sq: not in the .*, \(1, 3\) here"),
+], ids=["shape", "names", "fewer", "optimizer-without", "optimizer-with"])
+def test_another_model_or_optimizer_is_refused(tmp_path, model, build, difference):
+    adabatch.save_checkpoint(tmp_path, **plain()(nn.Linear(3, 1)))
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=f"another model or optimizer(.|\n)*{difference}"):
+        adabatch.load_checkpoint(tmp_path, **build(model))
+    assert all(map(torch.equal, before, model.parameters()))
+    assert adabatch.load_checkpoint(tmp_path, **plain()(nn.Linear(3, 1))) == 0
+
+
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_a_part_of_all_processes(tmp_path):
     checks = ["checkpoints_of_some_processes", "checkpoints_of_a_process_alone"]

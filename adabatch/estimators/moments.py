@@ -33,7 +33,8 @@ FEW = 1024  # numbers that Python adds up in 20 microseconds
 NO_INNER_PRODUCTS = (
     "{name} needs the inner products of the per-sample gradients with their mean: the spread of "
     "the norms alone is not the error of the trace, as the noise of ‖g‖² is correlated with it. "
-    'Measure with GradSampleHooks(model, statistics=["inner_products"]), or take the error of the '
+    "Pass estimator=adabatch.PerSample(inner_products=True) to wrap, or "
+    'statistics=["inner_products"] to GradSampleHooks, or take the error of the '
     "smoothed trace from its residuals from step to step (the history's variance_trace_std_error)."
 )
 NO_WEIGHTS = (

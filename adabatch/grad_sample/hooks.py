@@ -45,7 +45,7 @@ TOO_MANY = (
     "saw {n} backward passes since the last collect(), but accumulate={k}. If each pass had "
     "samples of its own (gradient accumulation), pass accumulate=k for k backward passes per step. "
     "If they had the same samples, accumulate= would be wrong: add several losses of one batch and "
-    "call backward() once, and pause the hooks (hooks.paused(), scheduler.estimator.paused()) "
+    "call backward() once, and pause the hooks (`with scheduler.paused():`, hooks.paused()) "
     "around passes that do not belong to the step, as all but one of SAM's or of a closure that "
     "the optimizer calls several times")
 TOO_FEW = (
@@ -55,7 +55,7 @@ TOO_FEW = (
 SAME_FORWARD = (
     "one forward pass was differentiated by several backward passes of a step, but accumulate={k} "
     "counts each pass's samples as others: add the losses and call backward() once on the sum, or "
-    "pause the hooks around the other passes (hooks.paused(), scheduler.estimator.paused())")
+    "pause the hooks around the other passes (`with scheduler.paused():`, hooks.paused())")
 COMPILED = (
     "{names} cannot be measured on a compiled model, whose graph ends before the mean gradient is "
     "known: do not measure it, or do not compile {parts} (submodules without measured parameters "

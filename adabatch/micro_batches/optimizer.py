@@ -66,7 +66,7 @@ class AccumulatingOptimizer(Optimizer):
 
     Raises:
         TypeError: not an lr_scheduler, or one that needs a metric.
-        ValueError: max_grad_norm is not positive.
+        ValueError: max_grad_norm is not positive, or lr_scheduler is of another optimizer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -91,6 +91,12 @@ class AccumulatingOptimizer(Optimizer):
             raise TypeError(
                 "lr_scheduler must be a torch LRScheduler whose step() takes no metric, got "
                 f"{type(lr_scheduler).__name__}: step ReduceLROnPlateau in your loop")
+        if (isinstance(lr_scheduler, LRScheduler)
+                and lr_scheduler.optimizer.param_groups is not optimizer.param_groups):
+            raise ValueError(
+                "lr_scheduler must set the lr of the optimizer that is wrapped, got a "
+                f"{type(lr_scheduler).__name__} of another {type(lr_scheduler.optimizer).__name__}:"
+                " make it with this optimizer, before wrap")
         norm = max_grad_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
             raise ValueError(f"max_grad_norm must be a number > 0 or None, got {norm!r}")

@@ -63,22 +63,31 @@ class SizeRule(BatchSizes):
                 "the maximum of batch_sizes must be at least 2 where the size follows from the "
                 f"variance of a batch, got {sizes.maximum}")
         least = max(sizes.minimum, 2) if measured else sizes.minimum
+        if -(-least // multiple) > sizes.maximum // multiple:
+            parts = " and ".join(f"{name}={count}" for name, count in (
+                ("multiple_of", sizes.multiple_of), ("accumulate", accumulate)) if count > 1)
+            raise ValueError(
+                f"no multiple of {multiple} ({parts}) lies between minimum ({least}) and maximum "
+                f"({sizes.maximum}) of batch_sizes: widen the bounds, or lower {parts}")
         rule = cls(**asdict(sizes) | {"multiple_of": multiple, "minimum": least})
         if epoch_samples is None or rule.highest <= epoch_samples * accumulate:
             return rule
         smallest = rule.lowest // accumulate
         if smallest <= epoch_samples:
             return replace(rule, maximum=epoch_samples * accumulate)
+        fits = least <= epoch_samples * accumulate
+        lower = f"multiple_of={sizes.multiple_of}" if fits else "the minimum of batch_sizes"
+        if not fits and sizes.multiple_of > epoch_samples * accumulate:
+            lower += f" and multiple_of={sizes.multiple_of}"
         if drop_last:
             raise ValueError(
                 f"the smallest batch ({smallest} samples) is larger than an epoch "
-                f"({epoch_samples}), and with drop_last no batch would ever be drawn: lower the "
-                "minimum of batch_sizes"
+                f"({epoch_samples}), and with drop_last no batch would ever be drawn: lower {lower}"
             )
         warnings.warn(
             f"an epoch has {epoch_samples} samples, less than the smallest batch of {smallest}: "
-            "every batch is a short one, for which short_batch='scale' lowers the lr. Lower the "
-            "minimum of batch_sizes",
+            "every batch is a short one, for which short_batch='scale' lowers the lr. Lower "
+            f"{lower}",
             stacklevel=4,
         )
         return replace(rule, maximum=rule.lowest)

@@ -57,7 +57,7 @@ SAME_BATCH = (
     "this step measured {passes} backward passes, but drew {drawn} batches: samples were "
     "differentiated several times and counted as different ones. If one batch has several losses, "
     "add them, call backward() once, and omit accumulate=; otherwise pause the measurement around "
-    "all but one of its passes (scheduler.estimator.paused())"
+    "all but one of its passes (with scheduler.paused(): ...)"
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -276,6 +277,10 @@ class BatchSizeScheduler:
         as in the handler of a KeyboardInterrupt; None between steps."""
         return self._guard.untrained_from(self._lr.stepped_at)
 
+    def paused(self) -> AbstractContextManager[None]:
+        """A context whose backward passes are not measured, e.g. all but one of SAM's."""
+        return self.estimator.paused()
+
     def remove(self) -> None:
         """Take all hooks off the optimizer and the model."""
         self._lr.remove()
@@ -447,6 +452,24 @@ def needs_moments(controller: Controller | None, rule: str | CouplingRule) -> bo
     return reads or smoothing_of(rule) is not None
 
 
+def without_moments(controller: Controller | None, rule: str | CouplingRule) -> tuple[str, str]:
+    """What reads gradient moments, and what to use instead where there are none.
+
+    Example:
+        >>> without_moments(CABS(), "adascale")[0]
+        "CABS and coupling='adascale' need"
+    """
+    names, fixes = [], []
+    if controller is None or controller.needs_moments:
+        names = ["CABS" if controller is None else name_of(controller)]
+        fixes = ["a controller that needs none, such as controllers.Scheduled(...)"]
+    if smoothing_of(rule) is not None:
+        names.append(f"coupling={rule!r}")
+        fixes.append("coupling='linear', 'sqrt' or 'none'")
+    verb = "needs" if len(names) == 1 else "need"
+    return f"{' and '.join(names)} {verb}", " and ".join(fixes)
+
+
 def check_measured(
     estimator: Estimator, controller: Controller, rule: str | CouplingRule
 ) -> None:
@@ -455,11 +478,10 @@ def check_measured(
     name = name_of(controller)
     if isinstance(estimator, NullEstimator):
         if needs_moments(controller, rule):
-            name = name if controller.needs_moments else f"coupling={rule!r}"
+            names, fixes = without_moments(controller, rule)
             raise ValueError(
-                f"{name} needs gradient moments, but nothing is measured (estimator or measure is "
-                "None): pass adabatch.GradSampleHooks(model), or use a controller that needs none, "
-                "such as controllers.Scheduled(...)"
+                f"{names} gradient moments, but nothing is measured (estimator or measure is "
+                f"None): pass adabatch.GradSampleHooks(model), or use {fixes}"
             )
         return
     missing = sorted(controller.requires - estimator.statistics)

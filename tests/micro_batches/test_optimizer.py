@@ -246,7 +246,9 @@ WRONG = {
     "word": ({"limit": "big"}, ValueError, "'auto' or None, got 'big'"),
     "auto-without": ({"limit": "auto"}, ValueError, "pass loss_fn="),
     "accumulate": ({"limit": 4, "accumulate": 2}, ValueError, "leave accumulate at 1, got 2"),
-    "plateau": ({"lr_scheduler": ReduceLROnPlateau}, TypeError, "takes no metric, got Reduce"),
+    "plateau": ({"lr_scheduler": ReduceLROnPlateau}, ValueError, "is a ReduceLROnPlateau.*in your"),
+    "other-optimizer": ({"lr_scheduler": lambda _: ExponentialLR(SGD([torch.zeros(1)], 1.0), 0.9)},
+                        ValueError, "ExponentialLR of another SGD: make it with this optimizer"),
     "norm": ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be a number > 0"),
 }
 

@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import adabatch
+from adabatch.config import BatchSizes
 from adabatch.scheduler.decision import SizeRule
 
 proposals = st.floats(allow_nan=False)
@@ -240,3 +241,25 @@ def test_a_size_that_is_not_measured_may_be_one():
         model, torch.optim.SGD(model.parameters(), lr=1e-4), loader, batch_sizes=(1, 1),
         controller=adabatch.controllers.Scheduled("0:1"))[2]
     assert scheduler.size_rule.bounds == (1, 1)
+
+
+@pytest.mark.parametrize(("sizes", "accumulate", "lower"), [
+    (BatchSizes(1, 8000, multiple_of=2000), 1, "multiple_of=2000"),
+    (BatchSizes(2000, 8000), 1, "the minimum of batch_sizes"),
+    (BatchSizes(2000, 8000, multiple_of=2000), 1, "the minimum of batch_sizes and multiple_of="),
+    (BatchSizes(1, 8000, multiple_of=4000), 2, "multiple_of=4000"),
+])
+def test_what_makes_the_smallest_batch_larger_than_an_epoch_is_named(sizes, accumulate, lower):
+    with pytest.raises(ValueError, match=f"ever be drawn: lower {lower}"):
+        SizeRule.for_steps(sizes, accumulate, 1797, drop_last=True)
+    with pytest.warns(UserWarning, match=f"Lower {lower}"):
+        SizeRule.for_steps(sizes, accumulate, 1797, drop_last=False)
+
+
+@pytest.mark.parametrize(("sizes", "accumulate", "named"), [
+    (BatchSizes(16, 17), 7, r"multiple of 7 \(accumulate=7\)"),
+    (BatchSizes(16, 19, multiple_of=4), 3, r"of 12 \(multiple_of=4 and accumulate=3\)"),
+])
+def test_what_leaves_no_size_is_named(sizes, accumulate, named):
+    with pytest.raises(ValueError, match=named):
+        SizeRule.for_steps(sizes, accumulate, None, drop_last=False)

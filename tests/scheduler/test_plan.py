@@ -211,9 +211,18 @@ def test_a_share_needs_samples_to_choose_among():
         wrapped(measure=0.1, estimator=adabatch.MicroBatch())
 
 
-def test_a_controller_that_needs_moments_cannot_go_without():
-    with pytest.raises(ValueError, match=r"CABS or .* needs gradient moments, got measure=None"):
-        wrapped(measure=None)
+@pytest.mark.parametrize(("options", "culprit", "fixed"), [
+    ({}, "^CABS needs .*use a controller that needs none", {"controller": Scheduled("0:8")}),
+    ({"controller": Scheduled("0:8"), "coupling": "adascale"},
+     "^coupling='adascale' needs .*use coupling='linear', 'sqrt' or 'none'$",
+     {"coupling": "sqrt"}),
+    ({"coupling": "adascale"}, "^CABS and coupling='adascale' need .*Scheduled.* and coupling=",
+     {"controller": Scheduled("0:8"), "coupling": "linear"}),
+])
+def test_what_needs_moments_is_named_and_nothing_else(options, culprit, fixed):
+    with pytest.raises(ValueError, match=culprit):
+        wrapped(measure=None, **options)
+    assert not wrapped(measure=None, **options | fixed).estimator.parameters
 
 
 def test_the_schedulers_own_arguments():

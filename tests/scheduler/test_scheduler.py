@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
+import adabatch
 from adabatch import (
     CABS,
     AdaptiveDataLoader,
@@ -345,3 +346,20 @@ def test_layers_are_looked_at_only_where_they_are_measured(monkeypatch):
     monkeypatch.setattr(LayerStatistics, "of_step", fail)
     run = slope_run(Proposals(16), n=64)
     assert len(list(steps(*run, 3))) == 3
+
+
+def test_paused_passes_are_not_measured():
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 3))
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, optimizer, torch.utils.data.DataLoader(data, 8), batch_sizes=(8, 8), measure="all")
+    for (inputs,) in loader:
+        with scheduler.paused():
+            model(inputs).square().mean().backward()
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+    assert scheduler.diagnostics.n_measured == scheduler.diagnostics.n_steps == 4

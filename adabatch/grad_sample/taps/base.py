@@ -35,8 +35,8 @@ from adabatch.grad_sample.registry import FusedResult, GradSampler
 DOUBLE_BACKWARD = (
     "a backward pass with create_graph=True ran through a measured layer: its higher-order "
     "gradient reaches the parameters but not the taps, so the per-sample norms would be wrong. "
-    "Measure on steps without it (`with hooks.paused(): ...` around the forward pass), or use the "
-    "micro-batch estimator."
+    "Measure on steps without it (`with scheduler.paused(): ...` around the forward pass), or use "
+    "the micro-batch estimator."
 )
 DEFERRED_COMPILED = (
     "{name} shares a parameter with another use, or a statistic such as inner_products needs the "
@@ -51,7 +51,8 @@ OTHER_PARAMETERS = (
     "{name}.{own} is not the parameter it was when the hooks were attached: the layer was "
     "pruned or parametrized (weight_norm, spectral_norm), or the model called with other weights "
     "(torch.func.functional_call). After such a change attach again: hooks.remove() and "
-    "GradSampleHooks(model), or adabatch.wrap(...); call with other weights inside hooks.paused()"
+    "GradSampleHooks(model), or adabatch.wrap(...); call with other weights inside "
+    "scheduler.paused()"
 )
 TRACED = "operations on traced parameters"
 # Decisions kept for each layer; what activation checkpointing runs again must get the tap it had.
