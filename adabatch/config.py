@@ -5,15 +5,17 @@ ValueError lists every problem.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+import numbers
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from adabatch._types import LossFn
 from adabatch.check.report import CheckReport
 
+Number = TypeVar("Number")
 CouplingRule = Callable[[int, int, float], float]
 
 RULES = ("none", "linear", "sqrt", "adascale", "seesaw")
@@ -65,9 +67,10 @@ integer >= 0, got -1
             problems.append(f"size_ratio must be a number > 1 or None, got {self.size_ratio!r}")
         if not _is_integer(self.cooldown, least=0):
             problems.append(f"cooldown must be an integer >= 0, got {self.cooldown!r}")
-        if self.hysteresis != 0 and not _is_number(self.hysteresis, above=0):
-            problems.append(f"hysteresis must be a number >= 0, got {self.hysteresis!r}")
-        _refuse("BatchSizes", problems)
+        if not _is_number(self.hysteresis, above=-1) or not 0 <= self.hysteresis < 1:
+            problems.append("hysteresis must be a number >= 0 and < 1, a relative change, got "
+                            f"{self.hysteresis!r}")
+        _refuse(self, problems)
 
     @classmethod
     def of(cls, given: BatchSizes | tuple[int, int]) -> BatchSizes:
@@ -126,7 +129,7 @@ class Coupling:
         problems += _choice("on_limit", self.on_limit, ON_LIMIT)
         problems += _choice("short_batch", self.short_batch, SHORT_BATCH)
         problems += _switches(scale_betas=self.scale_betas)
-        _refuse("Coupling", problems)
+        _refuse(self, problems)
 
     @classmethod
     def of(cls, given: Coupling | str | CouplingRule) -> Coupling:
@@ -150,7 +153,7 @@ class Every:
         problems = _not_positive(k=self.k)
         if self.samples is not None:
             problems += _not_positive(" or None", samples=self.samples)
-        _refuse("Every", problems)
+        _refuse(self, problems)
 
 
 Measure = float | Every | Literal["auto", "all"] | None
@@ -167,10 +170,11 @@ def measure_of(given: Measure) -> float | Every | Literal["auto"] | None:
         return Every(1)
     if given is None or isinstance(given, Every) or (isinstance(given, str) and given == "auto"):
         return given
-    if _is_number(given, above=0):
+    if _is_number(given, above=0) and float(given) <= 1:
         return float(given)
-    raise ValueError("measure must be 'auto', a share of the training time > 0 such as 0.05, "
-                     f"adabatch.Every(k), 'all' or None, got {given!r}")
+    raise ValueError("measure must be 'auto', a share of the training time > 0 and up to 1, such "
+                     "as 0.05, adabatch.Every(k) for one step in k, 'all' or None, got "
+                     f"{given!r}")
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ class PerSample:
         if not _is_integer(self.seed):
             problems.append(f"seed must be an integer, got {self.seed!r}")
         names = self.ignore
-        if (isinstance(names, str) or not isinstance(names, Collection)
+        if (isinstance(names, (str, Mapping)) or not isinstance(names, Collection)
                 or not all(isinstance(name, str) for name in names)):
             problems.append(
                 f"ignore must be a list of names of modules or parameters, got {names!r}")
@@ -208,7 +212,7 @@ class PerSample:
             object.__setattr__(self, "ignore", tuple(names))
         if self.layout is not None:
             problems += _layout_problems(self.layout, self.ignore)
-        _refuse("PerSample", problems)
+        _refuse(self, problems)
 
 
 @dataclass(frozen=True)
@@ -232,11 +236,12 @@ class CrossRank:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.comm_hook is not None and not callable(self.comm_hook):
+        given = self.comm_hook
+        if given is not None and (isinstance(given, type) or not callable(given)):
             problems.append(f"comm_hook must be a callable (state, bucket), got {self.comm_hook!r}")
         if self.comm_hook is None and self.comm_state is not None:
             problems.append("comm_state is passed to comm_hook, which is None: pass both")
-        _refuse("CrossRank", problems)
+        _refuse(self, problems)
 
 
 EstimatorOptions = PerSample | MicroBatch | CrossRank
@@ -280,7 +285,7 @@ class MicroBatches:
         if self.max_grad_norm is not None and not _is_number(self.max_grad_norm, above=0):
             problems.append(
                 f"max_grad_norm must be a number > 0 or None, got {self.max_grad_norm!r}")
-        _refuse("MicroBatches", problems)
+        _refuse(self, problems)
 
     @classmethod
     def of(cls, given: MicroBatches | int | Literal["auto"] | None) -> MicroBatches:
@@ -288,8 +293,16 @@ class MicroBatches:
         return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
 
 
+def plain(value: Number) -> Number:
+    """A NumPy number as an int or float; anything else as it is."""
+    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore
+
+
 def _is_integer(value: object, least: float = -math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_whole and value >= least  # type: ignore[operator]
 
 
 def _not_positive(or_else: str = "", **counts: object) -> list[str]:
@@ -298,12 +311,13 @@ def _not_positive(or_else: str = "", **counts: object) -> list[str]:
 
 
 def _is_number(value: object, above: float) -> bool:
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and above < value < math.inf  # type: ignore[operator]
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> list[str]:
-    return [] if value in allowed else [f"{name} must be one of {allowed}, got {value!r}"]
+    named = isinstance(value, str) and value in allowed
+    return [] if named else [f"{name} must be one of {allowed}, got {value!r}"]
 
 
 def _switches(**switches: object) -> list[str]:
@@ -325,6 +339,9 @@ def _layout_problems(layout: object, ignore: Collection[str]) -> list[str]:
             f"ignore={sorted(refused)}:{lines}"] if refused else []
 
 
-def _refuse(what: str, problems: list[str]) -> None:
+def _refuse(options: object, problems: list[str]) -> None:
+    """Raise a ValueError that lists the problems; without any, numbers become plain ones."""
     if problems:
-        raise ValueError(f"{what}: " + "; ".join(problems))
+        raise ValueError(f"{type(options).__name__}: " + "; ".join(problems))
+    for name, value in vars(options).items():
+        object.__setattr__(options, name, plain(value))

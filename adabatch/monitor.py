@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from adabatch._checks import check_version, suggest_keywords
 from adabatch._types import Part
-from adabatch.config import Every, Measure, PerSample, measure_of
+from adabatch.config import Every, Measure, PerSample, measure_of, plain
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.record import Record
 from adabatch.estimators.loss_scale import LossScale
@@ -72,6 +72,7 @@ def monitor(
         (3, 8, True)
     """
     check_optimizer(optimizer)
+    accumulate = plain(accumulate)
     if measure is None:
         raise ValueError("measure=None measures nothing: omit monitor(), or pass 'auto', a share, "
                          "adabatch.Every(k) or 'all'")

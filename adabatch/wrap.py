@@ -16,7 +16,7 @@ from adabatch._checks import suggest_keywords
 from adabatch._types import Argument, Batch, Kwargs
 from adabatch.config import (
     DEFAULT_SHARE, BatchSizes, Coupling, CouplingRule, CrossRank, EstimatorOptions, Every, Measure,
-    MicroBatch, MicroBatches, PerSample, measure_of,
+    MicroBatch, MicroBatches, PerSample, measure_of, plain,
 )
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
@@ -125,6 +125,7 @@ def wrap(
         64
     """
     check_optimizer(optimizer)
+    accumulate = plain(accumulate)
     sizes, lr_rule = BatchSizes.of(batch_sizes), Coupling.of(coupling)
     micro_options, measured = MicroBatches.of(micro_batches), measure_of(measure)
     how = estimator_options(estimator)

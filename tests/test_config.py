@@ -2,9 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
 
+import adabatch
 from adabatch import config
 from adabatch.config import (
     BatchSizes,
@@ -15,6 +21,8 @@ from adabatch.config import (
     MicroBatches,
     PerSample,
 )
+from adabatch.controllers import AdaScale
+from adabatch.diagnostics import Diagnostics
 
 ERRORS = {
     "minimum": (lambda: BatchSizes(0), "minimum must be a positive integer, got 0"),
@@ -50,6 +58,19 @@ ERRORS = {
     "lr": (lambda: MicroBatches(8, lr_scheduler=1), "lr_scheduler must be a torch.optim"),
     "measure": (lambda: config.measure_of("some"), "measure must be 'auto', a share .* 'some'"),
     "share": (lambda: config.measure_of(0), "measure must be 'auto', a share .*> 0 .* got 0"),
+    "percent": (lambda: config.measure_of(10), "a share .* up to 1, .*Every.k.* got 10"),
+    "keeps-all": (lambda: BatchSizes(hysteresis=1.0), "hysteresis must be .* < 1, .* got 1.0"),
+    "false": (lambda: BatchSizes(hysteresis=False), "hysteresis must be a number .* got False"),
+    "complex": (lambda: BatchSizes(hysteresis=0j), "hysteresis must be a number .* got 0j"),
+    "tensor": (lambda: BatchSizes(hysteresis=torch.tensor(0.0)), "hysteresis must .* tensor"),
+    "array": (lambda: BatchSizes(hysteresis=np.zeros(2)), "hysteresis must .* got array"),
+    "array-choice": (lambda: Coupling(on_limit=np.array(["keep"])), "on_limit must be one of"),
+    "ignore-dict": (lambda: PerSample(ignore={"a": 1}), "ignore must be a list of names"),
+    "class": (lambda: CrossRank(int), "comm_hook must be a callable .*, got <class 'int'>"),
+    "records": (lambda: Diagnostics(max_records="a"), "max_records must be an integer .* 'a'"),
+    "two-sizes": (lambda: AdaScale(16, 128), r"did you mean AdaScale\(batch_size=128, base"),
+    "plateau": (lambda: MicroBatches(8, lr_scheduler=ReduceLROnPlateau(SGD([torch.ones(1)]))),
+                "is a ReduceLROnPlateau, .*step it in your loop"),
     "switch": (lambda: config.measure_of(True), "measure must be 'auto', .* got True"),
 }
 
@@ -89,3 +110,24 @@ def test_lowest_and_highest_are_multiples():
 
 def test_the_trial_of_micro_batches_takes_the_loss():
     assert MicroBatches("auto", loss_fn=lambda model, batch: nn.Identity()(batch)).size == "auto"
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.int32, np.uint8])
+def test_numpy_numbers_are_numbers(whole):
+    sizes = BatchSizes(whole(4), whole(64), cooldown=whole(2), hysteresis=np.float32(0.25))
+    assert sizes == BatchSizes(4, 64, cooldown=2, hysteresis=0.25)
+    assert {type(sizes.minimum), type(sizes.maximum), type(sizes.cooldown)} == {int}
+    assert type(sizes.hysteresis) is float
+    assert Every(whole(3), samples=whole(8)) == Every(3, samples=8)
+    assert Coupling("sqrt", base_batch_size=whole(16)) == Coupling("sqrt", base_batch_size=16)
+    assert MicroBatches.of(whole(8)) == MicroBatches(8)
+    assert PerSample(seed=whole(7)) == PerSample(seed=7)
+    assert config.measure_of(np.float32(0.25)) == 0.25
+    model = nn.Linear(2, 1)
+    _, _, scheduler = adabatch.wrap(
+        model, SGD(model.parameters(), lr=0.1), DataLoader(TensorDataset(torch.ones(64, 2)), 4),
+        batch_sizes=(whole(4), whole(64)), accumulate=whole(2))
+    assert type(scheduler.accumulate) is int
+    scheduler.remove()
+    with pytest.raises(ValueError, match="minimum must be a positive integer, got .*True"):
+        BatchSizes(np.bool_(True))

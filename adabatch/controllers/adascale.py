@@ -38,6 +38,11 @@ class AdaScale(Controller):
     def __init__(self, batch_size: int, base_batch_size: int, smoothing: float = 0.95):
         self._first_batch_size = self.batch_size = positive("batch_size", batch_size)
         self.base_batch_size = positive("base_batch_size", base_batch_size)
+        if batch_size < base_batch_size:
+            raise ValueError(
+                f"batch_size ({batch_size}) must not be below base_batch_size ({base_batch_size}), "
+                "for which the lr was chosen: did you mean AdaScale("
+                f"batch_size={base_batch_size}, base_batch_size={batch_size})?")
         self.smoothing = smoothing
         self.trace, self.square = MovingAverage(smoothing), MovingAverage(smoothing)
         self.base_steps = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 
 from adabatch import interfaces
@@ -75,7 +76,11 @@ class Annealed(Controller):
             self.children = (cap,)
         elif cap is not None:
             positive("cap", cap)
+        if budget < batch_size:
+            raise ValueError(f"budget ({budget}) must not be below batch_size ({batch_size}): it "
+                             "counts the samples of the whole run, epochs * len(dataset)")
         self.samples_seen, self._latest_cap = 0, math.inf
+        self._warned = False
 
     @property
     def needs_moments(self) -> bool:
@@ -93,6 +98,12 @@ class Annealed(Controller):
 
     def on_step(self, *, samples: int, epoch: int) -> None:
         super().on_step(samples=samples, epoch=epoch)
+        if self.samples_seen >= self.budget and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Annealed: training continues after its budget of {self.budget} samples, at "
+                f"final={self.final:g} times the first step. The budget counts samples of the "
+                "whole run, not steps: pass epochs * len(dataset)", stacklevel=4)
         self.samples_seen += samples
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:

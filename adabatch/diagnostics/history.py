@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
+import operator
 import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import overload
+from typing import SupportsIndex, overload
 
 import numpy as np
 
@@ -55,9 +56,11 @@ class Diagnostics:
     """
 
     def __init__(self, smoothing: float = 0.95, max_records: int | None = None):
-        if max_records is not None and max_records < 1:
-            raise ValueError("max_records must be at least 1, or None to keep all records, "
-                             f"got {max_records!r}")
+        if max_records is not None and (
+            not isinstance(max_records, SupportsIndex) or operator.index(max_records) < 1
+        ):
+            raise ValueError("max_records must be an integer of at least 1, or None to keep all "
+                             f"records, got {max_records!r}")
         self._max_records = max_records
         self._averages, self._before = Averages(smoothing), Averages(smoothing)
         self._records: deque[Record] = deque()  # worked out; the averages are those after the last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,7 +49,7 @@ def check_arguments(loss_reduction: str, **counts: int | None) -> None:
     for name, value in counts.items():
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             optional = " or None" if name == "samples" else ""
             raise ValueError(f"{name} must be a positive integer{optional}, got {value!r}")
 

@@ -214,7 +214,18 @@ def call_controller(
         controller.on_optimizer_step(seen.base_lr)
     if moments is None and controller.needs_moments:
         return math.nan
-    return float(controller.propose(moments, loss=loss, lr=lr))
+    return as_number(controller, controller.propose(moments, loss=loss, lr=lr))
+
+
+def as_number(controller: Controller, proposal: Any) -> float:
+    """A proposal as a float; TypeError: a text, None or whatever else is no number."""
+    try:
+        if not isinstance(proposal, (str, bytes)):
+            return float(proposal)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"propose() of {name_of(controller)} must return the batch size as a "
+                    f"number, NaN to keep the present one, got {proposal!r}")
 
 
 class PlainController(Controller):

@@ -237,11 +237,12 @@ def scalar_loss(loss: Tensor | float) -> float:
         _check_scalar(loss)
         loss = loss.detach()
     try:
-        return float(loss)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"step() takes the loss of the step as a scalar tensor or a number, got {loss!r}"
-        ) from error
+        if not isinstance(loss, (str, bytes)):
+            return float(loss)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(
+        f"step() takes the loss of the step as a scalar tensor or a number, got {loss!r}")
 
 
 def _check_scalar(loss: Tensor) -> None:

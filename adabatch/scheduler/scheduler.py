@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -162,7 +163,7 @@ class BatchSizeScheduler:
         self._lr = LrAdjuster(optimizer, loader, self._base_lr, options, accumulate=accumulate,
                               summed=summed, controller=chosen)
         self._size = CurrentBatchSize(loader, accumulate, first, rule.cooldown)
-        self._norm_check = GradientNormCheck()
+        self._norm_check, self._warned_of_loss = GradientNormCheck(), False
         self._guard = LoopGuard(loader, optimizer, self._lr.lr, self.diagnostics, accumulate,
                                 grad_scaler)
         self._untracked = UntrackedParameters(optimizer, parameters)
@@ -381,6 +382,13 @@ class BatchSizeScheduler:
             loss /= max(1, samples)
         dropped = seen.not_measured if moments is None else rejection_reason(moments, loss)
         usable = None if dropped else moments
+        if not self._warned_of_loss and not math.isfinite(loss):
+            self._warned_of_loss = True
+            warnings.warn(
+                f"the loss of step {seen.step} is {loss}: the batch size stays, and steps "
+                "with such losses are counted as dropped in the diagnostics. If training diverged, "
+                "lower the lr or clip the gradient; if inputs are not finite, leave them out",
+                stacklevel=3)
         traces: dict[int, float] = {}
         if usable is not None:
             traces = {group: part.variance_trace for group, part in usable.by_group.items()}

@@ -2,6 +2,7 @@
 batch."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -142,8 +143,9 @@ def test_a_summed_loss_is_refused():
         (lambda: Annealed(10, shape="step"), "shape must be one of"),
         (lambda: Annealed(10, cap=-1), "cap must be a positive number, got -1"),
         (lambda: Annealed(10, final=2.0), "final must be a number from 0 to 1, got 2.0"),
+        (lambda: Annealed(10), r"budget \(10\) must not be below batch_size \(16\): it counts"),
         (lambda: Annealed(10, rule="cube"), "rule must be one of"),
-        (lambda: Annealed(10).propose(None, loss=1.0, lr=0.1),
+        (lambda: Annealed(100).propose(None, loss=1.0, lr=0.1),
          "Annealed does not know its rule yet"),
     ],
 )
@@ -171,3 +173,16 @@ def test_the_model_is_not_measured_where_the_cap_is_not():
         make_scheduler(optimizer, AdaptiveDataLoader(ones(64), 8), None,
                        Annealed(1000, 8, cap=NoiseScale()), min_batch_size=4)
     GradSampleHooks(model).remove()
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_training_beyond_the_budget_is_warned_of_once(final):
+    rule = Annealed(64, 16, rule="linear", final=final)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            rule.on_step(samples=16, epoch=0)
+    with pytest.warns(UserWarning, match="after its budget of 64 samples.*counts samples") as seen:
+        for _ in range(3):
+            rule.on_step(samples=16, epoch=0)
+    assert len(seen) == 1

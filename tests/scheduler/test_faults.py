@@ -10,6 +10,7 @@ from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
 from adabatch import CABS, AdaptiveDataLoader, GradSampleHooks
+from adabatch.controllers import Controller
 from tests.options import make_scheduler
 from tests.scripted import Proposals, regression, slope_run, squared_error, steps
 
@@ -225,3 +226,28 @@ def test_a_data_set_whose_samples_hold_several_rows_is_recognised_at_the_first_s
     with pytest.raises(RuntimeError,
                        match="layers saw 80 rows in this step, but the loader delivered 16"):
         scheduler.step(loss)
+
+
+@pytest.mark.parametrize("proposal", ["32", None, [16]], ids=str)
+@pytest.mark.parametrize("kind", [Controller, object])
+def test_a_proposal_that_is_no_number_is_refused(kind, proposal):
+    class Wrong(kind):
+        def propose(self, moments, *, loss, lr):
+            return proposal
+
+    run = slope_run(Wrong())
+    with pytest.raises(TypeError, match=r"propose\(\) of Wrong must return .* as a number"):
+        list(steps(*run))
+
+
+def test_a_loss_that_is_no_number_is_refused():
+    run = slope_run(Proposals(16))
+    with pytest.raises(TypeError, match="as a scalar tensor or a number, got '0.3'"):
+        run[3].step("0.3")
+
+
+@pytest.mark.parametrize("fault", ["nan-loss", "inf-loss", "minus-inf-loss"])
+def test_a_loss_that_is_not_finite_is_warned_of_once(fault):
+    with pytest.warns(UserWarning, match="the loss of step 1 is .*: the batch size stays") as seen:
+        train(dict.fromkeys((1, 3), FAULTS[fault][0]), n_steps=5)
+    assert sum("the batch size stays" in str(each.message) for each in seen) == 1
