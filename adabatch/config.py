@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, TypeVar
 
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from adabatch._types import LossFn
@@ -276,6 +277,10 @@ class MicroBatches:
                             "the loss that you differentiate")
         if self.loss_fn is not None and not callable(self.loss_fn):
             problems.append(f"loss_fn must be a callable (model, batch), got {self.loss_fn!r}")
+        if isinstance(self.loss_fn, nn.modules.loss._Loss):
+            problems.append(
+                f"loss_fn must be a function (model, batch) -> loss, got {self.loss_fn!r}: pass "
+                "lambda model, batch: criterion(model(batch[0]), batch[1])")
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, LRScheduler):
             problems.append("lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got "
                             f"{self.lr_scheduler!r}")

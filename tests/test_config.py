@@ -54,6 +54,8 @@ ERRORS = {
     "comm-state": (lambda: CrossRank(comm_state=1), "comm_state is passed to comm_hook"),
     "size": (lambda: MicroBatches("all"), "size must be a positive integer, 'auto' or None"),
     "auto": (lambda: MicroBatches("auto"), "size='auto' tries steps: pass loss_fn="),
+    "criterion": (lambda: MicroBatches("auto", loss_fn=nn.CrossEntropyLoss()),
+                  r"loss_fn must be a function \(model, batch\) -> loss, got CrossEntropyLoss"),
     "norm": (lambda: MicroBatches(8, max_grad_norm="1"), "max_grad_norm must be a number > 0"),
     "lr": (lambda: MicroBatches(8, lr_scheduler=1), "lr_scheduler must be a torch.optim"),
     "measure": (lambda: config.measure_of("some"), "measure must be 'auto', a share .* 'some'"),

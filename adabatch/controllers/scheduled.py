@@ -46,6 +46,7 @@ class Scheduled(Controller):
                  every: int | None = None):
         self.unit = choice("unit", unit, UNITS)
         self.schedule = _checked(schedule)
+        self._text = schedule if isinstance(schedule, str) else None
         self.every = _checked_every(self.schedule, unit, every)
         self.counts = dict.fromkeys(UNITS, 0)
         self.steps_taken = self.latest = 0
@@ -95,7 +96,8 @@ class Scheduled(Controller):
     def __repr__(self) -> str:
         schedule = self.schedule
         named = schedule if isinstance(schedule, (type, FunctionType)) else type(schedule)
-        return f"Scheduled({named.__name__}, unit={self.unit!r}, every={self.every})"
+        shown = named.__name__ if self._text is None else repr(self._text)
+        return f"Scheduled({shown}, unit={self.unit!r}, every={self.every})"
 
 
 def _checked(schedule: object) -> BSScheduler | Callable[[int], float]:

@@ -188,8 +188,9 @@ class Diagnostics:
             LookupError: no step has been recorded yet.
         """
         if not len(self):
-            raise LookupError("the history has no record yet: each scheduler.step() adds one; "
-                              "test len(diagnostics) first")
+            raise LookupError("the history has no record yet: each scheduler.step(), under "
+                              "monitor each optimizer.step(), adds one; test len(diagnostics) "
+                              "first")
         return self._all()[-1]
 
     @property

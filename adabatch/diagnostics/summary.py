@@ -18,7 +18,7 @@ _NOW = {
     "true gradient norm²": "true_grad_sq_norm_ema", "tr(PΣ)": "preconditioned_trace_ema",
     "f_star": "f_star", "noise scale": "noise_scale_ema", "proposed size": "proposed_batch_size",
 }
-_BY_STEP = {"batch size": "batch_size", "proposed size": "proposed_batch_size", "lr": "lr"}
+_BY_STEP = {"batch size": "batch_size", "proposed size": "proposed_batch_size", "lr, base": "lr"}
 _BY_SAMPLES = {
     "loss": "loss", "loss, smoothed": "loss_ema", "variance trace": "variance_trace",
     "gradient norm²": "grad_sq_norm", "true gradient norm²": "true_grad_sq_norm",

@@ -109,7 +109,8 @@ def _fits(
 ) -> bool:
     fitted = False
     try:
-        loss_fn(model, make_batch()).backward()
+        _check_loss(loss := loss_fn(model, make_batch()))
+        loss.backward()
         optimizer.step()
         fitted = True
     except Exception as error:
@@ -118,6 +119,18 @@ def _fits(
     optimizer.zero_grad()
     free_memory()
     return fitted
+
+
+def _check_loss(loss: object) -> None:
+    """Raise for what is no scalar loss with a gradient."""
+    if not isinstance(loss, Tensor):
+        raise TypeError("loss_fn(model, batch) must return the loss that is differentiated, a "
+                        f"scalar tensor, got {type(loss).__name__}: return it")
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            "loss_fn(model, batch) must return the loss that is differentiated, a scalar tensor "
+            f"with a gradient, got the shape {tuple(loss.shape)}, requires_grad="
+            f"{loss.requires_grad}: take the mean of losses, and compute them from model(...)")
 
 
 @contextmanager

@@ -253,7 +253,7 @@ def test_hooks_none_needs_a_controller_and_a_coupling_without_moments():
         ({"measure": "all"}, True),
         ({"measure": adabatch.Every(1, samples=4)}, True),
         ({"coupling": "adascale", "measure": "all"}, True),
-        ({"measure": 10.0}, True),
+        ({"measure": 1.0}, True),
         ({"coupling": "linear"}, False),
     ],
 )
@@ -298,3 +298,7 @@ def test_the_state_of_another_controller_is_refused():
         Scheduled("0:16").load_state_dict(CABS().state_dict())
     with pytest.raises(ValueError, match=r"the state of Scheduled lacks \['counts'"):
         Scheduled("0:16").load_state_dict({"version": 1, "controller": "Scheduled"})
+
+
+def test_the_repr_shows_the_ramp():
+    assert repr(Scheduled("0:64 1M:256")) == "Scheduled('0:64 1M:256', unit='step', every=1)"

@@ -287,7 +287,7 @@ def test_max_records_bounds_memory_not_counts():
     assert same_records(
         fill(Diagnostics(max_records=5), steps(900)), fill(Diagnostics(), steps(900))[-5:]
     )
-    with pytest.raises(ValueError, match=r"max_records must be at least 1, .* got 0"):
+    with pytest.raises(ValueError, match=r"max_records must be an integer of at least 1, .* got 0"):
         Diagnostics(max_records=0)
 
 

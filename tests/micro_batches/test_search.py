@@ -6,11 +6,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim import Adam
+from torch.optim import SGD, Adam
 
 import adabatch
 from adabatch.data import AdaptiveDataLoader
 from adabatch.micro_batches.optimizer import MicroBatching
+from adabatch.micro_batches.search import find_micro_batch_size
 from tests.micro_batches.runs import LOSSES, make
 
 
@@ -67,3 +68,18 @@ def test_the_largest_micro_batch_of_one_in_many(sharded, monkeypatch):
         return
     micro.find_limit(model, optimizer, hooks, 32)
     assert max(tried) == loader.micro_batches.limit == 11
+
+
+@pytest.mark.parametrize(("loss_fn", "error", "message"), [
+    (lambda model, batch: None, TypeError, "got NoneType: return it"),
+    (lambda model, batch: 0.5, TypeError, "got float"),
+    (lambda model, batch: model(batch), ValueError, "take the mean of losses"),
+    (lambda model, batch: model(batch).mean().detach(), ValueError, "requires_grad=False"),
+])
+def test_what_is_no_scalar_loss_is_refused(loss_fn, error, message):
+    model = nn.Linear(2, 1)
+    loader = AdaptiveDataLoader(torch.randn(9, 2), batch_size=4)
+    parts = model, SGD(model.parameters(), lr=0.1), loader
+    with pytest.raises(error, match=rf"loss_fn\(model, batch\) must return.*{message}"):
+        find_micro_batch_size(*parts, loss_fn, largest=8)
+    assert find_micro_batch_size(*parts, lambda *given: model(given[1]).mean(), largest=8) == 8
