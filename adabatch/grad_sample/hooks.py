@@ -68,6 +68,16 @@ NOT_TRACED = (
     "passes are traced from now on, which measures such uses: leave this step out and continue; "
     "should the next one differ too, the error says so"
 )
+SHAPES = ("this step was not measured: {error}. Forward passes are traced from now on, which finds "
+          "what is called without samples: leave this step out and continue")
+NEW_LAYERS = "a layer was called for the first time"
+NOT_FOLLOWED = (
+    "this step was not measured: {listed} was called for the first time, and only the next pass, "
+    "which is traced, shows whether with samples: leave this step out and continue")
+NEW_PATTERN = "a pass unlike those before"
+UNVERIFIED = (
+    "this step was not measured: the model ran unlike before, and with samples= only the next such "
+    "pass can be compared with the gradient: leave this step out and continue")
 
 
 class GradSampleHooks(Estimator):
@@ -289,7 +299,20 @@ class GradSampleHooks(Estimator):
             assert late is not None
             batch_size = late
         else:
-            batch_size = batch_size_of(reports, sites, placer.input_sizes)
+            try:
+                batch_size = batch_size_of(reports, sites, placer.input_sizes)
+            except RuntimeError as error:  # a table that is looked up from this step on, say
+                if not placer.trace_always():
+                    raise
+                self._left_out = NotMeasured(UNSEEN_USE, SHAPES.format(error=error))
+                self._n_passes += 1
+                placer.end_pass(self)
+                return
+        if placer.not_followed:
+            listed = ", ".join(sorted(placer.not_followed))
+            self._left_out = NotMeasured(NEW_LAYERS, NOT_FOLLOWED.format(listed=listed))
+        if check.unverified:
+            self._left_out = self._left_out or NotMeasured(NEW_PATTERN, UNVERIFIED)
         values, repeated = finish_pass(
             record, rows, leaves, self._recorder.statistics, self._probe_rows.row_of,
             self._recorder.norm_weights, probes)
@@ -427,6 +450,8 @@ class GradSampleHooks(Estimator):
             if self._n_passes < self.accumulate:
                 raise NotMeasured("short accumulation group",
                                   TOO_FEW.format(n=self._n_passes, k=self.accumulate))
+            if self._left_out is not None and len(self._passes) < self.accumulate:
+                return Unmeasured(self._left_out)
             scale = None if loss_scale is None else step_scale(loss_scale)
             rows, shard = self._probe_rows, self.shard
             options = PoolOptions(

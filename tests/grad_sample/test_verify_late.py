@@ -5,6 +5,8 @@ Legend: N samples in a batch.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -58,7 +60,11 @@ def train(model, loss_fn, steps, change=lambda model: None, start=0, *, compare=
                 moments = hooks.collect()
             except NotMeasured as error:
                 moments = error
-            yield step, moments, oracle.per_sample_grads(model, loss_fn, x) if compare else {}
+            grads = {}
+            if compare:
+                with ThreadPoolExecutor(1) as aside:  # a training loop has no such graphs
+                    grads = aside.submit(oracle.per_sample_grads, model, loss_fn, x).result()
+            yield step, moments, grads
     finally:
         hooks.remove()
 
@@ -95,11 +101,12 @@ def test_a_use_in_the_forward_pass_that_begins_later_is_measured(model, body, st
     for step, moments, grads in steps:
         if isinstance(moments, NotMeasured):
             left_out.append(step)
-            assert "without calling its layer" in str(moments)
-        elif samples is None or step < start or left_out or start in (1,):
+            assert "without calling its layer" in str(moments) or samples
+        else:
             agrees(moments, grads, 1e-9)
-    assert len(left_out) <= 1
-    assert samples or left_out in ([], [start])
+    # With samples= the inputs of a new kind of pass are kept from the next one on.
+    late = [[start + 1], [start, start + 1]] if samples else []
+    assert left_out in ([], [start], *late)
 
 
 def compiled_helper(m, h):

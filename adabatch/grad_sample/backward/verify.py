@@ -75,10 +75,11 @@ class GradientSumCheck:
     """Compares Σ_i G_i with p.grad for each measured parameter p, over all samples of a pass, also
     where a part of them is measured.
 
-    Compared are the passes 1, 2, 4, 8, …, the first 16 where a coarse type takes part, and those
-    whose pattern was not seen before: the layers called and their modes, the numbers of autograd
-    nodes made before them, by them and by the loss, the parameters with hooks. The latter are 8 at
-    first and one more in 256 passes.
+    Compared are the passes 1, 2, 4, 8, …, the first 16 where a coarse type takes part, all after
+    one that did not add up, and those whose pattern was not seen before: the layers called and
+    their modes, the numbers of autograd nodes made by them and by the loss, the parameters with
+    hooks; and the number of nodes made before them. The latter two are each 8 at first and one more
+    in 256 passes.
 
     Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², and so does
     what is allowed, ‖Σ_i G_i − p.grad‖ <= eps·(4·√Σ‖G_i‖² + 2·‖p.grad‖). Matrices are multiplied by
@@ -89,6 +90,7 @@ class GradientSumCheck:
     Attributes:
         keeps_inputs: the taps of the forward pass that runs keep all rows of their inputs.
         task: the backward pass that runs, or ran last.
+        unverified: it had to be compared, but its inputs were not kept; the next one's are.
         running: a forward pass has begun since the last backward pass.
 
     Example:
@@ -106,8 +108,9 @@ class GradientSumCheck:
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         self._parameters = parameters
-        self._passes = self._new = self._keep_until = self._next_hook = 0
-        self._coarse = self.running = False
+        self._passes = self._keep_until = self._next_hook = 0
+        self._new = [0, 0]
+        self._coarse = self.running = self._suspect = False
         self._patterns: set[object] = set()
         self._hooked: tuple[str, ...] = ()
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
@@ -118,7 +121,7 @@ class GradientSumCheck:
         self._forget(-2)  # -1 is what runs outside of backward passes
 
     def _forget(self, task: int) -> None:
-        self.task, self._compares = task, False
+        self.task, self._compares, self.unverified = task, False, False
         self._sums: dict[str, _Sums] = {}
 
     # -- the forward pass
@@ -143,7 +146,7 @@ class GradientSumCheck:
     def is_due(self) -> bool:
         """Whether the next pass is compared whatever its pattern."""
         n = self._passes + 1
-        return n & (n - 1) == 0 or (self._coarse and n <= COARSE_PASSES)
+        return self._suspect or n & (n - 1) == 0 or (self._coarse and n <= COARSE_PASSES)
 
     def _next_node(self) -> int:
         """The number of the autograd node that this thread makes now."""
@@ -174,15 +177,18 @@ class GradientSumCheck:
             now = self._next_node()
             before, of_loss, self._end = self._start - self._end, now - self._start, now
         of_layers = 0 if last is None else last._sequence_nr() - self._start
-        pattern = self._calls, before, of_layers, of_loss, self._hooked
-        new = pattern not in self._patterns
-        within = self._new < NEW_PATTERNS + self._passes // PASSES_PER_PATTERN
-        if not (due or (new and within)) or _is_distributed():
+        # What runs before the model has a limit of its own: it may be anything, and never the same.
+        patterns = ("before", before), (self._calls, of_layers, of_loss, self._hooked)
+        limit = NEW_PATTERNS + self._passes // PASSES_PER_PATTERN
+        new = [kind for kind, each in enumerate(patterns)
+               if each not in self._patterns and self._new[kind] < limit]
+        if not (due or new) or _is_distributed():
             return
-        self._new += not due
-        self._compares = self._complete
+        for kind in () if due else new:
+            self._new[kind] += 1
+        self._compares, self.unverified = self._complete, not self._complete
         if self._complete:
-            self._patterns.add(pattern)
+            self._patterns.update(patterns)
         else:
             self._keep_until = self._passes + PASSES_KEPT
 
@@ -277,6 +283,7 @@ class GradientSumCheck:
             allowed = _trusted(dtype, parameter) * (rounding + OF_GRADIENT * norm)
             if difference > allowed + _underflow(dtype, parameter):
                 wrong.append(name)
+        self._suspect = bool(wrong)
         return wrong
 
     def describe(self, wrong: Sequence[str], called: bool) -> str:

@@ -87,6 +87,7 @@ class TapSite:
         calls: forward passes through the layer since the last backward pass (eager mode).
         untapped: the tracer left its last call without a tap, as of a table that is looked up
             once for all samples; what activation checkpointing runs again gets none either.
+        followed: a traced pass has called it: its inputs' roles are known.
         runs: forward passes through a layer that is run again.
         traced: a layer without a rule that gives no row per sample: its operations are traced.
         fused: whether its last tap was a fused one.
@@ -106,6 +107,7 @@ class TapSite:
     deferred: bool = False
     calls: int = 0
     untapped: bool = False
+    followed: bool = False
     runs: int = 0
     traced: bool = False
     fused: bool = False

@@ -89,6 +89,8 @@ class ForwardHooks:
     Attributes:
         open_roles: {what may or may not carry samples: its size, N} of the forward passes since
             this was last cleared, which then are not measured.
+        not_followed: names of layers called in this pass, which is not traced, and in no traced one
+            before: whether their inputs carry samples is not known.
         input_sizes: of all dimensions of the model's input tensors since this was last cleared;
             empty where layouts are given.
         operation_shapes: {name: shape of the last output} of the operations on traced parameters,
@@ -119,6 +121,7 @@ class ForwardHooks:
         self._source = batch_size_source
         self._layers_settled, self._roles = settled, Roles() if roles is None else roles
         self.open_roles: dict[Key, int] = {}
+        self.not_followed: set[str] = set()
         self._owners: dict[str, list[TapSite]] = {}
         for site in sites:
             for name in site.parameters.values():
@@ -196,7 +199,9 @@ class ForwardHooks:
     def end_pass(self, owner: object) -> None:
         """After a backward pass: trace the next forward pass where its sums will be compared."""
         self.called = self.traced = False
-        if not self._tracing and self._may_trace and (self._must_trace or self._check.is_due):
+        due = self._must_trace or self._check.is_due or self.not_followed
+        self.not_followed.clear()
+        if not self._tracing and self._may_trace and due:
             model = self._model()
             if model is not None:
                 self._tracing = True
@@ -346,6 +351,8 @@ class ForwardHooks:
         if not is_compiling():
             if site.untapped and running_backward() != -1:
                 return None
+            if not site.followed and self.called and self._may_trace:
+                self.not_followed.add(site.name)
             return self._tap_layer(site, layer, args, kwargs, output)
         if site.deferred:
             raise RuntimeError(DEFERRED_COMPILED.format(name=site.name))
@@ -356,7 +363,7 @@ class ForwardHooks:
         output: object,
     ) -> object:
         measured = tracer.leave_layer()
-        site.untapped = not measured
+        site.untapped, site.followed = not measured, True
         result = None
         try:
             if measured and self.enabled and can_measure():
