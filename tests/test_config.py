@@ -131,5 +131,5 @@ def test_numpy_numbers_are_numbers(whole):
         batch_sizes=(whole(4), whole(64)), accumulate=whole(2))
     assert type(scheduler.accumulate) is int
     scheduler.remove()
-    with pytest.raises(ValueError, match="minimum must be a positive integer, got .*True"):
+    with pytest.raises(ValueError, match=r"minimum must be a positive integer, got .*True"):
         BatchSizes(np.bool_(True))

@@ -121,7 +121,8 @@ ERRORS = {
         {"optimizer": lambda model: SGD(nn.Linear(3, 1).parameters(), lr=0.1)}, ValueError,
         "no trainable parameters to measure, or the optimizer.* holds none of them",
     ),
-    "no-common-multiple": ({"accumulate": 65}, ValueError, r"no multiple of 65 \(accumulate=65\) lies"),
+    "no-common-multiple": (
+        {"accumulate": 65}, ValueError, r"no multiple of 65 \(accumulate=65\) lies"),
 }
 
 

@@ -74,10 +74,6 @@ NEW_LAYERS = "a layer was called for the first time"
 NOT_FOLLOWED = (
     "this step was not measured: {listed} was called for the first time, and only the next pass, "
     "which is traced, shows whether with samples: leave this step out and continue")
-NEW_PATTERN = "a pass unlike those before"
-UNVERIFIED = (
-    "this step was not measured: the model ran unlike before, and with samples= only the next such "
-    "pass can be compared with the gradient: leave this step out and continue")
 
 
 class GradSampleHooks(Estimator):
@@ -311,8 +307,6 @@ class GradSampleHooks(Estimator):
         if placer.not_followed:
             listed = ", ".join(sorted(placer.not_followed))
             self._left_out = NotMeasured(NEW_LAYERS, NOT_FOLLOWED.format(listed=listed))
-        if check.unverified:
-            self._left_out = self._left_out or NotMeasured(NEW_PATTERN, UNVERIFIED)
         values, repeated = finish_pass(
             record, rows, leaves, self._recorder.statistics, self._probe_rows.row_of,
             self._recorder.norm_weights, probes)
@@ -499,11 +493,17 @@ class GradSampleHooks(Estimator):
         self._attached = False
 
     def state_dict(self) -> State:
-        """The state of the row draws: a resumed run measures the same rows."""
-        return {"version": 2, "rows": self._row_sampler.state_dict()}
+        """The state of the row draws, and what is known of the layers' inputs: a resumed run
+        measures the same rows of the same steps."""
+        return {"version": 3, "rows": self._row_sampler.state_dict(),
+                "roles": self._placer.roles.state_dict(),
+                "followed": [site.name for site in self.sites if site.followed]}
 
     def load_state_dict(self, state: State) -> None:
-        check_version(state, 2, "GradSampleHooks")
+        check_version(state, 3, "GradSampleHooks")
+        self._placer.roles.load_state_dict(state["roles"])
+        for site in self.sites:
+            site.followed = site.name in state["followed"]
         self._row_sampler.load_state_dict(state["rows"])
 
     def __repr__(self) -> str:

@@ -183,6 +183,5 @@ def test_training_beyond_the_budget_is_warned_of_once(final):
         for _ in range(4):
             rule.on_step(samples=16, epoch=0)
     with pytest.warns(UserWarning, match="after its budget of 64 samples.*counts samples") as seen:
-        for _ in range(3):
-            rule.on_step(samples=16, epoch=0)
+        [rule.on_step(samples=16, epoch=0) for _ in range(3)]
     assert len(seen) == 1

@@ -242,7 +242,7 @@ def test_a_proposal_that_is_no_number_is_refused(kind, proposal):
 
 def test_a_loss_that_is_no_number_is_refused():
     run = slope_run(Proposals(16))
-    with pytest.raises(TypeError, match="as a scalar tensor or a number, got '0.3'"):
+    with pytest.raises(TypeError, match=r"as a scalar tensor or a number, got '0\.3'"):
         run[3].step("0.3")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from adabatch._transfers import is_remote
 from adabatch.estimators.gradients import running_backward
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.kernels import accumulation_dtype
@@ -90,7 +91,6 @@ class GradientSumCheck:
     Attributes:
         keeps_inputs: the taps of the forward pass that runs keep all rows of their inputs.
         task: the backward pass that runs, or ran last.
-        unverified: it had to be compared, but its inputs were not kept; the next one's are.
         running: a forward pass has begun since the last backward pass.
 
     Example:
@@ -121,7 +121,7 @@ class GradientSumCheck:
         self._forget(-2)  # -1 is what runs outside of backward passes
 
     def _forget(self, task: int) -> None:
-        self.task, self._compares, self.unverified = task, False, False
+        self.task, self._compares = task, False
         self._sums: dict[str, _Sums] = {}
 
     # -- the forward pass
@@ -186,7 +186,7 @@ class GradientSumCheck:
             return
         for kind in () if due else new:
             self._new[kind] += 1
-        self._compares, self.unverified = self._complete, not self._complete
+        self._compares = self._complete
         if self._complete:
             self._patterns.update(patterns)
         else:
@@ -335,7 +335,10 @@ def _underflow(dtype: torch.dtype, parameter: Tensor) -> float:
 
 
 def _is_empty(grad: Tensor | None) -> bool:
-    return grad is None or (not grad.is_sparse and not bool(torch.count_nonzero(grad)))
+    """Whether it is zero; not looked at where that would wait for an accelerator."""
+    if grad is None or grad.is_sparse or is_remote(grad.device):
+        return grad is None
+    return not bool(torch.count_nonzero(grad))
 
 
 def _has_hooks(parameter: Tensor) -> bool:

@@ -77,6 +77,21 @@ class Roles:
         self._n_samples = 0
         self.open: dict[Key, int] = {}
 
+    def state_dict(self) -> list[list[str | int | bool]]:
+        """[name, number of the call, size while it was open or -1, whether settled, and how]."""
+        keys = dict.fromkeys([*self._size_when_open, *self.settled])
+        return [[*key, self._size_when_open.get(key, -1), key in self.settled,
+                 self.settled.get(key, False)] for key in keys]
+
+    def load_state_dict(self, state: list[list[str | int | bool]]) -> None:
+        """Continue from a state_dict()."""
+        for name, number, size, settled, carries in state:
+            key = str(name), int(number)
+            if int(size) >= 0:
+                self._size_when_open[key] = int(size)
+            if settled:
+                self.settled[key] = bool(carries)
+
     def begin(self, n_samples: int) -> None:
         """A forward pass of N samples begins."""
         self._n_samples = n_samples

@@ -119,7 +119,7 @@ class ForwardHooks:
         self.called = self.traced = False
         self.check_all: Callable[[], None] = lambda: None
         self._source = batch_size_source
-        self._layers_settled, self._roles = settled, Roles() if roles is None else roles
+        self._layers_settled, self.roles = settled, Roles() if roles is None else roles
         self.open_roles: dict[Key, int] = {}
         self.not_followed: set[str] = set()
         self._owners: dict[str, list[TapSite]] = {}
@@ -272,9 +272,9 @@ class ForwardHooks:
     def _start_tracing(self, counted: tuple[Tensor, int], inputs: Sequence[Tensor]) -> None:
         """Watch the operations on these inputs of the model."""
         assert self._n_samples is not None
-        self._roles.begin(self._n_samples)
+        self.roles.begin(self._n_samples)
         reports_to = {id(leaf) for leaf in self._probes.leaves}
-        flow = SampleFlow(self._n_samples, self._roles, reports_to, self.size_remark())
+        flow = SampleFlow(self._n_samples, self.roles, reports_to, self.size_remark())
         flow.add_inputs(inputs, *counted)
         for buffers, name in self._buffers:
             buffer = buffers.get(name)
@@ -290,10 +290,10 @@ class ForwardHooks:
         if model is not original():
             return
         if self._tracer is not None and output is not None:
-            self.open_roles.update(self._roles.open)
+            self.open_roles.update(self.roles.open)
             self._recorder.discards |= bool(self.open_roles)
         if self._tracer is not None and not (
-            self._must_trace or self._roles.open or output is None
+            self._must_trace or self.roles.open or output is None
         ):
             self._tracing = False  # a whole pass went by without a traced use
             for handle in self._tracing_handles:
