@@ -27,6 +27,7 @@ def undo_after_step(optimizer: Optimizer, undo: Callable[[], None]) -> Callable[
     replaced, as torch's lr schedulers do.
 
     Example:
+        >>> import torch
         >>> class Undo:
         ...     def now(self):
         ...         print("undone")
