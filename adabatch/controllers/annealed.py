@@ -98,7 +98,7 @@ class Annealed(Controller):
 
     def on_step(self, *, samples: int, epoch: int) -> None:
         super().on_step(samples=samples, epoch=epoch)
-        if self.samples_seen >= self.budget and not self._warned:
+        if self.samples_seen > 1.1 * self.budget and not self._warned:  # not for the last batch
             self._warned = True
             warnings.warn(
                 f"Annealed: training continues after its budget of {self.budget} samples, at "

@@ -11,6 +11,7 @@ measurements see the gradient of the whole batch. A loss that is a sum needs no 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -268,7 +269,8 @@ class MicroBatching:
                 "you differentiate")
         # Checked here, before hooks are placed anywhere.
         self._limit = "auto" if isinstance(limit, str) else BatchSplit(limit).limit
-        self._loader, self._loss_fn, self._accumulate = loader, loss_fn, accumulate
+        # Held weakly: a later wrap() calls undo(), if the loader still exists.
+        self._of_loader, self._loss_fn, self._accumulate = weakref.ref(loader), loss_fn, accumulate
         split = loader.micro_batches
         self._before = split.limit, split.at_least, split.accumulates, list(split.listeners)
 
@@ -321,7 +323,15 @@ class MicroBatching:
         split.listeners.append(begin)
         return accumulating
 
+    @property
+    def _loader(self) -> AdaptiveDataLoader:
+        loader = self._of_loader()
+        assert loader is not None
+        return loader
+
     def undo(self) -> None:
         """Leave the loader as it was."""
+        if self._of_loader() is None:
+            return
         split = self._loader.micro_batches
         split.limit, split.at_least, split.accumulates, split.listeners = self._before

@@ -124,7 +124,7 @@ def test_too_few_samples_or_no_inner_products_raise():
         with pytest.raises(
             ValueError,
             match=r"spread of the norms alone is not the error"
-                  r".*GradSampleHooks\(model, statistics=.*inner_products"
+                  r".*PerSample\(inner_products=True"
                   r".*variance_trace_std_error",
         ):
             read()

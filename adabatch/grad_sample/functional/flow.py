@@ -56,6 +56,8 @@ class Roles:
     Attributes:
         settled: {role: whether it carries samples}.
         open: {role: size} of the pass that runs.
+        trusts_sizes: a size of N is that of samples, where the flow cannot be followed: through
+            the collectives of layers that are split over processes.
 
     Example:
         >>> roles = Roles()
@@ -71,7 +73,7 @@ class Roles:
     """
 
     def __init__(self, settled: Mapping[Key, bool] = MappingProxyType({})):
-        self.settled = dict(settled)
+        self.settled, self.trusts_sizes = dict(settled), False
         self._size_when_open: dict[Key, int] = {}
         self._calls: dict[str, int] = {}
         self._n_samples = 0
@@ -114,7 +116,7 @@ class Roles:
             return True  # an empty batch: either adds nothing
         if size != self._n_samples:
             self.settled[key] = False
-        elif self._size_when_open.setdefault(key, size) != size:
+        elif self.trusts_sizes or self._size_when_open.setdefault(key, size) != size:
             self.settled[key] = True
         else:
             if opens:

@@ -19,6 +19,7 @@ from adabatch.estimators.gradients import running_backward
 from adabatch._hooks import UncopiedHook
 from adabatch._tree import input_tensors
 from adabatch._types import Args, Kwargs
+from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
 from adabatch.grad_sample.compat import FinallyCall, is_compiled, is_transformed, uncompiled
@@ -120,6 +121,7 @@ class ForwardHooks:
         self.check_all: Callable[[], None] = lambda: None
         self._source = batch_size_source
         self._layers_settled, self.roles = settled, Roles() if roles is None else roles
+        self.roles.trusts_sizes = any(is_sharded(each) for each in parameters.values())
         self.open_roles: dict[Key, int] = {}
         self.not_followed: set[str] = set()
         self._owners: dict[str, list[TapSite]] = {}
@@ -269,11 +271,12 @@ class ForwardHooks:
             return ""
         return COUNTED.format(n_samples=self._n_samples)
 
+    @uncompiled
     def _start_tracing(self, counted: tuple[Tensor, int], inputs: Sequence[Tensor]) -> None:
         """Watch the operations on these inputs of the model."""
         assert self._n_samples is not None
         self.roles.begin(self._n_samples)
-        reports_to = {id(leaf) for leaf in self._probes.leaves}
+        reports_to = set(map(id, self._probes.leaves))
         flow = SampleFlow(self._n_samples, self.roles, reports_to, self.size_remark())
         flow.add_inputs(inputs, *counted)
         for buffers, name in self._buffers:
