@@ -40,6 +40,13 @@ def is_compiled(module: nn.Module) -> bool:
     return is_compiled_wrapper(module) or not (call is None or isinstance(call, FinallyCall))
 
 
+def compiles_frames() -> bool:
+    """Whether torch.compile compiles the frames that run now: a function mode would change them."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return bool(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+
+
 class FinallyCall:
     """Does something after every call of a module: in a forward hook it would not be done where
     KeyboardInterrupt ends the call. It takes the place that module.compile() writes to, which

@@ -22,7 +22,8 @@ from adabatch._types import Args, Kwargs
 from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
-from adabatch.grad_sample.compat import FinallyCall, is_compiled, is_transformed, uncompiled
+from adabatch.grad_sample.compat import (FinallyCall, compiles_frames, is_compiled,
+                                          is_transformed, uncompiled)
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
 from adabatch.grad_sample.functional.flow import Key, Roles, SampleFlow
@@ -246,7 +247,7 @@ class ForwardHooks:
         if self._tracing or self._needs_size:
             counted = self._counted_input(args, kwargs, tensors)
             self._n_samples = None if counted is None else counted[0].shape[counted[1]]
-            if self._tracing and counted is not None:
+            if self._tracing and counted is not None and not compiles_frames():
                 self._start_tracing(counted, tensors)
 
     def _counted_input(
