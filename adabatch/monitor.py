@@ -23,8 +23,9 @@ from adabatch.scheduler.record import (
     GradientNormCheck, GradScalerDetector, HostTransferStage, Pipeline, Recorder, StepClock,
     StepRecord, UntrackedParameters, rejection_reason,
 )
-from adabatch.wrap import (check_not_hooked, check_one_pass, check_optimizer, per_sample_hooks,
-                           plan_of, warn_of_foreign_parameters)
+from adabatch.scheduler.scheduler import check_optimizer
+from adabatch.wrap import (check_not_hooked, check_one_pass, per_sample_hooks, plan_of,
+                           warn_of_foreign_parameters)
 
 # Optimizer steps in turn before which a GradScaler may have skipped others: more of them are a loop
 # that accumulates.

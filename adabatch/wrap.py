@@ -32,7 +32,8 @@ from adabatch.micro_batches.optimizer import AccumulatingOptimizer, MicroBatchin
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.decision import as_controller
 from adabatch.scheduler.lr import is_scaled
-from adabatch.scheduler.scheduler import BatchSizeScheduler, needs_moments, without_moments
+from adabatch.scheduler.scheduler import (BatchSizeScheduler, check_optimizer, needs_moments,
+                                          without_moments)
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
@@ -244,13 +245,6 @@ def per_sample_hooks(
     return GradSampleHooks(
         model, param_groups=_groups(optimizer), statistics=statistics, layout=how.layout,
         ignore=how.ignore, seed=how.seed, per_parameter=how.per_parameter, **options)
-
-
-def check_optimizer(optimizer: object) -> None:
-    """Raise TypeError for anything but an optimizer."""
-    if not isinstance(optimizer, Optimizer):
-        kind = type(optimizer).__name__
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
 
 
 def _unwrapped(model: nn.Module, optimizer: Optimizer) -> Optimizer:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
+from adabatch._checks import is_power_of_two
 from adabatch.grad_sample.compat import is_compiled_wrapper
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.registry import GradSampler, find_grad_sampler
@@ -170,8 +171,7 @@ class ParameterIdentity:
         parameters took part."""
         self._calls += 1
         self._incomplete += incomplete
-        due = self._calls & (self._calls - 1) == 0
-        if due or (incomplete and self._incomplete & (self._incomplete - 1) == 0):
+        if is_power_of_two(self._calls) or (incomplete and is_power_of_two(self._incomplete)):
             self.check()
 
     def check(self) -> None:

@@ -416,11 +416,16 @@ class BatchSizeScheduler:
         self._plan.judge(self._recorder.trace)
 
 
-def check_parts(optimizer: Any, loader: BatchSource, estimator: Estimator) -> None:
-    """Raise a TypeError that lists what parts lack."""
+def check_optimizer(optimizer: object) -> None:
+    """Raise TypeError for anything but an optimizer."""
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
+
+
+def check_parts(optimizer: Any, loader: BatchSource, estimator: Estimator) -> None:
+    """Raise a TypeError that lists what parts lack."""
+    check_optimizer(optimizer)
     missing = [name for name in SOURCE if not hasattr(loader, name)]
     if missing:
         raise TypeError(

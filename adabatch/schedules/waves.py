@@ -20,7 +20,31 @@ from adabatch.schedules.managers import Loader
 CYCLE_MODES = ("triangular", "triangular2", "exp_range")
 
 
-class CosineAnnealingBS(BSScheduler):
+class _BaseBelowMaximum(BSScheduler):
+    """Between a base size, given or else the first size, and a known upper bound above it."""
+
+    above_minimum = 0  # the least distance of a given base from the lower bound
+
+    def __init__(self, dataloader: Loader | None, base_batch_size: int | None,
+                 **bounds: Unpack[Bounds]):
+        self._given_base = base_batch_size
+        super().__init__(dataloader, **bounds)
+
+    def _prepare(self) -> None:
+        base = self.batch_size_manager.base_batch_size
+        if self._given_base is not None:
+            at_least = self.min_batch_size + self.above_minimum
+            base = integer("base_batch_size", self._given_base, at_least)
+        if self.max_batch_size == UNBOUNDED:
+            raise ValueError(f"{type(self).__name__} needs max_batch_size, as the length of the "
+                             "data set is unknown")
+        if not base < self.max_batch_size:
+            raise ValueError("base_batch_size must be below max_batch_size "
+                             f"({self.max_batch_size}), got {base}")
+        self.base_batch_size = base
+
+
+class CosineAnnealingBS(_BaseBelowMaximum):
     """Move the batch size from base to max_batch_size along half a cosine in total_iters epochs (at
     least 2), back in as many, and so on. There must be an upper bound. base_batch_size is in
     [min_batch_size, max_batch_size); None: the first size.
@@ -36,11 +60,10 @@ class CosineAnnealingBS(BSScheduler):
     def __init__(self, dataloader: Loader | None, total_iters: int,
                  base_batch_size: int | None = None, **bounds: Unpack[Bounds]):
         self.total_iters = integer("total_iters", total_iters, at_least=2)
-        self._given_base = base_batch_size
-        super().__init__(dataloader, **bounds)
+        super().__init__(dataloader, base_batch_size, **bounds)
 
     def _prepare(self) -> None:
-        self.base_batch_size = _base_below_maximum(self, self._given_base, self.min_batch_size)
+        super()._prepare()
         self._unrounded: float = self.base_batch_size
 
     def get_new_bs(self) -> int:
@@ -59,7 +82,7 @@ class CosineAnnealingBS(BSScheduler):
         return clipped(rounded(self._unrounded), base, top)
 
 
-class CosineAnnealingBSWithWarmRestarts(BSScheduler):
+class CosineAnnealingBSWithWarmRestarts(_BaseBelowMaximum):
     """Grow the batch size from base to max_batch_size along half a cosine in t_i epochs, at first
     t_0, then restart from the base with t_i · factor epochs. Bounds as in CosineAnnealingBS.
 
@@ -78,11 +101,7 @@ class CosineAnnealingBSWithWarmRestarts(BSScheduler):
         self.t_0 = self.t_i = integer("t_0", t_0, at_least=1)
         self.t_cur = 0
         self.factor = integer("factor", factor, at_least=1)
-        self._given_base = base_batch_size
-        super().__init__(dataloader, **bounds)
-
-    def _prepare(self) -> None:
-        self.base_batch_size = _base_below_maximum(self, self._given_base, self.min_batch_size)
+        super().__init__(dataloader, base_batch_size, **bounds)
 
     def get_new_bs(self) -> int:
         if self.last_epoch == 0:
@@ -163,7 +182,7 @@ class CyclicBS(BSScheduler):
         return rounded(base - (base - self.min_batch_size) * depth * self._scale(cycle))
 
 
-class OneCycleBS(BSScheduler):
+class OneCycleBS(_BaseBelowMaximum):
     """Shrink the batch size from base to min_batch_size, then grow it to max_batch_size, within
     total_steps steps; then finished. The zeroth step keeps the size in use. There must be an upper
     bound.
@@ -183,6 +202,8 @@ class OneCycleBS(BSScheduler):
         [30, 10, 105, 200]
     """
 
+    above_minimum = 1
+
     def __init__(self, dataloader: Loader | None, total_steps: int, decay_percentage: float = 0.3,
                  base_batch_size: int | None = None, strategy: str = "cos",
                  **bounds: Unpack[Bounds]):
@@ -197,12 +218,8 @@ class OneCycleBS(BSScheduler):
         if self.end_step_1 < 1 or self.end_step_2 < 1:
             raise ValueError(f"decay_percentage {decay_percentage} of total_steps {total_steps} "
                              "leaves a part without a step: take more steps")
-        self._given_base = base_batch_size
         self.strategy = choice("strategy", strategy, ("cos", "linear"))
-        super().__init__(dataloader, **bounds)
-
-    def _prepare(self) -> None:
-        self.base_batch_size = _base_below_maximum(self, self._given_base, self.min_batch_size + 1)
+        super().__init__(dataloader, base_batch_size, **bounds)
 
     def get_new_bs(self) -> int:
         low, high, step = self.min_batch_size, self.max_batch_size, self.last_epoch
@@ -215,20 +232,6 @@ class OneCycleBS(BSScheduler):
             new_bs = _anneal(low, high, step / self.end_step_2, self.strategy)
             self._finished = step == self.end_step_2
         return clipped(rounded(new_bs), low, high)
-
-
-def _base_below_maximum(schedule: BSScheduler, base_batch_size: int | None, at_least: int) -> int:
-    """The base size, at least ``at_least``, or else the first size; below a known maximum."""
-    base = schedule.batch_size_manager.base_batch_size
-    if base_batch_size is not None:
-        base = integer("base_batch_size", base_batch_size, at_least)
-    if schedule.max_batch_size == UNBOUNDED:
-        raise ValueError(f"{type(schedule).__name__} needs max_batch_size, as the length of the "
-                         "data set is unknown")
-    if not base < schedule.max_batch_size:
-        raise ValueError("base_batch_size must be below max_batch_size "
-                         f"({schedule.max_batch_size}), got {base}")
-    return base
 
 
 def _anneal(start: float, end: float, fraction: float, strategy: str) -> float:

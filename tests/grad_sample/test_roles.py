@@ -13,7 +13,7 @@ import adabatch
 from adabatch import GradSampleHooks
 from adabatch.grad_sample.functional.flow import Roles
 from adabatch.interfaces import NotMeasured
-from tests.grad_sample.measuring import close
+from tests.grad_sample.measuring import Double, close
 
 K, D = 6, 4
 # A small batch, then one that is larger, then one as long as the constant.
@@ -37,16 +37,6 @@ class Case(nn.Module):
 
     def forward(self, *inputs):
         return self.case(self, *inputs)
-
-
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
 
 
 def by_list(x):
@@ -74,7 +64,7 @@ CONSTANTS = {
     "prototypes beside a traced parameter": (
         lambda m, x: torch.cdist(m.a(x) * m.p, m.constant),
         {"p": lambda: nn.Parameter(torch.ones(D))}),
-    "a function of a table": (lambda m, x: m.a(x) @ m.b(Twice.apply(m.constant)).T, {}),
+    "a function of a table": (lambda m, x: m.a(x) @ m.b(Double.apply(m.constant)).T, {}),
 }
 FLOW_LOST = {
     "a list": lambda m, x: m.b(m.a(by_list(x)).tanh()),
@@ -184,7 +174,7 @@ def test_samples_whose_flow_is_lost_are_settled_by_a_batch_of_another_size(name)
 
 
 @pytest.mark.parametrize("forward", [
-    lambda m, x: m.b(Twice.apply(m.a(x))), lambda m, x: m.b(m.a(Twice.apply(x))),
+    lambda m, x: m.b(Double.apply(m.a(x))), lambda m, x: m.b(m.a(Double.apply(x))),
     lambda m, x: m.b(m.a(x) + m.a(torch.zeros_like(x)) + m.a(x.new_ones(x.shape))),
     lambda m, x: m.b(torch.stack([m.a(row) for row in x.unbind(1)], 1)),
     lambda m, x: m.b(m.a(x).transpose(0, 1).cumsum(0).transpose(0, 1)),

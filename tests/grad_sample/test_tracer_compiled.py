@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import adabatch
 from adabatch import GradSampleHooks
-from tests.grad_sample.measuring import close, raises_while_compiling
+from tests.grad_sample.measuring import Double, close, raises_while_compiling
 from tests.grad_sample.same_forward import double, exact, grads_of_one_forward, outputs_loss
 
 N, T, D = 5, 6, 4
@@ -111,19 +111,9 @@ def test_a_compiled_model_with_a_shared_position_table_is_refused(checked):
         outputs_loss(compile_(model), batch).mean().backward()
 
 
-class CustomFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
-
-
 def test_the_output_of_a_custom_autograd_function_meets_a_traced_parameter():
     model = Model("raw")
-    model.function = CustomFunction.apply
+    model.function = Double.apply
     exact(model, torch.randn(N, T, D))
 
 

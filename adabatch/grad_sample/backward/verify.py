@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from adabatch._checks import is_power_of_two
 from adabatch._transfers import is_remote
 from adabatch.estimators.gradients import running_backward
 from adabatch.grad_sample.factors.base import Factor
@@ -146,7 +147,7 @@ class GradientSumCheck:
     def is_due(self) -> bool:
         """Whether the next pass is compared whatever its pattern."""
         n = self._passes + 1
-        return self._suspect or n & (n - 1) == 0 or (self._coarse and n <= COARSE_PASSES)
+        return self._suspect or is_power_of_two(n) or (self._coarse and n <= COARSE_PASSES)
 
     def _next_node(self) -> int:
         """The number of the autograd node that this thread makes now."""

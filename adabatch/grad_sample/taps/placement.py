@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from adabatch.estimators.gradients import running_backward
 from adabatch._hooks import UncopiedHook
 from adabatch._tree import input_tensors
+from adabatch._checks import is_power_of_two
 from adabatch._types import Args, Kwargs
 from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.sharded_layers import check_parallel
@@ -70,6 +71,14 @@ def can_measure() -> bool:
     if not _is_grad_enabled() or torch.compiler._is_exporting_flag:
         return False
     return is_compiling() or not (_is_tracing() or is_transformed())
+
+
+class _First(TypedDict):
+    prepend: bool
+    with_kwargs: bool
+
+
+FIRST = _First(prepend=True, with_kwargs=True)
 
 
 class ForwardHooks:
@@ -147,17 +156,13 @@ class ForwardHooks:
     def attach(self, model: nn.Module, owner: object) -> None:
         """Put the hooks on the model; they keep `owner` alive, and copies of the model are without
         them."""
-        before = _First(prepend=True, with_kwargs=True)
         layers = [(site, site.layer) for site in self._sites[:-1]]
 
-        def bound(method: Callable[..., object], first: object) -> UncopiedHook:
-            return UncopiedHook(partial(method, first), self._copies, owner)
-
         for site, layer in layers:
-            hook = bound(self._after_layer, site)
-            self._handles.append(hook.held(layer.register_forward_hook(hook, **before)))
+            hook = self._bound(self._after_layer, site, owner)
+            self._handles.append(hook.held(layer.register_forward_hook(hook, **FIRST)))
             if site.sampler is None:
-                hook = bound(self._before_call, site)
+                hook = self._bound(self._before_call, site, owner)
                 self._handles.append(hook.held(layer.register_forward_pre_hook(hook)))
         self._model = weakref.ref(model)
         self._may_trace = not any(is_compiled(module) for module in model.modules())
@@ -165,28 +170,30 @@ class ForwardHooks:
         if self._tracing or self._needs_size:
             self._attach_tracing(model, owner)
 
+    def _bound(
+        self, method: Callable[..., object], first: object, owner: object
+    ) -> UncopiedHook:
+        """The hook that calls the method with `first`, and keeps `owner` alive."""
+        return UncopiedHook(partial(method, first), self._copies, owner)
+
     def _attach_tracing(self, model: nn.Module, owner: object) -> None:
         """Put the hooks on the model that tracing needs."""
-        before = _First(prepend=True, with_kwargs=True)
         handles = self._tracing_handles
 
-        def bound(method: Callable[..., object], first: object) -> UncopiedHook:
-            return UncopiedHook(partial(method, first), self._copies, owner)
-
         for site in self._sites[:-1]:
-            hook = bound(self._before_layer, site)
+            hook = self._bound(self._before_layer, site, owner)
             layer = site.layer_reference()
             if layer is not None:  # it may have been removed from the model
-                handles.append(hook.held(layer.register_forward_pre_hook(hook, **before)))
+                handles.append(hook.held(layer.register_forward_pre_hook(hook, **FIRST)))
         self._buffers = [(module._buffers, name) for module in model.modules()
                          for name in module._buffers]
         original = weakref.ref(model)
         if self._model_handle is not None:
             self._model_handle.remove()
         # Last, so that it runs before the hook of a layer that is the model itself.
-        hook = bound(self._before_model, original)
-        self._model_handle = hook.held(model.register_forward_pre_hook(hook, **before))
-        hook = bound(self._after_model, original)
+        hook = self._bound(self._before_model, original, owner)
+        self._model_handle = hook.held(model.register_forward_pre_hook(hook, **FIRST))
+        hook = self._bound(self._after_model, original, owner)
         handles.append(hook.held(model.register_forward_hook(hook, always_call=True)))
         if self._call is None:
             self._call = FinallyCall(model, self._stop_tracing)
@@ -474,8 +481,7 @@ class ForwardHooks:
                     site.layout, self._before.pop(site.index, None))
         outputs = [leaves[index] for index in call.tapped]
         site.runs += 1
-        due = site.runs & (site.runs - 1) == 0  # the 1st, 2nd, 4th, ... time
-        if due and not torch.is_autocast_enabled(outputs[0].device.type):
+        if is_power_of_two(site.runs) and not torch.is_autocast_enabled(outputs[0].device.type):
             call.expected = [output.detach() for output in outputs]
         site.shapes = called_shapes(tree_flatten((args, kwargs))[0], outputs[0], n_samples)
         copied = [True] * len(outputs)
@@ -521,9 +527,3 @@ def _single_number(output: object) -> bool:
     """Whether a tensor among the output has a gradient and no dimensions."""
     return any(isinstance(leaf, Tensor) and not leaf.dim() and leaf.requires_grad
                for leaf in tree_flatten(output)[0])
-
-
-class _First(TypedDict):
-    prepend: bool
-    with_kwargs: bool
-
