@@ -42,16 +42,6 @@ def integer(
     return number
 
 
-def is_power_of_two(n: int) -> bool:
-    """Whether n is 1, 2, 4, 8, ...: what is looked at ever more rarely.
-
-    Example:
-        >>> [n for n in range(1, 10) if is_power_of_two(n)]
-        [1, 2, 4, 8]
-    """
-    return n & (n - 1) == 0
-
-
 def integers(name: str, values: object, at_least: int) -> list[int]:
     """A list or tuple of at least one integer, as a list."""
     if not isinstance(values, (list, tuple)):

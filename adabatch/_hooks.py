@@ -1,11 +1,15 @@
-"""Hooks on users' modules that copies of these modules do not get."""
+"""What is put on users' modules, and copies of these modules do not get."""
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -54,3 +58,33 @@ class UncopiedHook:
 
     def __reduce__(self) -> tuple[object, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+class FinallyCall:
+    """Does something after every call of a module: in a forward hook it would not be done where
+    KeyboardInterrupt ends the call. It takes the place that module.compile() writes to, which
+    copies and pickles of the module are without.
+    """
+
+    def __init__(self, module: nn.Module, finally_do: Callable[[], None]):
+        self._module, self._finally_do = weakref.ref(module), weakref.WeakMethod(finally_do)
+        if module._compiled_call_impl is None:
+            module._compiled_call_impl = self
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        module = self._module()
+        assert module is not None
+        if torch.compiler.is_compiling():
+            return module._call_impl(*args, **kwargs)
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            method = self._finally_do()
+            if method is not None:
+                method()
+
+    def remove(self) -> None:
+        """Take it off the module."""
+        module = self._module()
+        if module is not None and module._compiled_call_impl is self:
+            del module._compiled_call_impl

@@ -46,9 +46,7 @@ def tensors(value: object) -> list[tuple[Path, Tensor]]:
 
 
 def input_tensors(args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
-    """All tensors among the arguments of a call; the commonest ones are not flattened."""
-    if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
-        return [args[0]]
+    """All tensors among the arguments of a call."""
     leaves = tree_flatten((args, kwargs))[0]
     if any(_children(leaf) for leaf in leaves if not isinstance(leaf, _PLAIN)):
         return [tensor for _, tensor in tensors((args, kwargs))]

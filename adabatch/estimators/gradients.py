@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
+from torch.autograd import Variable, forward_ad
 from torch.nn.utils import get_total_norm
 
 from adabatch.kernels.operators import LONGEST_SUM
@@ -15,6 +15,13 @@ from adabatch.kernels.operators import LONGEST_SUM
 LOSS_REDUCTIONS = ("mean", "sum")
 # The id of the backward pass that runs in this thread, -1 outside of one.
 running_backward = torch._C._current_graph_task_id
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+def is_transformed() -> bool:
+    """Whether what runs now is transformed by torch.func or differentiated in forward mode, for
+    which no backward pass tells the gradients."""
+    return _transforms() is not None or forward_ad._current_level >= 0
 
 
 def at_backward_end(callback: Callable[[], None]) -> None:

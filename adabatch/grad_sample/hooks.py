@@ -27,7 +27,7 @@ from adabatch.grad_sample.backward.finish import (
 from adabatch.grad_sample.backward.recorder import (
     INITIAL_CAPACITY, BackwardRecorder, ProbeSet, Rows, add_to_row,
 )
-from adabatch.grad_sample.backward.verify import check_uses_seen
+from adabatch.grad_sample.backward.verify import check_uses_seen, is_power_of_two
 from adabatch.grad_sample.compat import is_compiled
 from adabatch.grad_sample.cost import StepCost, step_cost
 from adabatch.grad_sample.functional.flow import Roles
@@ -191,7 +191,7 @@ class GradSampleHooks(Estimator):
                                     self._row_sampler, self._recorder, source,
                                     () if layout is None else layout.layouts, self.roles)
         self._finished_task, self._warned_of_open = -1, False
-        self._mixing, self._seen = [False], set[str]()
+        self._mixing, self._seen, self._incomplete = [False], set[str](), 0
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self.reset()
         self._placer.attach(unwrap(model), self)
@@ -328,7 +328,10 @@ class GradSampleHooks(Estimator):
         else:
             seen = set()
             self._late.append(self._checks(reports, late, used))
-        self._identity.check_sometimes(len(seen) < len(self._seen))
+        incomplete = len(seen) < len(self._seen)
+        self._incomplete += incomplete
+        if check.was_due or (incomplete and is_power_of_two(self._incomplete)):
+            self._identity.check()
         self._n_passes += 1
         indices = None
         if self._row_sampler.samples is not None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
-from adabatch._checks import is_power_of_two
 from adabatch.grad_sample.compat import is_compiled_wrapper
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.registry import GradSampler, find_grad_sampler
@@ -164,15 +163,6 @@ class ParameterIdentity:
         measured = set(map(id, parameters.values()))
         self._others = [
             weakref.ref(each) for each in model.parameters() if id(each) not in measured]
-        self._calls = self._incomplete = 0
-
-    def check_sometimes(self, incomplete: bool) -> None:
-        """Check at the 1st, 2nd, 4th, 8th, ... call, and at such ones of those in which not all
-        parameters took part."""
-        self._calls += 1
-        self._incomplete += incomplete
-        if is_power_of_two(self._calls) or (incomplete and is_power_of_two(self._incomplete)):
-            self.check()
 
     def check(self) -> None:
         """Raise a RuntimeError listing parameters that were replaced or added and are trained."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from adabatch._checks import is_power_of_two
 from adabatch._transfers import is_remote
 from adabatch.estimators.gradients import running_backward
 from adabatch.grad_sample.factors.base import Factor
@@ -62,6 +61,16 @@ ALL = "all layers"  # no name of a layer
 NEW_PATTERNS, PASSES_PER_PATTERN, PASSES_KEPT = 8, 256, 64
 
 
+def is_power_of_two(n: int) -> bool:
+    """Whether n is 1, 2, 4, 8, ...: what is looked at ever more rarely.
+
+    Example:
+        >>> [n for n in range(1, 10) if is_power_of_two(n)]
+        [1, 2, 4, 8]
+    """
+    return n & (n - 1) == 0
+
+
 @dataclass
 class _Sums:
     """Of one parameter, over its uses: Σ_i G_i as the check compares it, Σ_i ‖G_i‖², the coarsest
@@ -93,6 +102,7 @@ class GradientSumCheck:
         keeps_inputs: the taps of the forward pass that runs keep all rows of their inputs.
         task: the backward pass that runs, or ran last.
         running: a forward pass has begun since the last backward pass.
+        was_due: the pass that runs, or ran last, is compared whatever its pattern.
 
     Example:
         >>> from adabatch.grad_sample.factors.base import Dense
@@ -111,7 +121,7 @@ class GradientSumCheck:
         self._parameters = parameters
         self._passes = self._keep_until = self._next_hook = 0
         self._new = [0, 0]
-        self._coarse = self.running = self._suspect = False
+        self._coarse = self.running = self._suspect = self.was_due = False
         self._patterns: set[object] = set()
         self._hooked: tuple[str, ...] = ()
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
@@ -170,7 +180,7 @@ class GradientSumCheck:
         return self._compares
 
     def _begin(self, task: int, last: Node | None) -> None:
-        due = self.is_due
+        due = self.was_due = self.is_due
         self._forget(task)
         self._passes += 1
         before = of_loss = 0

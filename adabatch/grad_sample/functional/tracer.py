@@ -20,7 +20,7 @@ from torch.overrides import (
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from adabatch._types import Args, Inputs, Kwargs
-from adabatch.grad_sample.compat import is_transformed
+from adabatch.estimators.gradients import is_transformed
 from adabatch.grad_sample.functional.expression import (
     Leaf, Leaves, Operation, ParameterExpression, names_of, versions_of,
 )

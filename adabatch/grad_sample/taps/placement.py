@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from adabatch.estimators.gradients import running_backward
-from adabatch._hooks import UncopiedHook
+from adabatch.estimators.gradients import is_transformed, running_backward
+from adabatch._hooks import FinallyCall, UncopiedHook
 from adabatch._tree import input_tensors
-from adabatch._checks import is_power_of_two
 from adabatch._types import Args, Kwargs
 from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
-from adabatch.grad_sample.compat import (FinallyCall, compiles_frames, is_compiled,
-                                          is_transformed, uncompiled)
+from adabatch.grad_sample.backward.verify import is_power_of_two
+from adabatch.grad_sample.compat import compiles_frames, is_compiled, uncompiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
 from adabatch.grad_sample.functional.flow import Key, Roles, SampleFlow
@@ -247,7 +246,8 @@ class ForwardHooks:
         while self._copies:
             self._copies.pop().remove()
         self.called, self.traced = True, False
-        tensors = input_tensors(args, kwargs)
+        common = not kwargs and len(args) == 1 and type(args[0]) is Tensor
+        tensors = [*args] if common else input_tensors(args, kwargs)
         if self._source is None:
             for tensor in tensors:
                 self.input_sizes.update(tensor.shape)
