@@ -58,6 +58,12 @@ def holds_packed_sequence(value: object) -> bool:
     return any(isinstance(leaf, PackedSequence) for _, leaf in _leaves(value))
 
 
+def packed_sequence(args: tuple[object, ...], kwargs: dict[str, object]) -> PackedSequence | None:
+    """The first PackedSequence among the arguments of a call."""
+    leaves = tree_flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, PackedSequence))[0]
+    return next((leaf for leaf in leaves if isinstance(leaf, PackedSequence)), None)
+
+
 def _leaves(value: object) -> list[tuple[Path, object]]:
     found: list[tuple[Path, object]] = []
 

@@ -21,8 +21,8 @@ from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import BackwardPass, GradientMoments, PoolOptions
 from adabatch.grad_sample.backward.finish import (
     NOTHING_MEASURED, OPEN, OPEN_ROLES, REENTRANT, BackwardChecks, DeferredFactors, PendingStep,
-    Unmeasured, batch_size_of, check_all_seen, check_gradients_left, finish_pass,
-    reported_parameters, trainable_grads, warn_of_mixing,
+    Unmeasured, batch_size_of, check_all_seen, check_gradients_left, check_packed,
+    finish_pass, reported_parameters, trainable_grads, warn_of_mixing,
 )
 from adabatch.grad_sample.backward.recorder import (
     INITIAL_CAPACITY, BackwardRecorder, ProbeSet, Rows, add_to_row,
@@ -295,6 +295,8 @@ class GradSampleHooks(Estimator):
             assert late is not None
             batch_size = late
         else:
+            if placer.packed_size is not None:
+                check_packed(reports, sites, placer.packed_size)
             try:
                 batch_size = batch_size_of(reports, sites, placer.input_sizes)
             except RuntimeError as error:  # a table that is looked up from this step on, say

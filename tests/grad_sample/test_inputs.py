@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import adabatch
 from adabatch import GradSampleHooks
@@ -220,3 +221,76 @@ def test_losses_of_chosen_rows_count_the_others_as_zero(options):
     grads = {name: grad * factors.view(9, *[1] * (grad.dim() - 1))
              for name, grad in oracle.per_sample_grads(model, losses, batch).items()}
     agrees(measure(model, batch, lambda *each: losses(*each)[chosen], **options), grads)
+
+
+LENGTHS = torch.tensor([4, 3, 1])
+
+
+class OfSequences(nn.Module):
+    """Sums over the positions of sequences, packed or padded with their lengths."""
+
+    def __init__(self, first, head=False):
+        super().__init__()
+        self.first, self.head = first, nn.Linear(3, 3) if head else nn.Identity()
+        self.weight = nn.Parameter(torch.rand(3))
+
+    def forward(self, sequences, lengths=None):
+        if isinstance(sequences, dict):
+            sequences = sequences["tokens"][0]
+        if lengths is None:
+            hidden = PackedSequence((self.first(sequences.data) * self.weight).tanh(),
+                                    *sequences[1:])
+            hidden = pad_packed_sequence(hidden, batch_first=True)[0]
+        else:
+            hidden = (self.first(sequences) * self.weight).tanh()
+            hidden = hidden * (torch.arange(4) < lengths[:, None]).unsqueeze(2)
+        return self.head(hidden.sum(1))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("make", [
+    lambda: OfSequences(nn.Linear(4, 3)), lambda: OfSequences(nn.Linear(4, 3), head=True),
+    lambda: OfSequences(nn.Embedding(9, 3)),
+    lambda: OfSequences(Product(torch.matmul, head=False))],
+    ids=["linear", "with a head", "embedding", "run again"])
+@pytest.mark.parametrize("options", [{}, {"samples": 2}], ids=str)
+def test_the_rows_of_packed_inputs_are_no_samples(make, nested, options):
+    torch.manual_seed(0)
+    model = make()
+    inputs = torch.randn(3, 4, 4)
+    if isinstance(model.first, nn.Embedding):
+        inputs = inputs.argmax(2)
+    packed = pack_padded_sequence(inputs, LENGTHS, batch_first=True)
+    hooks = GradSampleHooks(model, **options)
+    with pytest.raises(RuntimeError, match=r"PackedSequence.*call it with the padded"):
+        model({"tokens": (packed,)} if nested else packed).square().sum(1).mean().backward()
+    hooks.remove()
+    model.zero_grad()
+
+    def losses(model, batch):
+        return model(*batch).square().sum(1)
+
+    batch = inputs, LENGTHS
+    agrees(measure(model, batch, losses, **options), oracle.per_sample_grads(model, losses, batch))
+
+
+def test_packed_inputs_that_are_padded_before_the_first_layer_are_exact():
+    class Padding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, packed):
+            return self.layer(pad_packed_sequence(packed, batch_first=True)[0]).tanh()
+
+    def packed_losses(model, inputs):
+        packed = pack_padded_sequence(inputs, LENGTHS, batch_first=True)
+        return model(packed).square().sum((1, 2))
+
+    def losses(model, inputs):
+        return model.layer(inputs).tanh().square().sum((1, 2))
+
+    torch.manual_seed(0)
+    model, inputs = Padding(), torch.randn(3, 4, 4)
+    inputs = inputs * (torch.arange(4) < LENGTHS[:, None]).unsqueeze(2)
+    agrees(measure(model, inputs, packed_losses), oracle.per_sample_grads(model, losses, inputs))

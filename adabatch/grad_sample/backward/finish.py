@@ -48,6 +48,10 @@ REENTRANT = (
     "reentrant activation checkpointing cannot be measured: its backward passes run inside "
     "another. Use checkpoint(..., use_reentrant=False)"
 )
+PACKED = (
+    "The model was called with a PackedSequence, whose rows are positions of samples, not samples: "
+    "call it with the padded sequences (torch.nn.utils.rnn.pad_packed_sequence) and their lengths"
+)
 OVERWRITTEN = (
     "a tensor that {name} was run with, or its gradient, was changed in place before the step's "
     "last backward pass: {statistic} reads it once more when the mean gradient is known. Give "
@@ -177,6 +181,19 @@ def batch_size_of(
         raise RuntimeError(
             f"per-sample gradients of this backward pass are not exact:\n{listed}")
     return size
+
+
+def check_packed(
+    reports: Sequence[Report], sites: Sequence[TapSite], n_samples: int
+) -> None:
+    """Raise a RuntimeError where layers saw other rows than the N samples of the PackedSequence
+    with which the model was called."""
+    odd = [f"{site.name} ({total / calls:g})" for site, (calls, total)
+           in zip(sites, reports, strict=True) if calls and total != n_samples * calls]
+    if odd:
+        raise RuntimeError(f"per-sample gradients of this backward pass are not exact: the first "
+                           f"dimension of these layers' outputs is not the batch of {n_samples}: "
+                           f"{', '.join(odd)}. {PACKED}")
 
 
 def warn_of_mixing(

@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch.estimators.gradients import is_transformed, running_backward
 from adabatch._hooks import FinallyCall, UncopiedHook
-from adabatch._tree import input_tensors
+from adabatch._tree import input_tensors, packed_sequence
 from adabatch._types import Args, Kwargs
 from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.sharded_layers import check_parallel
+from adabatch.grad_sample.backward.finish import PACKED
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
 from adabatch.grad_sample.backward.verify import is_power_of_two
 from adabatch.grad_sample.compat import compiles_frames, is_compiled, uncompiled
@@ -109,6 +110,8 @@ class ForwardHooks:
         recomputing_task: the backward pass in which activation checkpointing last ran a layer
             again, or -1.
         check_all: raises where parameters of the model were replaced, listing all.
+        packed_size: N of the PackedSequence with which the model was last called; None for another
+            input.
         called, traced: whether the model itself was called since the last backward pass, and
             whether the whole call was traced.
     """
@@ -122,6 +125,7 @@ class ForwardHooks:
         self.enabled, self.recomputing_task = True, -1
         self.input_sizes: set[int] = set()
         self.forward_sizes: set[int] = set()
+        self.packed_size: int | None = None
         self.operation_shapes: dict[str, tuple[int, ...]] = {}
         self._sites, self._parameters, self._traced = sites, parameters, traced
         self._probes, self._row_sampler, self._recorder = probes, row_sampler, recorder
@@ -248,9 +252,13 @@ class ForwardHooks:
         self.called, self.traced = True, False
         common = not kwargs and len(args) == 1 and type(args[0]) is Tensor
         tensors = [*args] if common else input_tensors(args, kwargs)
+        packed = None if common else packed_sequence(args, kwargs)
+        self.packed_size = None if packed is None else int(packed.batch_sizes[0])
         if self._source is None:
             for tensor in tensors:
                 self.input_sizes.update(tensor.shape)
+            if self.packed_size is not None:
+                self.input_sizes.add(self.packed_size)
         if self._tracing or self._needs_size:
             counted = self._counted_input(args, kwargs, tensors)
             self._n_samples = None if counted is None else counted[0].shape[counted[1]]
@@ -277,6 +285,8 @@ class ForwardHooks:
         """From where N was read in the last pass, for errors."""
         if self._n_samples is None or self._source is not None:
             return ""
+        if self.packed_size is not None:
+            return f" {PACKED}"
         return COUNTED.format(n_samples=self._n_samples)
 
     @uncompiled
