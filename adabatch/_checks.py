@@ -106,6 +106,40 @@ def level(name: str, value: object) -> float:
     return value
 
 
+def returned(what: str, value: object, hint: str = "a number") -> float:
+    """What a user's function returned, as a float; TypeError: None, a text or whatever else is no
+    number.
+
+    Example:
+        >>> returned("the coupling", None)
+        Traceback (most recent call last):
+        TypeError: the coupling must return a number, got None
+    """
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # torch's for a tensor of several values
+        pass
+    raise TypeError(f"{what} must return {hint}, got {value!r}")
+
+
+def takes(call: Callable[..., object], *arguments: object) -> bool:
+    """Whether a function can be called with these positional arguments; True where its signature
+    is not known, as of one written in C.
+
+    Example:
+        >>> takes(lambda a, b: 0.0, 1, 2), takes(lambda a: 0.0, 1, 2)
+        (True, False)
+    """
+    try:
+        inspect.signature(call).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
+
+
 def choice(name: str, value: T, allowed: Iterable[object]) -> T:
     """One of the allowed values."""
     allowed = tuple(allowed)

@@ -180,7 +180,8 @@ def load_checkpoint(
 
     Raises:
         ValueError: other parts than were saved, or another model or optimizer (all differences are
-            listed; nothing is loaded then).
+            listed; nothing is loaded then). A checkpoint that cannot be read, as a file of it is
+            damaged or missing: model and optimizer may then be loaded in part.
     """
     latest = Path(folder) / LATEST
     if not latest.exists():
@@ -188,28 +189,63 @@ def load_checkpoint(
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    path, processes = latest.parent / latest.read_text().strip(), _Processes.of(scheduler)
+    path, processes = _latest(latest), _Processes.of(scheduler)
     inner, own = _innermost(optimizer), str(processes.rank)
     models, optimizers = get_state_dict(model, inner)
     state: State = {"model": models, "optimizer": optimizers, "run": b""}
-    keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    with _reading(path):
+        keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     _check_fits(path, keys, state)
     saved = {key.split(".")[1] for key in keys if key.startswith("random.")}
     if len(saved) == processes.size and own in saved:
         state["random"] = {own: {name: value for name, value in _random_states().items()
                                  if f"random.{own}.{name}" in keys}}
-    with _quiet():
+    with _quiet(), _reading(path):
         dcp.load(state, checkpoint_id=path, process_group=processes.group,
                  no_dist=processes.size == 1)
+        run = torch.load(io.BytesIO(state["run"]), weights_only=True)
     set_state_dict(model, inner, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"])
-    run = torch.load(io.BytesIO(state["run"]), weights_only=True)
     random = state["random"][own] if "random" in state else {"cpu": torch.get_rng_state()}
     load_state_dict({"version": 1, "parts": run, "random": {"cpu": random["cpu"], "cuda": []}},
                     loader=loader, scheduler=scheduler, **parts)
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"])
     return scheduler.step_count
+
+
+def _latest(latest: Path) -> Path:
+    """The checkpoint that the file names; ValueError: none that there is."""
+    name = latest.read_text(errors="replace").strip()
+    if name not in _checkpoints(latest.parent):
+        raise ValueError(f"{latest} must hold the name of a checkpoint beside it, got {name!r}: "
+                         f"write one of {_checkpoints(latest.parent)} into it, or delete it to "
+                         "begin without a checkpoint")
+    return latest.parent / name
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """The names of the whole checkpoints, oldest first."""
+    return sorted(each.name for each in folder.glob("step-*") if each.is_dir() and not each.suffix)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong in reading as one ValueError: torch raises whatever a damaged file leads to,
+    or a BaseException."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+        cause = next((failure for failure, _ in failures), error)
+        others = [name for name in _checkpoints(path.parent) if name != path.name]
+        fix = f"write the name of another one, such as {others[-1]}, into" if others else "delete"
+        raise ValueError(
+            f"the checkpoint {path} cannot be read: a file of it is damaged or missing "
+            f"({type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}). "
+            f"Build all parts again, and {fix} {path.parent / LATEST}") from cause
 
 
 def _check_fits(path: Path, saved: Mapping[str, object], state: State) -> None:
@@ -288,8 +324,8 @@ def _commit(folder: Path, part: Path, path: Path, keep: int) -> None:
     _sync(named)
     named.replace(folder / LATEST)
     _sync(folder)
-    steps = sorted(each for each in folder.glob("step-*") if each.is_dir())
-    older = [each for each in steps if each.name < path.name]
+    older = sorted(each for each in folder.glob("step-*")
+                   if each.is_dir() and each.name < path.name)
     for each in older[: max(0, len(older) - keep + 1)]:
         shutil.rmtree(each, ignore_errors=True)
 

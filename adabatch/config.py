@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from adabatch._checks import takes
 from adabatch._types import LossFn
 from adabatch.check.report import CheckReport
 
@@ -57,6 +58,7 @@ integer >= 0, got -1
     hysteresis: float = 0.0
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         problems = _not_positive(
             minimum=self.minimum, maximum=self.maximum, multiple_of=self.multiple_of)
         if not problems and self.minimum > self.maximum:
@@ -125,6 +127,9 @@ class Coupling:
         if not named and (isinstance(self.rule, (str, type)) or not callable(self.rule)):
             problems.append(f"rule must be one of {RULES} or a callable (batch_size, "
                             f"base_batch_size, noise_scale) -> factor, got {self.rule!r}")
+        elif not named and not takes(self.rule, 32, 16, 0.0):  # type: ignore[arg-type]
+            problems.append("rule must take three arguments, (batch_size, base_batch_size, "
+                            f"noise_scale) -> factor, got {self.rule!r}")
         if self.base_batch_size is not None:
             problems += _not_positive(" or None", base_batch_size=self.base_batch_size)
         problems += _choice("on_limit", self.on_limit, ON_LIMIT)
@@ -348,5 +353,10 @@ def _refuse(options: object, problems: list[str]) -> None:
     """Raise a ValueError that lists the problems; without any, numbers become plain ones."""
     if problems:
         raise ValueError(f"{type(options).__name__}: " + "; ".join(problems))
+    _make_plain(options)
+
+
+def _make_plain(options: object) -> None:
+    """Turn NumPy numbers into Python's, before anything overflows in them."""
     for name, value in vars(options).items():
         object.__setattr__(options, name, plain(value))

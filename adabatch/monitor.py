@@ -183,9 +183,8 @@ class Monitor:
         self.remove()
 
     def __repr__(self) -> str:
-        plan = self._plan.measurement
-        samples = "all samples" if plan.samples is None else f"{plan.samples} samples"
-        return f"Monitor(step {self.step_count}, {samples} at one step in {plan.every})"
+        measured = self._plan.measurement if self._hooks.attached else "removed"
+        return f"Monitor(step {self.step_count}, {measured})"
 
     def _parts(self) -> dict[str, Part]:
         # The plan before the hooks, whose number of samples it sets.

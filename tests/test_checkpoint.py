@@ -221,3 +221,46 @@ def test_a_stream_that_cannot_go_back_says_so():
         adabatch.state_dict(**parts)  # between steps: no warning
     with pytest.warns(UserWarning, match=r"cannot go back.*Save after scheduler\.step"):
         adabatch.state_dict(**parts)
+
+
+DAMAGE = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "garbage": lambda file: file.write_bytes(b"\xf4\x80garbage" * 100),
+    "empty": lambda file: file.write_bytes(b""),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_damaged_file_is_explained_and_the_one_before_loads(name, damage, tmp_path):
+    parts = make()
+    train(parts, 2)
+    older = adabatch.save_checkpoint(tmp_path, **parts)
+    train(parts, 4)
+    damage(adabatch.save_checkpoint(tmp_path, **parts) / name)
+    with pytest.raises(ValueError, match=r"step-000000004 cannot be read: a file of it is damaged "
+                                         r".*such as step-000000002, into .*latest"):
+        adabatch.load_checkpoint(tmp_path, **make())
+    (tmp_path / "latest").write_text(older.name)
+    assert adabatch.load_checkpoint(tmp_path, **make()) == 2
+
+
+@pytest.mark.parametrize("text", [b"", b"step-00", b"\xf4\x80"])
+def test_a_damaged_name_is_explained(text, tmp_path):
+    parts = make()
+    train(parts, 2)
+    adabatch.save_checkpoint(tmp_path, **parts)
+    (tmp_path / "latest").write_bytes(text)
+    with pytest.raises(ValueError, match=r"write one of \['step-000000002'\] into it"):
+        adabatch.load_checkpoint(tmp_path, **make())
+    (tmp_path / "latest").unlink()
+    assert adabatch.load_checkpoint(tmp_path, **make()) is None
+
+
+def test_without_an_older_checkpoint_the_name_is_deleted(tmp_path):
+    parts = make()
+    train(parts, 2)
+    (adabatch.save_checkpoint(tmp_path, **parts) / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"cannot be read.*and delete .*latest"):
+        adabatch.load_checkpoint(tmp_path, **make())

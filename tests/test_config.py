@@ -120,6 +120,7 @@ def test_numpy_numbers_are_numbers(whole):
     assert sizes == BatchSizes(4, 64, cooldown=2, hysteresis=0.25)
     assert {type(sizes.minimum), type(sizes.maximum), type(sizes.cooldown)} == {int}
     assert type(sizes.hysteresis) is float
+    assert BatchSizes(whole(100), whole(120), multiple_of=whole(50)).lowest == 100
     assert Every(whole(3), samples=whole(8)) == Every(3, samples=8)
     assert Coupling("sqrt", base_batch_size=whole(16)) == Coupling("sqrt", base_batch_size=16)
     assert MicroBatches.of(whole(8)) == MicroBatches(8)

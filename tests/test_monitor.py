@@ -1,6 +1,7 @@
 """monitor: reads the variance of any loop and changes nothing."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -73,7 +74,10 @@ def test_every_third_step_and_without_a_loss():
     assert set(history.column("n_measured").tolist()) == {0, 4}
     assert math.isnan(watched.latest.loss)
     assert (watched.measurement_plan.every, watched.measurement_plan.samples) == (3, 4)
-    assert repr(watched) == "Monitor(step 9, 4 samples at one step in 3)"
+    assert re.fullmatch(r"Monitor\(step 9, 4 samples at one step in 3, [\d.]+% of the time\)",
+                        repr(watched))
+    watched.remove()
+    assert repr(watched) == "Monitor(step 9, removed)"
 
 
 def test_accumulated_passes_make_one_record():

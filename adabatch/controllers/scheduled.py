@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import FunctionType
 
-from adabatch._checks import choice, integer
+from adabatch._checks import choice, integer, returned
 from adabatch.controllers.base import Controller
 from adabatch.estimators.moments import GradientMoments
 from adabatch.schedules import BSScheduler, RampBS, VirtualBatchSize, stepwise_ramp
+from adabatch.schedules.base import described
 
 UNITS = ("step", "epoch", "samples")
 
@@ -46,7 +46,6 @@ class Scheduled(Controller):
                  every: int | None = None):
         self.unit = choice("unit", unit, UNITS)
         self.schedule = _checked(schedule)
-        self._text = schedule if isinstance(schedule, str) else None
         self.every = _checked_every(self.schedule, unit, every)
         self.counts = dict.fromkeys(UNITS, 0)
         self.steps_taken = self.latest = 0
@@ -75,7 +74,8 @@ class Scheduled(Controller):
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         count = self.counts[self.unit]
         if not isinstance(self.schedule, BSScheduler):
-            return float(self.schedule(count // self.every))
+            return returned("the schedule", self.schedule(count // self.every),
+                            "the batch size, a number")
         if math.isfinite(loss):
             self.loss_sum += loss * self.latest
             self.loss_samples += self.latest
@@ -94,10 +94,7 @@ class Scheduled(Controller):
         self.loss_sum, self.loss_samples = 0.0, 0
 
     def __repr__(self) -> str:
-        schedule = self.schedule
-        named = schedule if isinstance(schedule, (type, FunctionType)) else type(schedule)
-        shown = named.__name__ if self._text is None else repr(self._text)
-        return f"Scheduled({shown}, unit={self.unit!r}, every={self.every})"
+        return f"Scheduled({described(self.schedule)}, unit={self.unit!r}, every={self.every})"
 
 
 def _checked(schedule: object) -> BSScheduler | Callable[[int], float]:

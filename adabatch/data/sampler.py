@@ -407,8 +407,8 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         left = self.samples_left
         if left is None:
             raise TypeError(
-                f"The length is unknown: the sampler ({type(self.sampler).__name__}) has no "
-                "__len__. Give it one, or count the batches as they come.")
+                "the number of batches is unknown, as the data set or sampler has no __len__: give "
+                "it one, or count the batches as they come")
         return self.shard.sizes_to_come(self.batch_size, left, self.drop_last)
 
     def upcoming(self, requested: int) -> int:

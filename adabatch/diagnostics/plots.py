@@ -28,7 +28,7 @@ _COLOURS = {
     "trace": "#1d7a5f", "centre": "#0b3f31", "scale": "#a8741a", "dropped": "#c01f3a",
     "quiet": "#8a93a0",
 }
-_MISSING = "Drawing needs matplotlib, which is not installed: pip install 'adabatch[examples]'."
+_MISSING = "Drawing needs matplotlib, which is not installed: pip install matplotlib."
 # Columns at most: a signal takes more steps than a share to rise out of the noise.
 SPANS, SNR_SPANS = 120, 30
 MAX_LABELS = 60

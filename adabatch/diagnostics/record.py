@@ -41,7 +41,8 @@ class Record:
         proposed_batch_size: the controller's proposal, neither rounded nor bounded;
             proposed_low, proposed_high: its interval.
         next_batch_size: the size from the next batch on; None where nothing sets it.
-        lr: the base effective learning rate that the controller was passed.
+        lr: the lr that the controller was passed, without the factors of a coupling; where the
+            rule needs the step per unit of gradient, with momentum's 1/(1 − momentum).
         loss: mean loss of the batch; loss_ema, loss_std_error.
         f_star: the controller's floor of the loss; f_star_std_error: 0 for a given one.
         n_measured: s, the samples that variance_trace is from; 0 if nothing was measured.
@@ -106,8 +107,9 @@ class Record:
     dropped: str
 
     def __repr__(self) -> str:
-        moments = [f"{label} {shown(self, name)}" for label, name in
-                   (("loss", "loss_ema"), ("variance trace", "variance_trace_ema"))]
+        named = (("loss", "loss_ema"), ("variance trace", "variance_trace_ema"))
+        moments = [f"{label} {shown(self, name)}" for label, name in named
+                   if not math.isnan(getattr(self, name))]
         step = f"step {self.step}, {self.samples_seen:,} samples"
         return f"Record({', '.join([step, _size(self), *moments, *_scale(self)])})"
 
@@ -284,7 +286,7 @@ def has_error(record: Record, name: str) -> bool:
         return bool(found) and 0 < found[0] < math.inf
     value = field_value(record, name)
     known = isinstance(value, float) and not math.isnan(value)
-    return known and (found[0] > 0 or found[1] < math.inf)
+    return known and 0 <= found[0] < math.inf and (found[0] > 0 or found[1] < math.inf)
 
 
 def shown(record: Record, name: str) -> str:

@@ -18,7 +18,9 @@ _NOW = {
     "true gradient norm²": "true_grad_sq_norm_ema", "tr(PΣ)": "preconditioned_trace_ema",
     "f_star": "f_star", "noise scale": "noise_scale_ema", "proposed size": "proposed_batch_size",
 }
-_BY_STEP = {"batch size": "batch_size", "proposed size": "proposed_batch_size", "lr, base": "lr"}
+_BY_STEP = {
+    "batch size": "batch_size", "proposed size": "proposed_batch_size", "lr, effective": "lr",
+}
 _BY_SAMPLES = {
     "loss": "loss", "loss, smoothed": "loss_ema", "variance trace": "variance_trace",
     "gradient norm²": "grad_sq_norm", "true gradient norm²": "true_grad_sq_norm",
@@ -29,10 +31,10 @@ def summary(history: Diagnostics) -> str:
     """Counts of the run, the latest averages with their errors, and a table over the records.
 
     The table has the first, last, smallest, mean and largest value of the main columns over the
-    records in memory; values that are not finite are left out, and so are proposals and learning
-    rates where there are none. Means of sizes and lr are over steps, those of the loss and the
-    moments over samples; the mean noise scale is Σ m T̂ / Σ m Ĝ² and the mean speed samples over
-    seconds: ratios of sums, not averages of ratios.
+    records in memory; values that are not finite are left out, and so are rows of nothing else.
+    The lr is `Record.lr`, with momentum's factor where the controller needs it. Means of sizes and
+    lr are over steps, those of the loss and the moments over samples; the mean noise scale is
+    Σ m T̂ / Σ m Ĝ² and the mean speed samples over seconds: ratios of sums, not averages of ratios.
 
     Example:
         >>> from adabatch.diagnostics import Diagnostics
@@ -74,8 +76,7 @@ def table(history: Diagnostics) -> list[tuple[str, ...]]:
     """The cells of the table, with a heading row."""
     sizes = history.column("batch_size").astype(float)
     by_step = {label: history.column(name) for label, name in _BY_STEP.items()}
-    rows = [_row(label, values, np.ones_like(sizes)) for label, values in by_step.items()
-            if label == "batch size" or np.isfinite(values).any()]
+    rows = [_row(label, values, np.ones_like(sizes)) for label, values in by_step.items()]
     rows += [_row(label, history.column(name), sizes) for label, name in _BY_SAMPLES.items()]
     trace = _mean(history.column("variance_trace"), sizes)
     signal = _mean(history.column("true_grad_sq_norm"), sizes)
@@ -85,7 +86,7 @@ def table(history: Diagnostics) -> list[tuple[str, ...]]:
     timed = np.isfinite(speed)
     mean = sizes[timed].sum() / seconds[timed].sum() if timed.any() else math.nan
     rows.append(_row("samples per second", speed, sizes, mean))
-    return [("", "first", "last", "min", "mean", "max"), *rows]
+    return [("", "first", "last", "min", "mean", "max"), *filter(None, rows)]
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> float:
@@ -98,7 +99,7 @@ def _row(
 ) -> tuple[str, ...]:
     finite = values[np.isfinite(values)]
     if not finite.size:
-        return (label, *["-"] * 5)
+        return ()
     mean = _mean(values, weights) if mean is None else mean
     cells = (finite[0], finite[-1], finite.min(), mean, finite.max())
     return (label, *(number(float(value)) for value in cells))

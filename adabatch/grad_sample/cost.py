@@ -84,14 +84,23 @@ class LayerCost:
         return self.fused is not None and samples * self.fused < measured * self.passthrough
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measurement:
     """`samples` of each measured backward pass (None: all) are measured, at one step in `every`,
-    for an expected `share` of the training time."""
+    for an expected `share` of the training time (NaN: not known yet)."""
 
     samples: int | None
     every: int
     share: float = math.nan
+
+    def __str__(self) -> str:
+        samples = "all samples" if self.samples is None else f"{self.samples} samples"
+        steps = "at every step" if self.every == 1 else f"at one step in {self.every}"
+        known = "" if math.isnan(self.share) else f", {self.share:.1%} of the time"
+        return f"{samples} {steps}{known}"
+
+    def __repr__(self) -> str:
+        return f"Measurement({self})"
 
 
 def elementwise_cost(
@@ -208,7 +217,7 @@ def within_budget(cost: StepCost, samples: int, overhead: float) -> Measurement:
     Example:
         >>> cost = StepCost((LayerCost(training=1e9, passthrough=2e8),), numel=0)
         >>> within_budget(cost, 1000, 0.05)  # doctest: +ELLIPSIS
-        Measurement(samples=None, every=6, share=0.043...)
+        Measurement(all samples at one step in 6, 4.3% of the time)
         >>> within_budget(cost, 1000, 0.005).samples
         333
     """

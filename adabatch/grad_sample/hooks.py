@@ -197,7 +197,7 @@ class GradSampleHooks(Estimator):
         self._placer.attach(unwrap(model), self)
         self._identity = ParameterIdentity(unwrap(model), plan.parameters)
         self._placer.check_all = self._identity.check
-        self._attached = True
+        self.attached = True
 
     def _check_not_compiled(self, model: nn.Module) -> None:
         measured = {id(parameter) for parameter in self.parameters.values()}
@@ -253,7 +253,7 @@ class GradSampleHooks(Estimator):
 
     def _on_reports_complete(self) -> None:
         task = running_backward()
-        if not self._attached or task == self._finished_task:
+        if not self.attached or task == self._finished_task:
             return
         placer = self._placer
         recomputing, placer.recomputing_task = placer.recomputing_task, -1
@@ -495,7 +495,7 @@ class GradSampleHooks(Estimator):
         """Take all hooks off the model; nothing else was put on it."""
         self._placer.remove()
         self._probes.clear()
-        self._attached = False
+        self.attached = False
 
     def state_dict(self) -> State:
         """The state of the row draws, and what is known of the layers' inputs: a resumed run
@@ -515,5 +515,6 @@ class GradSampleHooks(Estimator):
         layers = sum(site.sampler is not None for site in self.sites)
         measured = "all samples" if self.samples is None else f"{self.samples} samples of a batch"
         extra = f" with {', '.join(sorted(self.statistics))}" if self.statistics else ""
+        state = "" if self.enabled else ", paused"
         return (f"GradSampleHooks({len(self.parameters)} parameters in {layers} layers, "
-                f"{measured}{extra}{'' if self.enabled else ', paused'})")
+                f"{measured}{extra}{state if self.attached else ', removed'})")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from adabatch._checks import returned
 from adabatch._types import Argument
 from adabatch.config import BatchSizes, Every
 from adabatch.estimators.averages import MovingAverage
@@ -214,18 +215,9 @@ def call_controller(
         controller.on_optimizer_step(seen.base_lr)
     if moments is None and controller.needs_moments:
         return math.nan
-    return as_number(controller, controller.propose(moments, loss=loss, lr=lr))
-
-
-def as_number(controller: Controller, proposal: Any) -> float:
-    """A proposal as a float; TypeError: a text, None or whatever else is no number."""
-    try:
-        if not isinstance(proposal, (str, bytes)):
-            return float(proposal)
-    except (TypeError, ValueError):
-        pass
-    raise TypeError(f"propose() of {name_of(controller)} must return the batch size as a "
-                    f"number, NaN to keep the present one, got {proposal!r}")
+    return returned(f"propose() of {name_of(controller)}",
+                    controller.propose(moments, loss=loss, lr=lr),
+                    "the batch size as a number, NaN to keep the present one")
 
 
 class PlainController(Controller):
@@ -243,7 +235,8 @@ class PlainController(Controller):
         return frozenset(value) if name == "requires" else value
 
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
-        return float(self.given.propose(moments, loss=loss, lr=lr))
+        proposal: float = self.given.propose(moments, loss=loss, lr=lr)
+        return proposal
 
 
 def as_controller(given: Argument) -> Controller:
@@ -328,7 +321,7 @@ class Budget:
         >>> import torch, adabatch
         >>> estimator = adabatch.GradSampleHooks(torch.nn.Linear(4, 1))
         >>> Budget(estimator, 0.05).measurement
-        Measurement(samples=None, every=1, share=nan)
+        Measurement(all samples at every step)
     """
 
     def __init__(self, estimator: Estimator, share: float):

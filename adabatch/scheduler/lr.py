@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adabatch._checks import returned
 from adabatch.config import Coupling
 from adabatch.scheduler.coupling import coupling_for, smoothing_of
 from adabatch.diagnostics.record import noise_scale
@@ -112,7 +113,8 @@ class MeanEffectiveLr:
 
     def read(self) -> list[float]:
         """The effective lr of each group at this moment."""
-        return [self._of_group(group) for group in self._optimizer.param_groups]
+        return [returned("effective_lr", self._of_group(group), "the lr of a group, a number")
+                for group in self._optimizer.param_groups]
 
     def __call__(
         self, traces: Mapping[int, float], lrs: Sequence[float] | None = None
@@ -391,7 +393,8 @@ class LrAdjuster:
         requested, delivered = self._requested_and_delivered()
         batch, base = self.loader.n_batches, self.base_batch_size
         self.stepped_at = batch
-        factor = self._coupling(requested, base, self._noise_scale.for_batch(batch))
+        factor = returned("coupling", self._coupling(
+            requested, base, self._noise_scale.for_batch(batch)), "the factor on the lr, a number")
         if not 0 <= factor < math.inf:
             raise ValueError(
                 f"the coupling gave the factor {factor!r} for a batch of {requested} and a base of "

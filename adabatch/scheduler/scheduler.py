@@ -164,6 +164,7 @@ class BatchSizeScheduler:
                               summed=summed, controller=chosen)
         self._size = CurrentBatchSize(loader, accumulate, first, rule.cooldown)
         self._norm_check, self._warned_of_loss = GradientNormCheck(), False
+        self._has_proposed = self._removed = False
         self._guard = LoopGuard(loader, optimizer, self._lr.lr, self.diagnostics, accumulate,
                                 grad_scaler)
         self._untracked = UntrackedParameters(optimizer, parameters)
@@ -284,6 +285,7 @@ class BatchSizeScheduler:
 
     def remove(self) -> None:
         """Take all hooks off the optimizer and the model."""
+        self._removed = True
         self._lr.remove()
         if self._detector is not None:
             self._detector.remove()
@@ -315,7 +317,8 @@ class BatchSizeScheduler:
         latest = self.diagnostics.latest if len(self.diagnostics) else None
         if latest is not None and latest.batch_size != self._size.size:
             size = f"{latest.batch_size} → {size}"
-        rows = [("BatchSizeScheduler", name_of(self._controller)),
+        removed = ", removed" if self._removed else ""
+        rows = [("BatchSizeScheduler", name_of(self._controller) + removed),
                 ("batch", f"{size} in [{lowest}, {highest}]"), ("step", f"{self.step_count}")]
         if latest is not None and not math.isnan(latest.noise_scale_ema):
             rows.append(("noise scale", shown(latest, "noise_scale_ema")))
@@ -399,10 +402,14 @@ class BatchSizeScheduler:
         self._lr.on_controller_advanced()
         low, high = NO_INTERVAL
         if not math.isnan(proposal):
+            self._has_proposed = True
             low, high = self._controller.interval()
             self._lr.on_proposal(proposal, self._size.update(proposal, self.size_rule))
         else:
-            dropped = dropped if usable is None else "the controller's proposal is NaN"
+            # Before the first proposal the rule does not know enough yet, as under Adam, whose
+            # first backward pass comes before its state: that measurement is used.
+            if usable is not None and self._has_proposed:
+                dropped = "the controller's proposal is NaN"
             self._size.update(proposal, self.size_rule)
         if self.estimator.needs_another_size and self._size.size == seen.batch_size:
             self._size.write(self.size_rule.other_size(self._size.size))

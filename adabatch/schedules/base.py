@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sized
+from types import FunctionType
 from typing import TypedDict, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from adabatch.schedules.managers import (
 STATE_VERSION = 1
 UNBOUNDED = sys.maxsize  # the upper bound over a data set of unknown length
 N = TypeVar("N", int, float)
+_NOT_SHOWN = {"dataloader", "batch_size_manager", "max_batch_size", "min_batch_size", "verbose"}
 
 
 class Bounds(TypedDict, total=False):
@@ -57,6 +59,16 @@ def is_plain(value: object) -> bool:
 def callable_state(call: Callable | None) -> State:
     """The plain attributes of a callable object; none for a function (closures cannot be saved)."""
     return {key: x for key, x in getattr(call, "__dict__", {}).items() if is_plain(x)}
+
+
+def described(call: object) -> str:
+    """A callable for a person: the name of a function or class, the repr of another object.
+
+    Example:
+        >>> described(rounded), described(lambda epoch: 2)
+        ('rounded', '<lambda>')
+    """
+    return call.__name__ if isinstance(call, (type, FunctionType)) else repr(call)
 
 
 class BSScheduler:
@@ -178,6 +190,21 @@ class BSScheduler:
             if self.verbose:
                 print(f"Adjusting batch size to {new_bs}.")
         self._last_bs = new_bs
+
+    def __repr__(self) -> str:
+        kind, has = type(self), vars(self)
+        names = [name for name in inspect.signature(kind).parameters
+                 if name in has and name not in _NOT_SHOWN]
+        given = [f"{name}={self._shown(name)}" for name in names]
+        size = f"batch {self.batch_size}"
+        if self.max_batch_size != UNBOUNDED:
+            size += f" in [{self.min_batch_size}, {self.max_batch_size}]"
+        state = [size, f"step {self.last_epoch}", *(["finished"] if self.finished else [])]
+        return f"{kind.__name__}({', '.join(given + state)})"
+
+    def _shown(self, name: str) -> str:
+        """An argument of the constructor, for the repr."""
+        return described(vars(self)[name])
 
     def state_dict(self) -> State:
         """Counters, hyperparameters and sizes: every attribute of plain type not in ``unsaved``,

@@ -16,7 +16,7 @@ from typing import SupportsFloat
 
 from typing_extensions import Unpack
 
-from adabatch._checks import choice, function, integer, integers, positive, real
+from adabatch._checks import choice, function, integer, integers, positive, real, returned
 from adabatch.schedules.base import Bounds, BSScheduler, clipped, rounded
 from adabatch.schedules.managers import Loader
 
@@ -43,7 +43,8 @@ class LambdaBS(BSScheduler):
         super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
-        return rounded(self.batch_size_manager.base_batch_size * self.bs_lambda(self.last_epoch))
+        factor = returned("bs_lambda", self.bs_lambda(self.last_epoch))
+        return rounded(self.batch_size_manager.base_batch_size * factor)
 
 
 class MultiplicativeBS(BSScheduler):
@@ -65,7 +66,7 @@ class MultiplicativeBS(BSScheduler):
         super().__init__(dataloader, **bounds)
 
     def get_new_bs(self) -> int:
-        return rounded(self.batch_size * self.bs_lambda(self.last_epoch))
+        return rounded(self.batch_size * returned("bs_lambda", self.bs_lambda(self.last_epoch)))
 
 
 class StepBS(BSScheduler):
@@ -105,6 +106,10 @@ class MultiStepBS(BSScheduler):
         self.milestones = dict(Counter(integers("milestones", milestones, at_least=1)))
         self.gamma = positive("gamma", gamma)
         super().__init__(dataloader, **bounds)
+
+    def _shown(self, name: str) -> str:
+        counts = Counter(self.milestones)
+        return repr(sorted(counts.elements())) if name == "milestones" else super()._shown(name)
 
     @property
     def finished(self) -> bool:

@@ -64,6 +64,12 @@ class LinearLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
         self._begun = True
 
+    def __repr__(self) -> str:
+        lrs = ", ".join(f"{float(group['lr']):.4g}" for group in self.optimizer.param_groups)
+        budget = f"budget_samples={self.budget_samples}, lr {lrs}, {self.samples_seen:,} samples"
+        steps = f"T={self.T}, lr {lrs}, step {self.last_epoch}"
+        return f"LinearLR({budget if self.T is None else steps})"
+
     def get_lr(self) -> list[float | Tensor]:
         """The lr of each group at the present position, the mean over the batch to come where its
         size is known."""
@@ -134,6 +140,11 @@ class SampleClock:
     @property
     def optimizer(self) -> Optimizer:
         return self.scheduler.optimizer
+
+    def __repr__(self) -> str:
+        return (f"SampleClock({type(self.scheduler).__name__}, samples_per_step="
+                f"{self.samples_per_step}, {self.samples_seen:,} samples, "
+                f"{self.steps_taken:,} steps)")
 
     def step(self, samples: int, **kwargs: Argument) -> None:
         """Count the samples of the batch just stepped, and take the steps that have come due, each

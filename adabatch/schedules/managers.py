@@ -42,6 +42,9 @@ class BatchSizeManager:
     def base_batch_size(self, size: int) -> None:
         self._base = size
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.get_current_batch_size()})"
+
     def get_current_batch_size(self) -> int:
         """The batch size in use, in samples."""
         raise NotImplementedError

@@ -73,8 +73,21 @@ def stepwise_ramp(text: str) -> Ramp:
         >>> ramp(249_999_999_999), ramp(250_000_000_000)
         (768, 1536)
     """
-    starts, sizes = zip(*parse_ramp(text), strict=True)
-    return lambda seen: sizes[bisect_right(starts, seen) - 1]
+    return _Steps(text)
+
+
+class _Steps:
+    """The function that a ramp's string stands for, which is its repr."""
+
+    def __init__(self, text: str):
+        self._text = text
+        self._starts, self._sizes = zip(*parse_ramp(text), strict=True)
+
+    def __call__(self, seen: int) -> int:
+        return self._sizes[bisect_right(self._starts, seen) - 1]
+
+    def __repr__(self) -> str:
+        return repr(self._text)
 
 
 def increment_ramp(start: int, increment: int, samples: int, final: int) -> Ramp:

@@ -213,6 +213,7 @@ class OneCycleBS(_BaseBelowMaximum):
             error = ValueError if valid else TypeError
             raise error("decay_percentage must be a float between 0 and 1, "
                         f"got {decay_percentage!r}")
+        self.total_steps, self.decay_percentage = total_steps, decay_percentage
         self.end_step_1 = round(total_steps * decay_percentage)
         self.end_step_2 = total_steps - self.end_step_1
         if self.end_step_1 < 1 or self.end_step_2 < 1:

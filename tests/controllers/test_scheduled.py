@@ -300,5 +300,16 @@ def test_the_state_of_another_controller_is_refused():
         Scheduled("0:16").load_state_dict({"version": 1, "controller": "Scheduled"})
 
 
-def test_the_repr_shows_the_ramp():
+@pytest.mark.parametrize("size", [None, "16"])
+def test_a_function_must_return_a_number(size):
+    with pytest.raises(TypeError, match="the schedule must return the batch size, a number, got"):
+        Scheduled(lambda count: size).propose(None, loss=1.0, lr=0.1)
+
+
+def test_the_repr_shows_the_schedule():
+    start = schedules.VirtualBatchSize(8)
+    shown = repr(Scheduled(schedules.StepBS(None, 3, batch_size_manager=start), unit="epoch"))
+    assert shown == ("Scheduled(StepBS(step_size=3, gamma=2.0, batch 8, step 0), unit='epoch', "
+                     "every=1)")
+    assert repr(Scheduled(max)) == f"Scheduled({max!r}, unit='step', every=1)"
     assert repr(Scheduled("0:64 1M:256")) == "Scheduled('0:64 1M:256', unit='step', every=1)"

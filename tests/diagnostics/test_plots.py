@@ -178,5 +178,5 @@ assert "matplotlib.pyplot" not in sys.modules
 def test_without_matplotlib(monkeypatch, tmp_path):
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.ticker"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"adabatch\[examples\]"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         Diagnostics().plot(tmp_path / "run.png")

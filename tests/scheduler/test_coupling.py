@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 
-from adabatch import GradientMoments
+from adabatch import Coupling, GradientMoments
 from adabatch.controllers import CABS
 from adabatch.estimators.null import NullEstimator
 from adabatch.scheduler.coupling import (
@@ -163,6 +164,37 @@ def test_what_cannot_be_coupled_is_refused_and_leaves_no_hook():
     run = slope_run(Proposals(40), coupling=lambda size, base, noise: math.nan)
     with pytest.raises(ValueError,
                        match="the coupling gave the factor nan for a batch of 16 and a base of 16"):
+        next(steps(*run))
+
+
+@pytest.mark.parametrize("given", [None, "2", [1.0], torch.ones(2)], ids=str)
+def test_a_rule_must_return_a_number(given):
+    run = slope_run(Proposals(40), coupling=lambda size, base, noise: given)
+    with pytest.raises(TypeError, match="coupling must return the factor on the lr, a number, got"):
+        next(steps(*run))
+
+
+@pytest.mark.parametrize("given", [2, torch.tensor(2.0), np.float32(2), True], ids=str)
+def test_what_is_a_number_is_taken_as_one(given):
+    run = slope_run(Proposals(40), coupling=lambda size, base, noise: given)
+    next(steps(*run))
+    assert run[3].last_lr_factor == float(given)
+    assert type(run[3].last_lr_factor) is float
+
+
+@pytest.mark.parametrize("rule", [lambda: 1.0, lambda size, base: 1.0, lambda *, size: 1.0],
+                         ids=["none", "two", "keyword"])
+def test_a_rule_must_take_three_arguments(rule):
+    with pytest.raises(ValueError, match=r"Coupling: rule must take three arguments"):
+        Coupling(rule)
+    assert Coupling(lambda *args: 1.0).rule(1, 1, 0.0) == 1.0
+    assert Coupling(AdaScaleGain()).rule(16, 16, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("given", [None, "0.1"])
+def test_an_effective_lr_must_be_a_number(given):
+    run = slope_run(CABS(effective_lr=lambda group: given))
+    with pytest.raises(TypeError, match="effective_lr must return the lr of a group, a number"):
         next(steps(*run))
 
 

@@ -125,6 +125,13 @@ def test_a_proposal_of_nan_is_dropped():
     assert run[3].diagnostics.dropped == {"the controller's proposal is NaN": 1}
 
 
+def test_before_the_first_proposal_nan_drops_nothing():
+    run = slope_run(Proposals(math.nan, math.nan, 30))
+    assert [rows for rows, _ in steps(*run, 4)] == [16, 16, 16, 30]
+    assert not run[3].diagnostics.dropped
+    assert run[3].diagnostics.column("measured").all()
+
+
 def test_a_step_without_a_backward_pass():
     model, _, loader, scheduler = slope_run(Proposals(16))
     with pytest.raises(RuntimeError, match=r"backward\(\) was not called"):

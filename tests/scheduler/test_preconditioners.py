@@ -167,6 +167,8 @@ def test_wrap_trains_with_any_of_them_and_measures_what_is_needed(make):
     assert np.isfinite(
         scheduler.diagnostics.column("proposed_batch_size")[1:]
     ).all()  # the first backward pass found no state
+    assert not scheduler.diagnostics.dropped
+    assert scheduler.diagnostics.column("measured").all()
     assert scheduler.diagnostics.latest.lr == optimizer.param_groups[0]["lr"]
 
 

@@ -123,6 +123,13 @@ def test_3_sizes_that_are_not_finite():
                 schedule.step()
 
 
+@pytest.mark.parametrize("kind", [schedules.LambdaBS, schedules.MultiplicativeBS])
+@pytest.mark.parametrize("factor", [None, "2"])
+def test_3_factors_that_are_no_numbers(kind, factor):
+    with pytest.raises(TypeError, match="bs_lambda must return a number, got"):
+        kind(DataLoader(range(100), 8), lambda epoch: factor)
+
+
 def test_4_an_empty_batch():
     bs_scheduler.StepBS(new_loader(), step_size=1, min_batch_size=0)
     with pytest.raises(ValueError, match="min_batch_size"):
