@@ -143,6 +143,13 @@ class RunContext:
     batch_size: Callable[[], int] | None = None  # the size in force, in samples of a step
 
 
+class Proposer(Protocol):
+    """What `wrap` takes for a controller: a Controller, or any object with this method."""
+
+    def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
+        """See Controller.propose."""
+
+
 class Controller(ABC):
     """Proposes the batch size of the next step: a float, unrounded and unbounded.
 

@@ -27,7 +27,7 @@ from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.grad_sample.statistics import PreconditionedTrace
-from adabatch.interfaces import Controller, Estimator, RunContext
+from adabatch.interfaces import Estimator, Proposer, RunContext
 from adabatch.micro_batches.optimizer import AccumulatingOptimizer, MicroBatching
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.decision import as_controller
@@ -51,7 +51,7 @@ def wrap(
     optimizer: Optimizer,
     loader: DataLoader[Batch] | AdaptiveDataLoader,
     *,
-    controller: Controller | None = None,
+    controller: Proposer | None = None,
     batch_sizes: BatchSizes | tuple[int, int] = BatchSizes(),  # noqa: B008
     coupling: Coupling | str | CouplingRule = "none",
     measure: Measure = "auto",
@@ -140,14 +140,14 @@ def wrap(
     }
     parallel = DistributedSetup.find(process_group, KINDS[type(how)], model)
     adaptive = _adaptive(loader, parallel, model, optimizer, settings)
-    controller = CABS() if controller is None and lr_rule.rule != "seesaw" else controller
-    if controller is not None:
-        controller = as_controller(controller)
-        controller.bind(RunContext(optimizer, max_grad_norm=micro_options.max_grad_norm))
-    needs: frozenset[str] = frozenset() if controller is None else controller.requires
+    given = CABS() if controller is None and lr_rule.rule != "seesaw" else controller
+    chosen = None if given is None else as_controller(given)
+    if chosen is not None:
+        chosen.bind(RunContext(optimizer, max_grad_norm=micro_options.max_grad_norm))
+    needs: frozenset[str] = frozenset() if chosen is None else chosen.requires
     micro = MicroBatching(
         adaptive, micro_options.size, accumulate, KINDS[type(how)], micro_options.loss_fn)
-    needed = needs_moments(controller, lr_rule.rule)
+    needed = needs_moments(chosen, lr_rule.rule)
     interval, share = plan_of(measured, how, needed)
     if interval is not None or share is not None:
         check_one_pass(optimizer)
@@ -156,7 +156,7 @@ def wrap(
     hooks: Estimator
     if interval is None and share is None:
         if needed and measure is None:
-            names, fixes = without_moments(controller, lr_rule.rule)
+            names, fixes = without_moments(chosen, lr_rule.rule)
             raise ValueError(f"{names} gradient moments, got measure=None: omit measure=, or use "
                              f"{fixes}")
         hooks = NullEstimator(accumulate, loss_reduction)
@@ -179,7 +179,7 @@ def wrap(
         if parallel is not None:
             parallel.agree_on_limit(adaptive)
         scheduler = BatchSizeScheduler(
-            optimizer, adaptive, hooks, controller, batch_sizes=sizes, coupling=lr_rule,
+            optimizer, adaptive, hooks, chosen, batch_sizes=sizes, coupling=lr_rule,
             measure=share if interval is None else Every(interval.k), grad_scaler=grad_scaler,
             diagnostics=diagnostics)
         scheduler.process_group = process_group

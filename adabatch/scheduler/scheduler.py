@@ -23,7 +23,7 @@ from adabatch.estimators.loss_scale import LossScale, StepScale
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import Measurement
 from adabatch.interfaces import (NO_INTERVAL, BatchSource, Controller, Estimator, NotMeasured,
-                                 RunContext, State)
+                                 Proposer, RunContext, State)
 from adabatch.scheduler.coupling import rule_of_optimizer, smoothing_of
 from adabatch.scheduler.decision import (CurrentBatchSize, PlainController, SizeRule, as_controller,
                                          call_controller, name_of, plan_for)
@@ -42,6 +42,7 @@ CHECKED_STEPS, CHECKED_EVERY = 10, 50
 # What a user's loader and estimator must have.
 SOURCE = ("batch_size", "drop_last", "num_samples", "position", "n_batches", "n_iterations",
           "recent", "runs_ahead", "micro_batches")
+REDUCED_BY_SUM = 2  # as the nodes of torch's loss functions save reduction="sum"
 ESTIMATOR = ("observe", "cost", "check_loss", "reset", "remove", "state_dict", "load_state_dict",
              "enabled", "loss_reduction", "accumulate", "parameters", "statistics", "samples",
              "shard", "on_backward_end")
@@ -111,7 +112,7 @@ class BatchSizeScheduler:
         optimizer: Optimizer,
         loader: BatchSource,
         estimator: Estimator | None = None,
-        controller: Any = None,
+        controller: Proposer | None = None,
         *,
         batch_sizes: BatchSizes | tuple[int, int] = BatchSizes(),  # noqa: B008
         coupling: Coupling | str | CouplingRule = "none",
@@ -362,6 +363,8 @@ class BatchSizeScheduler:
                 step < CHECKED_STEPS or step % CHECKED_EVERY == 0
             ):
                 estimator.check_loss(loss)
+                if not self._summed and loss_scale is None:
+                    check_mean(loss)
             self._untracked.warn(stacklevel=3)
         drawn = self.accumulate if pending is not None else self._guard.drawn
         self._guard.after_call(measured=pending is not None)
@@ -421,6 +424,25 @@ class BatchSizeScheduler:
             dropped=dropped, **self._controller.metrics(),
         )
         self._plan.judge(self._recorder.trace)
+
+
+def check_mean(loss: Tensor) -> None:
+    """Raise a ValueError for a loss that torch's own loss function summed over the batch.
+
+    Example:
+        >>> import torch
+        >>> outputs = torch.ones(4, requires_grad=True)
+        >>> check_mean(torch.nn.functional.mse_loss(outputs, torch.zeros(4), reduction="sum"))
+        Traceback (most recent call last):
+        ValueError: the loss is a sum over the batch (reduction='sum'), which makes the variance \
+wrong by the square of the batch size: use reduction='mean', or pass loss_reduction='sum' to \
+adabatch.wrap
+    """
+    if getattr(loss.grad_fn, "_saved_reduction", None) == REDUCED_BY_SUM:
+        raise ValueError(
+            "the loss is a sum over the batch (reduction='sum'), which makes the variance wrong by "
+            "the square of the batch size: use reduction='mean', or pass loss_reduction='sum' to "
+            "adabatch.wrap")
 
 
 def check_optimizer(optimizer: object) -> None:

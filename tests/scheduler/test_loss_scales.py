@@ -224,5 +224,32 @@ def test_a_summed_loss_is_refused_by_rules_that_need_an_effective_lr(controller)
     assert not model._forward_hooks
 
 
+SUMS = {
+    "mse": nn.functional.mse_loss, "smooth-l1": nn.functional.smooth_l1_loss,
+    "huber": nn.functional.huber_loss,
+    "bce": lambda outputs, targets, **options: nn.functional.binary_cross_entropy_with_logits(
+        outputs, targets.sigmoid(), **options),
+    "cross-entropy": lambda outputs, targets, **options: nn.functional.cross_entropy(
+        torch.cat([outputs, -outputs], 1), (targets[:, 0] > 0).long(), **options),
+}
+
+
+@pytest.mark.parametrize("loss_fn", SUMS.values(), ids=SUMS)
+def test_a_summed_loss_that_was_not_named_is_seen(loss_fn):
+    def first_step(reduction, after=lambda loss: loss, loss_reduction="mean", **options):
+        model, _, loader, scheduler = run(loss_reduction=loss_reduction)
+        inputs, targets = next(iter(loader))
+        loss = after(loss_fn(model(inputs), targets, reduction=reduction))
+        loss.backward()
+        scheduler.step(loss, **options)
+
+    with pytest.raises(ValueError, match=r"the loss is a sum over the batch .*pass loss_red"):
+        first_step("sum")
+    first_step("mean")
+    first_step("sum", loss_reduction="sum")
+    first_step("sum", after=lambda loss: loss / 8)
+    first_step("sum", loss_scale=8.0)
+
+
 def test_a_summed_loss_serves_other_rules():
     assert slope_run(Proposals(16), loss_reduction="sum")[3].get_last_batch_size() == 16
