@@ -193,7 +193,7 @@ class GradientSumCheck:
         limit = NEW_PATTERNS + self._passes // PASSES_PER_PATTERN
         new = [kind for kind, each in enumerate(patterns)
                if each not in self._patterns and self._new[kind] < limit]
-        if not (due or new) or _is_distributed():
+        if not (due or new) or is_distributed():
             return
         for kind in () if due else new:
             self._new[kind] += 1
@@ -360,7 +360,8 @@ def _has_hooks(parameter: Tensor) -> bool:
                    and hook.func.__module__.startswith("adabatch.") for hook in hooks)
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether several processes may share the gradients, whose sums are not compared then."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

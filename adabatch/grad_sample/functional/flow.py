@@ -9,6 +9,7 @@ Legend: N samples.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -272,6 +273,7 @@ class SampleFlow:
         return FLAT if output.shape[:1] == tensor.shape[:1] else UNKNOWN
 
 
+@functools.lru_cache(1024)
 def operation_name(function: object) -> str:
     """"add" of torch.add, Tensor.add_, +, += and aten.add; "" where it has no name."""
     name = getattr(function, "__name__", "").strip("_").partition(".")[0]

@@ -46,6 +46,14 @@ IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))
 RULE_OR_IGNORE = "Give the module a rule with register_grad_sampler, or pass ignore=[...]."
 
+# They give no tensor.
+ATTRIBUTES: frozenset[object] = frozenset((
+    *(vars(torch._C.TensorBase)[name].__get__
+      for name in ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "ndim")),
+    Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_floating_point,
+    Tensor.is_contiguous, Tensor.is_complex, Tensor.__len__))
+is_compiling = torch.compiler.is_compiling
+
 Tap = Callable[[TracedOp, list[Tensor], list[bool]], Sequence[Tensor]]
 
 
@@ -84,6 +92,11 @@ class ParameterTracer(TorchFunctionMode):
             above.append(mode)
         for mode in reversed(above):
             _push_mode(mode)
+
+    @property
+    def inside_layer(self) -> bool:
+        """Whether a measured layer runs."""
+        return bool(self._suspending)
 
     def enter_layer(
         self, name: str, layer: nn.Module, layout: Layout, has_rule: bool, args: Args,
@@ -209,7 +222,7 @@ class ParameterTracer(TorchFunctionMode):
     ) -> Leaf:
         kwargs = kwargs or {}
         # In this order, so that compiled submodules depend on nothing of ours.
-        if torch.compiler.is_compiling() or self._suspended or is_transformed():
+        if is_compiling() or self._suspended or function in ATTRIBUTES or is_transformed():
             return function(*args, **kwargs)
         if torch.is_grad_enabled() and _draws(function, args, kwargs):
             args, kwargs = self._spread(args, kwargs)

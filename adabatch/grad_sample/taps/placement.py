@@ -23,7 +23,7 @@ from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.finish import PACKED
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
-from adabatch.grad_sample.backward.verify import is_power_of_two
+from adabatch.grad_sample.backward.verify import is_distributed, is_power_of_two
 from adabatch.grad_sample.compat import compiles_frames, is_compiled, uncompiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
@@ -56,6 +56,8 @@ SINGLE_NUMBER = (
 )
 NOT_TRACED = (
     "these are only seen in eager mode and inside of the model's own forward, so call it there")
+# Of passes with other uses: more are not told apart, and all passes traced to their end.
+MOST_SEQUENCES = 16
 SHARED_TABLES = "position tables that are looked up once for all samples"
 
 # Names of this module: each look-up along torch's large modules reads memory that the step has
@@ -114,6 +116,9 @@ class ForwardHooks:
             input.
         called, traced: whether the model itself was called since the last backward pass, and
             whether the whole call was traced.
+
+    A pass whose sums are not compared is traced up to the last use of a traced parameter or of a
+    layer without samples, if its uses so far are those of passes that were traced to their end.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class ForwardHooks:
         self._tracing = True
         self._tracer: ParameterTracer | None = None
         self._call: FinallyCall | None = None
+        self._uses = KnownUses()
         self._n_samples: int | None = None
         self._before: dict[int, object] = {}
         self._handles: list[RemovableHandle] = []
@@ -207,13 +213,15 @@ class ForwardHooks:
         if self.traced or not (self.called and self._may_trace):
             return False
         self._must_trace = True
+        self._uses.forget()
         return True
 
     def end_pass(self, owner: object) -> None:
         """After a backward pass: trace the next forward pass where its sums will be compared."""
         self.called = self.traced = False
-        due = self._must_trace or self._check.is_due or self.not_followed
+        self._uses.whole = self._check.is_due or bool(self.not_followed)
         self.not_followed.clear()
+        due = self._must_trace or self._uses.whole
         if not self._tracing and self._may_trace and due:
             model = self._model()
             if model is not None:
@@ -262,7 +270,9 @@ class ForwardHooks:
         if self._tracing or self._needs_size:
             counted = self._counted_input(args, kwargs, tensors)
             self._n_samples = None if counted is None else counted[0].shape[counted[1]]
-            if self._tracing and counted is not None and not compiles_frames():
+            traces = self._tracing and counted is not None and not compiles_frames()
+            if traces and not self._uses.begin():
+                assert counted is not None
                 self._start_tracing(counted, tensors)
 
     def _counted_input(
@@ -320,7 +330,10 @@ class ForwardHooks:
             for handle in self._tracing_handles:
                 handle.remove()
             self._tracing_handles.clear()
-        self.traced |= self._tracer is not None and output is not None
+        if self._tracer is not None and output is not None:
+            self.traced = True
+            if not self.roles.open:
+                self._uses.end()
         self._stop_tracing()
 
     def _stop_tracing(self) -> None:
@@ -333,6 +346,7 @@ class ForwardHooks:
     ) -> Sequence[Tensor]:
         self._must_trace = True
         if running_backward() == -1:
+            self._uses.add(operation.name)
             self._count_call(self._sites[-1], outputs[0], False)
         for name in operation.parameters:
             for site in self._owners.get(name, ()):
@@ -343,8 +357,11 @@ class ForwardHooks:
     def _before_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
-        if (is_compiling() or self._tracer is None or site.traced
-                or layer is not site.layer_reference()):
+        if is_compiling() or self._tracer is None or layer is not site.layer_reference():
+            return None
+        if self._uses.were_last and not self.roles.open and not self._tracer.inside_layer:
+            self._stop_tracing()
+        if self._tracer is None or site.traced:
             return None
         has_rule = site.sampler is not None
         return self._tracer.enter_layer(site.name, layer, site.layout, has_rule, args, kwargs)
@@ -385,6 +402,8 @@ class ForwardHooks:
     ) -> object:
         measured = tracer.leave_layer()
         site.untapped, site.followed = not measured, True
+        if not measured:
+            self._uses.add(site.name)
         result = None
         try:
             if measured and self.enabled and can_measure():
@@ -531,6 +550,62 @@ class ForwardHooks:
         sampler = self._row_sampler
         rows = None if sampler.samples is None else sampler.rows(n_samples, device)
         return rows, n_samples if rows is None else rows.shape[0]
+
+
+class KnownUses:
+    """The uses that tracing has found, of one forward pass after the other: it may end after the
+    last one.
+
+    Attributes:
+        whole: the next pass is traced to its end.
+        were_last: no pass with the uses of this one so far had more.
+
+    Example:
+        >>> uses = KnownUses()
+        >>> for name in (None, "token", "scale"):
+        ...     at_once = uses.begin() if name is None else uses.add(name)
+        >>> uses.end()
+        >>> uses.whole = False
+        >>> uses.begin(), uses.were_last
+        (False, False)
+        >>> uses.add("token"), uses.add("scale")
+        (False, True)
+    """
+
+    def __init__(self) -> None:
+        self.whole, self.were_last = True, False
+        self._known: set[tuple[str, ...]] = set()
+        self._may_follow: list[tuple[str, ...]] = []
+        self._now: list[str] = []
+
+    def begin(self) -> bool:
+        """A forward pass begins; whether it has no uses."""
+        self._now = []
+        stops = not self.whole and len(self._known) <= MOST_SEQUENCES
+        self._may_follow = [*self._known] if stops and not is_distributed() else []
+        return self._look()
+
+    def add(self, name: str) -> bool:
+        """A use; whether it is the last one."""
+        index = len(self._now)
+        self._now.append(name)
+        self._may_follow = [each for each in self._may_follow if each[index : index + 1] == (name,)]
+        return self._look()
+
+    def _look(self) -> bool:
+        length = len(self._now)
+        self.were_last = bool(self._may_follow) and all(
+            len(each) == length for each in self._may_follow)
+        return self.were_last
+
+    def end(self) -> None:
+        """The pass was traced to its end."""
+        if len(self._known) <= MOST_SEQUENCES:
+            self._known.add(tuple(self._now))
+
+    def forget(self) -> None:
+        """A use was missed: trace to the end until they are known again."""
+        self._known.clear()
 
 
 def _single_number(output: object) -> bool:
