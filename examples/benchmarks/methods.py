@@ -8,12 +8,15 @@ measures nothing. The step is a whole one: zero_grad, forward, backward, measure
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from models import Batch, Workload
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 import adabatch
 from adabatch.grad_sample.cost import Measurement, within_budget
@@ -25,7 +28,9 @@ class Plain:
     """The step without any measurement."""
 
     title = "plain"
+    warm_up = 1  # steps before the timed ones
     first_trace: float | None = None
+    first_batch: Batch | None = None  # that of the first trace, if not the one given
 
     def __init__(self, work: Workload, model: nn.Module):
         self.work, self.model = work, model
@@ -112,7 +117,9 @@ class Vmap(Plain):
     def step(self, batch: Batch) -> float:
         from torch.func import functional_call, grad, vmap
 
-        parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        trained = {name: parameter for name, parameter in self.model.named_parameters()
+                   if parameter.requires_grad}
+        parameters = {name: parameter.detach() for name, parameter in trained.items()}
 
         def loss(parameters: dict[str, Tensor], sample: Tensor, target: Tensor) -> Tensor:
             outputs = functional_call(self.model, parameters, (sample.unsqueeze(0),))
@@ -120,7 +127,7 @@ class Vmap(Plain):
 
         grads = vmap(grad(loss), (None, 0, 0))(parameters, *batch)
         sq_norms, mean_sq_norm = 0.0, 0.0
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained.items():
             parameter.grad = grads[name].mean(0)
             sq_norms = sq_norms + torch.linalg.vector_norm(grads[name].flatten(1), dim=1).square()
             mean_sq_norm = mean_sq_norm + parameter.grad.square().sum()
@@ -254,7 +261,115 @@ def _trace(sq_norms: Tensor, grad_sq_norm: Tensor) -> float:
     return float(sq_norms.double().mean() - grad_sq_norm) / (1 - 1 / len(sq_norms))
 
 
+class Repeated(Dataset):
+    """Samples of one batch, over and over: 256 batches."""
+
+    def __init__(self, batch: Batch):
+        self.batch, self.samples = batch, len(batch[0])
+
+    def __len__(self) -> int:
+        return 256 * self.samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index % self.samples] for tensor in self.batch)
+
+
+def endless(loader: Any) -> Iterator[Batch]:
+    """The batches of one epoch after the other."""
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+class Loop(Plain):
+    """A training loop with torch's loader and optimizer; its steps take their batches from it."""
+
+    title = "plain loop"
+
+    def options(self, size: int) -> dict[str, Any] | None:
+        """Of wrap, for batches of `size`; None to leave it out."""
+        return None
+
+    def prepare(self) -> None:
+        _, batch = self.work.setting()
+        size = len(batch[0])
+        loader: Any = DataLoader(Repeated(batch), batch_size=size, shuffle=True)
+        self.scheduler = None
+        options = self.options(size)
+        if options is not None:
+            self.optimizer, loader, self.scheduler = adabatch.wrap(
+                self.model, self.optimizer, loader, batch_sizes=(size, size), **options)
+        self.batches = endless(loader)
+
+    def step(self, batch: Batch) -> float | None:
+        inputs, targets = batch = next(self.batches)
+        self.first_batch = self.first_batch or batch
+        self.optimizer.zero_grad()
+        loss = self.work.losses(self.model(inputs), targets).mean()
+        loss.backward()
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step(loss)
+        return self.trace()
+
+    def trace(self) -> float | None:
+        if self.scheduler is None or self.first_trace is not None:
+            return None
+        trace = self.scheduler.diagnostics.latest.variance_trace
+        return trace if math.isfinite(trace) else None
+
+    def cycle(self, batch: Batch, seconds: Callable[[Plain, Batch], float]) -> float:
+        """The mean over a block of steps, of whole intervals between measurements."""
+        every = 1 if self.scheduler is None else self.scheduler.measurement_plan.every
+        steps = every * math.ceil(self.work.block / every)
+        return sum(seconds(self, batch) for _ in range(steps)) / steps
+
+    def predicted(self, samples: int) -> float | None:
+        share = math.nan if self.scheduler is None else self.scheduler.measurement_plan.share
+        return share if math.isfinite(share) else None
+
+
+class LoopExact(Loop):
+    """All samples at every step."""
+
+    title = "loop, measure='all'"
+
+    def options(self, size: int) -> dict[str, Any]:
+        return {"measure": "all"}
+
+
+class LoopDefault(Loop):
+    """The default: within a twentieth of the time. Its plan is settled in the first steps."""
+
+    title = "loop, default"
+    warm_up = 24
+
+    def options(self, size: int) -> dict[str, Any]:
+        return {"measure": "auto"}
+
+
+class LoopScheduled(Loop):
+    """A schedule of batch sizes, which measures nothing."""
+
+    title = "loop, Scheduled"
+
+    def options(self, size: int) -> dict[str, Any]:
+        return {"controller": adabatch.controllers.Scheduled(f"0:{size}")}
+
+
+class LoopVmap(Vmap):
+    """The loop with torch.func's per-sample gradients."""
+
+    title = "loop, vmap"
+    prepare, options = Loop.prepare, Loop.options
+
+    def step(self, batch: Batch) -> float:
+        batch = next(self.batches)
+        self.first_batch = self.first_batch or batch
+        return super().step(batch)
+
+
 OURS: tuple[Callable[..., Plain], ...] = (Plain, Exact, Budget)
 PEERS: tuple[Callable[..., Plain], ...] = (
     Vmap, Opacus, OpacusGhost, OpacusExpandedWeights, BackpackExtension, BackpackNorms, CockpitCabs)
-METHODS = {method.__name__: method for method in (*OURS, *PEERS)}
+LOOPS: tuple[Callable[..., Plain], ...] = (
+    Loop, LoopExact, LoopDefault, LoopScheduled, LoopVmap)
+METHODS = {method.__name__: method for method in (*OURS, *PEERS, *LOOPS)}

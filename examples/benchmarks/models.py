@@ -29,6 +29,9 @@ class Workload:
             does not serve.
         alone: whether a sample's gradient is the one it has alone; not so where batch norm mixes
             samples.
+        loop: whether a whole training loop is timed, loader and scheduler included.
+        block: steps of a loop that are timed together, for steps of less than a millisecond.
+        needs: the package that the model comes from, if not torch.
     """
 
     name: str
@@ -38,6 +41,9 @@ class Workload:
     losses: Callable[[Tensor, Tensor], Tensor]
     compiled: bool = False
     alone: bool = True
+    loop: bool = False
+    block: int = 1
+    needs: str = "torch"
 
     def setting(self, seed: int = 0) -> tuple[nn.Module, Batch]:
         """Model and batch, the same for every call."""

@@ -44,6 +44,21 @@ def table(results: list[dict]) -> str:
     return "\n".join(parts)
 
 
+def summary(results: list[dict]) -> str:
+    """Ratios to the plain step: a row for each method, a column for each model."""
+    titles = list(dict.fromkeys(row["title"] for result in results for row in result["rows"][1:]))
+    by_model = [{row["title"]: row for row in result["rows"]} for result in results]
+    lines = [_line(["", *(result["model"] for result in results)]),
+             _line(["---"] * (1 + len(results)))]
+    lines += [_line([title, *(_ratio(rows.get(title)) for rows in by_model)]) for title in titles]
+    named = [f"- {result['model']}: {result['title']}" for result in results]
+    return "\n".join([*lines, "", *named]) + "\n"
+
+
+def _ratio(row: dict | None) -> str:
+    return "—" if row is None else f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+
 def _line(cells: list[str] | tuple[str, ...]) -> str:
     return f"| {' | '.join(cells)} |"
 
