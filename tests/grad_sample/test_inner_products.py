@@ -60,7 +60,7 @@ MODELS = {
 every_model = pytest.mark.parametrize(("make", "make_batch_of"), MODELS.values(), ids=MODELS)
 
 
-def oracle_dots(grads, shares=None):
+def oracle_products(grads, shares=None):
     """⟨g_i, g⟩ with g = Σ a_i g_i, [N]; and ‖g_i − g‖²."""
     flat = torch.cat([rows.flatten(1) for rows in grads.values()], 1)
     mean = flat.mean(0) if shares is None else shares @ flat
@@ -68,7 +68,7 @@ def oracle_dots(grads, shares=None):
 
 
 def inner_products_agree(moments, grads, rtol=1e-5, shares=None):
-    inner_products, centred = oracle_dots(grads, shares)
+    inner_products, centred = oracle_products(grads, shares)
     rows = torch.arange(len(inner_products)) if moments.indices is None else moments.indices
     scale = float(oracle.sq_norms(grads).max())
     close = torch.testing.assert_close

@@ -12,7 +12,7 @@ from tests.grad_sample.parallel import needs_gloo, shard, tripled
 pytestmark = [needs_gloo, pytest.mark.usefixtures("one_process")]
 
 
-def expected_dots(grads):
+def expected_products(grads):
     flat = torch.cat([rows.flatten(1) for rows in grads.values()], 1)
     return flat @ flat.mean(0)
 
@@ -25,7 +25,7 @@ def test_inner_products_are_with_the_reduced_gradient():
     for _ in range(2):
         parallel.zero_grad()
         backward(parallel, batch)
-        close(hooks.collect().inner_products, 3 * expected_dots(grads), 1e-5)
+        close(hooks.collect().inner_products, 3 * expected_products(grads), 1e-5)
 
 
 def test_inner_products_of_sharded_parameters():
@@ -37,5 +37,5 @@ def test_inner_products_of_sharded_parameters():
         model.zero_grad()
         backward(model, batch)
         moments = hooks.collect()
-        close(moments.inner_products, expected_dots(grads), 1e-5)
+        close(moments.inner_products, expected_products(grads), 1e-5)
         agrees(moments, grads)

@@ -85,7 +85,7 @@ def test_the_base_can_be_given():
 
 
 @both_orders
-def test_coupling_spill_and_short_batch_multiply(scheduler_first):
+def test_coupling_lower_lr_and_short_batch_multiply(scheduler_first):
     run = slope_run(Proposals(128), n=16 + 64 + 32, on_limit="lower_lr", coupling="linear")
     assert [
         move for _, move in steps(*run, scheduler_first=scheduler_first)

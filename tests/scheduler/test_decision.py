@@ -156,31 +156,31 @@ def test_steps_of_equal_batches_no_larger_than_an_epoch(rule, accumulate, epoch)
         assert SizeRule.for_steps(rule, accumulate, epoch, drop_last=True) == bounded
 
 
-# A ladder of sizes
+# A series of sizes
 
 
 @st.composite
-def ladders(draw):
+def rules_of_series(draw):
     return draw(rules(size_ratio=draw(st.floats(1.01, 4.0)), hysteresis=draw(st.floats(0, 0.5))))
 
 
-@given(ladders(), proposals)
-def test_sizes_on_a_ladder_are_rungs(rule, proposal):
-    rungs = rule.series
-    assert (rungs[0], rungs[-1]) == (rule.lowest, rule.highest)
-    assert all(low < high for low, high in pairwise(rungs))
-    assert all(rung % rule.multiple_of == 0 for rung in rungs)
-    assert rule.size_for(proposal) in rungs
-    assert all(rule.size_for(rung) == rung for rung in rungs)
+@given(rules_of_series(), proposals)
+def test_sizes_are_those_of_the_series(rule, proposal):
+    sizes = rule.series
+    assert (sizes[0], sizes[-1]) == (rule.lowest, rule.highest)
+    assert all(low < high for low, high in pairwise(sizes))
+    assert all(size % rule.multiple_of == 0 for size in sizes)
+    assert rule.size_for(proposal) in sizes
+    assert all(rule.size_for(size) == size for size in sizes)
 
 
-@given(ladders(), st.floats(1, 2e4))
-def test_no_rung_is_nearer_by_ratio(rule, proposal):
+@given(rules_of_series(), st.floats(1, 2e4))
+def test_no_size_is_nearer_by_ratio(rule, proposal):
     chosen = abs(math.log(rule.size_for(proposal) / proposal))
-    assert chosen <= min(abs(math.log(rung / proposal)) for rung in rule.series) + 1e-9
+    assert chosen <= min(abs(math.log(size / proposal)) for size in rule.series) + 1e-9
 
 
-def test_a_ladder_has_few_rungs():
+def test_a_series_has_few_sizes():
     rule = SizeRule(16, 2048, size_ratio=1.25)
     assert len(rule.series) == 23
     assert max(high / low for low, high in pairwise(rule.series)) < 1.29

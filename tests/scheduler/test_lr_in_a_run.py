@@ -94,34 +94,34 @@ def test_batches_that_workers_drew_ahead_are_scaled_by_what_was_asked_for_them(w
 
 
 PROPOSED = (10, 128, 256, 64, 65, math.inf, 32, math.inf, 128, math.nan, -5.0)
-SPILLED = (1, 1, 64 / 128, 64 / 256, 1, 64 / 65, 64 / 65, 1, 1, 64 / 128, 64 / 128, 1)
+LOWERED = (1, 1, 64 / 128, 64 / 256, 1, 64 / 65, 64 / 65, 1, 1, 64 / 128, 64 / 128, 1)
 SIZES = (16, 10, 64, 64, 64, 64, 64, 32, 64, 64, 64, 2)
 
 
 @both_orders
 @pytest.mark.parametrize("lr", [lambda: 1.0, lambda: torch.tensor(1.0)], ids=["float", "tensor"])
-def test_spill_meets_exactly_the_batches_drawn_after_the_decision(lr, scheduler_first):
+def test_lower_lr_meets_exactly_the_batches_drawn_after_the_decision(lr, scheduler_first):
     run = slope_run(Proposals(*PROPOSED), n=5000, on_limit="lower_lr", lr=lr())
-    moved = list(steps(*run, len(SPILLED), scheduler_first=scheduler_first))
+    moved = list(steps(*run, len(LOWERED), scheduler_first=scheduler_first))
     assert [rows for rows, _ in moved] == list(SIZES)
-    assert [move for _, move in moved] == pytest.approx(SPILLED, rel=1e-5)
+    assert [move for _, move in moved] == pytest.approx(LOWERED, rel=1e-5)
     assert {passed["lr"] for passed in run[3].controller.passed} == {1.0}
     assert float(run[1].param_groups[0]["lr"]) == 1.0
     assert run[3].get_last_lr() == [1.0]
 
 
-def test_without_spill_the_lr_stays():
+def test_without_lower_lr_the_lr_stays():
     assert moves(slope_run(Proposals(*PROPOSED), n=5000), 12) == pytest.approx([1.0] * 12, rel=1e-5)
 
 
 @both_orders
-def test_spill_and_the_short_last_batch_multiply(scheduler_first):
+def test_lower_lr_and_the_short_last_batch_multiply(scheduler_first):
     run = slope_run(Proposals(128), n=16 + 64 + 32, on_limit="lower_lr")
     assert moves(run, scheduler_first=scheduler_first) == pytest.approx([1.0, 0.5, 0.25], rel=1e-5)
 
 
 @both_orders
-def test_spill_with_accumulated_passes(scheduler_first):
+def test_lower_lr_with_accumulated_passes(scheduler_first):
     model, optimizer, loader, scheduler = slope_run(Proposals(64, 128, 32), n=400, accumulate=2,
                                                     on_limit="lower_lr")
     lrs, rows = [], []

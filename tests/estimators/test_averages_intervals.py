@@ -112,13 +112,13 @@ def test_a_value_left_out_of_one_average_leaves_the_other_its_own():
 
 def test_known_errors_keep_the_correlation_of_the_residuals():
     rng = np.random.default_rng(1)
-    plain, told = (JointAverages(MovingAverage(), MovingAverage()) for _ in range(2))
+    plain, known = (JointAverages(MovingAverage(), MovingAverage()) for _ in range(2))
     for x, y in rng.multivariate_normal([5, 2], [[4, 1.2], [1.2, 1]], 100):
         plain.update((x, 16), (y, 16))
-        told.update((x, 16, 3.0, 15), (y, 16))
-    ratio = told.averages[0].std_error() / plain.averages[0].std_error()
+        known.update((x, 16, 3.0, 15), (y, 16))
+    ratio = known.averages[0].std_error() / plain.averages[0].std_error()
     assert ratio != pytest.approx(1, abs=0.1)
-    assert told.covariance() == pytest.approx(plain.covariance() * ratio, rel=1e-9)
+    assert known.covariance() == pytest.approx(plain.covariance() * ratio, rel=1e-9)
 
 
 @pytest.mark.parametrize("state_after", [1, 25])

@@ -157,7 +157,7 @@ def test_a_grad_scaler_that_skips_steps_is_left_alone(growth):
     assert scaler.get_scale() == 2.0**16
 
 
-def not_told(k):
+def not_passed(k):
     return lambda *parts: accumulated(*parts, k=k, every_pass=True)
 
 
@@ -190,9 +190,9 @@ def late_scheduler(model, optimizer, loader, scheduler, plain):
 
 
 WRONG = {
-    "accumulate=2 not passed": (not_told(2), "pass accumulate=k"),
-    "accumulate=4 not passed": (not_told(4), "pass accumulate=k"),
-    "accumulate=8 not passed": (not_told(8), "pass accumulate=k"),
+    "accumulate=2 not passed": (not_passed(2), "pass accumulate=k"),
+    "accumulate=4 not passed": (not_passed(4), "pass accumulate=k"),
+    "accumulate=8 not passed": (not_passed(8), "pass accumulate=k"),
     "another optimizer": (no_step, "no step of the optimizer that was wrapped"),
     "another loader": (another_loader, "Hugging Face's Trainer, Accelerate's prepare"),
     "a list of batches": (all_at_once, "no batch of the loader that adabatch.wrap returned"),
@@ -209,7 +209,7 @@ def test_wrong_loops_are_named_once(loop, message):
 
 
 def test_the_named_cure_for_accumulation_is_right():
-    wrong = messages_of(not_told(4), make(measure="all"))
+    wrong = messages_of(not_passed(4), make(measure="all"))
     assert any("pass accumulate=k" in each for each in wrong)
     assert messages_of(accumulated, make(accumulate=4, batch_sizes=(32, 32))) == []
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from adabatch import GradSampleHooks
 from tests import oracle
 from tests.grad_sample.measuring import TOLERANCE, agrees, backward, close, squared_error
-from tests.grad_sample.test_fused import fused, plain_grads, same_grads
+from tests.grad_sample.test_taps_fused import fused, plain_grads, same_grads
 
 
 def make(dtype=torch.float32, samples=5):

@@ -115,7 +115,7 @@ def plain(state):
     return state.tolist() if torch.is_tensor(state) else state
 
 
-def test_the_runs_above_move_spill_and_cross_epochs():
+def test_the_runs_above_move_lower_the_lr_and_cross_epochs():
     run = Run().train(40)
     assert len(set(run.scheduler.diagnostics.column("batch_size"))) > 8
     assert max(run.scheduler.diagnostics.column("proposed_batch_size")) > 96
@@ -212,7 +212,7 @@ def test_a_state_from_other_bounds_keeps_to_the_present_ones(options, size):
     assert resumed[2].batch_size == resumed[3].get_last_batch_size() == size
 
 
-def test_a_spilled_lr_is_resumed():
+def test_a_lowered_lr_is_resumed():
     saved = slope_run(Proposals(128), on_limit="lower_lr")
     list(steps(*saved, 2))
     resumed = slope_run(Proposals(128), on_limit="lower_lr")

@@ -173,7 +173,7 @@ def test_wrap_trains_with_any_of_them_and_measures_what_is_needed(make):
 
 
 def image_model():
-    """Layers whose taps take over, listen, look up and are used twice."""
+    """Layers whose taps replace the backward pass, pass through, look up and are used twice."""
     torch.manual_seed(0)
     head = nn.Linear(6, 6)
     shared = nn.Sequential(head, nn.Tanh(), head)

@@ -17,7 +17,7 @@ from adabatch import GradSampleHooks
 from tests import oracle
 from tests.grad_sample.measuring import agrees, backward, close, squared_error
 from tests.grad_sample.parallel import needs_gloo, shard
-from tests.grad_sample.test_fused import (
+from tests.grad_sample.test_taps_fused import (
     fused,
     grads_of,
     make_images,
