@@ -1,8 +1,9 @@
 """Batches cut and joined: the axis of each tensor that counts samples, learnt from collate_fn.
 
 Legend: N samples in a batch. A layout is a tree like the batch: an int is the axis of a tensor or
-array that counts samples, PER_SAMPLE a list or tuple with one entry for each sample, CONSTANT what
-does not grow with the batch, a list the layouts of a container's parts, UnknownAxis the rest.
+array that counts samples, a PaddedAxis one whose other sizes depend on the whole batch, PER_SAMPLE
+a list or tuple with one entry for each sample, CONSTANT what does not grow with the batch, a list
+the layouts of a container's parts, UnknownAxis the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from operator import setitem
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,10 +25,30 @@ from adabatch._types import Batch, CollateFn, Sample
 _ALIGNMENT = 64
 PER_SAMPLE, CONSTANT = "per sample", "constant"
 Layout: TypeAlias = "int | str | list[Layout] | None"
+# What must be equal in all batches: shapes beyond the samples' axis, constants, names of parts.
+Fixed: TypeAlias = Any
 JoinFn = Callable[..., Batch]
 _FIX = (
     "Let collate_fn give every chunk the same shapes, pass join_fn= (functools.partial(pad_right, "
     "padding_value=...) of adabatch.data pads), or collate whole batches: collate_in='consumer'.")
+
+
+_OF_BATCH = "its values depend on the whole batch, and would come from another number of samples"
+
+
+class PaddedAxis(int):
+    """The axis that counts samples where the other sizes depend on the whole batch."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PaddedAxis) and int(self) == int(other)
+
+    def __hash__(self) -> int:
+        return hash(int(self))
+
+    def __repr__(self) -> str:
+        return f"PaddedAxis({int(self)})"
 
 
 class UnknownAxis(str):
@@ -36,11 +57,16 @@ class UnknownAxis(str):
     __slots__ = ()
 
 
-def learn_layout(collate_fn: CollateFn, sample: Sample, others: Sequence[Sample] = ()) -> Layout:
+def learn_layout(
+    collate_fn: CollateFn, sample: Sample, others: Sequence[Sample] | None = None,
+    values: bool = True,
+) -> Layout:
     """The layout of batches of samples like this one, from a batch of one and a batch of two.
 
-    What a batch with the others, cut, does not share with batches of fewer samples is marked
-    UnknownAxis: flat sequences that seemed to count samples, values derived from the whole batch.
+    What a batch with the others, cut, does not share with batches of one sample is marked
+    UnknownAxis, or PaddedAxis where only other sizes differ: flat sequences that seemed to count
+    samples, values derived from the whole batch or from the place in it. others None: it is known
+    that there are none. values False: values may depend on the whole batch, which is to be cut.
 
     Example:
         >>> learn_layout(torch.utils.data.default_collate, {"image": torch.zeros(3), "name": "a"})
@@ -54,74 +80,114 @@ def learn_layout(collate_fn: CollateFn, sample: Sample, others: Sequence[Sample]
             f"collate_fn raised {type(error).__name__} ({error}) on a batch of one or two samples, "
             "from which its layout is learnt")
     layout = _compare(one, two)
-    samples = [sample, *others]
-    if not others:
+    if others is None:
         return layout
-    try:
-        whole, again, fewer = (
-            collate_fn([copy.deepcopy(each) for each in samples[:n]])
-            for n in (len(samples), len(samples), len(samples) - 1))
-    except Exception:
-        return layout  # which the batch itself will raise
-    return _checked(layout, whole, again, fewer, len(samples))
+    samples = [sample, *(others or [sample])]
+    # Backwards too: a collate_fn may sort what came in order by chance.
+    for order in (samples, samples[::-1]):
+        try:
+            whole, again = (collate_fn([copy.deepcopy(each) for each in order]) for _ in range(2))
+            alone = [collate_fn([copy.deepcopy(each)]) for each in order]
+        except Exception:
+            return layout  # which the batch itself will raise
+        for batch, size in ((whole, len(order)), *((each, 1) for each in alone)):
+            layout = held_to(layout, batch, size, None)[0]
+        for at, single in enumerate(alone if values else ()):
+            layout = _checked(layout, whole, again, single, at)
+    return layout
 
 
-def _checked(layout: Layout, whole: Batch, again: Batch, fewer: Batch, n: int) -> Layout:
-    """The layout, with UnknownAxis where a whole batch, cut, is not the batch of all but the last.
+def _checked(layout: Layout, whole: Batch, again: Batch, single: Batch, at: int) -> Layout:
+    """The layout, with UnknownAxis where sample `at` of a whole batch is not `single`: what
+    collating it alone gives.
 
     again: the whole batch collated once more; what differs from it is drawn at random.
     """
     if isinstance(layout, list):
-        columns = [_children(node) for node in (whole, again, fewer)]
-        parts = [list(column[0]) for column in columns if column is not None]
-        if len(parts) < 3 or any(len(part) != len(layout) for part in parts):
-            return UnknownAxis("its parts differ from batch to batch")
-        triples = zip(layout, parts[0], parts[1], parts[2], strict=True)
-        return [_checked(inner, a, b, c, n) for inner, a, b, c in triples]
-    if misfit := misfits(whole, layout, n) or misfits(fewer, layout, n - 1):
-        return UnknownAxis(misfit)
-    known = layout == CONSTANT or isinstance(layout, int)
-    if not known or not _equal(whole, again):
+        columns = [_children(node) for node in (whole, again, single)]
+        parts = [column[0] for column in columns if column is not None]
+        return [_checked(inner, a, b, c, at)
+                for inner, a, b, c in zip(layout, *parts, strict=True)]
+    if isinstance(layout, UnknownAxis) or not _equal(whole, again):
         return layout
-    part = _cut(whole, layout, 0, n - 1, ())
-    if getattr(part, "shape", None) != getattr(fewer, "shape", None):
-        return layout if isinstance(layout, int) else UnknownAxis(
+    part = _cut(whole, layout, at, at + 1, ())
+    if getattr(part, "shape", None) != getattr(single, "shape", None):
+        return PaddedAxis(layout) if isinstance(layout, int) else UnknownAxis(
             "its shape depends on the whole batch")
-    return layout if _equal(part, fewer) else UnknownAxis(
-        "its values depend on the whole batch, and would come from another number of samples")
+    return layout if _equal(part, single) else UnknownAxis(_OF_BATCH)
 
 
-def misfits(batch: Batch, layout: Layout, n: int) -> str:
-    """Why a batch of n samples does not have this layout; '' where it does."""
+def held_to(layout: Layout, batch: Batch, n: int, before: Fixed) -> tuple[Layout, Fixed]:
+    """(the layout, with UnknownAxis or PaddedAxis where a batch of n samples shows that it does
+    not hold, what must not differ between batches); before: the latter of an earlier batch.
+
+    Example:
+        >>> layout, fixed = held_to([0, CONSTANT], (torch.ones(2, 3), 7), 2, None)
+        >>> layout, held_to([0, CONSTANT], (torch.ones(1, 4), 7), 1, fixed)[0]
+        ([0, 'constant'], [PaddedAxis(0), 'constant'])
+    """
     if isinstance(layout, list):
-        found = _children(batch)
-        parts = () if found is None else found[0]
-        if len(parts) != len(layout):
-            return f"it has {len(parts)} parts instead of {len(layout)}"
-        whys = (misfits(part, inner, n) for part, inner in zip(parts, layout, strict=True))
-        return next(filter(None, whys), "")
+        names: list[object] = []
+        parts: Sequence[Batch] = ()
+        if (found := _children(batch)) is not None:
+            parts, names = found[0], list(found[1])
+        if len(parts) != len(layout) or (before is not None and before[0] != names):
+            return UnknownAxis("its parts differ from batch to batch"), None
+        olds = before[1] if before is not None else [None] * len(parts)
+        held = [held_to(inner, part, n, old)
+                for inner, part, old in zip(layout, parts, olds, strict=True)]
+        return [inner for inner, _ in held], (names, [fixed for _, fixed in held])
     if isinstance(layout, int):
         shape = tuple(getattr(batch, "shape", ()))
         if len(shape) <= layout or shape[layout] != n:
-            return f"{n} samples give shape {shape}, so axis {layout} does not count samples"
-    return f"{n} samples give {len(batch)} entries" if (
-        layout == PER_SAMPLE and len(batch) != n) else ""
+            return UnknownAxis(
+                f"{n} samples give shape {shape}, so axis {layout} does not count samples"), None
+        others = shape[:layout] + shape[layout + 1 :]
+        padded = before is not None and before != others
+        return PaddedAxis(layout) if padded else layout, others
+    if layout == PER_SAMPLE and len(batch) != n:
+        return UnknownAxis(f"{n} samples give {len(batch)} entries"), None
+    if layout == CONSTANT:
+        if before is not None and not _equal(before[0], batch):
+            return UnknownAxis("what does not grow with the batch differs between chunks"), None
+        return layout, (batch,)
+    return layout, None
 
 
-def cut(batch: Batch, layout: Layout, start: int, stop: int) -> Batch:
+def merged(one: Layout, other: Layout) -> Layout:
+    """A layout that refuses what either of two refuses.
+
+    Example:
+        >>> merged([0, 0, CONSTANT], [0, PaddedAxis(0), UnknownAxis("a count")])
+        [0, PaddedAxis(0), 'a count']
+    """
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [merged(mine, theirs) for mine, theirs in zip(one, other, strict=True)]
+    if one == other or isinstance(one, UnknownAxis):
+        return one
+    if isinstance(one, int) and isinstance(other, int) and int(one) == int(other):
+        return PaddedAxis(one)
+    return other if isinstance(other, UnknownAxis) else UnknownAxis(
+        "its layout differs from batch to batch")
+
+
+def cut(batch: Batch, layout: Layout, start: int, stop: int, padded: bool = True) -> Batch:
     """Samples start … stop − 1 of a batch.
 
     Tensors are views with separate version counters, or copies where a view would be laid out
     otherwise in memory.
 
+    Args:
+        padded: whether what is padded to the whole batch may be cut, and stay so.
+
     Raises:
-        ValueError: a part grows with the batch in a way that is not understood.
+        ValueError: a part grows with the batch in a way that is not understood, or is padded.
 
     Example:
         >>> cut((torch.arange(4), ["a", "b", "c", "d"]), [0, PER_SAMPLE], 1, 3)
         (tensor([1, 2]), ['b', 'c'])
     """
-    return _cut(batch, layout, start, stop, ())
+    return _cut(batch, layout, start, stop, (), padded)
 
 
 def join(
@@ -263,14 +329,18 @@ def _parts(
     return [(part, inner, (*path, name)) for part, inner, name in triples], rebuild
 
 
-def _cut(batch: Batch, layout: Layout, start: int, stop: int, path: Path) -> Batch:
+def _cut(
+    batch: Batch, layout: Layout, start: int, stop: int, path: Path, padded: bool = True
+) -> Batch:
     if layout == CONSTANT:
         return batch
     if layout == PER_SAMPLE:
         return batch[start:stop]
     if not isinstance(layout, int):
         parts, rebuild = _parts(batch, layout, path)
-        return rebuild([_cut(part, inner, start, stop, at) for part, inner, at in parts])
+        return rebuild([_cut(part, inner, start, stop, at, padded) for part, inner, at in parts])
+    if isinstance(layout, PaddedAxis) and not padded:
+        raise _refusal(path, "its shape depends on the samples it is collated with", "cut")
     if not isinstance(batch, Tensor):
         return batch[(slice(None),) * layout + (slice(start, stop),)]
     # .data, because views of one tensor share a version counter: changing one batch in place
@@ -296,7 +366,9 @@ def _join(
     if isinstance(layout, int):
         return _join_arrays(batches, layout, join_fn, pin, path)
     _, rebuild = _parts(first, layout, path)
-    columns = zip(*(_parts(batch, layout, path)[0] for batch in batches), strict=True)
+    columns = list(zip(*(_parts(batch, layout, path)[0] for batch in batches), strict=True))
+    if any(part[2] != column[0][2] for column in columns for part in column[1:]):
+        raise _refusal(path, "chunks have parts of other names, or in another order")
     return rebuild([
         _join([part for part, _, _ in column], column[0][1], join_fn, pin, column[0][2])
         for column in columns])
@@ -309,12 +381,14 @@ def _join_arrays(
     if len({(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) > 1:
         if join_fn is None:
             shapes = [tuple(part.shape) for part in parts]
-            raise _refusal(path, f"shapes {shapes} differ beyond axis {axis}")
-        return join_fn(parts, axis, path)
+            raise _refusal(path, f"shapes {shapes} differ beyond axis {int(axis)}")
+        return join_fn(parts, int(axis), path)
+    if len({part.dtype for part in parts}) > 1:
+        raise _refusal(path, f"dtypes {[part.dtype for part in parts]} differ between chunks")
     if not isinstance(first, Tensor):
         return np.concatenate(parts, axis)
     pinned = None
-    if pin and first.is_pinned() and len({part.dtype for part in parts}) == 1:
+    if pin and first.is_pinned():
         shape = list(first.shape)
         shape[axis] = sum(part.shape[axis] for part in parts)
         pinned = torch.empty(shape, dtype=first.dtype, pin_memory=True)
@@ -322,11 +396,23 @@ def _join_arrays(
 
 
 def _equal(one: Batch, other: Batch) -> bool:
+    """Whether two leaves are equal, NaN to NaN."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
+        return isinstance(other, Tensor) and one.dtype == other.dtype and (
+            torch.equal(one, other) or _all_equal(one, other))
     if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
+        return bool(np.array_equal(one, other)) or (
+            one.dtype.kind in "fc" and bool(np.array_equal(one, other, equal_nan=True)))
     try:
-        return bool(one == other)
-    except Exception:
-        return one is other
+        if type(one) is type(other) and bool(one == other or (one != one and other != other)):
+            return True
+    except Exception:  # of what holds tensors
+        inner, others = _children(one), _children(other)
+        return inner is not None and others is not None and (
+            list(inner[1]) == list(others[1])) and all(map(_equal, inner[0], others[0]))
+    return False
+
+
+def _all_equal(one: Tensor, other: Tensor) -> bool:
+    return one.is_floating_point() and one.shape == other.shape and bool(
+        ((one == other) | (one.isnan() & other.isnan())).all())

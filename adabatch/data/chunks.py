@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+from torch._utils import ExceptionWrapper
+from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from adabatch._types import Batch
@@ -26,6 +28,7 @@ class Request(NamedTuple):
     indices: Sequence[int]  # of the samples; of an iterable data set only their number counts
     stride: int = 1  # from each sample's position to the next one's: the number of processes
     restore: State | None = None  # that an iterable data set continues from
+    sizes: Sequence[int] = ()  # of the parts, one after another, that batches are expected to need
 
 
 class Reply(NamedTuple):
@@ -37,6 +40,28 @@ class Reply(NamedTuple):
     ended: bool = False  # an iterable data set has no more samples in this worker
     state: State | None = None  # of an iterable data set after this chunk
     seconds: float = 0.0  # taken by fetching and collating
+    parts: Sequence[tuple[Batch, int]] = ()  # (batch or Failure, samples), instead of one batch
+
+
+class Failure:
+    """Takes the place of samples that could not be read or collated: the error being handled."""
+
+    def __init__(self, error: Exception):
+        info = get_worker_info()
+        self._error = error if info is None else ExceptionWrapper(
+            where=f"in DataLoader worker process {info.id}")
+
+    def reraise(self) -> None:
+        """Raise the error, as torch's DataLoader does."""
+        try:
+            if isinstance(self._error, ExceptionWrapper):
+                self._error.reraise()
+            else:
+                raise self._error
+        except StopIteration as error:
+            raise RuntimeError(
+                "the data set or collate_fn raised StopIteration, which would end the epoch "
+                "early: raise IndexError, or another error") from error
 
 
 def split_into(total: int, parts: int) -> list[int]:
@@ -90,8 +115,8 @@ class ChunkPlan:
     Example:
         >>> plan = ChunkPlan(2, lambda: [8])
         >>> plan.request(8, [])
-        >>> [plan.next_size() for _ in range(4)]
-        [4, 4, 8, 8]
+        >>> [plan.next_sizes() for _ in range(4)]
+        [[4], [4], [8], [8]]
     """
 
     def __init__(
@@ -110,15 +135,17 @@ class ChunkPlan:
         # A quarter of a chunk is not worth dividing.
         self._part = max(1, missing, self._sizer.min_samples // 4 if self._sizer else 0)
 
-    def next_size(self) -> int:
-        """Size of the next chunk; counted as drawn."""
+    def next_sizes(self) -> list[int]:
+        """Sizes of the (parts of) batches that make up the next chunk; counted as drawn."""
         ahead = self.drawn - self.requested
         size = min(-ahead, self._part) if ahead < 0 else self._to_boundary(ahead)
+        sizes = [size]
         if ahead >= 0 and self._sizer is not None:
             while size < self._sizer.min_samples:
-                size += self._to_boundary(ahead + size)
+                sizes.append(self._to_boundary(ahead + size))
+                size += sizes[-1]
         self.drawn += size
-        return size
+        return sizes
 
     def _to_boundary(self, ahead: int) -> int:
         """Samples up to the next boundary of batches."""
@@ -183,12 +210,13 @@ class ChunkBuffer:
         while self._held < size and (reply := next(self.replies, None)) is not None:
             reply = self._received(reply)
             if reply.n:
-                self._parts.append((reply.batch, 0, reply.n))
+                parts = reply.parts or ((reply.batch, reply.n),)
+                self._parts.extend((batch, 0, n) for batch, n in parts)
                 self._held += reply.n
         return min(size, self._held)
 
     def take(self, size: int) -> Batch:
-        """A batch of the next `size` samples, which must be here."""
+        """A batch of the next `size` samples, which must be here; or the first Failure in it."""
         pieces = []
         self._held -= size
         while size:
@@ -196,10 +224,14 @@ class ChunkBuffer:
             n = min(size, stop - start)
             if n < stop - start:
                 self._parts.appendleft((batch, start + n, stop))
-            whole = start == 0 and n == stop
-            pieces.append(batch if whole else self._cut(batch, start, start + n))
+            pieces.append((batch, start, start + n, start == 0 and n == stop))
             size -= n
-        return pieces[0] if len(pieces) == 1 else self._join(pieces)
+        for batch, *_ in pieces:
+            if type(batch) is Failure:
+                return batch
+        batches = [batch if whole else self._cut(batch, start, stop)
+                   for batch, start, stop, whole in pieces]
+        return batches[0] if len(batches) == 1 else self._join(batches)
 
     def finish(self) -> None:
         """Run the engine to its end, so that its workers end too; further replies are dropped."""

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from adabatch._types import Batch, Part
-from adabatch.data.batches import PER_SAMPLE, Layout, cut, join, learn_layout
-from adabatch.data.chunks import ChunkBuffer, ChunkPlan, Cut, Reply, Request
-from adabatch.data.rng import mix
+from adabatch.data.batches import PER_SAMPLE, Layout, cut, held_to, join, learn_layout, merged
+from adabatch.data.chunks import ChunkBuffer, ChunkPlan, Cut, Failure, Reply, Request
+from adabatch.data.rng import generators_restored, mix
 from adabatch.data.sampler import ResizableBatchSampler
 from adabatch.interfaces import State
 
@@ -80,7 +80,8 @@ class Epoch:
         order = sampler.open_order(self._iterator_id, self._skip)
         while True:
             before = copy.deepcopy(sampler.sampler.state_dict()) if stateful else None
-            indices = list(islice(order, self.plan.next_size()))
+            sizes = self.plan.next_sizes()
+            indices = list(islice(order, sum(sizes)))
             if not indices:
                 return
             if stateful:
@@ -88,7 +89,8 @@ class Epoch:
                 self._outstanding.append(drawn)
             at, self._next = self._next, self._next + len(indices) * world
             self._reached = self._next - world + 1  # this process's last index was taken last
-            yield Request(self._iterator_id, epoch, self._stream, at, indices, world)
+            yield Request(self._iterator_id, epoch, self._stream, at, indices, world,
+                          sizes=sizes)
 
     def received(self, reply: Reply, cut: Cut) -> Reply:
         """What is to be delivered of a chunk that arrived."""
@@ -163,7 +165,7 @@ class StreamEpoch(Epoch):
             if real and len(self._ended) == self._workers:
                 return
             again = self._again
-            size = (again.pop(0) if again else self.plan.next_size()) if real else 0
+            size = (again.pop(0) if again else sum(self.plan.next_sizes())) if real else 0
             drawn = _Drawn(size, worker)
             self._awaited.append((drawn, size))
             if real:
@@ -203,7 +205,8 @@ class StreamEpoch(Epoch):
 
 
 class EpochIterator:
-    """The batches of one epoch, of the size that is current when each is drawn."""
+    """The batches of one epoch, of the size that is current when each is drawn; a Failure in
+    place of one that could not be read: the loader raises it, and continues with the next batch."""
 
     def __init__(self, loader: AdaptiveDataLoader, iterator_id: int, progress: State | None):
         self._loader, self._sampler = loader, loader.batch_sampler
@@ -238,7 +241,10 @@ class EpochIterator:
                 whole = self._whole
                 batch = self._collated(local)(0, local, []) if whole else self._next_samples(local)
                 self._advance(n, local)
-                sampler.n_delivered += 1
+                if type(batch) is Failure:
+                    sampler.take_back()
+                else:
+                    sampler.n_delivered += 1
                 yield batch
                 batch = None  # not kept while the next one is awaited
                 sampler.check_current(self._iterator_id)
@@ -272,9 +278,14 @@ class EpochIterator:
             batch = pieces(at, size, sizes[part + 1 :])
             kept.append((batch, size, _versions(batch)))
             self._micro.advance(part, size)
+            if type(batch) is Failure:
+                self._give_up(pieces, sizes[part + 1 :], at + size, part)
             if self._micro.is_last and not advanced:
                 self._advance(n, local)
                 advanced = True
+            if type(batch) is Failure:
+                yield batch
+                break
             self._sampler.n_delivered += 1
             yield batch
             self._sampler.check_current(self._iterator_id)
@@ -284,6 +295,15 @@ class EpochIterator:
                 self._sampler.n_delivered -= len(kept)
                 sizes, part, at, kept = self._micro.start(n, shard, local), 0, 0, []
         self._micro.end()
+
+    def _give_up(self, pieces: Pieces, rest: list[int], at: int, delivered: int) -> None:
+        """Pass over the rest of a batch, whose gradients so far are dropped with it."""
+        for index, size in enumerate(rest):
+            pieces(at, size, rest[index + 1 :])
+            at += size
+        self._micro.give_up(begun=delivered > 0)
+        self._sampler.n_delivered -= delivered
+        self._sampler.take_back()
 
     def _advance(self, n: int, local: int) -> None:
         self._sampler.position += n
@@ -313,12 +333,20 @@ class EpochIterator:
     def _collated(self, n: int) -> Pieces:
         """Pieces of the next batch, collated here as a whole."""
         loader, samples = self._loader, self._next_samples(n)
-        if self._micro.is_split and loader.layout is None:
-            loader.layout = learn_layout(loader.collate_fn, samples[0])
-        batch = loader.collate_fn(samples)
+        if self._micro.is_split and loader.layout is None and type(samples) is not Failure:
+            with generators_restored():
+                loader.layout = learn_layout(
+                    loader.collate_fn, samples[0], samples[1:8], values=False)
+        try:
+            if type(samples) is not Failure:
+                batch = loader.collate_fn(samples)
+        except Exception as error:
+            samples = Failure(error)
+        if type(samples) is Failure:
+            return lambda at, size, rest: samples
         if loader.pin_memory and torch.cuda.is_available():
             batch = pin_memory(batch)
-        layout = loader.layout
+        layout = held_to(loader.layout, batch, n, None)[0] if self._micro.is_split else None
         return lambda at, size, rest: batch if size == n else cut(batch, layout, at, at + size)
 
     def _next_samples(
@@ -344,7 +372,9 @@ class EpochIterator:
 
     def _received(self, reply: Reply) -> Reply:
         if reply.layout is not None and not self._whole:
-            self._loader.layout = reply.layout
+            known = self._loader.layout
+            self._loader.layout = (
+                reply.layout if known is None else merged(known, reply.layout))
         if self._loader.chunk_sizer is not None:
             self._loader.chunk_sizer.observe(reply)
         return self.epoch.received(reply, self._cut)
@@ -354,7 +384,10 @@ class EpochIterator:
         return PER_SAMPLE if self._whole else self._loader.layout
 
     def _cut(self, batch: Batch, start: int, stop: int) -> Batch:
-        return cut(batch, self._layout, start, stop)
+        # Micro-batches are parts of one batch, and padded to no more than its longest sample.
+        loader = self._loader
+        padded = loader.join_fn is not None or self._micro.is_split
+        return cut(batch, self._layout, start, stop, padded)
 
     def _join(self, parts: list[Batch]) -> Batch:
         return join(parts, self._layout, self._loader.join_fn, self._loader.pin_memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from operator import attrgetter
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from adabatch._checks import check_version
 from adabatch._types import Argument, Batch, CollateFn
 from adabatch.data.batches import JoinFn, Layout
-from adabatch.data.chunks import ChunkSizer, Replies, Request
+from adabatch.data.chunks import ChunkSizer, Failure, Replies, Request
 from adabatch.data.epoch import Epoch, EpochIterator, check_same_streams
 from adabatch.data.from_dataloader import dataloader_kwargs
 from adabatch.data.order import StreamOrder
@@ -303,6 +303,9 @@ class AdaptiveDataLoader(BatchSource):
     # -- iteration
 
     def __iter__(self) -> Iterator[Batch]:
+        return _Batches(self._batches())
+
+    def _batches(self) -> Generator[Batch]:
         self.n_iterations += 1
         iterator_id = self.batch_sampler.new_iterator()
         progress, self._progress = self._progress, None
@@ -315,6 +318,8 @@ class AdaptiveDataLoader(BatchSource):
         if self.num_workers == 0 and not self._engine.pin_memory:
             return Replies(map(self._fetcher.__getitem__, requests))
         self._requests.epoch, sampler = requests, self.batch_sampler
+        if self.num_workers and self.collate_in == "worker":
+            self._fetcher.knows(self.layout)
         if self.generator is None:
             seed = mix(sampler.seed, sampler.epoch, sampler.shard.rank)
             self._engine_generator.manual_seed(seed)
@@ -331,6 +336,23 @@ class AdaptiveDataLoader(BatchSource):
                 processes. The error itself: one sample fails too, or the step was taken.
         """
         return retrying(self.micro_batches, self.batch_sampler.shard.world_size)
+
+
+class _Batches:
+    """The batches of an epoch. The error of a batch that could not be read does not end them: who
+    catches it may call next() again, as with a DataLoader."""
+
+    def __init__(self, batches: Generator[Batch]):
+        self._batches, self.close = batches, batches.close
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        if type(batch) is Failure:
+            batch.reraise()
+        return batch
 
 
 class _Requests:

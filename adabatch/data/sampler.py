@@ -423,6 +423,11 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             return size
         return max(min(1, size), self.shard.local_size(self.position, size))
 
+    def take_back(self) -> None:
+        """The batch recorded last could not be read, and does not count."""
+        self.n_batches -= 1
+        self.recent.pop()
+
     def record(self, requested: int, size: int) -> None:
         """Count a batch that begins at the present position."""
         self.n_batches += 1

@@ -12,15 +12,15 @@ import torch
 from torch.utils.data import Dataset, IterDataPipe, MapDataPipe, default_collate, get_worker_info
 from torch.utils.data.graph_settings import apply_random_seed, apply_sharding
 
-from adabatch._types import CollateFn, Part, Sample, Source
-from adabatch.data.batches import PER_SAMPLE, Layout, UnknownAxis, learn_layout, misfits
-from adabatch.data.chunks import Reply, Request
+from adabatch._types import Argument, Batch, CollateFn, Part, Sample, Source
+from adabatch.data.batches import PER_SAMPLE, Fixed, Layout, held_to, learn_layout, merged
+from adabatch.data.chunks import Failure, Reply, Request
 from adabatch.data.order import ONE_PROCESS, EpochAware, Shard
 from adabatch.data.rng import generators_restored, mix, sample_keys, seed_generators
 from adabatch.interfaces import State
 
 
-_COMPARED = 4  # samples from which a collate_fn's layout is learnt
+_COMPARED = 4  # samples of a chunk from which a collate_fn's layout is learnt
 
 
 @runtime_checkable
@@ -52,11 +52,42 @@ class Fetcher(Dataset):
         self.dataset, self._collate_fn = dataset, collate_fn
         self.learns, self._seeded, self.shard = learns, seeded, shard
         self._layout: Layout = None
+        self._sent: Layout = None
+        self._fixed: Fixed = None
+        self._kept: list[Sample] = []
+        self._chunks = 0
         self._fetches_lists = isinstance(dataset, FetchesLists)
 
     def __getitem__(self, request: Request) -> Reply:
         began = time.perf_counter()
-        return self._reply(self._samples(request), began)
+        try:
+            return self._reply(self._samples(request), began)
+        except Exception as error:
+            if len(request.sizes) < 2 or len(request.indices) <= request.sizes[0]:
+                return self._failed(error, len(request.indices))
+        return self._in_parts(request, began)
+
+    def knows(self, layout: Layout) -> None:
+        """New workers begin with this layout, and compare it less often than the last ones did."""
+        if layout is not None:
+            self._layout = self._sent = layout
+            self._chunks = min(2 * self._chunks + 1, 2**20 - 1)
+
+    def _failed(self, error: Exception, n: int, **more: Argument) -> Reply:
+        return Reply(None, n, parts=((Failure(error), n),), **more)
+
+    def _in_parts(self, request: Request, began: float) -> Reply:
+        """Each batch of a chunk on its own, so that one that cannot be read costs no other."""
+        parts: list[tuple[Batch, int]] = []
+        at, layout = 0, None
+        for size in request.sizes:
+            if indices := request.indices[at : at + size]:
+                start = request.start + at * request.stride
+                reply = self[request._replace(indices=indices, start=start, sizes=())]
+                parts += reply.parts or ((reply.batch, reply.n),)
+                at, layout = at + reply.n, layout or reply.layout
+        seconds = time.perf_counter() - began
+        return Reply(None, at, layout, seconds=seconds, parts=parts)
 
     def _samples(self, request: Request) -> list[Sample]:
         dataset, indices = self.dataset, request.indices
@@ -85,24 +116,39 @@ class Fetcher(Dataset):
     def _reply(
         self, samples: list[Sample], began: float, ended: bool = False, state: State | None = None
     ) -> Reply:
-        layout: Layout = None
-        collate_fn = self._collate_fn
-        if samples and self.learns:
-            self.learns = False
-            layout = PER_SAMPLE
-            if collate_fn:
-                known = collate_fn is default_collate
-                with generators_restored():
-                    others = () if known else samples[1:_COMPARED]
-                    layout = learn_layout(collate_fn, samples[0], others)
-            self._layout = layout
         n = len(samples)  # before collating: a collate_fn may take the list apart
-        batch = collate_fn(samples) if collate_fn and samples else samples
-        if collate_fn and samples and self._layout is not None:
-            why = misfits(batch, self._layout, n)
-            if why:
-                self._layout = layout = UnknownAxis(why)
-        return Reply(batch, n, layout, ended, state, time.perf_counter() - began)
+        if not samples:
+            return Reply(samples, 0, None, ended, state, time.perf_counter() - began)
+        if self.learns:
+            self._learn(samples)
+        batch = self._collate_fn(samples) if self._collate_fn else samples
+        if self._collate_fn and self._layout is not None:
+            # Equal shapes are what default_collate needs in a batch, not in all of them.
+            fixed = None if self._collate_fn is default_collate else self._fixed
+            layout, self._fixed = held_to(self._layout, batch, n, fixed)
+            self._layout = merged(self._layout, layout)
+        changed = self._layout != self._sent
+        self._sent = self._layout
+        return Reply(batch, n, self._layout if changed else None, ended, state,
+                     time.perf_counter() - began)
+
+    def _learn(self, samples: list[Sample]) -> None:
+        """Learn the layout, or hold it to further samples: of chunks 1, 2, 4, 8, …"""
+        collate_fn = self._collate_fn
+        if collate_fn is None or collate_fn is default_collate:
+            self.learns, self._layout = False, PER_SAMPLE
+            if collate_fn is not None:
+                self._layout = learn_layout(collate_fn, samples[0])
+            return
+        self._chunks += 1
+        if self._chunks & (self._chunks - 1):
+            return
+        # Spread over the chunk, because neighbours may be alike, and some of an earlier one.
+        unlike = samples[:: -(-len(samples) // _COMPARED)] + self._kept
+        self._kept = [copy.deepcopy(sample) for sample in unlike[:_COMPARED // 2]]
+        with generators_restored():
+            layout = learn_layout(collate_fn, unlike[0], unlike[1:])
+        self._layout = layout if self._layout is None else merged(self._layout, layout)
 
 
 class StreamFetcher(Fetcher):
@@ -121,10 +167,14 @@ class StreamFetcher(Fetcher):
             self._run = request.run
             self._begin(request.epoch, request.restore, request.stream)
         wanted = len(request.indices)
-        samples = self._samples(request) if wanted else []
-        self._count += len(samples)
-        self._ended |= len(samples) < wanted
-        return self._reply(samples, began, self._ended, self._state())
+        try:
+            samples = self._samples(request) if wanted else []
+            self._count += len(samples)
+            self._ended |= len(samples) < wanted
+            return self._reply(samples, began, self._ended, self._state())
+        except Exception as error:
+            # What was read of the batch is lost with it, as in a DataLoader.
+            return self._failed(error, wanted, ended=self._ended, state=self._state())
 
     def _begin(self, epoch: int, restore: State | None, stream: int) -> None:
         if isinstance(self.dataset, EpochAware):

@@ -28,7 +28,7 @@ class BatchSplit:
         index, count: which micro-batch this is, from 0, and how many there are.
         size, batch_size: samples in it, and in the whole batch, of this process.
         current_sizes: sizes of the present batch's micro-batches.
-        is_retry: the present batch was begun before, and memory ran out.
+        is_retry: the batch begun last was not completed: memory ran out, or a sample was not read.
         attempt: counts the batches begun, and those begun again.
         failed: the batch is to be begun again.
         stepped: the optimizer has begun to step on this batch.
@@ -102,6 +102,10 @@ class BatchSplit:
     def advance(self, index: int, size: int) -> None:
         """Micro-batch `index` of `size` samples is the present one."""
         self.index, self.size = index, size
+
+    def give_up(self, begun: bool) -> None:
+        """No more micro-batches come of this batch; begun: what came of it is to be dropped."""
+        self.index, self.failed = self.count - 1, begun
 
     def end(self) -> None:
         """No batch is being worked on."""

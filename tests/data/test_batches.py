@@ -158,7 +158,8 @@ def test_padded_sequences_without_a_join_fn_are_refused_with_the_cure():
         for _ in loader:
             loader.batch_size = 8
 
-    message = r"at \['tokens'\]: shapes .* differ beyond axis 0.*join_fn=.*pad_right.*collate_in="
+    message = (r"at \['tokens'\]: (its shape depends on the samples|shapes .* differ beyond axis 0)"
+               r".*join_fn=.*pad_right.*collate_in=")
     with pytest.raises(ValueError, match=message):
         loop()
 
@@ -213,7 +214,7 @@ REFUSED = {
     ),
     "shared": (
         lambda samples: {"x": torch.tensor(samples), "first": samples[0]},
-        r"at \['first'\]: what does not grow with the batch differs",
+        r"at \['first'\]: its values depend on the whole batch",
     ),
 }
 
@@ -241,6 +242,65 @@ def test_a_refused_collate_fn_gives_whole_batches_in_the_consumer(collate):
         at += loader.last_size
         loader.batch_size = 7
     assert at == 40
+
+
+LENGTHS = [3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 2, 7, 1, 2, 3, 4, 5, 1, 2, 3, 6, 5, 4, 3, 2, 1, 7, 6]
+
+
+def longest(samples):
+    return max(LENGTHS[s] for s in samples)
+
+
+FROM_THE_CHUNK = {
+    "places": lambda samples: torch.arange(len(samples)),
+    "offsets": lambda samples: torch.tensor([0, *(LENGTHS[s] for s in samples[:-1])]).cumsum(0),
+    "bias": lambda samples: torch.zeros(3, 3) - len(samples),
+    "sorted": lambda samples: torch.tensor(sorted(samples, key=LENGTHS.__getitem__)),
+    "longest": longest,
+    "padded": lambda samples: pad_sequence([torch.ones(LENGTHS[s]) for s in samples], True),
+    "mask": lambda samples: torch.stack([
+        torch.arange(longest(samples)) < LENGTHS[s] for s in samples]),
+    "relative": lambda samples: torch.tensor([LENGTHS[s] / longest(samples) for s in samples]),
+    "lists": lambda samples: [[LENGTHS[s]] * longest(samples) for s in samples],
+    "later": lambda samples: max(samples) > 13,
+}
+
+
+def with_keys(samples):
+    return {"long" if longest(samples) > 5 else "short": torch.tensor(samples)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("sizes", [[4, 3, 5, 2, 2, 4, 1, 7], [1, 1, 1, 3, 2, 4, 7, 9]], ids=str)
+@pytest.mark.parametrize("derived", [*FROM_THE_CHUNK.values(), None], ids=[*FROM_THE_CHUNK, "keys"])
+def test_what_depends_on_the_batch_comes_from_it_or_is_refused(derived, sizes, workers):
+    def collate(samples):
+        return (torch.tensor(samples), derived(samples) if derived else with_keys(samples))
+
+    data = list(range(len(LENGTHS)))
+    for where in ("worker", "consumer"):
+        loader = AdaptiveDataLoader(data, sizes[0], num_workers=workers, collate_fn=collate,
+                                    collate_in=where)
+        at, error = 0, None
+        try:
+            for batch, size in zip(loader, [*sizes[1:], 1], strict=True):
+                same(batch, collate(data[at : at + loader.last_size]))
+                at += loader.last_size
+                loader.batch_size = size
+        except ValueError as refused:
+            error = refused
+        assert (error is not None and "collate_in='consumer'" in str(error)) == (where == "worker")
+        assert (at == len(data)) == (where == "consumer")
+
+
+def test_samples_of_other_shapes_in_each_batch_may_be_cut():
+    data = [torch.zeros(2 + index // 8) for index in range(40)]
+    loader = AdaptiveDataLoader(data, 8, num_workers=1)
+    sizes = []
+    for batch in loader:
+        sizes.append(len(batch))
+        loader.batch_size = 4
+    assert sizes == [8] + [4] * 8
 
 
 def test_labels_are_not_padded_with_a_guess():

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.datapipes.iter import IterableWrapper
 
@@ -135,6 +136,85 @@ def test_epochs_left_at_the_len_first_read_are_warned_of_and_whole_ones_are_not(
 def test_arguments_of_a_data_loader_that_leave_nothing_to_adapt(options, message):
     with pytest.raises(ValueError, match=message):
         AdaptiveDataLoader(Numbers(3), **options)
+
+
+class Unreadable(Numbers):
+    """The samples `bad` raise, and make the chunk that holds them the slower for it."""
+
+    def __init__(self, n, bad, error=OSError):
+        super().__init__(n)
+        self.bad, self.error = bad, error
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise self.error(f"sample {index} is damaged")
+        return index
+
+
+class Listed(Unreadable):
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+class UnreadableStream(IterableDataset):
+    def __iter__(self):
+        return map(Unreadable(30, {3, 11, 12}).__getitem__, range(30))
+
+
+def picky(samples):
+    if 5 in samples:
+        raise ValueError("no 5, please")
+    return torch.tensor(samples)
+
+
+def outcomes(loader):
+    """Batches and the types of errors, in their order, by who catches errors and continues."""
+    iterator, found = iter(loader), []
+    while True:
+        try:
+            found.append(next(iterator).tolist())
+        except StopIteration:
+            return found
+        except Exception as error:
+            found.append(type(error))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(("dataset", "options"), [
+    (Unreadable(40, {13}), {}), (Unreadable(40, {0, 1, 20, 39}, IndexError), {}),
+    (Unreadable(40, range(8, 16), KeyError), {}), (Listed(40, {13, 30}), {}),
+    (Numbers(40), {"collate_fn": picky}), (UnreadableStream(), {}),
+], ids=["one", "several", "whole-batches", "lists", "collate", "stream"])
+def test_a_loop_that_catches_an_error_continues_with_the_next_batch(dataset, options, workers):
+    if isinstance(dataset, IterableDataset) and workers == 2:
+        pytest.skip("each worker would give every sample")
+    for size in (1, 4, 7):
+        theirs, ours = (kind(dataset, batch_size=size, num_workers=workers, **options)
+                        for kind in (DataLoader, AdaptiveDataLoader))
+        for _ in range(2):  # chunks hold several batches once their speed is known
+            assert outcomes(ours) == outcomes(theirs)
+    consumer = AdaptiveDataLoader(dataset, 7, num_workers=workers, collate_in="consumer", **options)
+    assert outcomes(consumer) == outcomes(theirs)
+
+
+def test_a_batch_that_was_not_read_is_passed_over_and_not_counted():
+    loader = AdaptiveDataLoader(Unreadable(20, {5}), 4, num_workers=1)
+    iterator = iter(loader)
+    assert next(iterator).tolist() == [0, 1, 2, 3]
+    with pytest.raises(OSError, match="sample 5 is damaged"):
+        next(iterator)
+    assert (loader.position, loader.n_batches, loader.last_size, len(loader)) == (8, 1, 4, 4)
+    resumed = AdaptiveDataLoader(Unreadable(20, {5}), 1)
+    resumed.load_state_dict(loader.state_dict())
+    loader.batch_size = resumed.batch_size = 6
+    rest = [[*range(8, 14)], [*range(14, 20)]]
+    assert [batch.tolist() for batch in iterator] == drawn(resumed) == rest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_raises_stop_iteration_does_not_end_the_epoch(workers):
+    loader = AdaptiveDataLoader(Unreadable(12, {5}, StopIteration), 4, num_workers=workers)
+    assert outcomes(loader) == [[0, 1, 2, 3], RuntimeError, [8, 9, 10, 11]]
 
 
 class FromNumPy:
