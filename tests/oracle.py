@@ -63,7 +63,7 @@ def contributions(model: nn.Module, loss_fn: LossFunction, batch: Any) -> dict[s
 
 def sq_norms(grads: dict[str, Tensor]) -> Tensor:
     """‖g_i‖² over all parameters, [N]."""
-    return sum(grad.flatten(1).square().sum(1) for grad in grads.values())
+    return sum(grad.reshape(len(grad), -1).square().sum(1) for grad in grads.values())
 
 
 def second_moment(grads: dict[str, Tensor]) -> dict[str, Tensor]:

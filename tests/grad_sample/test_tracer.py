@@ -208,8 +208,8 @@ REFUSED = {
                      {"a": (3, D)}, "do not lie along the first dimension"),
     "time first": (lambda m, x: (m.inner(x).transpose(0, 1) * m.a).transpose(0, 1), {},
                    "do not lie along the first dimension"),
-    "flattened": (lambda m, x: (m.inner(x).flatten(0, 1) * m.a).view(x.shape), {},
-                  "do not lie along the first dimension"),
+    "flattened, no rule": (lambda m, x: F.bilinear(*[m.inner(x).flatten(0, 1)] * 2, m.a).view(
+        N, T, 3), {"a": (3, D, D)}, "do not lie along the first dimension"),
     "dropout of a parameter": (lambda m, x: m.inner(x * F.dropout(m.a, 0.5)), {},
                                "draws random numbers"),
 }

@@ -79,3 +79,8 @@ def versions_of(leaves: Iterable[object]) -> tuple[int, ...]:
     """How often each tensor among them was changed in place."""
     return tuple(leaf._version for leaf in leaves
                  if isinstance(leaf, Tensor) and not leaf.is_inference())
+
+
+def function_name(function: Operation | None) -> str:
+    """The name of an operation, "" where it has none: torch.Tensor.add_ is "add_"."""
+    return getattr(function, "__name__", "")

@@ -1,8 +1,5 @@
 """Operations in which what is computed from parameters alone meets samples: their per-sample
-gradients, by running the operation again for each sample.
-
-Sums, concatenations and products with the samples need not be run again, if only expansions and
-slices lie between them and the parameter: a sample's gradient is a slice or sum of its output's.
+gradients, by the rule of the operation, or by running it again for each sample.
 
 Legend: N samples, S measured.
 """
@@ -16,16 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from adabatch._types import Args, Kwargs
 from adabatch.grad_sample.factors.base import Dense, Factor
+from adabatch.grad_sample.factors.merge import merge_factors
 from adabatch.grad_sample.functional.expression import (
-    Leaves, Operation, ParameterExpression, run_leaves,
+    Leaves, Operation, ParameterExpression, function_name, run_leaves,
 )
+from adabatch.grad_sample.functional.pull_back import of_rows, pull_back, value_of
+from adabatch.grad_sample.functional.rules import RULES, Call, NoRule, Operand
 from adabatch.grad_sample.layers.generic import per_sample_grads
 from adabatch.kernels import accumulation_dtype
 
-SIGNS = {"add": (1, 1), "radd": (1, 1), "sub": (1, -1), "rsub": (-1, 1)}
-EXPANSIONS = ("expand", "expand_as", "broadcast_to")
+FLATTENED = (
+    "{name} meets samples and positions in one dimension, in a form that has no rule: give it "
+    "inputs with a dimension for the samples, give the module a rule with register_grad_sampler, "
+    "or pass ignore=[...]")
 
 
 @dataclass(eq=False)
@@ -34,7 +35,8 @@ class TracedOp:
 
     What is computed from parameters alone may have a row for every sample (an expanded class token)
     or be the same for all (a weight). `aligned` are the places of those with a row each;
-    `may_align` of those whose shape allows it, tried if the operation fails without.
+    `may_align` of those whose shape allows it, tried if the operation fails without. `flat`:
+    samples and positions share the first dimension.
     """
 
     name: str
@@ -47,19 +49,73 @@ class TracedOp:
     parameters: dict[str, Tensor]
     aligned: frozenset[int]
     may_align: frozenset[int]
+    n_samples: int
+    flat: bool = False
 
     def factors(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
     ) -> dict[str, Factor]:
         """Per-sample gradients of the traced parameters through this operation, by name."""
-        grads = self._direct_grads(tensors, backprops, rows)
-        if grads is None:
-            grads = self._grads_run_again(tensors, backprops, rows)
+        found = self._by_rule(tensors, backprops, rows)
+        if found is not None:
+            return found
+        grads = self._grads_run_again(tensors, backprops, rows)
         return {name: Dense(grad) for name, grad in grads.items()}
+
+    def _by_rule(
+        self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
+    ) -> dict[str, Factor] | None:
+        """By the rule of the operation; None where it has none, or none for these arguments."""
+        name = function_name(self.function).strip("_")
+        if name not in RULES or len(backprops) != 1:
+            return None
+        if any(tensor.is_complex() for tensor in (*backprops, *tensors)):
+            return None
+        leaves: Leaves = [
+            Operand(leaf, place in self.aligned or (leaf.expanded and place in self.may_align))
+            if isinstance(leaf, ParameterExpression) else leaf
+            for place, leaf in enumerate(self.leaves)]
+        for position, tensor, each in zip(self.positions, tensors, self.batched, strict=True):
+            leaves[position] = Operand(self._split(tensor) if each else tensor, each, rows)
+        args, kwargs = tree_unflatten(leaves, self.tree)
+        grad = self._split(backprops[0])
+        grad = grad if rows is None else grad.index_select(0, rows)
+        wide = grad.to(accumulation_dtype(grad, *self.parameters.values()))
+        own = {each: value.detach() for each, value in self.parameters.items()}
+        call = Call(name, self.function, args, kwargs, grad, wide,
+                    lambda leaf: value_of(leaf, own, self.name))
+        found: dict[str, Factor] = {}
+        try:
+            for operand, factor in RULES[name](call):
+                for own_name, pulled in self._pulled(operand, factor).items():
+                    before = [found[own_name]] if own_name in found else []
+                    found[own_name] = merge_factors([*before, pulled])
+        except NoRule:
+            return None
+        return found if found.keys() == self.parameters.keys() else None
+
+    def _pulled(self, operand: Operand, factor: Factor) -> dict[str, Factor]:
+        expression = operand.value
+        assert isinstance(expression, ParameterExpression)
+        if operand.own_rows:
+            of_one = of_rows(expression, factor)
+            if of_one is None:
+                raise NoRule
+            expression, factor = of_one
+        found = pull_back(expression, factor, self.parameters, self.name)
+        if found is None:
+            raise NoRule
+        return found
+
+    def _split(self, tensor: Tensor) -> Tensor:
+        """[N, T, ...] of samples and positions in one dimension."""
+        return tensor.unflatten(0, (self.n_samples, -1)) if self.flat else tensor
 
     def _grads_run_again(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
     ) -> dict[str, Tensor]:
+        if self.flat:
+            raise RuntimeError(FLATTENED.format(name=self.name))
         if rows is None:
             rows = torch.arange(backprops[0].shape[0], device=backprops[0].device)
         picked = [tensor.index_select(0, rows) if each else tensor
@@ -83,141 +139,7 @@ class TracedOp:
         args, kwargs = tree_unflatten(leaves, self.tree)
         return tree_flatten(self.function(*args, **kwargs))[0]
 
-    def _direct_grads(
-        self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
-    ) -> dict[str, Tensor] | None:
-        """{parameter: [S, *shape]} without running the operation again; None where that is not
-        known."""
-        if len(backprops) != 1 or self.may_align - self.aligned:
-            return None
-        if any(tensor.is_complex() for tensor in (*backprops, *tensors)):
-            return None
-        leaves = [_Operand(leaf, place in self.aligned)
-                  if isinstance(leaf, ParameterExpression) else leaf
-                  for place, leaf in enumerate(self.leaves)]
-        for position, tensor, each in zip(self.positions, tensors, self.batched, strict=True):
-            leaves[position] = _Operand(tensor, each)
-        args, kwargs = tree_unflatten(leaves, self.tree)
-        grad = backprops[0] if rows is None else backprops[0].index_select(0, rows)
-        grad = grad.to(accumulation_dtype(grad, *self.parameters.values()))
-        parts = _parts(function_name(self.function).strip("_"), args, kwargs, grad, rows)
-        if parts is None:
-            return None
-        grads: dict[str, Tensor] = {}
-        for part in parts:
-            pulled = _pull_to_parameter(*part)
-            if pulled is None:
-                return None
-            parameter, own = pulled
-            grads[parameter] = grads[parameter] + own if parameter in grads else own
-        return grads if grads.keys() == self.parameters.keys() else None
-
-
-def function_name(function: Operation) -> str:
-    """The name of an operation, "" where it has none: torch.Tensor.add_ is "add_"."""
-    return getattr(function, "__name__", "")
-
 
 def identity(tensor: Tensor) -> Tensor:
     """The operation of `ParameterTracer.tap_rows`."""
     return tensor
-
-
-@dataclass
-class _Operand:
-    """An input with samples, or what is computed from parameters, among an operation's arguments;
-    `batched`: it has a row for each sample."""
-
-    value: Tensor | ParameterExpression
-    batched: bool
-
-
-# (expression, whether it has a row for each sample, its gradient [S, ...])
-Parts = list[tuple[ParameterExpression, bool, Tensor]]
-
-
-def _parts(
-    name: str, args: Args, kwargs: Kwargs, grad: Tensor, rows: Tensor | None
-) -> Parts | None:
-    """The gradients of the expressions in the output's shape; None where they are not known."""
-    if name in ("cat", "concat"):
-        return _slices(args, kwargs, grad)
-    if kwargs or len(args) != 2 or not all(isinstance(arg, _Operand) for arg in args):
-        return None
-    if name in SIGNS:
-        return [(arg.value, arg.batched, grad if sign > 0 else -grad)
-                for arg, sign in zip(args, SIGNS[name], strict=True)
-                if isinstance(arg.value, ParameterExpression)]
-    if name.removeprefix("r") == "mul":
-        own, samples = args if isinstance(args[0].value, ParameterExpression) else args[::-1]
-        tensor = samples.value
-        if isinstance(tensor, Tensor) and samples.batched and tensor.dim() == grad.dim():
-            tensor = tensor if rows is None else tensor.index_select(0, rows)
-            return [(own.value, own.batched, grad * tensor)]
-    return None
-
-
-def _slices(args: Args, kwargs: Kwargs, grad: Tensor) -> Parts | None:
-    tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if len(args) > 2 or not set(kwargs) <= {"dim"} or not isinstance(dim, int):
-        return None
-    dim %= grad.dim()
-    if dim == 0 or not isinstance(tensors, (list, tuple)):
-        return None
-    parts, start = [], 0
-    for each in tensors:
-        if not (isinstance(each, _Operand) and each.batched):
-            return None
-        length = each.value.shape[dim]
-        if isinstance(each.value, ParameterExpression):
-            parts.append((each.value, True, grad.narrow(dim, start, length)))
-        start += length
-    return parts
-
-
-def _pull_to_parameter(
-    expression: ParameterExpression, batched: bool, grad: Tensor
-) -> tuple[str, Tensor] | None:
-    """(parameter, its gradients [S, *shape]) through expansions and slices; None of others."""
-    grad = grad.unsqueeze(1)  # [S, 1, ...]: each sample's own row
-    if batched and not _repeats_rows(expression):
-        return None
-    grad = _sum_to(grad, (1, *expression.shape[1:]) if batched else expression.shape)
-    while expression.function is not None:
-        parents = [leaf for leaf in expression.leaves if isinstance(leaf, ParameterExpression)]
-        name = function_name(expression.function)
-        if len(parents) != 1 or parents[0] is not expression.leaves[0]:
-            return None
-        if name in EXPANSIONS:
-            grad = _sum_to(grad, parents[0].shape)
-        elif name == "__getitem__":
-            _, index = tree_unflatten(list(expression.leaves), expression.tree)[0]
-            index = index if isinstance(index, tuple) else (index,)
-            if not all(each is None or each is Ellipsis or type(each) in (int, slice)
-                       for each in index):
-                return None
-            whole, own_rows = grad.new_zeros(len(grad), *parents[0].shape), (slice(None), *index)
-            whole[own_rows] = grad
-            grad = whole
-        else:
-            return None
-        expression = parents[0]
-    return expression.name, grad
-
-
-def _repeats_rows(expression: ParameterExpression) -> bool:
-    """Whether its last operation is an expansion of one row."""
-    if expression.function is None or function_name(expression.function) not in EXPANSIONS:
-        return False
-    parent = expression.leaves[0]
-    return isinstance(parent, ParameterExpression) and (
-        len(parent.shape) < len(expression.shape) or parent.shape[0] == 1)
-
-
-def _sum_to(grad: Tensor, shape: Sequence[int]) -> Tensor:
-    """The gradients [S, *shape] of what was broadcast to [S, ...]."""
-    extra = grad.dim() - 1 - len(shape)
-    grad = grad.sum(tuple(range(1, 1 + extra))) if extra else grad
-    spread = tuple(dim for dim, size in enumerate(shape, start=1)
-                   if size == 1 and grad.shape[dim] != 1)
-    return grad.sum(spread, keepdim=True) if spread else grad

@@ -22,12 +22,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from adabatch._types import Args, Inputs, Kwargs
 from adabatch.estimators.gradients import is_transformed
 from adabatch.grad_sample.functional.expression import (
-    Leaf, Leaves, Operation, ParameterExpression, names_of, versions_of,
+    Leaf, Leaves, Operation, ParameterExpression, function_name, names_of, versions_of,
 )
 from adabatch.grad_sample.functional.flow import (
     FLAT, ROW_BY_ROW, UNKNOWN, Key, SampleFlow, operation_name,
 )
-from adabatch.grad_sample.functional.traced_op import TracedOp, function_name, identity
+from adabatch.grad_sample.functional.rules import FLAT_RULES
+from adabatch.grad_sample.functional.traced_op import TracedOp, identity
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type, with_rows
 from adabatch.grad_sample.layout import Layout
 
@@ -246,10 +247,12 @@ class ParameterTracer(TorchFunctionMode):
     def _comes_from_samples(self, value: object) -> bool:
         return self._flow.of(value) is not None
 
-    def _add_samples(self, values: Iterable[object], roles: frozenset[Key] = frozenset()) -> None:
+    def _add_samples(
+        self, values: Iterable[object], roles: frozenset[Key] = frozenset(), dim: int = 0
+    ) -> None:
         for value in values:
             if isinstance(value, Tensor):
-                self._flow.add(value, 0, roles)
+                self._flow.add(value, dim, roles)
 
     def _tap_rows(self, value: Tensor, dim: int) -> Tensor:
         """A tensor computed from parameters alone (a learned initial state) with its rows, one for
@@ -260,11 +263,14 @@ class ParameterTracer(TorchFunctionMode):
         names, every = sorted(own.parameters), frozenset((0,))
         operation = TracedOp(
             f"rows of {', '.join(names)}", identity, [rows], tree_flatten(((rows,), {}))[1],
-            [], [], [], {name: self._parameters[name] for name in names}, every, every)
+            [], [], [], {name: self._parameters[name] for name in names}, every, every,
+            self._n_samples)
         return self._tap_outputs(operation, [value.transpose(0, dim)])[0].transpose(0, dim)
 
     def _tap_outputs(self, operation: TracedOp, outputs: list[Tensor]) -> Sequence[Tensor]:
-        wrong = [tuple(output.shape) for output in outputs if not self._has_rows(output)]
+        positions = outputs[0].shape[0] // max(1, self._n_samples) if operation.flat else 1
+        rows = self._n_samples * positions
+        wrong = [tuple(output.shape) for output in outputs if output.shape[:1] != (rows,)]
         if wrong and self._flow.roles.open:
             return outputs  # this pass is not measured
         if wrong:
@@ -320,7 +326,7 @@ class ParameterTracer(TorchFunctionMode):
             tensors = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
             tapped = iter(self._tap_outputs(operation, tensors))
             outputs = [next(tapped) if isinstance(leaf, Tensor) else leaf for leaf in outputs]
-            self._add_samples(outputs, roles)
+            self._add_samples(outputs, roles, FLAT if operation.flat else 0)
             output = tree_unflatten(outputs, out_tree)
         else:
             self._remember(function, found, tree, outputs)
@@ -354,10 +360,11 @@ class ParameterTracer(TorchFunctionMode):
 
         was_open = bool(self._flow.roles.open)
         flows = [self._flow.of(leaf) for leaf in leaves]
-        sure = [flow.roles for flow in flows if flow is not None and flow.dim == 0]
+        dim = FLAT if self._is_flat(function, leaves) else 0
+        sure = [flow.roles for flow in flows if flow is not None and flow.dim == dim]
         batched = []
         for leaf, flow in zip(leaves, flows, strict=True):
-            each = flow is not None and flow.dim == 0
+            each = flow is not None and flow.dim == dim
             if not each and self._has_rows(leaf) and (flow is None or flow.dim == UNKNOWN):
                 # What has a gradient and no expression may come out of an operation that is not
                 # seen: a compiled function or a torch.autograd.Function.
@@ -386,6 +393,12 @@ class ParameterTracer(TorchFunctionMode):
             self._flow.roles.use(roles)
             return batched, roles
         return batched, frozenset() if key is None else frozenset((key,))
+
+    def _is_flat(self, function: Operation, leaves: Leaves) -> bool:
+        """Whether samples and positions share the first dimension of all that comes from samples,
+        and the operation has a rule for that."""
+        dims = {flow.dim for leaf in leaves if (flow := self._flow.of(leaf)) is not None}
+        return dims == {FLAT} and function_name(function).strip("_") in FLAT_RULES
 
     def _hides_samples(self, leaf: Tensor) -> bool:
         rows = leaf.shape[0] if leaf.dim() else 0
@@ -421,6 +434,8 @@ class ParameterTracer(TorchFunctionMode):
             index: leaf for index, leaf in enumerate(leaves)
             if isinstance(leaf, ParameterExpression)
             and len(leaf.shape) >= widest and leaf.shape[0] == self._n_samples}
+        flat = self._is_flat(function, [
+            tensor for tensor, each in zip(leaves, samples, strict=True) if each])
         return TracedOp(
             name=f"{function_name(function) or 'operation'} of {', '.join(names)}",
             function=function,
@@ -431,8 +446,9 @@ class ParameterTracer(TorchFunctionMode):
             positions=positions,
             parameters={name: self._parameters[name] for name in names},
             aligned=frozenset(index for index, leaf in per_sample.items()
-                              if leaf.expanded and by_row),
-            may_align=frozenset(per_sample))
+                              if leaf.expanded and by_row and not flat),
+            may_align=frozenset() if flat else frozenset(per_sample),
+            n_samples=self._n_samples, flat=flat)
 
 
 def _draws(function: Operation, args: Args, kwargs: Kwargs) -> bool:

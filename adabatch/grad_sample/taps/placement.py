@@ -351,8 +351,12 @@ class ForwardHooks:
         for name in operation.parameters:
             for site in self._owners.get(name, ()):
                 site.deferred = True
-        self.operation_shapes[operation.name] = shape = tuple(outputs[0].shape)
-        return self._call_tap(operation, None, outputs, copied, self._sites[-1], shape[0])
+        shape = tuple(outputs[0].shape)
+        if operation.flat:
+            shape = (operation.n_samples, shape[0] // max(1, operation.n_samples), *shape[1:])
+        self.operation_shapes[operation.name] = shape
+        return self._call_tap(operation, None, outputs, copied, self._sites[-1],
+                              operation.n_samples)
 
     def _before_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs
