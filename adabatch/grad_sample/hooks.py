@@ -70,6 +70,7 @@ NOT_TRACED = (
 )
 SHAPES = ("this step was not measured: {error}. Forward passes are traced from now on, which finds "
           "what is called without samples: leave this step out and continue")
+NEW_PATTERN = "a pass unlike those before"
 NEW_LAYERS = "a layer was called for the first time"
 NOT_FOLLOWED = (
     "this step was not measured: {listed} was called for the first time, and only the next pass, "
@@ -177,10 +178,12 @@ class GradSampleHooks(Estimator):
                 hooks._on_reports_complete()
 
         self._probes = ProbeSet(
-            len(self._probe_rows), len(self.sites), capacity,
+            len(self._probe_rows), len(self.sites),
+            1 + 2 * max(len(site.parameters) for site in self.sites), capacity,
             torch.float64 if wide else torch.float32, self._row_sampler, on_reports_complete)
         for name, parameter in plan.parameters.items():
             probe = self._probes.on(parameter.device)
+            self._recorder.sum_check.prepare(parameter)
             for each in self._recorder.statistics:
                 shape = None if each.per_sample else each.leaf_shape(name)
                 if shape is not None:
@@ -287,10 +290,12 @@ class GradSampleHooks(Estimator):
         sizes.clear()
         record = self._recorder.drain(task)
         check = self._recorder.sum_check
+        rows, reports, sums, leaves = probes.drain(task, record.reports(len(sites)), late)
+        if sums:
+            check.observe_compiled(task, sums, [site.parameters.values() for site in sites])
         wrong = check.differing(self.by_samples) if check.task == task else []
         if wrong and not self._leave_out(wrong):
             raise RuntimeError(check.describe(wrong, placer.called))
-        rows, reports, leaves = probes.drain(task, record.reports(len(sites)), late)
         if isinstance(reports, Tensor):
             assert late is not None
             batch_size = late
@@ -309,6 +314,8 @@ class GradSampleHooks(Estimator):
         if placer.not_followed:
             listed = ", ".join(sorted(placer.not_followed))
             self._left_out = NotMeasured(NEW_LAYERS, NOT_FOLLOWED.format(listed=listed))
+        if check.unverified and check.task == task:
+            self._left_out = self._left_out or NotMeasured(NEW_PATTERN, check.unverified)
         values, repeated = finish_pass(
             record, rows, leaves, self._recorder.statistics, self._probe_rows.row_of,
             self._recorder.norm_weights, probes)
@@ -335,6 +342,7 @@ class GradSampleHooks(Estimator):
         if check.was_due or (incomplete and is_power_of_two(self._incomplete)):
             self._identity.check()
         self._n_passes += 1
+        check.is_first = self._n_passes >= self.accumulate
         indices = None
         if self._row_sampler.samples is not None:
             indices = self._row_sampler.rows(batch_size, probes.result_device)
@@ -483,7 +491,7 @@ class GradSampleHooks(Estimator):
         placer.input_sizes.clear()
         placer.forward_sizes.clear()
         placer.open_roles.clear()
-        self._recorder.discards = False
+        self._recorder.discards, self._recorder.sum_check.is_first = False, True
         if self._row_sampler.samples is not None:
             self._row_sampler.redraw()
         self._recorder.clear()

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.functional import linear
 
 from adabatch import GradSampleHooks
+from adabatch.interfaces import NotMeasured
 from tests import oracle
 from tests.grad_sample.measuring import (
     agrees,
@@ -234,6 +236,99 @@ def test_uses_in_parts_that_are_compiled_apart_raise_or_are_exact():
         assert "run the model without torch.compile" in str(error)  # noqa: PT017
     else:
         agrees(hooks.collect(), grads)
+
+
+class Uses(nn.Module):
+    """Calls its layers, and in `body` may use their weights without."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(7, 4), nn.LayerNorm(4)
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.body = None
+
+    def forward(self, ids):
+        h = torch.tanh(self.first(self.norm(self.table(ids))))
+        return self.last(h if self.body is None else self.body(self, h)).mean(1)
+
+
+IN_A_GRAPH = {
+    "a weight": ("first", lambda m, h: linear(h, m.first.weight)),
+    "its transpose": ("first", lambda m, h: h @ m.first.weight.T),
+    "layer.forward": ("first", lambda m, h: m.first.forward(h)),
+    "a bias": ("first", lambda m, h: h * m.first.bias),
+    "the scale of a norm": ("norm", lambda m, h: h * m.norm.weight),
+    "rows of a table": ("table", lambda m, h: h + m.table.weight[2]),
+}
+
+
+def train_compiled(model, loss_fn, steps, change=None, start=0, **options):
+    """Each step's moments, or why it was left out, beside the oracle's gradients."""
+    hooks = GradSampleHooks(model, **options)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    try:
+        for step in range(steps):
+            if step == start:
+                model.body = change
+            batch = torch.randint(7, (8, 5)), torch.randn(8, 3)
+            with hooks.paused():
+                grads = oracle.per_sample_grads(model, loss_fn, batch)
+            model.zero_grad()
+            backward(compiled, batch, loss_fn)
+            try:
+                yield hooks.collect(), grads
+            except NotMeasured as error:
+                yield error, grads
+    finally:
+        hooks.remove()
+
+
+@pytest.mark.parametrize(("layer", "body"), IN_A_GRAPH.values(), ids=IN_A_GRAPH)
+def test_a_use_in_the_graph_that_bypasses_the_layer_is_refused(layer, body):
+    torch.manual_seed(0)
+    model = Uses()
+    names = rf"{layer}\.\w+(, {layer}\.\w+)?"
+    message = rf"do not add up.*: {names}\. In a compiled graph.*model without torch\.compile"
+    with pytest.raises(RuntimeError, match=message):
+        list(train_compiled(model, squared_error, 1, body, samples=3))
+    hooks, batch = GradSampleHooks(model), (torch.randint(7, (8, 5)), torch.randn(8, 3))
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    model.zero_grad()
+    backward(model, batch)
+    agrees(hooks.collect(), grads)
+
+
+BESIDE_A_GRAPH = {
+    "a penalty": lambda m, b: m(b[0]).square().sum(1) + b[2].first.weight.square().sum(),
+    "a tied weight in the loss": lambda m, b: (m(b[0]) @ b[2].last.weight).square().sum(1),
+}
+
+
+@pytest.mark.parametrize("loss_fn", BESIDE_A_GRAPH.values(), ids=BESIDE_A_GRAPH)
+def test_a_use_beside_the_graph_is_refused(loss_fn):
+    torch.manual_seed(0)
+    model = Uses()
+    GradSampleHooks(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    batch = torch.randint(7, (8, 5)), torch.randn(8, 3), model
+    with pytest.raises(RuntimeError, match=r"(?s)do not add up.*weight"):
+        loss_fn(compiled, batch).mean().backward()
+
+
+@pytest.mark.parametrize("start", [pytest.param(3, marks=pytest.mark.slow), 20])
+def test_a_use_in_the_graph_that_begins_later_is_refused(start):
+    """Until then all steps are measured, with and without the comparison."""
+    torch.manual_seed(0)
+    seen = []
+    steps = train_compiled(Uses(), squared_error, start + 3, IN_A_GRAPH["a weight"][1], start,
+                           samples=3)
+    with pytest.raises(RuntimeError, match="do not add up"):
+        seen.extend(steps)
+    for moments, grads in seen[:start]:
+        agrees(moments, grads)
+    late = seen[start:]
+    assert len(late) == (start > 16)  # the passes before are all compared
+    assert all("compiled the model again" in str(moments) for moments, _ in late)
 
 
 HOOKED_STRICTLY = pytest.mark.skipif(

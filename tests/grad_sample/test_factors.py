@@ -71,6 +71,7 @@ def check(factor, grads, rtol):
         (factor.sq_norms(), grads.flatten(1).square().sum(1)),
         (factor.second_moment(), grads.square().sum(0)),
         (factor.dot(direction), (grads * direction).flatten(1).sum(1)),
+        (factor.total(), grads.sum(0)),
     ]:
         assert actual.shape == expected.shape
         torch.testing.assert_close(actual.double(), expected, rtol=rtol,

@@ -107,7 +107,7 @@ def run(seed):
     model = Changing(draw.randint(2, 6)).double()
     changes = {draw.choice(USES + 3 * NOTHING): draw.randint(0, 9) for _ in range(2)}
     hooks = GradSampleHooks(model, samples=draw.choice([None, None, 2]))
-    outcomes, model_changed, late = [], False, 0
+    outcomes, model_changed = [], False
     for step in range(draw.randint(3, 12)):
         x = torch.randn(draw.randint(2, 7), WIDTH, dtype=torch.float64)
         for change, at in changes.items():
@@ -128,13 +128,7 @@ def run(seed):
         right = right[rows]
         same = len(right) == len(moments.sq_norms)
         same = same and torch.allclose(moments.sq_norms, right, rtol=1e-6, atol=1e-12)
-        # Under samples= the inputs of a new kind of pass are kept from the next one on: it may be
-        # wrong once for each change (see the README of grad_sample).
-        if not same and moments.indices is not None and late < 2:
-            late += 1
-            outcomes.append("late")
-        else:
-            outcomes.append("exact" if same else f"WRONG {sorted(changes.items())} at {step}")
+        outcomes.append("exact" if same else f"WRONG {sorted(changes.items())} at {step}")
     hooks.remove()
     return outcomes, model_changed
 

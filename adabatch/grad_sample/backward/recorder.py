@@ -184,19 +184,21 @@ class BackwardRecorder:
 
 class Probe:
     """Zero leaves that require grad, on one device, whose gradients are what compiled taps report:
-    row k's is Σ over its layers of ‖G_n‖², that of `reports` [n_layers, 2] (calls, samples).
+    row k's is Σ over its layers of ‖G_n‖², that of `reports` [n_layers, 2] (calls, samples), that
+    of `sums` what GradientSumCheck.observe_compiled() reads.
 
     Every leaf is persistent (one made inside a forward hook breaks fullgraph) and as long as the
     largest batch, `capacity`.
     """
 
     def __init__(
-        self, n_rows: int, n_layers: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self, n_rows: int, n_layers: int, sums: int, capacity: int, dtype: torch.dtype,
+        device: torch.device,
     ):
         self.dtype, self.device = dtype, device
         self._task_of: dict[int, int] = {}
         self.signal = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
-        self.reports = self._leaf(n_layers, 2)
+        self.reports, self.sums = self._leaf(n_layers, 2), self._leaf(n_layers, sums)
         self._values: dict[tuple[str, str], Tensor] = {}
         self.capacity = max(INITIAL_CAPACITY, 1 << math.ceil(math.log2(capacity)))
         self._rows = [self._leaf(self.capacity) for _ in range(n_rows)]
@@ -244,16 +246,17 @@ class Probe:
 
     def drain(
         self, task: int
-    ) -> tuple[Rows, Tensor | None, dict[tuple[str, str], Tensor]]:
-        """Hand over one pass's gradients of rows, reports and values, and clear all."""
+    ) -> tuple[Rows, Tensor | None, Tensor | None, dict[tuple[str, str], Tensor]]:
+        """Hand over one pass's gradients of rows, reports, sums and values, and clear all."""
         self.signal.grad = None
         if not self._task_of:
-            return [], None, {}
+            return [], None, None, {}
         rows = [self._take(leaf, task) for leaf in self._rows]
         taken = {key: self._take(leaf, task) for key, leaf in self._values.items()}
-        reports = self._take(self.reports, task)
+        reports, sums = self._take(self.reports, task), self._take(self.sums, task)
         self._task_of.clear()
-        return rows, reports, {key: value for key, value in taken.items() if value is not None}
+        values = {key: value for key, value in taken.items() if value is not None}
+        return rows, reports, sums, values
 
     def _take(self, leaf: Tensor, task: int) -> Tensor | None:
         grad, leaf.grad = leaf.grad, None
@@ -272,10 +275,10 @@ class ProbeSet:
     """
 
     def __init__(
-        self, n_rows: int, n_layers: int, capacity: int, dtype: torch.dtype,
+        self, n_rows: int, n_layers: int, sums: int, capacity: int, dtype: torch.dtype,
         row_sampler: RowSampler, on_complete: Callable[[Tensor], None],
     ):
-        self._make = functools.partial(Probe, n_rows, n_layers, capacity, dtype)
+        self._make = functools.partial(Probe, n_rows, n_layers, sums, capacity, dtype)
         self.n_rows, self._capacity, self._dtype = n_rows, capacity, dtype
         self._row_sampler, self._on_complete = row_sampler, on_complete
         self._probes: dict[torch.device, Probe] = {}
@@ -316,19 +319,23 @@ class ProbeSet:
 
     def drain(
         self, task: int, recorded: list[Report], n_samples: int | None = None
-    ) -> tuple[dict[str, Rows], list[Report] | Tensor, dict[tuple[str, str], Tensor]]:
+    ) -> tuple[dict[str, Rows], list[Report] | Tensor, list[Tensor | None],
+               dict[tuple[str, str], Tensor]]:
         """Hand over a pass: rows, reports [n_layers, 2] with those `recorded` outside compiled
-        graphs, values of compiled graphs. Without n_samples N is read from the reports, which on an
-        accelerator waits; with it they stay there, as a tensor."""
+        graphs, sums (one for each device that has compiled layers) and values of compiled graphs.
+        Without n_samples N is read from the reports, which on an accelerator waits; with it they
+        stay there, as a tensor."""
         totals: dict[str, Rows] = {}
         here = torch.device("cpu") if n_samples is None else self.result_device
         reports: Tensor | None = None
+        all_sums: list[Tensor | None] = []
         values: dict[tuple[str, str], Tensor] = {}
         for probe in self._probes.values():
-            rows, seen, leaves = probe.drain(task)
+            rows, seen, sums, leaves = probe.drain(task)
             values.update(leaves)
             if seen is None:
                 continue
+            all_sums.append(sums)
             samples = self._row_sampler.samples
             length = (rows_measured(seen, samples) if n_samples is None
                       else min(n_samples, samples or n_samples))
@@ -338,9 +345,10 @@ class ProbeSet:
                     value = row[:length].to(self.result_device)
                     add_to_row(totals, "sq_norms", self.n_rows, index, value)
         if reports is None:
-            return totals, recorded, values
+            return totals, recorded, [], values
         reports = reports + to_device(torch.tensor(recorded, dtype=reports.dtype), here)
-        return totals, reports if n_samples is not None else reports.tolist(), values
+        settled = reports if n_samples is not None else reports.tolist()
+        return totals, settled, all_sums, values
 
     def forget(self) -> None:
         """Drop what a backward pass left."""

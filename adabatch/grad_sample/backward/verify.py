@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adabatch._transfers import is_remote
@@ -43,8 +43,23 @@ CAUSES = (
     "in place of the layer's (torch.func.functional_call); a layer without a rule that mixes "
     "samples or changes its buffers while it runs (give it a rule with register_grad_sampler)"
 )
+UNVERIFIED = (
+    "this step was not measured: the model ran unlike before, and with samples= under autocast, or "
+    "where saved tensors are moved, only the next such pass can be compared with the gradient: "
+    "leave this step out and continue"
+)
+NEW_GRAPH = (
+    "this step was not measured: torch.compile compiled the model again, and only the next passes "
+    "can be compared with the gradient: leave this step out and continue"
+)
 Node: TypeAlias = torch.autograd.graph.Node
 COMPILED = "CompiledFunctionBackward"  # one node that holds layers and taps alike
+IN_GRAPH = (
+    "In a compiled graph a weight that is used without calling its layer (F.linear(x, "
+    "layer.weight)) is not measured: run the model without torch.compile, which measures it, or "
+    "pass ignore=[...]. Left from before the pass is a gradient where optimizer.zero_grad() was "
+    "not called"
+)
 # Rounding in units of the eps of the coarsest type that took part: of the contributions, whose
 # errors are independent, and of the gradient as a whole.
 OF_SAMPLES, OF_GRADIENT = 4.0, 2.0
@@ -52,6 +67,8 @@ OF_SAMPLES, OF_GRADIENT = 4.0, 2.0
 # products of float32 may be rounded to 10 bits.
 LEAST_EPS = {"cpu": 2.5e-5}
 LEAST_EPS_ELSEWHERE = 2.0**-10
+TYPES = {torch.finfo(each).eps: each
+         for each in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 # Rounding of a coarse type (bfloat16) may hide in one pass, of few samples above all, what a layer
 # mixes; hardly in that many passes.
 COARSE_EPS, COARSE_PASSES = 2.0**-8, 16
@@ -59,6 +76,8 @@ COARSE_EPS, COARSE_PASSES = 2.0**-8, 16
 # Where inputs were not kept, they are for so many passes, in which the pattern may come again.
 ALL = "all layers"  # no name of a layer
 NEW_PATTERNS, PASSES_PER_PATTERN, PASSES_KEPT = 8, 256, 64
+# Compared in compiled graphs at first, and after one was traced that was not.
+PASSES_OF_GRAPH = 16
 
 
 def is_power_of_two(n: int) -> bool:
@@ -80,27 +99,37 @@ class _Sums:
     squares: Tensor
     dtype: torch.dtype
     fresh: bool
+    sketched: bool = False  # total is uᵀ Σ_i G_i v
 
 
 class GradientSumCheck:
     """Compares Σ_i G_i with p.grad for each measured parameter p, over all samples of a pass, also
     where a part of them is measured.
 
-    Compared are the passes 1, 2, 4, 8, …, the first 16 where a coarse type takes part, all after
-    one that did not add up, and those whose pattern was not seen before: the layers called and
-    their modes, the numbers of autograd nodes made by them and by the loss, the parameters with
-    hooks; and the number of nodes made before them. The latter two are each 8 at first and one more
-    in 256 passes.
+    Compared are, of the passes that come first in their step, 1, 2, 4, 8, …, the first 16 where a
+    coarse type takes part, all after one that did not add up, and those whose pattern was not seen
+    before: the layers called and their modes, the numbers of autograd nodes made by them and by the
+    loss, the parameters with hooks; and the number of nodes made before them. The latter two are
+    each 8 at first and one more in 256 passes.
 
     Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², and so does
     what is allowed, ‖Σ_i G_i − p.grad‖ <= eps·(4·√Σ‖G_i‖² + 2·‖p.grad‖). Matrices are multiplied by
     a random vector first, which needs no matrix of Σ_i G_i.
 
+    In a compiled graph, which is the same for many passes, taps report uᵀ Σ_i G_i v with random
+    vectors u and v, in a graph of its own for the passes that are due: these, the first 16, and 16
+    after one in which another graph was traced. Only a change in the very pass that is the first
+    one without sketches is seen one pass late.
+
     Left out are gradients that were not empty before the pass, and those that processes share.
 
     Attributes:
-        keeps_inputs: the taps of the forward pass that runs keep all rows of their inputs.
+        is_first: the next pass is the first one of a step; others are not compared.
+        sketches: compiled taps report uᵀ Σ_i G_i v in the next pass.
+        traces: calls of layers in graphs that torch.compile has traced.
+        unverified: why the last pass had to be compared, and was not; "" if it did not have to.
         task: the backward pass that runs, or ran last.
+        in_graph: of the parameters found last, those that a compiled graph reported.
         running: a forward pass has begun since the last backward pass.
         was_due: the pass that runs, or ran last, is compared whatever its pattern.
 
@@ -120,6 +149,7 @@ class GradientSumCheck:
     def __init__(self, parameters: Mapping[str, Tensor]):
         self._parameters = parameters
         self._passes = self._keep_until = self._next_hook = 0
+        self.traces, self._traced, self._sketch_until = 0, 0, PASSES_OF_GRAPH
         self._new = [0, 0]
         self._coarse = self.running = self._suspect = self.was_due = False
         self._patterns: set[object] = set()
@@ -128,22 +158,23 @@ class GradientSumCheck:
         self._leaf = torch.zeros((), requires_grad=True)
         self._lock = threading.Lock()
         self._start, self._end, self._calls, self._thread, self._complete = 0, 0, 0, 0, True
-        self.keeps_inputs = True
+        self._keeps_all = self.sketches = self.is_first = True
+        self._compared_graph = False  # traced, and since then none that does not compare
+        self.in_graph: list[str] = []
         self._forget(-2)  # -1 is what runs outside of backward passes
 
     def _forget(self, task: int) -> None:
-        self.task, self._compares = task, False
+        self.task, self._compares, self.unverified = task, False, ""
         self._sums: dict[str, _Sums] = {}
 
     # -- the forward pass
 
-    def start(self, output: object, all_rows: bool) -> None:
-        """Before the first tap of a forward pass; all_rows: all samples are measured."""
+    def start(self, output: object) -> None:
+        """Before the first tap of a forward pass."""
         node = output.grad_fn if isinstance(output, Tensor) else None
         self._start = self._next_node() if node is None else node._sequence_nr()
         self.running, self._calls, self._thread = True, 0, threading.get_ident()
-        self.keeps_inputs = self.is_due or self._passes < self._keep_until
-        self._complete = all_rows or self.keeps_inputs
+        self._keeps_all, self._complete = self.is_due or self._passes < self._keep_until, True
         if RemovableHandle.next_id != self._next_hook:  # somebody has registered a hook
             self._next_hook = RemovableHandle.next_id
             self._hooked = tuple(name for name, parameter in self._parameters.items()
@@ -153,11 +184,31 @@ class GradientSumCheck:
         """A layer was called."""
         self._calls = hash((self._calls, layer, training))
 
+    def keeps(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> bool:
+        """Whether a tap that measures some rows keeps all rows of its layer's input: in passes
+        that are compared, and where autograd keeps them anyway, so that any pass may be."""
+        if self._keeps_all:
+            return True
+        weight = layer._parameters.get("weight")
+        kept = weight is not None and weight.requires_grad and (
+            inputs.dtype is output.dtype or not inputs.is_floating_point())
+        if kept:
+            packs = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            kept = packs is None or packs[0].__module__ == "torch.utils.checkpoint"
+        self._complete &= kept
+        return kept
+
     @property
     def is_due(self) -> bool:
         """Whether the next pass is compared whatever its pattern."""
         n = self._passes + 1
-        return self._suspect or is_power_of_two(n) or (self._coarse and n <= COARSE_PASSES)
+        return self.is_first and (self._suspect or is_power_of_two(n)
+                                  or (self._coarse and n <= COARSE_PASSES))
+
+    def choose_graph(self) -> None:
+        """After a pass: whether compiled taps report for the check in the next one."""
+        within = self.is_first and self._passes < self._sketch_until
+        self.sketches = (within or self.is_due) and not is_distributed()
 
     def _next_node(self) -> int:
         """The number of the autograd node that this thread makes now."""
@@ -182,11 +233,13 @@ class GradientSumCheck:
     def _begin(self, task: int, last: Node | None) -> None:
         due = self.was_due = self.is_due
         self._forget(task)
-        self._passes += 1
         before = of_loss = 0
         if threading.get_ident() == self._thread:  # an accelerator's backward has its own
             now = self._next_node()
             before, of_loss, self._end = self._start - self._end, now - self._start, now
+        if not self.is_first:
+            return
+        self._passes += 1
         of_layers = 0 if last is None else last._sequence_nr() - self._start
         # What runs before the model has a limit of its own: it may be anything, and never the same.
         patterns = ("before", before), (self._calls, of_layers, of_loss, self._hooked)
@@ -201,6 +254,7 @@ class GradientSumCheck:
         if self._complete:
             self._patterns.update(patterns)
         else:
+            self.unverified = UNVERIFIED
             self._keep_until = self._passes + PASSES_KEPT
 
     def observe(
@@ -219,8 +273,7 @@ class GradientSumCheck:
             name, parameter = names[own], self._parameters[names[own]]
             squares = sq_norms[own]
             total = self._reduced(whole, squares.device)
-            floating = [each for each in (parameter.dtype, *dtypes) if each.is_floating_point]
-            dtype = max(floating, key=lambda each: torch.finfo(each).eps)
+            dtype = _coarsest(parameter.dtype, *dtypes)
             self._coarse |= torch.finfo(dtype).eps >= COARSE_EPS
             with self._lock:
                 sums = self._sums.get(name)
@@ -229,7 +282,59 @@ class GradientSumCheck:
                     self._sums[name] = _Sums(total, squares, dtype, fresh)
                 else:
                     sums.total, sums.squares = sums.total + total, sums.squares + squares
-                    sums.dtype = max(sums.dtype, dtype, key=lambda each: torch.finfo(each).eps)
+                    sums.dtype = _coarsest(sums.dtype, dtype)
+
+    def prepare(self, parameter: Tensor) -> None:
+        """Draw the vectors of sketch(), which a compiled graph cannot."""
+        if parameter.dim() > 1:
+            self._direction(parameter[0].numel(), parameter.device)
+        self._direction(len(parameter) if parameter.dim() else 1, parameter.device)
+
+    def sketch(self, whole: Factor | Tensor, device: torch.device) -> Tensor:
+        """uᵀ M v, a number, of M = Σ_i G_i or a gradient, as a matrix."""
+        reduced = self._reduced(whole, device)
+        if reduced.dim() > 1:
+            reduced = reduced.flatten(1)
+            reduced = reduced @ self._direction(reduced.shape[1], device).to(reduced.dtype)
+        reduced = reduced.flatten()
+        return reduced @ self._direction(len(reduced), device).to(reduced.dtype)
+
+    def observe_compiled(
+        self, task: int, sums: Iterable[Tensor | None], layers: Sequence[Collection[str]]
+    ) -> None:
+        """The end of a pass in which compiled taps reported.
+
+        Args:
+            sums: [n_layers, 1 + 2 K] of a device, None where the pass was not due: of each layer
+                the eps of the type that it computed in, 0 where it was not called, then
+                uᵀ Σ_i G_i v and Σ_i ‖G_i‖² of its parameters.
+            layers: names of the parameters of each.
+        """
+        if task != self.task:
+            self._forget(task)
+            self._passes += self.is_first
+        new, self._traced = self.traces != self._traced, self.traces
+        if not self.is_first or is_distributed():
+            return
+        reported = [each for each in sums if each is not None]
+        for each in reported:
+            self._observe_sums(each, layers)
+        if reported:
+            self._compared_graph |= new
+        elif new:
+            # The first graph without sketches is no sign of a change; the next pass shows it.
+            expected, self._compared_graph = self._compared_graph, False
+            self.unverified = "" if expected else NEW_GRAPH
+            self._sketch_until = self._passes + (1 if expected else PASSES_OF_GRAPH)
+
+    def _observe_sums(self, sums: Tensor, layers: Sequence[Collection[str]]) -> None:
+        """What the layers on one device reported."""
+        for line, (eps, names) in enumerate(zip(sums[:, 0].tolist(), layers, strict=True)):
+            for place, name in enumerate(names) if eps in TYPES else ():
+                dtype = _coarsest(self._parameters[name].dtype, TYPES[eps])
+                self._coarse |= torch.finfo(dtype).eps >= COARSE_EPS
+                total, squares = sums[line, 1 + 2 * place : 3 + 2 * place]
+                self._sums[name] = _Sums(total, squares, dtype, fresh=True, sketched=True)
 
     def _reduced(self, whole: Factor | Tensor, device: torch.device) -> Tensor:
         """What is compared of Σ_i G_i or of a gradient: a matrix times a vector, else itself."""
@@ -270,13 +375,14 @@ class GradientSumCheck:
                 continue
             seen = torch.zeros_like(each.total)
             if grad is not None:
-                seen = self._reduced(grad.to_dense(), grad.device)
-            compared[name] = each.total.reshape(seen.shape).to(seen.dtype), seen
+                reduced = self.sketch if each.sketched else self._reduced
+                seen = reduced(grad.to_dense(), grad.device)
+            compared[name] = each.total.reshape(seen.shape).to(seen), seen
         if not compared:
             return []
         share = _common_factor(compared.values()) if by_samples else 1.0
-        numbers = [[_norm(share * total - seen), _norm(seen), share**2 * sums[name].squares]
-                   for name, (total, seen) in compared.items()]
+        numbers = [[_norm(share * total - seen), self._gradient_norm(name, seen, sums[name]),
+                    share**2 * sums[name].squares] for name, (total, seen) in compared.items()]
         found = dict(zip(compared, _on_host(numbers), strict=True))
         # Values that are not finite are compared with nothing.
         scales = {name: math.sqrt(row[2]) for name, row in found.items() if row[2] >= 0.0}
@@ -295,22 +401,35 @@ class GradientSumCheck:
             if difference > allowed + _underflow(dtype, parameter):
                 wrong.append(name)
         self._suspect = bool(wrong)
+        self.in_graph = [name for name in wrong if sums[name].sketched]
         return wrong
+
+    def _gradient_norm(self, name: str, seen: Tensor, sums: _Sums) -> Tensor:
+        grad = self._parameters[name].grad if sums.sketched else None
+        return _norm(seen if grad is None else grad.to_dense())
 
     def describe(self, wrong: Sequence[str], called: bool) -> str:
         """The error's text; called: the model's forward was."""
         hooked = [name for name in wrong if _has_hooks(self._parameters[name])]
         causes = [HOOKED.format(listed=", ".join(hooked))] if hooked else []
-        if not called:
+        if self.in_graph and not causes:
+            causes += [IN_GRAPH, CAUSES]
+        elif not called:
             causes.append(NOT_CALLED)
         return DIFFERS.format(listed=", ".join(wrong), causes=". ".join(causes) or CAUSES)
 
 
 def squares(factors: Mapping[str, Factor], n_samples: int | None = None) -> dict[str, Tensor]:
     """{name: Σ_i ‖G_i‖²}, of n_samples where these are a part of them."""
-    return {name: factor.sq_norms().sum() * (
-                1.0 if n_samples is None else n_samples / max(1, factor.n_samples))
-            for name, factor in factors.items()}
+    norms = {name: factor.sq_norms() for name, factor in factors.items()}
+    if n_samples is None:
+        return {name: each.sum() for name, each in norms.items()}
+    return {name: each.mean() * n_samples for name, each in norms.items()}
+
+
+def _coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    floating = [each for each in dtypes if each.is_floating_point]
+    return max(floating, key=lambda each: torch.finfo(each).eps)
 
 
 def _norm(values: Tensor) -> Tensor:

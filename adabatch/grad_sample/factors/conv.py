@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from adabatch import kernels
 from adabatch.grad_sample.factors.base import Factor
+from adabatch.kernels import accumulation_dtype
 
 Ints = tuple[int, ...]
 
@@ -58,6 +60,14 @@ class ConvOuter(Factor):
 
     def dense(self) -> Tensor:
         return kernels.conv_grad_sample(*self._arguments)
+
+    def total(self) -> Tensor:
+        dtype = accumulation_dtype(self.activations, self.backprops)
+        activations, backprops = self.activations.to(dtype), self.backprops.to(dtype)
+        weight = activations.new_empty(1).expand(self.weight_shape)  # only its shape is read
+        return torch.ops.aten.convolution_backward(
+            backprops, activations, weight, None, self.stride, self.padding, self.dilation, False,
+            (0,) * len(self.stride), self.groups, (False, True, False))[1]
 
     def select(self, indices: Tensor | slice) -> ConvOuter:
         activations, backprops = self.activations[indices], self.backprops[indices]

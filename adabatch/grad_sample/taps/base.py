@@ -166,7 +166,7 @@ class TapSite:
 
     def extra_inputs(self, probe: Probe, length: int) -> list[Tensor]:
         """What a tap of S = `length` rows gets besides its report: in a compiled graph its probe
-        rows, then a leaf for each parameter of each statistic."""
+        rows, then a leaf for each parameter of each statistic, and its line of the sums."""
         if not is_compiling():
             return []
         extras = [probe.row(row, length) for row in dict.fromkeys(self.rows.values())]
@@ -177,6 +177,8 @@ class TapSite:
                     raise RuntimeError(f"{each.name} cannot be measured in a compiled graph: do "
                                        "not measure it, or do not compile the model")
                 extras.append(probe.value(each.name, name, shape))
+        if self.recorder.sum_check.sketches:
+            extras.append(probe.sums[self.index, : 1 + 2 * len(self.parameters)])
         return extras
 
     def factors(
@@ -273,6 +275,26 @@ class TapSite:
                       for own, full in self.parameters.items()}
             extras += self._report(each.name, each.per_sample, values, measured, dtype)
         return extras
+
+    def report_sums(
+        self, totals: Mapping[str, Factor | Tensor], sq_norms: Mapping[str, Tensor], like: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """In a compiled graph, the gradient of the layer's line of Probe.sums.
+
+        Args:
+            totals: {own name: the factor over all samples, or Σ_i G_i}.
+            sq_norms: {own name: Σ_i ‖G_i‖²}.
+            like: a tensor of the type that the layer computed in.
+        """
+        line = [like.new_full((), torch.finfo(like.dtype).eps, dtype=dtype)]
+        for name in self.parameters:
+            if name in totals:
+                sketch = self.recorder.sum_check.sketch(totals[name], like.device)
+                line += [sketch.to(dtype), sq_norms[name].to(dtype)]
+            else:  # frozen since attaching
+                line += [line[0].new_zeros(())] * 2
+        return torch.stack(line)
 
     def _report(
         self, statistic: str, per_sample: bool, values: Mapping[str, Tensor | None], measured: int,
@@ -384,17 +406,21 @@ class PassthroughTap(Tap):
             own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
             n_samples = _n_samples(ctx.n_samples, site.layout, own)
             factors = site.factors(activations, own, rows, n_samples)
-            if not is_compiling() and site.recorder.sum_check.observes(ctx):
+            check, sums = site.recorder.sum_check, []
+            if check.sketches if is_compiling() else check.observes(ctx):
                 every = factors if rows is None else site.factors(
                     activations if whole is None else whole, own, None, n_samples)
-                site.recorder.sum_check.observe(
-                    site.parameters, every, squares(factors, n_samples), own.dtype)
+                norms = squares(factors, None if rows is None else n_samples)
+                if is_compiling():
+                    sums = [site.report_sums(every, norms, own, ctx.dtype)]
+                else:
+                    check.observe(site.parameters, every, norms, own.dtype)
             if site.must_defer:
                 site.defer(factors)
                 extras = [None] * ctx.n_extras
             else:
                 measured = n_samples if rows is None else rows.shape[0]
-                extras = site.report(factors, measured, ctx.dtype)
+                extras = site.report(factors, measured, ctx.dtype) + sums
         report = Tap.call_report(ctx, site, n_samples, own)
         return backprops, None, None, None, report, None, None, *extras
 
@@ -414,7 +440,8 @@ def pass_through(
         site.shapes = tuple(activations.shape), tuple(output.to_local().shape)  # type: ignore[attr-defined]
     whole = None
     if rows is not None and not site.mixes_samples:
-        if not is_compiling() and site.recorder.sum_check.keeps_inputs:
+        check = site.recorder.sum_check
+        if check.sketches if is_compiling() else check.keeps(site.layer, inputs, output):
             whole = activations
         activations = activations.index_select(0, rows)
     known = _known(layout, n_samples)
@@ -454,18 +481,21 @@ class FusedBackwardTap(Tap):
                 if rows is not None:
                     a, b = a.index_select(0, rows), b.index_select(0, rows)
                 factors = site.sampler.rule(layer, a, b)
-            if not is_compiling() and site.recorder.sum_check.observes(ctx):
+            check, sums = site.recorder.sum_check, []
+            if check.sketches if is_compiling() else check.observes(ctx):
                 norms = (squares(factors, n_samples) if defer else
                          {name: each.sum() for name, each in result.sq_norms.items()})
-                site.recorder.sum_check.observe(
-                    site.parameters, {name: result.grads[name] for name in norms}, norms,
-                    backprops.dtype)
+                totals = {name: result.grads[name] for name in norms}
+                if is_compiling():
+                    sums = [site.report_sums(totals, norms, backprops, ctx.dtype)]
+                else:
+                    check.observe(site.parameters, totals, norms, backprops.dtype)
             if defer:
                 site.defer(factors)
                 extras = [None] * ctx.n_extras
             else:
                 measured = n_samples if rows is None else rows.shape[0]
-                extras = site.report_fused(result, rows, measured, ctx.dtype)
+                extras = site.report_fused(result, rows, measured, ctx.dtype) + sums
             grad_inputs = result.grad_inputs
             if grad_inputs is not None:
                 grad_inputs = grad_inputs.to(ctx.input_dtype)

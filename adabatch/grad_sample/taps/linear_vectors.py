@@ -93,7 +93,7 @@ def pass_vectors(
     if rows is None:
         return _apply(output, (inputs,), rows, report, site)
     inputs = inputs.detach()
-    kept = (inputs,) if site.recorder.sum_check.keeps_inputs else ()
+    kept = (inputs,) if site.recorder.sum_check.keeps(site.layer, inputs, output) else ()
     return _apply(output, (inputs.index_select(0, rows), *kept), rows, report, site)
 
 

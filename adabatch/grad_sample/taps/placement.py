@@ -219,6 +219,7 @@ class ForwardHooks:
     def end_pass(self, owner: object) -> None:
         """After a backward pass: trace the next forward pass where its sums will be compared."""
         self.called = self.traced = False
+        self._check.choose_graph()
         self._uses.whole = self._check.is_due or bool(self.not_followed)
         self.not_followed.clear()
         due = self._must_trace or self._uses.whole
@@ -398,6 +399,7 @@ class ForwardHooks:
             return self._tap_layer(site, layer, args, kwargs, output)
         if site.deferred:
             raise RuntimeError(DEFERRED_COMPILED.format(name=site.name))
+        self._count_trace()
         return self._tap_by_rule(site, layer, args, kwargs, output)
 
     def _tap_traced(
@@ -446,8 +448,14 @@ class ForwardHooks:
 
     def _count_call(self, site: TapSite, output: object, training: bool) -> None:
         if not self._check.running:
-            self._check.start(output, self._row_sampler.samples is None)
+            self._check.start(output)
         self._check.count_call(site.index, training)
+
+    def _count_trace(self) -> None:
+        """Runs while torch.compile traces a graph, and not in the graph."""
+        self._check.traces += 1
+
+    _count_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _tap_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
