@@ -9,7 +9,7 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import SupportsIndex, overload
+from typing import TYPE_CHECKING, SupportsIndex, overload
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from adabatch.diagnostics.layers import LayerHistory, Layers, LayerStatistics
 from adabatch.diagnostics.record import (
     FIELDS, Averages, Record, Row, brief, field_value, given_values)
 from adabatch.interfaces import State
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STATE_VERSION = 2
 _TYPES = {"int": np.int64, "float": np.float64, "bool": np.bool_, "str": np.str_}
@@ -170,7 +173,14 @@ class Diagnostics:
     @overload
     def __getitem__(self, index: slice) -> list[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        return list(self._all())[index] if isinstance(index, slice) else self._all()[index]
+        if isinstance(index, slice):
+            return list(self._all())[index]
+        if isinstance(index, str):
+            raise TypeError(f"a history is a sequence of records: read a field over the run by "
+                            f"column({index!r}), and of one record as an attribute")
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"the history has {len(self)} records in memory, got index {index}")
+        return self._all()[index]
 
     def __repr__(self) -> str:
         latest = f"; {brief(self.latest)}" if len(self) else ""
@@ -297,6 +307,10 @@ class Diagnostics:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the history into an image file: see `adabatch.diagnostics.plots`."""
         plots.plot(self, path)
+
+    def draw(self) -> Figure:
+        """The figure that `plot` saves, as for a notebook."""
+        return plots.draw(self)
 
     def state_dict(self) -> State:
         """Averages, counts and layers, plain numbers and tensors; not the records."""

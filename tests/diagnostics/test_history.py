@@ -195,6 +195,15 @@ def test_sequence():
         history[20]
 
 
+def test_what_is_no_index_names_what_to_use():
+    history = fill(Diagnostics(), steps(20))
+    with pytest.raises(TypeError, match=r"by column\('loss'\), and of one record as an attribute"):
+        history["loss"]
+    with pytest.raises(IndexError, match="has 20 records in memory, got index 20"):
+        history[20]
+    assert history[np.int64(-20)].step == history[0].step
+
+
 def test_counts_and_repr():
     history = fill(Diagnostics(), steps(20))
     assert history.dropped == Counter({"non-finite loss": 2, "batch of one": 1})

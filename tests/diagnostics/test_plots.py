@@ -175,6 +175,11 @@ assert "matplotlib.pyplot" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_history_gives_its_figure():
+    history = fill(Diagnostics(), steps(20))
+    assert len(history.draw().axes) == len(draw(history).axes) == 5
+
+
 def test_without_matplotlib(monkeypatch, tmp_path):
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.ticker"):
         monkeypatch.setitem(sys.modules, name, None)
