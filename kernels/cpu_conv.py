@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from adabatch.kernels.cpu import sum_moments
 from adabatch.kernels.operators import (
-    Ints, accumulation_dtype, implements, row_sq_norms, sample_chunks,
+    Ints, accumulation_dtype, implements, is_forced, row_sq_norms, sample_chunks,
 )
 from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
 
@@ -56,8 +56,10 @@ def conv_form(
     """
     (samples, channels, *size), (_, width_out, *size_out) = activations_shape, backprops_shape
     kernel = weight_shape[2:]
-    if groups != 1:
+    if groups != 1 or is_forced("groups"):
         return "groups"
+    if is_forced("windows") or (is_forced("gram") and not second_moment):
+        return "windows" if is_forced("windows") else "gram"
     if samples and max(size, default=1) > 1 and not second_moment:
         lengths = [length + 2 * amount for length, amount in zip(size, padding, strict=True)]
         pairs = 2 * math.prod(lengths) ** 2  # computed, and copied into the table

@@ -96,7 +96,9 @@ def seconds(method: Plain, batch: tuple) -> float:
     return time.perf_counter() - begin
 
 
-def measure(work: Workload, names: list[str], repeats: int, device: str) -> dict:
+def measure(
+    work: Workload, names: list[str], repeats: int, device: str, with_errors: bool = True
+) -> dict:
     """Times, ratios and errors of all methods on one model; the first one is the plain step."""
     if importlib.util.find_spec(work.needs) is None:
         reason = f"needs {work.needs}: pip install {work.needs}"
@@ -105,7 +107,7 @@ def measure(work: Workload, names: list[str], repeats: int, device: str) -> dict
     methods, skipped = start(work, names, device)
     _, batch = work.setting()
     batch = tuple(tensor.to(device) for tensor in batch)
-    truth = exact_trace(work, device) if work.alone else None
+    truth = exact_trace(work, device) if work.alone and with_errors else None
     for method in methods.values():
         for _ in range(method.warm_up):
             seconds(method, batch)

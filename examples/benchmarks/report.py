@@ -36,11 +36,10 @@ def table(results: list[dict]) -> str:
     """A Markdown table for each model; peers that were skipped are named below it."""
     parts = []
     for result in results:
-        lines = [f"**{result['model']}: {result['title']}**", ""]
-        lines += [_line(HEADER), _line(["---"] * len(HEADER))]
-        lines += [_line(_cells(row)) for row in result["rows"]]
-        lines += [f"\nskipped: {name} ({reason})" for name, reason in result["skipped"].items()]
-        parts.append("\n".join(lines) + "\n")
+        found = lines([*HEADER], [_cells(row) for row in result["rows"]])
+        found += "".join(
+            f"\nskipped: {name} ({reason})\n" for name, reason in result["skipped"].items())
+        parts.append(f"**{result['model']}: {result['title']}**\n\n{found}")
     return "\n".join(parts)
 
 
@@ -48,18 +47,28 @@ def summary(results: list[dict]) -> str:
     """Ratios to the plain step: a row for each method, a column for each model."""
     titles = list(dict.fromkeys(row["title"] for result in results for row in result["rows"][1:]))
     by_model = [{row["title"]: row for row in result["rows"]} for result in results]
-    lines = [_line(["", *(result["model"] for result in results)]),
-             _line(["---"] * (1 + len(results)))]
-    lines += [_line([title, *(_ratio(rows.get(title)) for rows in by_model)]) for title in titles]
+    rows = [[title, *(_ratio(rows.get(title)) for rows in by_model)] for title in titles]
     named = [f"- {result['model']}: {result['title']}" for result in results]
-    return "\n".join([*lines, "", *named]) + "\n"
+    return "\n".join([lines(["", *(result["model"] for result in results)], rows), *named]) + "\n"
+
+
+def lines(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table.
+
+    Example:
+        >>> print(lines(["", "a"], [["b", "1"]]), end="")
+        |  | a |
+        | --- | --- |
+        | b | 1 |
+    """
+    return "\n".join(_line(row) for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
 def _ratio(row: dict | None) -> str:
     return "—" if row is None else f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
 
-def _line(cells: list[str] | tuple[str, ...]) -> str:
+def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
