@@ -83,6 +83,9 @@ ERRORS = {
     "not-an-optimizer": (
         {"optimizer": lambda model: "sgd"}, TypeError,
         "optimizer must be a torch.optim.Optimizer, got str"),
+    "optimizer-class": (
+        {"optimizer": lambda model: Adadelta}, TypeError,
+        "optimizer must be .* got the class Adadelta: make one of the model's parameters"),
     "frozen": (
         {"model": lambda: nn.Linear(3, 1).requires_grad_(False)}, ValueError,
         "no trainable parameters"),

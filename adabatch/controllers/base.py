@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -26,7 +27,8 @@ class Controller(interfaces.Controller):
     `smoothing` is always the decay μ of the moving averages, 0 <= μ < 1.
 
     Attributes:
-        init_args: names of the constructor's arguments, kept under the same names.
+        init_args: names of the constructor's arguments, kept under the same names; by default
+            those that are.
         state_attrs: names of the attributes that make up the state: plain numbers, lists of them,
             or objects with state_dict and load_state_dict.
         children: controllers inside this one; their states and requirements count as its own.
@@ -162,7 +164,10 @@ class Controller(interfaces.Controller):
                 child.check_state(part)
 
     def __repr__(self) -> str:
-        named = (f"{name}={getattr(self, name)!r}" for name in self.init_args)
+        names = self.init_args or [
+            name for name, each in inspect.signature(type(self)).parameters.items()
+            if name in vars(self) and each.kind is not each.VAR_POSITIONAL]
+        named = (f"{name}={getattr(self, name)!r}" for name in names)
         return f"{type(self).__name__}({', '.join(named)})"
 
 

@@ -449,6 +449,8 @@ def check_optimizer(optimizer: object) -> None:
     """Raise TypeError for anything but an optimizer."""
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer).__name__
+        if isinstance(optimizer, type):
+            kind = f"the class {optimizer.__name__}: make one of the model's parameters"
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
 
 

@@ -22,6 +22,16 @@ def test_record_is_frozen_and_slotted():
         record.loss = 1.0
 
 
+@pytest.mark.parametrize(("low", "high", "text"), [
+    (2.0, 8.0, "noise scale 3 (2 to 8)"), (2.0, math.inf, "noise scale 3 (above 2)"),
+    (0.0, math.inf, "noise scale 3)"), (math.inf, math.inf, "noise scale 3)")])
+def test_the_repr_shows_intervals_that_say_something_and_no_loss_that_is_not_known(low, high, text):
+    record = dataclasses.replace(Record(*ROW), noise_scale_ema=3.0, noise_scale_low=low,
+                                 noise_scale_high=high, loss_ema=math.nan)
+    assert text in repr(record)
+    assert "loss" not in repr(record)
+
+
 @pytest.mark.parametrize(
     ("trace", "signal", "expected"),
     [
