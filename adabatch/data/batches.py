@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from operator import setitem
 from typing import Any, TypeAlias
@@ -23,6 +24,7 @@ from adabatch._tree import Path
 from adabatch._types import Batch, CollateFn, Sample
 
 _ALIGNMENT = 64
+_LABELS = re.compile(r"label|target|answer|(^|_)(ys?|tags?|gold|class(es)?)($|_)")
 PER_SAMPLE, CONSTANT = "per sample", "constant"
 Layout: TypeAlias = "int | str | list[Layout] | None"
 # What must be equal in all batches: shapes beyond the samples' axis, constants, names of parts.
@@ -216,8 +218,9 @@ def pad_right(
         parts: tensors of one dtype and as many dimensions.
         axis: the one that counts samples.
         path: where in the batch they stand: keys, positions, names of fields.
-        padding_value: a number, or {last entry of the path: number}, 0 for those not named except
-            labels and targets; bind it with functools.partial. Needed where anything is padded.
+        padding_value: a number, or {last entry of the path: number}, 0 for those not named; bind it
+            with functools.partial. Needed where anything is padded. What may hold labels (parts of
+            a tuple after the first, names like labels, targets, tags, y) must be named.
 
     Raises:
         ValueError: a part must be padded, and padding_value does not say with what.
@@ -227,21 +230,22 @@ def pad_right(
         tensor([[1., 1., 0.],
                 [1., 1., 1.]])
     """
-    value = padding_value
+    value, name = padding_value, path[-1] if path else None
+    labels = name != 0 if isinstance(name, int) else bool(_LABELS.search(str(name).lower()))
     if isinstance(value, Mapping):
-        name = path[-1] if path else None
-        meaningful = any(word in str(name).lower() for word in ("label", "target"))
-        value = value.get(name, None if meaningful else 0)
+        value = value.get(name, None if labels else 0)
+    elif labels:
+        value = None  # a number is that of the inputs
     shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
     shape[axis] = sum(part.shape[axis] for part in parts)
     if value is None:
         if any(part.shape[:axis] + part.shape[axis + 1 :] != (*shape[:axis], *shape[axis + 1 :])
                for part in parts):
-            name = repr(path[-1]) if path else "the batch"
+            part_name = "the batch" if name is None else repr(name)
             raise ValueError(
-                f"pad_right must pad {name}, and 0 could be a label: say with what, by join_fn="
+                f"pad_right must pad {part_name}, and 0 could be a label: say with what, by join_fn="
                 "functools.partial(pad_right, padding_value={'labels': -100, 'input_ids': pad_id})"
-                " (names or positions as in the batch; a number pads all).")
+                ", names (or positions in a tuple) as in the batch.")
         value = 0
     joined = parts[0].new_full(shape, value)
     offset = 0

@@ -140,9 +140,12 @@ class StreamEpoch(Epoch):
 
     def __init__(
         self, sampler: ResizableBatchSampler, iterator_id: int, plan: ChunkPlan,
-        progress: State | None, workers: int,
+        progress: State | None, workers: int, keeps_data: bool,
     ):
         super().__init__(sampler, iterator_id, plan)
+        # Whether the next epoch finds the data set as this one leaves it; else workers copy it.
+        self._keeps_data, self._given = keeps_data, progress
+        self._latest: list[State | None] = [None] * max(1, workers)
         self._num_workers, self._workers = workers, max(1, workers)
         self._states: list[State | None] = [None] * self._workers
         self._ended: set[int] = set()
@@ -158,7 +161,7 @@ class StreamEpoch(Epoch):
         self._awaited: deque[tuple[_Drawn, int]] = deque()
 
     def requests(self) -> Iterator[Request]:
-        epoch = self._sampler.epoch
+        epoch, self._given = self._sampler.epoch, None
         self._sampler.open_order(self._iterator_id)
         for turn in count():
             worker, real = turn % self._workers, turn >= self._turn
@@ -177,6 +180,7 @@ class StreamEpoch(Epoch):
         drawn, requested = self._awaited.popleft()
         drawn.size, drawn.state, drawn.arrived = reply.n, reply.state, True
         self._stateless |= reply.state is None
+        self._latest[drawn.worker] = reply.state
         if reply.ended:
             self._ended.add(drawn.worker)
             self.plan.drawn -= requested - reply.n
@@ -190,18 +194,33 @@ class StreamEpoch(Epoch):
 
     def state(self, sampler_state: State) -> tuple[State, State | None]:
         if not self._sampler.position:
-            return sampler_state, None
+            return sampler_state, self._given or self._over()
         if self._stateless:
             name = type(self._sampler.sampler.dataset).__name__
             raise TypeError(
                 f"{name} cannot be resumed in the middle of an epoch: give the iterable data set, "
                 "or its iterator, state_dict and load_state_dict.")
         front = self._outstanding[0] if self._outstanding else None
-        return sampler_state, {
-            "num_workers": self._num_workers, "world_size": self._sampler.shard.world_size,
-            "states": [*self._states], "worker": 0 if front is None else front.worker,
-            "chunks": [drawn.size for drawn in self._outstanding], "offset": self._offset,
-            "requested": self.plan.requested, "drawn": self.plan.drawn}
+        return sampler_state, self._progress(
+            [*self._states], worker=0 if front is None else front.worker,
+            chunks=[drawn.size for drawn in self._outstanding], offset=self._offset,
+            requested=self.plan.requested, drawn=self.plan.drawn)
+
+    def _progress(self, states: list[State | None], **where: object) -> State:
+        return {"num_workers": self._num_workers, "states": states,
+                "world_size": self._sampler.shard.world_size, **where}
+
+    def _over(self) -> State | None:
+        """What the next epoch continues from after the end of this one, if anything."""
+        ended = len(self._ended) == self._workers and not self._sampler.is_current(
+            self._iterator_id)
+        states = [state for state in self._latest if state is not None]
+        told = any(state["data"] is not None for state in states)
+        if not (ended and self._keeps_data and told and len(states) == self._workers):
+            return None
+        return self._progress(
+            [{**state, "count": 0, "ended": False} for state in states], worker=0, chunks=[],
+            offset=0, requested=0, drawn=0, between_epochs=True)
 
 
 class EpochIterator:
@@ -219,9 +238,12 @@ class EpochIterator:
         cycle = partial(_sizes_ahead, self._sampler, parts)
         self._plan = ChunkPlan(loader.num_workers, cycle, loader.chunk_sizer)
         # A position from a loaded state is not this epoch's where set_epoch chose another since.
-        progress = progress if self._sampler.position else None
+        within = progress is not None and not progress.get("between_epochs")
+        progress = progress if self._sampler.position or not within else None
+        keeps_data = loader.num_workers == 0 or loader.persistent_workers
         self.epoch = (
-            StreamEpoch(self._sampler, iterator_id, self._plan, progress, loader.num_workers)
+            StreamEpoch(self._sampler, iterator_id, self._plan, progress, loader.num_workers,
+                        keeps_data)
             if loader.is_stream else Epoch(self._sampler, iterator_id, self._plan, progress))
         self._buffer: ChunkBuffer | None = None
 
@@ -250,7 +272,7 @@ class EpochIterator:
                 sampler.check_current(self._iterator_id)
             if self._buffer is not None:
                 self._buffer.finish()
-            sampler.go_to(sampler.epoch + 1)
+            sampler.finish()
         finally:
             # The buffer holds methods of this object: the cycle would keep loader and workers.
             buffer, self._buffer = self._buffer, None

@@ -131,6 +131,9 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         self._iterator_id, self._begun = 0, False
         # What len() said of a whole epoch, and how many epochs in a row were left at that.
         self._said: set[int] = set()
+        # What its len() said when the epoch began, and whether a warning came that it was not so.
+        self._promised: int | None = None
+        self._warned = False
         self._left_early = 0
         # Checksums of the first 1, 2, … indices of a user's order, and the one of a loaded state.
         self._checksums, self._expected = array("L"), 0
@@ -310,7 +313,7 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
             self.n_delivered += 1
             yield batch
             self.check_current(iterator_id)
-        self.go_to(self._epoch + 1)
+        self.finish()
 
     # AdaptiveDataLoader draws through what follows, and counts the batches that it delivers.
 
@@ -322,6 +325,22 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         self._begun_from = self._restore = None
         self._checksums, self._expected = array("L"), 0
         self._iterator_id += 1
+
+    def finish(self) -> None:
+        """The epoch is over. Warns, once, where its samples are not as many as its length says."""
+        said = self._promised
+        missing = 0 if said is None else said - self.position
+        if missing < 0 or missing >= (self.batch_size if self.drop_last else self.shard.world_size):
+            stream = isinstance(self.sampler, StreamOrder)
+            name = type(self.sampler.dataset if stream else self.sampler).__name__
+            if not self._warned:
+                warnings.warn(
+                    f"{name} gave {self.position} samples in an epoch, but its len() says {said}: "
+                    "len(), batches_left and schedules by epochs are off. Correct its __len__"
+                    + (", and let each worker give its own part of the samples "
+                       "(torch.utils.data.get_worker_info)." if stream else "."), stacklevel=4)
+            self._warned = True
+        self.go_to(self._epoch + 1)
 
     def said(self, left: int) -> int:
         """What len() says where `left` batches are left; kept, to notice loops that count to it."""
@@ -375,10 +394,27 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
                 generator.set_state(self._restore)
             self._begun_from = generator.get_state()
         self._restore = None
+        self._promised = None if self.is_sized else length_of(self.sampler)
         skipped = skip if isinstance(self.sampler, Part) else start
         repeats = not isinstance(self.sampler, (Part, StreamOrder)) and generator is None
         order = self._summed(skipped) if repeats else islice(self.sampler, skipped, None)
+        if self.is_sized:
+            order = self._as_long_as_said(order, start)
         return self.shard.of_order(order, start, self.num_samples if self.is_sized else None)
+
+    def _as_long_as_said(self, order: Iterator[int], start: int) -> Iterator[int]:
+        """A user's order that processes share; RuntimeError unless it has len() indices."""
+        at = start
+        for at, index in enumerate(order, start + 1):
+            if at > (self.num_samples or 0):
+                break
+            yield index
+        if at != self.num_samples:
+            more = "more than" if at > (self.num_samples or 0) else f"{at} instead of"
+            raise RuntimeError(
+                f"{type(self.sampler).__name__} gave {more} the {self.num_samples} indices that "
+                "its length promised, by which processes divide an epoch: correct its __len__, or "
+                "what it yields.")
 
     def _checksum(self) -> int:
         """Of the indices of a user's sampler up to the position; 0: unknown."""

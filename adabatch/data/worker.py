@@ -160,6 +160,13 @@ class StreamFetcher(Fetcher):
 
     _run = -1
     _iterator: Iterator[Sample]
+    _ready: Iterator[Sample] = iter(())  # the first sample, where it had to be looked at
+    # The state of the latest reply, the samples taken since, and where the iterator has ended, the
+    # state from which a resumed run begins the next epoch; this one if it was itself resumed there.
+    _before: State | None = None
+    _since = 0
+    _end: State | None = None
+    _resumed_end: State | None = None
 
     def __getitem__(self, request: Request) -> Reply:
         began = time.perf_counter()
@@ -171,7 +178,8 @@ class StreamFetcher(Fetcher):
             samples = self._samples(request) if wanted else []
             self._count += len(samples)
             self._ended |= len(samples) < wanted
-            return self._reply(samples, began, self._ended, self._state())
+            state = self._before = self._state()
+            return self._reply(samples, began, self._ended, state)
         except Exception as error:
             # What was read of the batch is lost with it, as in a DataLoader.
             return self._failed(error, wanted, ended=self._ended, state=self._state())
@@ -182,10 +190,13 @@ class StreamFetcher(Fetcher):
         if isinstance(self.dataset, IterDataPipe):
             # All workers shuffle alike, so that sharding gives each its own samples.
             apply_random_seed(self.dataset, torch.Generator().manual_seed(stream))
-        restore = restore or {"count": 0, "ended": False, "of_iterator": False, "data": None}
+        restore = restore or self._resumed_end or _NEW
         self._count, self._ended = restore["count"], restore["ended"]
+        self._before = self._end = self._resumed_end = None
+        self._ready = iter(())
         if self._ended:
-            # Not from its state: many data sets begin again after their end.
+            # Not from its state, from which the next epoch may come.
+            self._end = self._resumed_end = {**restore, "count": 0, "ended": False}
             self._iterator = iter(())
             return
         if restore["data"] is not None and not restore["of_iterator"]:
@@ -193,12 +204,28 @@ class StreamFetcher(Fetcher):
         self._iterator = iter(self.dataset)
         if restore["of_iterator"] and isinstance(self._iterator, Part):
             self._iterator.load_state_dict(restore["data"])
+        if restore.get("left") is not None:
+            self._pass_end(restore["left"])
+
+    def _pass_end(self, left: int) -> None:
+        """Let the data set end the epoch of which `left` samples were left, and begin the next."""
+        ready = _next_of(self._iterator, left + 1)[left:]
+        if ready:  # it began again of itself, as it will have done in the run that saved
+            self._ready = iter(ready)
+        else:
+            self._iterator = iter(self.dataset)
 
     def _samples(self, request: Request) -> list[Sample]:
         rank, world = self.shard.rank, self.shard.world_size
 
         def take() -> list[Sample]:
-            taken = _next_of(self._iterator, len(request.indices) * world)
+            taken, known = [*self._ready], 0
+            if self._before is None:
+                # The first of an epoch: a state is needed before its end, however soon that comes.
+                known = len(taken := taken or _next_of(self._iterator, 1))
+                self._before = self._state()
+            taken += _next_of(self._iterator, len(request.indices) * world - len(taken))
+            self._since = len(taken) - known
             return taken[rank : len(taken) // world * world : world]
 
         if not self._seeded:
@@ -209,7 +236,8 @@ class StreamFetcher(Fetcher):
 
     def _state(self) -> State | None:
         if self._ended:
-            return {"data": None, "count": self._count, "of_iterator": False, "ended": True}
+            self._end = self._end or self._at_end()
+            return {**self._end, "ended": True}
         of_iterator = isinstance(self._iterator, Part)
         source = self._iterator if of_iterator else self.dataset
         if not isinstance(source, Part):
@@ -217,6 +245,23 @@ class StreamFetcher(Fetcher):
         # A copy, because the data set may change what it handed out.
         data = copy.deepcopy(source.state_dict())
         return {"data": data, "count": self._count, "of_iterator": of_iterator, "ended": False}
+
+
+    def _at_end(self) -> State:
+        """What the next epoch continues from: the data set's state after the last sample, with
+        those that it must still give before it ends the epoch, if replies told it in time.
+
+        Not the state after its end: state_dict often counts the next sample as taken.
+        """
+        before = self._before
+        if not isinstance(self.dataset, Part):
+            return _NEW
+        if before is None or before["of_iterator"]:
+            return {**_NEW, "data": copy.deepcopy(self.dataset.state_dict())}
+        return {**_NEW, "data": before["data"], "left": self._since}
+
+
+_NEW: State = {"count": 0, "ended": False, "of_iterator": False, "data": None}
 
 
 def _next_of(iterator: Iterator[Sample], n: int) -> list[Sample]:

@@ -303,13 +303,23 @@ def test_samples_of_other_shapes_in_each_batch_may_be_cut():
     assert sizes == [8] + [4] * 8
 
 
-def test_labels_are_not_padded_with_a_guess():
+@pytest.mark.parametrize("name", ["labels", "start_targets", "ner_tags", "y", "y_true", 1])
+def test_labels_are_not_padded_with_a_guess(name):
     parts = [torch.ones(1, 2), torch.ones(1, 3)]
-    for padding in ({}, {"padding_value": {"input_ids": 1}}):
-        with pytest.raises(ValueError, match=r"must pad 'labels'.*'labels': -100"):
-            pad_right(parts, 0, ("labels",), **padding)
-    padded = pad_right(parts, 0, ("labels",), padding_value={"labels": -100})
+    for padding in ({}, {"padding_value": {"input_ids": 1}}, {"padding_value": 0}):
+        with pytest.raises(ValueError, match=rf"must pad {name!r}.*'labels': -100"):
+            pad_right(parts, 0, ("batch", name), **padding)
+        assert pad_right([part[:, :2] for part in parts], 0, (name,), **padding).shape == (2, 2)
+    padded = pad_right(parts, 0, (name,), padding_value={name: -100})
     assert padded.tolist() == [[1, 1, -100], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("path", [(), (0,), ("input_ids",), ("stage",)])
+def test_inputs_are_padded_with_the_number_given(path):
+    parts = [torch.ones(1, 2), torch.ones(1, 3)]
+    assert pad_right(parts, 0, path, padding_value=7).tolist() == [[1, 1, 7], [1, 1, 1]]
+    with pytest.raises(ValueError, match="must pad"):
+        pad_right(parts, 0, path)
 
 
 def test_a_collate_fn_that_takes_samples_apart_is_not_disturbed():

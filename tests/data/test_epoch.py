@@ -5,6 +5,7 @@ from itertools import accumulate, chain
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import IterableDataset
 
 from adabatch import AdaptiveDataLoader
 from adabatch.data import KeyedPermutation
@@ -149,3 +150,93 @@ def test_epochs_broken_off_and_resumed_with_workers(persistent):
         other.load_state_dict(loader.state_dict())
         assert list(chain.from_iterable(drawn(other))) == order[21:]
         assert other.state_dict()["sampler"]["epoch"] == epoch + 1
+
+
+class Epochs(IterableDataset):
+    """100·epoch + 0 … 6, whose state holds the epoch and the samples given."""
+
+    def __init__(self):
+        self.epoch, self.at = 0, 0
+
+    def __iter__(self):
+        while self.at < 7:
+            self.at += 1
+            yield 100 * self.epoch + self.at - 1
+        self.epoch, self.at = self.epoch + 1, 0
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "at": self.at}
+
+    def load_state_dict(self, state):
+        self.epoch, self.at = state["epoch"], state["at"]
+
+
+class CountsTheNextOne(Epochs):
+    """Its state is right after a sample only: it counts the one on its way as given."""
+
+    def __iter__(self):
+        for at in range(self.at, 7):
+            self.at = at
+            yield 100 * self.epoch + at
+        self.epoch, self.at = self.epoch + 1, 0
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "at": self.at + 1}
+
+
+class OwnIterator(Epochs):
+    def __iter__(self):
+        if self.at == 7:
+            self.epoch, self.at = self.epoch + 1, 0
+        return self
+
+    def __next__(self):
+        if self.at == 7:
+            raise StopIteration
+        self.at += 1
+        return 100 * self.epoch + self.at - 1
+
+
+class CountsAtTheBeginning(Epochs):
+    def __init__(self):
+        self.epoch, self.at, self.resumed = -1, 0, False
+
+    def __iter__(self):
+        if not self.resumed:
+            self.epoch, self.at = self.epoch + 1, 0
+        self.resumed = False
+        while self.at < 7:
+            self.at += 1
+            yield 100 * self.epoch + self.at - 1
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.resumed = True
+
+
+class StatefulIterator(Epochs):
+    class Iterator(OwnIterator):
+        def __iter__(self):
+            return self
+
+    def __iter__(self):
+        iterator = self.Iterator()
+        iterator.epoch, self.epoch = self.epoch, self.epoch + 1
+        return iterator
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"num_workers": 2, "persistent_workers": True}, {"num_workers": 1}], ids=str)
+@pytest.mark.parametrize("kind", [
+    Epochs, CountsTheNextOne, OwnIterator, CountsAtTheBeginning, StatefulIterator])
+def test_an_iterable_data_set_resumes_between_epochs_in_its_own_state(kind, options):
+    for size, epochs in ((2, 1), (7, 2), (20, 1)):
+        loader = AdaptiveDataLoader(kind(), size, **options)
+        for _ in range(epochs):
+            drawn(loader)
+        state = through_a_file(loader.state_dict())
+        resumed = AdaptiveDataLoader(kind(), size, **options)
+        resumed.load_state_dict(state)
+        assert str(resumed.state_dict()) == str(state)
+        assert drawn(loader) == drawn(resumed)
+        assert drawn(loader) == drawn(resumed)

@@ -138,6 +138,51 @@ def test_arguments_of_a_data_loader_that_leave_nothing_to_adapt(options, message
         AdaptiveDataLoader(Numbers(3), **options)
 
 
+class Promising:
+    """A sampler, or an iterable data set, of n samples whose len() says more or fewer."""
+
+    def __init__(self, n, said):
+        self.n, self.said = n, said
+
+    def __len__(self):
+        return self.said
+
+    def __iter__(self):
+        return iter(range(self.n))
+
+
+class PromisingStream(Promising, IterableDataset):
+    pass
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("said", [5, 9, 13])
+def test_an_epoch_has_the_samples_that_come_whatever_len_said(said, stream, workers):
+    source = (PromisingStream if stream else Promising)(9, said)
+    options = {"num_workers": workers, **({} if stream else {"sampler": source})}
+    data = source if stream else Numbers(20)
+    theirs, ours = (kind(data, batch_size=2, **options) for kind in (
+        DataLoader, AdaptiveDataLoader))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert drawn(ours) == [batch.tolist() for batch in theirs]
+    messages = [str(each.message) for each in caught if "Promising" in str(each.message)]
+    assert len(messages) == (said != 9)  # once
+    assert all(f"gave 9 samples in an epoch, but its len() says {said}" in m for m in messages)
+
+
+@pytest.mark.parametrize(("said", "message"), [
+    (5, "more than the 5 indices"), (13, "9 instead of the 13 indices")])
+def test_processes_that_share_a_sampler_need_its_true_length(said, message):
+    for rank in range(2):
+        loader = AdaptiveDataLoader(
+            Numbers(20), 4, sampler=Promising(9, said), rank=rank, world_size=2)
+        with pytest.raises(RuntimeError, match=message):
+            drawn(loader)
+
+
 class Unreadable(Numbers):
     """The samples `bad` raise, and make the chunk that holds them the slower for it."""
 
