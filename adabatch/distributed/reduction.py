@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -30,16 +30,31 @@ UNREDUCED = (
     "last backward pass outside no_sync()")
 
 
+ELSEWHERE = "another process could not measure the step"
+
+
+@dataclass
+class _Sent:
+    """What a step has sent: waits for the sum; this process's decision; ‖g‖² of replicas."""
+
+    wait: Callable[[], list[float]]
+    decision: Mapping[str, object]
+    replicated: Tensor | None
+
+
 class MomentReduction:
     """A stage of the scheduler's pipeline: Σ over the processes of loss, counts and moments.
 
     Each process adds its weighted part (see `sums_of`) and a checksum of its last decision to one
-    small vector. Where loss or moments of one are not finite, all drop the measurement.
+    small vector. Where loss or moments of one are not finite, or one could not measure the step
+    (NotMeasured), all drop the measurement.
 
     Args:
         batches: accumulated batches per step.
         summed: the loss is a sum over the samples.
         decision: () -> what this process last decided, by name.
+        parts: (parameter groups, parameters) with moments of their own: how long the vector is
+            does not depend on whether this process has measured the step.
         over_samples: `Estimator.tensors_over_samples`, whose tensors are added up in place.
         between_processes: the moments hold one squared norm, that of the process's own gradient:
             T̂ is taken between processes.
@@ -54,7 +69,7 @@ class MomentReduction:
 
     def __init__(
         self, group: HostGroup, shard: BatchShard, *, batches: int, summed: bool,
-        decision: Callable[[], Mapping[str, object]],
+        decision: Callable[[], Mapping[str, object]], parts: tuple[int, int],
         over_samples: Callable[[GradientMoments], list[Tensor]], between_processes: bool,
         weights: OutputWeights, tensor_parallel: TensorParallel | None, waits: bool,
     ):
@@ -62,24 +77,20 @@ class MomentReduction:
         self._shard, self._batches, self._summed, self._decision = shard, batches, summed, decision
         self._between_processes, self._weights = between_processes, weights
         self._over_samples = over_samples
+        self._n_sums = (parts[0] + 1) * N_SUMS + 2 * parts[1]
         self._tensor_parallel, self._waits = tensor_parallel, waits
         # By the step's number: loading a state drops records that were waiting here.
-        self._pending: dict[int, tuple[Callable[[], list[float]], Mapping[str, object]]] = {}
+        self._pending: dict[int, _Sent] = {}
 
     def start(self, record: StepRecord) -> bool:
         """Send this process's numbers; whether the sum is to be waited for in the next step."""
         self.group.check_unchanged()
         record.settle()
-        moments, shard = record.moments, self._shard
         decision = {**self._decision(), "lr": record.lrs}
-        found = shard.replicated_sq_norms if shard.compares_replicas else None
-        if self._tensor_parallel is not None and found is not None and moments is not None:
-            checked = self._tensor_parallel.check_reduced(*found.tolist())
-            shard.compares_replicas = not checked
-        if moments is not None:
-            self.group.sum_tensors(self._over_samples(moments))
+        compares = self._shard.compares_replicas and self._tensor_parallel is not None
+        found = self._shard.replicated_sq_norms if compares else None
         vector = self._vector(record, decision)
-        self._pending[record.step] = self.group.start_sum(vector), decision
+        self._pending[record.step] = _Sent(self.group.start_sum(vector), decision, found)
         if not self._waits:
             self.finish(record)
         return self._waits
@@ -87,12 +98,22 @@ class MomentReduction:
     def finish(self, record: StepRecord) -> None:
         """Put the sums into the record. RuntimeError on every process, where their decisions or
         their gradients differ."""
-        wait, decision = self._pending.pop(record.step)
+        sent = self._pending.pop(record.step)
         world = self.group.world_size
-        loss, bad, rows, seconds, whole, square, *rest = wait()
+        loss, bad, rows, seconds, whole, square, missing, other_size, *rest = sent.wait()
         if not checksums_agree(rest[:CHECKSUM], world):
-            raise_divergence(self.group, decision)
-        if whole and not bad:
+            raise_divergence(self.group, sent.decision)
+        # So much that every process's part differs, whichever of them get one sample more.
+        record.other_size_by = 2 * world - 1 if other_size else 0
+        if missing:
+            record.not_measured = record.not_measured or ELSEWHERE
+            record.moments = None
+        if record.moments is not None:  # on all processes
+            if self._tensor_parallel is not None and sent.replicated is not None:
+                checked = self._tensor_parallel.check_reduced(*sent.replicated.tolist())
+                self._shard.compares_replicas = not checked
+            self.group.sum_tensors(self._over_samples(record.moments))
+        if whole and not (bad or missing):
             mean = whole / world
             spread = math.sqrt(max(0.0, square / world - mean**2)) / mean
             if spread > TOLERANCE:
@@ -120,8 +141,10 @@ class MomentReduction:
         if moments is not None and not bad and not self._shard.has_shards:
             whole = moments.grad_sq_norm * self.group.world_size
         sums = [] if moments is None else _sums(moments, replica)
-        sums = [0.0] * len(sums) if bad else sums
-        head = [own_loss, float(bad), rows, seconds, whole, whole**2]
+        if bad or record.not_measured:
+            sums = [0.0] * (len(sums) or self._n_sums)
+        head = [own_loss, float(bad), rows, seconds, whole, whole**2,
+                float(bool(record.not_measured)), float(record.other_size_by)]
         return [*head, *checksum(tuple(decision.values())), *sums]
 
     def _global(self, moments: GradientMoments, sums: list[float], m: int, bad: bool

@@ -137,6 +137,7 @@ class DistributedSetup:
 
         reduction = MomentReduction(
             self.group, self.shard, batches=scheduler.accumulate, decision=decision,
+            parts=hooks.n_parts if isinstance(hooks, GradSampleHooks) else (0, 0),
             over_samples=hooks.tensors_over_samples,
             summed=hooks.loss_reduction == "sum", between_processes=between_processes,
             weights=OutputWeights(model, self.shard), tensor_parallel=tensor_parallel,

@@ -219,6 +219,12 @@ class GradSampleHooks(Estimator):
         self._placer.enabled = value
 
     @property
+    def n_parts(self) -> tuple[int, int]:
+        """The numbers of parameter groups and of parameters that have moments of their own."""
+        groups = len(set(self._probe_rows.group_of_row))
+        return (groups if groups > 1 else 0), len(self._probe_rows.names or ())
+
+    @property
     def n_passes(self) -> int:
         """Measured backward passes since the last collect()."""
         return self._n_passes

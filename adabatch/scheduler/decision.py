@@ -137,11 +137,13 @@ class SizeRule(BatchSizes):
         kept |= steps_since_change < self.cooldown
         return present if kept and self.size_for(present) == present else size
 
-    def other_size(self, size: int) -> int:
-        """The next allowed size above, else below; the same where there is no other."""
-        near = self.series or (size + self.multiple_of, size - self.multiple_of)
-        above = [each for each in near if size < each <= self.highest]
-        below = [each for each in near if self.lowest <= each < size]
+    def other_size(self, size: int, by: int = 1) -> int:
+        """The next allowed size above that differs by that much, else below; the same where there
+        is no other."""
+        step = -(-by // self.multiple_of) * self.multiple_of
+        near = self.series or (size + step, size - step)
+        above = [each for each in near if size + by <= each <= self.highest]
+        below = [each for each in near if self.lowest <= each <= size - by]
         return min(above) if above else max(below, default=size)
 
     def is_met(self, proposal: float, size: int) -> bool:

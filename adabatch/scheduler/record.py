@@ -80,6 +80,7 @@ class StepRecord:
         pending: the moments while their numbers are on their way; None once settled.
         copies: of the loss, under way.
         not_measured: why there are no moments, where a step was to be measured and could not be.
+        other_size_by: the next batch must differ by so many samples, so that it can be measured.
 
     Example:
         >>> seen = StepRecord(0, 0.5, None, delivered=0, batch_size=16, lrs=[0.1], base_lr=None,
@@ -101,6 +102,7 @@ class StepRecord:
     pending: PendingMoments | None = None
     copies: HostCopies | None = None
     not_measured: str = ""
+    other_size_by: int = 0
 
     def settle(self) -> None:
         """Turn loss and moments into numbers; where they are on their way from an accelerator, this

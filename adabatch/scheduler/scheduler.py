@@ -373,6 +373,7 @@ class BatchSizeScheduler:
             batch_size=self._size.size, lrs=self._base_lr.read(), base_lr=self._lr.base_lr,
             epoch=self._epochs.after_step(), seconds=self._clock.lap(), pending=pending,
             not_measured=not_measured,
+            other_size_by=int(pending is not None and estimator.needs_another_size),
         )
         self.step_count += 1
         return record
@@ -414,8 +415,8 @@ class BatchSizeScheduler:
             if usable is not None and self._has_proposed:
                 dropped = "the controller's proposal is NaN"
             self._size.update(proposal, self.size_rule)
-        if self.estimator.needs_another_size and self._size.size == seen.batch_size:
-            self._size.write(self.size_rule.other_size(self._size.size))
+        if seen.other_size_by and self._size.size == seen.batch_size:
+            self._size.write(self.size_rule.other_size(self._size.size, seen.other_size_by))
         self.samples_seen += samples
         self._recorder.record(
             usable, step=seen.step, batch_size=samples or seen.batch_size, seconds=seen.seconds,

@@ -130,6 +130,47 @@ def a_process_with_nan_spoils_no_other(folder: Path) -> None:
     scheduler.remove()
 
 
+class Grid(nn.Module):
+    """A layer for the samples, and one for a constant that no hook can follow."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        torch.manual_seed(1)
+        self.branch, self.trunk = nn.Linear(5, 8), nn.Linear(3, 8)
+        self.grid = torch.randn(rows, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (self.branch(inputs) @ self.trunk(self.grid.tanh()).T)[:, :2]
+
+
+def a_role_that_is_open_on_one_process(folder: Path) -> None:
+    """A constant as long as one process's part: all leave the step out, and all take a size with
+    which each process sees another part."""
+    world, records = dist.get_world_size(), []
+    for rows in (7, 6) if world == 2 else (5,):  # the parts of 13
+        for options in ({}, {"inner_products": True}, {"per_parameter": True}, {"adam": True}):
+            model = wrapped(Grid(rows), "ddp")
+            kind = torch.optim.Adam if options.pop("adam", False) else torch.optim.SGD
+            optimizer, loader, scheduler = adabatch.wrap(
+                model, kind(model.parameters(), lr=1e-3), make_loader(), measure="all",
+                batch_sizes=(13, 40), estimator=adabatch.PerSample(**options))
+            for inputs, targets in loader:
+                optimizer.zero_grad()
+                loss = mse_loss(model(inputs), targets)
+                loss.backward()
+                optimizer.step()
+                scheduler.step(loss)
+            scheduler.remove()
+            found = [(each.dropped != "", each.batch_size, each.variance_trace > 0)
+                     for each in scheduler.diagnostics]
+            assert found[0] == (True, 13, False)
+            assert found[1] == (False, 13 + 2 * world - 1, True)
+            records.append(found)
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, records)
+    assert all(each == records for each in gathered)
+
+
 def gradients_that_nobody_averages(folder: Path) -> None:
     model, optimizer, loader, scheduler = wrap(make_model())
     raises_alike(RuntimeError, "DistributedDataParallel",

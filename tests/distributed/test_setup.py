@@ -15,7 +15,7 @@ BAD = [
     *("orders_agree_whatever_the_generators", "a_process_with_nan_spoils_no_other"),
     *("gradients_that_nobody_averages", "outputs_without_tensors_cannot_be_weighted"),
     *("controllers_that_disagree", "goodput_uses_a_common_clock", "a_group_created_again"),
-    "a_controller_with_propose_alone",
+    *("a_controller_with_propose_alone", "a_role_that_is_open_on_one_process"),
 ]
 CHECKS = {
     2: BAD,
