@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from adabatch._tree import Path
 from adabatch._types import Batch, CollateFn, Sample
@@ -76,7 +76,7 @@ def learn_layout(
     """
     try:
         # Copies, because a collate_fn may take samples apart.
-        one, two = (collate_fn([copy.deepcopy(sample) for _ in range(n)]) for n in (1, 2))
+        one, two = (collate_fn([copied(sample) for _ in range(n)]) for n in (1, 2))
     except Exception as error:
         return UnknownAxis(
             f"collate_fn raised {type(error).__name__} ({error}) on a batch of one or two samples, "
@@ -88,8 +88,8 @@ def learn_layout(
     # Backwards too: a collate_fn may sort what came in order by chance.
     for order in (samples, samples[::-1]):
         try:
-            whole, again = (collate_fn([copy.deepcopy(each) for each in order]) for _ in range(2))
-            alone = [collate_fn([copy.deepcopy(each)]) for each in order]
+            whole, again = (collate_fn([copied(each) for each in order]) for _ in range(2))
+            alone = [collate_fn([copied(each)]) for each in order]
         except Exception:
             return layout  # which the batch itself will raise
         for batch, size in ((whole, len(order)), *((each, 1) for each in alone)):
@@ -97,6 +97,14 @@ def learn_layout(
         for at, single in enumerate(alone if values else ()):
             layout = _checked(layout, whole, again, single, at)
     return layout
+
+
+def copied(sample: Sample) -> Sample:
+    """A deep copy; of what has none (nested tensors, locks), new containers with tensors cloned."""
+    try:
+        return copy.deepcopy(sample)
+    except Exception:
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, sample)
 
 
 def _checked(layout: Layout, whole: Batch, again: Batch, single: Batch, at: int) -> Layout:
@@ -295,6 +303,8 @@ def _compare(one: Batch, two: Batch) -> Layout:
 
     if type(one) is not type(two):
         return unknown(f"is of type {type(one).__name__}", f"of type {type(two).__name__}")
+    if isinstance(one, Tensor) and (one.is_nested or one.layout in _COMPRESSED):
+        return UnknownAxis("torch does not cut nested or compressed sparse tensors")
     if isinstance(one, (Tensor, np.ndarray)):
         sizes = list(zip(one.shape, two.shape, strict=False))
         growing = [axis for axis, (first, second) in enumerate(sizes) if first != second]
@@ -347,6 +357,8 @@ def _cut(
         raise _refusal(path, "its shape depends on the samples it is collated with", "cut")
     if not isinstance(batch, Tensor):
         return batch[(slice(None),) * layout + (slice(start, stop),)]
+    if batch.layout is torch.sparse_coo:
+        return batch.narrow_copy(layout, start, stop - start)
     # .data, because views of one tensor share a version counter: changing one batch in place
     # would spoil the graph of another.
     view = batch.data.narrow(layout, start, stop - start)
@@ -402,8 +414,12 @@ def _join_arrays(
 def _equal(one: Batch, other: Batch) -> bool:
     """Whether two leaves are equal, NaN to NaN."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.dtype == other.dtype and (
-            torch.equal(one, other) or _all_equal(one, other))
+        if not isinstance(other, Tensor) or one.dtype != other.dtype:
+            return False
+        if _is_strided(one) and _is_strided(other):
+            return torch.equal(one, other) or _all_equal(one, other)
+        mine, theirs = _strided_parts(one), _strided_parts(other)
+        return len(mine) == len(theirs) and all(map(_equal, mine, theirs))
     if isinstance(one, np.ndarray):
         return bool(np.array_equal(one, other)) or (
             one.dtype.kind in "fc" and bool(np.array_equal(one, other, equal_nan=True)))
@@ -415,6 +431,23 @@ def _equal(one: Batch, other: Batch) -> bool:
         return inner is not None and others is not None and (
             list(inner[1]) == list(others[1])) and all(map(_equal, inner[0], others[0]))
     return False
+
+
+_COMPRESSED = torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _strided_parts(tensor: Tensor) -> list[Tensor]:
+    """What a nested or sparse tensor, which torch.equal does not compare, consists of."""
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if tensor.layout is torch.strided:
+        return [tensor]
+    entries = tensor.detach().to_sparse_coo().coalesce()
+    return [torch.tensor(tensor.shape), entries.indices(), entries.values()]
 
 
 def _all_equal(one: Tensor, other: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterDataPipe, MapDataPipe, default_collate
 from torch.utils.data.graph_settings import apply_random_seed, apply_sharding
 
 from adabatch._types import Argument, Batch, CollateFn, Part, Sample, Source
-from adabatch.data.batches import PER_SAMPLE, Fixed, Layout, held_to, learn_layout, merged
+from adabatch.data.batches import PER_SAMPLE, Fixed, Layout, copied, held_to, learn_layout, merged
 from adabatch.data.chunks import Failure, Reply, Request
 from adabatch.data.order import ONE_PROCESS, EpochAware, Shard
 from adabatch.data.rng import generators_restored, mix, sample_keys, seed_generators
@@ -145,7 +145,7 @@ class Fetcher(Dataset):
             return
         # Spread over the chunk, because neighbours may be alike, and some of an earlier one.
         unlike = samples[:: -(-len(samples) // _COMPARED)] + self._kept
-        self._kept = [copy.deepcopy(sample) for sample in unlike[:_COMPARED // 2]]
+        self._kept = [copied(sample) for sample in unlike[:_COMPARED // 2]]
         with generators_restored():
             layout = learn_layout(collate_fn, unlike[0], unlike[1:])
         self._layout = layout if self._layout is None else merged(self._layout, layout)

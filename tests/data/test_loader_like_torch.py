@@ -1,5 +1,6 @@
 """What torch's DataLoader delivers in unusual cases, ours delivers too, or says why not."""
 
+import threading
 import warnings
 
 import numpy as np
@@ -284,3 +285,71 @@ def test_a_sampler_that_does_not_repeat_its_order_is_refused_on_resuming(seed):
         return
     with pytest.raises(RuntimeError, match=r"FromNumPy does not repeat.*generator"):
         drawn(resumed)
+
+
+def with_lock(at):
+    return threading.Lock(), torch.full((2,), float(at))
+
+
+NOT_COPIED = {  # nor can torch say whether some of them are equal
+    "nested": lambda at: torch.nested.nested_tensor([torch.full((2,), float(at))]),
+    "jagged": lambda at: torch.nested.nested_tensor(
+        [torch.full((2,), float(at))], layout=torch.jagged),
+    "csr": lambda at: (at * torch.eye(3)).to_sparse_csr(),
+    "coo": lambda at: (at * torch.eye(3)).to_sparse(),
+    "a lock": with_lock,
+    "a generator": lambda at: ((x for x in range(at)), torch.full((2,), float(at))),
+}
+
+
+def listed(samples):
+    return [sample if isinstance(sample, torch.Tensor) else sample[1] for sample in samples]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse C", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("make", NOT_COPIED.values(), ids=NOT_COPIED)
+def test_samples_that_cannot_be_copied_or_compared(make, workers):
+    samples = [make(at) for at in range(8)]
+    loader = AdaptiveDataLoader(samples, 3, num_workers=workers, collate_fn=listed)
+    sums = []
+    for batch in loader:
+        sums += [float(dense(tensor).sum()) for tensor in batch]
+        loader.batch_size = 2
+    assert sums == [float(dense(tensor).sum()) for tensor in listed(samples)]
+
+
+def dense(tensor):
+    if tensor.is_nested:
+        return tensor.unbind()[0]
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def as_csr(samples):
+    return torch.stack(samples).to_sparse_csr()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse C", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("collate_fn", [torch.nested.nested_tensor, as_csr], ids=["nested", "csr"])
+def test_batches_that_torch_does_not_cut_are_refused_with_the_fix(collate_fn):
+    samples = [torch.ones(2) for _ in range(8)]
+    with pytest.raises(ValueError, match=r"does not cut nested.*collate_in='consumer'"):
+        list(AdaptiveDataLoader(samples, 3, num_workers=2, collate_fn=collate_fn))
+    loader = AdaptiveDataLoader(
+        samples, 3, num_workers=2, collate_fn=collate_fn, collate_in="consumer")
+    assert [batch.size(0) for batch in loader] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sparse_batches_are_cut_and_joined(workers):
+    samples = [at * torch.eye(3) for at in range(9)]
+    loader = AdaptiveDataLoader(samples, 3, num_workers=workers, collate_fn=as_coo)
+    drawn = []
+    for batch in loader:
+        drawn += [each.to_dense() for each in batch]
+        loader.batch_size = 2 if loader.batch_size == 3 else 4
+    torch.testing.assert_close(torch.stack(drawn), torch.stack(samples))
+
+
+def as_coo(samples):
+    return torch.stack(samples).to_sparse()
