@@ -251,9 +251,9 @@ def pad_right(
                for part in parts):
             part_name = "the batch" if name is None else repr(name)
             raise ValueError(
-                f"pad_right must pad {part_name}, and 0 could be a label: say with what, by join_fn="
-                "functools.partial(pad_right, padding_value={'labels': -100, 'input_ids': pad_id})"
-                ", names (or positions in a tuple) as in the batch.")
+                f"pad_right must pad {part_name}, and 0 could be a label: say with what, by "
+                "join_fn=functools.partial(pad_right, padding_value={'labels': -100, 'input_ids': "
+                "pad_id}), names (or positions in a tuple) as in the batch.")
         value = 0
     joined = parts[0].new_full(shape, value)
     offset = 0

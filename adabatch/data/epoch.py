@@ -309,6 +309,7 @@ class EpochIterator:
                 yield batch
                 break
             self._sampler.n_delivered += 1
+            self._micro.batch = batch
             yield batch
             self._sampler.check_current(self._iterator_id)
             part, at = part + 1, at + size

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from adabatch._checks import integer
+from adabatch._types import Batch
 from adabatch.data.chunks import split_into
 from adabatch.data.order import ONE_PROCESS, Shard
 
@@ -33,6 +34,8 @@ class BatchSplit:
         failed: the batch is to be begun again.
         stepped: the optimizer has begun to step on this batch.
         listeners: called whenever a batch is begun.
+        batch: the present micro-batch, as it is delivered.
+        counted: what check_token_mean found in the batch's first micro-batch.
 
     Example:
         >>> BatchSplit(limit=4).sizes(10)
@@ -45,6 +48,8 @@ class BatchSplit:
         self.accumulates = self.stepped = self.failed = self.is_retry = False
         self.listeners: list[Callable[[], None]] = []
         self.current_sizes: list[int] = []
+        self.batch: Batch = None
+        self.counted: dict[int, list[tuple[float, float]]] = {}
         self.attempt, self.index, self.count, self.size, self.batch_size = 0, 0, 1, 0, 0
 
     @property
@@ -94,6 +99,7 @@ class BatchSplit:
         self.is_retry = self.failed
         self.index, self.count, self.size, self.batch_size = 0, len(sizes), sizes[0], sum(sizes)
         self.attempt += 1
+        self.counted = {}
         self.stepped = self.failed = False
         for listener in self.listeners:
             listener()
@@ -109,7 +115,7 @@ class BatchSplit:
 
     def end(self) -> None:
         """No batch is being worked on."""
-        self.index, self.count = 0, 1
+        self.index, self.count, self.batch = 0, 1, None
 
     def shrink(self) -> bool:
         """Halve the limit after an allocation failed and retry the batch; False if impossible."""

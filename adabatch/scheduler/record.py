@@ -20,6 +20,7 @@ from adabatch.diagnostics.layers import LayerStatistics
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments, trace_error
 from adabatch.interfaces import BatchSource, Estimator, NotMeasured, PendingMoments, State
+from adabatch.micro_batches.token_means import check_token_mean
 
 TOLERANCE = 0.01  # of the mean squared norm: far above float32's rounding
 SHAPES_SHOWN = 3
@@ -288,6 +289,8 @@ class LossPool:
             return self._taken(loss)
         if self._attempt != micro.attempt:
             self._attempt, self._total, self._calls = micro.attempt, 0.0, 0
+        if not self._summed:
+            check_token_mean(loss, micro)
         self._calls += 1
         whole = self._summed or (micro.is_last and self._calls == 1)
         self._total = self._total + self._taken(loss) * (1 if whole else micro.size)

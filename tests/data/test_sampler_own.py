@@ -63,7 +63,7 @@ def test_a_sampler_may_be_the_first_argument_as_in_torchs_batch_sampler():
 def test_len_of_a_sampler_without_length_is_explained():
     sampler = ResizableBatchSampler(Unsized(), 3, drop_last=True)
     assert list(sampler) == [[4, 2, 0]]
-    with pytest.raises(TypeError, match=r"Unsized.*has no __len__"):
+    with pytest.raises(TypeError, match=r"has no __len__"):
         len(sampler)
 
 
