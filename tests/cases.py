@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tests.grad_sample import stand_ins
+
 SAMPLES = 5
 
 
@@ -172,4 +174,27 @@ ACTIVATION = [
     Case("prelu-frozen", nn.PReLU, _normal(4), frozen=("weight",)),
 ]
 
-CASES = [*LINEAR, *CONV, *EMBEDDING, *NORMALIZATION, *ACTIVATION]
+NAMED = [
+    Case("conv1d-of-gpt2-tokens", lambda: stand_ins.Conv1D(4, 3), _normal(6, 3)),
+    Case("conv1d-of-gpt2", lambda: stand_ins.Conv1D(3, 7), _normal(7)),
+    Case("conv1d-of-gpt2-two-leading", lambda: stand_ins.Conv1D(3, 1), _normal(2, 3, 1)),
+    Case(
+        "conv1d-of-gpt2-frozen-bias", lambda: stand_ins.Conv1D(3, 2), _normal(4, 2),
+        frozen=("bias",)),
+    Case("rms-norm-of-llama", lambda: stand_ins.RootMeanSquare(7, eps=0.3), _normal(4, 7)),
+    Case("rms-norm-of-llama-heads", lambda: stand_ins.RootMeanSquare(3), _normal(4, 2, 3)),
+    Case("rms-norm-of-gemma", lambda: stand_ins.OnePlus(7), _normal(4, 7)),
+    Case("layer-norm-of-cohere", lambda: stand_ins.WithoutBias(7), _normal(4, 7)),
+    Case(
+        "layer-norm-of-convnext", lambda: stand_ins.EitherOrder(3, "channels_last"),
+        _normal(4, 5, 3)),
+    Case(
+        "layer-norm-of-convnext-channels-first",
+        lambda: stand_ins.EitherOrder(3, "channels_first"), _normal(3, 4, 5)),
+    Case("layer-norm-of-timm", lambda: stand_ins.ChannelsFirst(3), _normal(3, 4, 5)),
+    Case(
+        "layer-norm-of-timm-frozen", lambda: stand_ins.ChannelsFirst(3), _normal(3, 4, 5),
+        frozen=("weight",)),
+]
+
+CASES = [*LINEAR, *CONV, *EMBEDDING, *NORMALIZATION, *ACTIVATION, *NAMED]

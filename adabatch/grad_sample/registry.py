@@ -5,12 +5,15 @@ Legend: N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from adabatch.grad_sample.agreement import agrees_with_autograd
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.layout import Layout
 
@@ -25,6 +28,7 @@ __all__ = [
 Layer: TypeAlias = Any  # an instance of the registered type, whose attributes are used
 Rule = Callable[..., dict[str, Factor]]  # (layer, activations, backprops)
 CostFunction = Callable[..., "LayerCost"]  # (layer, input_shape, output_shape)
+Example = Callable[..., tuple[nn.Module, Tensor]]  # (layer): a small copy of it, and its input
 RuleT = TypeVar("RuleT", bound=Rule)
 Tensors = dict[str, Tensor]
 
@@ -32,6 +36,9 @@ Tensors = dict[str, Tensor]
 _COMPUTING_METHODS = ("forward", "_conv_forward")
 
 _SAMPLERS: dict[type[nn.Module], GradSampler] = {}
+_BY_NAME: list[tuple[str, GradSampler]] = []
+_AGREEMENTS: WeakKeyDictionary[type[nn.Module], dict[tuple[object, ...], bool]]
+_AGREEMENTS = WeakKeyDictionary()
 
 
 @dataclass
@@ -95,7 +102,7 @@ class FusedBackward:
 @dataclass(frozen=True)
 class GradSampler:
     """What is registered for a layer type, see register_grad_sampler; `may_mix`: whether its layers
-    can mix samples at all."""
+    can mix samples at all; `example`: for types registered by name."""
 
     rule: Rule
     full_batch: Callable[..., bool]
@@ -104,15 +111,29 @@ class GradSampler:
     fused: FusedBackward | None
     cost: CostFunction | None
     may_mix: bool
+    example: Example | None = None
+
+    def serves(self, layer: nn.Module) -> bool:
+        """Whether a layer found by its class's name computes what the rule knows, compared once for
+        every class and its options."""
+        options = tuple(sorted((name, repr(value)) for name, value in vars(layer).items()
+                               if isinstance(value, bool | int | float | str | tuple)))
+        known = _AGREEMENTS.setdefault(type(layer), {})
+        key = self.rule, options
+        if key not in known:
+            assert self.example is not None
+            known[key] = agrees_with_autograd(layer, self.rule, self.fused, self.example)
+        return known[key]
 
 
 def register_grad_sampler(
-    *layer_types: type[nn.Module],
+    *layer_types: type[nn.Module] | str,
     full_batch: Callable[..., bool] | None = None,
     unsupported: Callable[..., str | None] | None = None,
     parameters: Collection[str] | None = None,
     fused: FusedBackward | None = None,
     cost: CostFunction | None = None,
+    example: Example | None = None,
 ) -> Callable[[RuleT], RuleT]:
     """Decorator that makes a function the rule of layer types; a later one replaces an earlier one.
 
@@ -124,7 +145,10 @@ def register_grad_sampler(
 
     Args:
         layer_types: subclasses of torch.nn.Module; their subclasses are covered as long as they do
-            not override forward.
+            not override forward. Or classes' full names, such as
+            "transformers.pytorch_utils.Conv1D", with * for any part: nothing is imported. Several
+            rules may have one name: a layer gets the last one that agrees with autograd on
+            `example`, or none.
         full_batch: layer -> whether it mixes samples as it is now (train-mode batch norm): then
             the rule gets all rows of the batch, and rows are picked from its factors.
         unsupported: layer -> why the rule cannot serve it, with the fix, or None.
@@ -133,9 +157,12 @@ def register_grad_sampler(
         fused: computes the layer's whole backward pass.
         cost: (layer, input shape, output shape), samples first -> LayerCost; None: one pass over
             the elements of input and output.
+        example: layer -> (a small copy of it, an input [N, ...]), with which the layers of a name
+            are compared, as another version of their package may compute something else.
 
     Raises:
-        TypeError: no layer type, or one that is not a subclass of torch.nn.Module.
+        TypeError: no layer type, one that is not a subclass of torch.nn.Module, or a name without
+            an example.
 
     Example:
         >>> import torch
@@ -156,17 +183,25 @@ def register_grad_sampler(
         raise TypeError(
             "register_grad_sampler() got no layer type: write @register_grad_sampler(MyLayer)")
     wrong = [repr(each) for each in layer_types
-             if not (isinstance(each, type) and issubclass(each, nn.Module))]
+             if not (isinstance(each, str) or (isinstance(each, type)
+                     and issubclass(each, nn.Module)))]
     if wrong:
-        raise TypeError(f"register_grad_sampler() takes subclasses of torch.nn.Module, got "
-                        f"{', '.join(wrong)}. Pass the layer's class.")
+        raise TypeError(f"register_grad_sampler() takes subclasses of torch.nn.Module or their "
+                        f"full names, got {', '.join(wrong)}. Pass the layer's class.")
+    by_name = [each for each in layer_types if isinstance(each, str)]
+    if by_name and example is None:
+        raise TypeError(
+            f"register_grad_sampler() got names of classes ({', '.join(by_name)}) and no example. "
+            "Pass example=, a function of the layer that returns a small copy of it and an input: "
+            "the rule is compared with autograd on it.")
     names = None if parameters is None else frozenset(parameters)
 
     def register(rule: RuleT) -> RuleT:
         sampler = GradSampler(
             rule, full_batch or (lambda layer: False), unsupported or (lambda layer: None), names,
-            fused, cost, may_mix=full_batch is not None)
-        _SAMPLERS.update(dict.fromkeys(layer_types, sampler))
+            fused, cost, may_mix=full_batch is not None, example=example)
+        _SAMPLERS.update({each: sampler for each in layer_types if not isinstance(each, str)})
+        _BY_NAME.extend((name, sampler) for name in by_name)
         return rule
 
     return register
@@ -191,14 +226,25 @@ def find_grad_sampler(layer: nn.Module) -> GradSampler | None:
         return None
     own = type(layer)
     for layer_type in own.__mro__:
-        sampler = _SAMPLERS.get(layer_type)
-        if sampler is None:
+        sampler, named = _SAMPLERS.get(layer_type), [*_samplers_by_name(layer_type)]
+        if sampler is None and not named:
             continue
         same_computation = all(getattr(own, method, None) is getattr(layer_type, method, None)
                                for method in _COMPUTING_METHODS)
-        known = sampler.parameters is None or sampler.parameters == layer._parameters.keys()
-        return sampler if same_computation and known else None
+        if not same_computation:
+            return None
+        own_names = layer._parameters.keys()
+        if sampler is not None:
+            return sampler if sampler.parameters in (None, own_names) else None
+        return next((each for each in named
+                     if each.parameters in (None, own_names) and each.serves(layer)), None)
     return None
+
+
+def _samplers_by_name(layer_type: type) -> Iterator[GradSampler]:
+    """What is registered for the class's name, the latest first."""
+    full_name = f"{layer_type.__module__}.{layer_type.__qualname__}"
+    return (sampler for name, sampler in reversed(_BY_NAME) if fnmatchcase(full_name, name))
 
 
 def registered_layer_types() -> tuple[type[nn.Module], ...]:

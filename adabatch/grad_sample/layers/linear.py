@@ -1,4 +1,5 @@
-"""nn.Linear: rule, fused backward pass and cost.
+"""nn.Linear, and transformers' Conv1D, a Linear whose weight is [I, O]: rules, fused backward pass
+and cost.
 
 Legend: N samples, T positions (all dimensions between first and last), I in, O out.
 """
@@ -12,16 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from adabatch import kernels
+from adabatch.grad_sample.agreement import small_copy, wave
 from adabatch.grad_sample.cost import PASS, LayerCost, elements_per_sample
 from adabatch.grad_sample.factors.base import Dense, Factor
 from adabatch.grad_sample.factors.outer import Outer
 from adabatch.grad_sample.layout import Layout
-from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
+from adabatch.grad_sample.registry import FusedBackward, FusedResult, Layer, register_grad_sampler
 from adabatch.kernels import accumulation_dtype
 
 
 class LinearBackward(FusedBackward):
-    """For T > 1: the weight gradient is summed from the products that the norms need."""
+    """For T > 1: the weight gradient is summed from the products that the norms need.
+
+    Class attributes:
+        transposed: whether the weight is [I, O].
+    """
+
+    transposed = False
 
     def supports(
         self, layer: nn.Module, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
@@ -36,19 +44,32 @@ class LinearBackward(FusedBackward):
         second_moment: bool = False,
     ) -> FusedResult:
         inputs, dtype, has_bias = saved[0], weight.dtype, layer.bias is not None
-        grad_inputs = backprops.matmul(weight.to(backprops.dtype)) if needs_inputs else None
+        matrix = weight.T if self.transposed else weight
+        grad_inputs = backprops.matmul(matrix.to(backprops.dtype)) if needs_inputs else None
         if not norms:
             flat = backprops.flatten(0, -2)
-            grads = {"weight": (flat.T @ inputs.flatten(0, -2).to(flat.dtype)).to(dtype)}
+            rows, columns = self._outer(flat, inputs.flatten(0, -2).to(flat.dtype))
+            grads = {"weight": (rows.T @ columns).to(dtype)}
             if has_bias:
                 grads["bias"] = flat.sum(0).to(dtype)
             return FusedResult(grad_inputs, grads)
         if layout is not Layout.BATCH_FIRST:
             inputs, backprops = (layout.split(each, n_samples) for each in (inputs, backprops))
-        a_NTI, b_NTO = _positions(inputs), _positions(backprops)
-        moments = kernels.weight_grad_moments(a_NTI, b_NTO, second_moment=second_moment)
+        b_NTO = _positions(backprops)
+        rows, columns = self._outer(b_NTO, _positions(inputs))
+        moments = kernels.weight_grad_moments(columns, rows, second_moment=second_moment)
         bias = b_NTO.sum(1, dtype=accumulation_dtype(b_NTO)) if has_bias else None
         return weight_and_bias(grad_inputs, moments, bias, dtype)
+
+    def _outer(self, backprops: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What gives the rows and the columns of the weight's gradient."""
+        return (inputs, backprops) if self.transposed else (backprops, inputs)
+
+
+class TransposedBackward(LinearBackward):
+    """Of a weight [I, O]."""
+
+    transposed = True
 
 
 def weight_and_bias(
@@ -71,13 +92,27 @@ def weight_and_bias(
 def linear_cost(
     layer: nn.Linear, input_shape: Sequence[int], output_shape: Sequence[int]
 ) -> LayerCost:
+    """Of a weight [O, I]."""
+    return _product_cost(layer.in_features, layer.out_features, input_shape, output_shape)
+
+
+def transposed_cost(
+    layer: Layer, input_shape: Sequence[int], output_shape: Sequence[int]
+) -> LayerCost:
+    """Of a weight [I, O]."""
+    width_in, width_out = layer.weight.shape
+    return _product_cost(width_in, width_out, input_shape, output_shape)
+
+
+def _product_cost(
+    width_in: int, width_out: int, input_shape: Sequence[int], output_shape: Sequence[int]
+) -> LayerCost:
     """training: 3 T I O (forward, input and weight gradient) + 2 PASS (T I + T O).
 
     Norms: PASS (I + O) for T = 1. Else PASS T O for the bias, and what the kernels choose: Gram
     matrices, T² (I + O), or per-sample gradients, T I O + 2 PASS I O; 2 PASS I O where they also
     give the weight gradient.
     """
-    width_in, width_out = layer.in_features, layer.out_features
     positions = max(1.0, math.prod(output_shape) / max(1, output_shape[0]) / width_out)
     product, numel = positions * width_in * width_out, width_in * width_out
     training = 3 * product + 2 * PASS * elements_per_sample(input_shape, output_shape)
@@ -111,7 +146,7 @@ def _positions(tensor: Tensor) -> Tensor:
     nn.Linear, parameters=("weight", "bias"), fused=LinearBackward(), cost=linear_cost
 )
 def linear_grad_sample(
-    layer: nn.Linear, activations: Tensor, backprops: Tensor
+    layer: Layer, activations: Tensor, backprops: Tensor
 ) -> dict[str, Factor]:
     """Linear, y = W a + bias: G_n = Σ_t b_nt a_ntᵀ for the weight, Σ_t b_nt for the bias.
 
@@ -136,4 +171,24 @@ def linear_grad_sample(
         single = b_NTO.shape[1] == 1
         bias = b_NTO[:, 0] if single else b_NTO.sum(1, dtype=accumulation_dtype(b_NTO))
         factors["bias"] = Dense(bias)
+    return factors
+
+
+def conv1d_example(layer: nn.Module) -> tuple[nn.Module, Tensor]:
+    """For the comparison with autograd: 3 wide to 2, two samples of four positions."""
+    return small_copy(layer, {"weight": (3, 2), "bias": (2,)}, nx=3, nf=2), wave(2, 4, 3)
+
+
+@register_grad_sampler(
+    "transformers.pytorch_utils.Conv1D", parameters=("weight", "bias"), fused=TransposedBackward(),
+    cost=transposed_cost, example=conv1d_example,
+)
+def transposed_linear_grad_sample(
+    layer: Layer, activations: Tensor, backprops: Tensor
+) -> dict[str, Factor]:
+    """y = a W + bias: G_n = Σ_t a_nt b_ntᵀ for the weight; the rest as for Linear."""
+    factors = linear_grad_sample(layer, activations, backprops)
+    weight = factors.get("weight")
+    if isinstance(weight, Outer):
+        factors["weight"] = Outer(left=weight.right, right=weight.left)
     return factors

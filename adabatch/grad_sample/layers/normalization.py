@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adabatch import kernels
+from adabatch.grad_sample.agreement import small_copy, wave
 from adabatch.grad_sample.factors.affine import Scale, Shift
 from adabatch.grad_sample.factors.base import Dense, Factor
 from adabatch.grad_sample.layers.linear import no_batch_dimension
 from adabatch.grad_sample.layout import Layout
-from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
+from adabatch.grad_sample.registry import FusedBackward, FusedResult, Layer, register_grad_sampler
 from adabatch.kernels import accumulation_dtype
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -44,10 +45,17 @@ def layer_norm_grad_sample(layer: nn.LayerNorm, activations: Tensor, backprops: 
         (tensor([[ 1., -1.]]), tensor([[1., 1.]]))
     """
     shape = _normalized_shape(layer, activations)
+    return _layer_norm(layer, shape, layer.eps, activations, backprops)
+
+
+def _layer_norm(
+    layer: nn.Module, shape: list[int], eps: float, activations: Tensor, backprops: Tensor
+) -> Factors:
     if takes_statistics(activations):
-        _, mean, rstd = torch.native_layer_norm(activations, shape, None, None, layer.eps)
-        return _trailing(layer, activations, backprops, mean, rstd)
-    return _trailing(layer, F.layer_norm(_wide(activations), shape, eps=layer.eps), backprops)
+        _, mean, rstd = torch.native_layer_norm(activations, shape, None, None, eps)
+        return _trailing(layer, shape, activations, backprops, mean, rstd)
+    normalized = F.layer_norm(_wide(activations), shape, eps=eps)
+    return _trailing(layer, shape, normalized, backprops)
 
 
 @register_grad_sampler(nn.RMSNorm, parameters=("weight",))
@@ -61,13 +69,67 @@ def rms_norm_grad_sample(layer: nn.RMSNorm, activations: Tensor, backprops: Tens
         tensor([[1., 1.]])
     """
     shape = _normalized_shape(layer, activations)
+    return _rms_norm(layer, shape, layer.eps, activations, backprops)
+
+
+def _rms_norm(
+    layer: nn.Module, shape: list[int], eps: float | None, activations: Tensor, backprops: Tensor
+) -> Factors:
     if takes_statistics(activations):
         dtype, dims = accumulation_dtype(activations), tuple(range(-len(shape), 0))
         norm = torch.linalg.vector_norm(activations, dim=dims, dtype=dtype)
-        eps = torch.finfo(dtype).eps if layer.eps is None else layer.eps
+        eps = torch.finfo(dtype).eps if eps is None else eps
         rstd = (norm.square() / math.prod(shape) + eps).rsqrt()
-        return _trailing(layer, activations, backprops, None, rstd)
-    return _trailing(layer, F.rms_norm(_wide(activations), shape, eps=layer.eps), backprops)
+        return _trailing(layer, shape, activations, backprops, None, rstd)
+    normalized = F.rms_norm(_wide(activations), shape, eps=eps)
+    return _trailing(layer, shape, normalized, backprops)
+
+
+# Norms of other libraries, known by their class's name. What a class computes is compared with
+# autograd, so that the names may be wide. Their scale may be 1 + weight: the gradient is the same.
+LIBRARIES = ("transformers", "timm", "torchvision")
+RMS_NAMES = [f"{library}.*.*{name}" for library in LIBRARIES for name in ("RMSNorm", "RmsNorm")]
+LAYER_NAMES = [f"{library}.*.*{name}" for library in LIBRARIES
+               for name in ("LayerNorm", "LayerNorm2d")]
+
+
+def _eps(layer: Layer) -> float:
+    """Under the name that the layer has for it."""
+    return layer.variance_epsilon if hasattr(layer, "variance_epsilon") else layer.eps
+
+
+def _norm_example(layer: nn.Module) -> tuple[nn.Module, Tensor]:
+    """Two samples of three positions."""
+    own = layer._parameters.items()
+    shapes = {name: tuple(each.shape) for name, each in own if each is not None}
+    return small_copy(layer, shapes), wave(2, 3, *shapes["weight"])
+
+
+def _channels_first_example(layer: nn.Module) -> tuple[nn.Module, Tensor]:
+    """Two samples of two times three positions."""
+    copied, _ = _norm_example(layer)
+    return copied, wave(2, *copied.get_parameter("weight").shape, 2, 3)
+
+
+@register_grad_sampler(*LAYER_NAMES, example=_channels_first_example)
+def named_channels_first_grad_sample(
+    layer: Layer, activations: Tensor, backprops: Tensor
+) -> Factors:
+    """Layer normalization over dimension 1, of [N, C, *S]."""
+    activations, backprops = (each.movedim(1, -1) for each in (activations, backprops))
+    return named_layer_norm_grad_sample(layer, activations, backprops)
+
+
+@register_grad_sampler(*LAYER_NAMES, example=_norm_example)
+def named_layer_norm_grad_sample(layer: Layer, activations: Tensor, backprops: Tensor) -> Factors:
+    """Layer normalization over the dimensions of the weight, with or without a bias."""
+    return _layer_norm(layer, list(layer.weight.shape), _eps(layer), activations, backprops)
+
+
+@register_grad_sampler(*RMS_NAMES, *LAYER_NAMES, example=_norm_example)
+def named_rms_norm_grad_sample(layer: Layer, activations: Tensor, backprops: Tensor) -> Factors:
+    """RMS normalization over the dimensions of the weight."""
+    return _rms_norm(layer, list(layer.weight.shape), _eps(layer), activations, backprops)
 
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -194,12 +256,12 @@ def takes_statistics(activations: Tensor) -> bool:
 
 
 def _trailing(
-    layer: nn.LayerNorm | nn.RMSNorm, inputs: Tensor, backprops: Tensor,
+    layer: nn.Module, shape: list[int], inputs: Tensor, backprops: Tensor,
     mean: Tensor | None = None, rstd: Tensor | None = None,
 ) -> Factors:
-    """Factors of parameters of the last dimensions, statistics [N, *T, *1]."""
-    samples, width = inputs.shape[0], math.prod(layer.normalized_shape)
-    positions = math.prod(inputs.shape[1 : inputs.dim() - len(layer.normalized_shape)])
+    """Factors of parameters of the last dimensions, `shape`, and statistics [N, *T, *1]."""
+    samples, width = inputs.shape[0], math.prod(shape)
+    positions = math.prod(inputs.shape[1 : inputs.dim() - len(shape)])
     inputs, backprops = (each.reshape(samples, positions, width) for each in (inputs, backprops))
     mean, rstd = (None if each is None else each.reshape(samples, positions, 1)
                   for each in (mean, rstd))
