@@ -29,6 +29,7 @@ from adabatch.grad_sample import GradSampleHooks
 from adabatch.grad_sample.statistics import PreconditionedTrace
 from adabatch.interfaces import Estimator, Proposer, RunContext
 from adabatch.micro_batches.optimizer import AccumulatingOptimizer, MicroBatching
+from adabatch.micro_batches.single_samples import naming_batch_norm
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.decision import as_controller
 from adabatch.scheduler.lr import is_scaled
@@ -147,6 +148,7 @@ def wrap(
     needs: frozenset[str] = frozenset() if chosen is None else chosen.requires
     micro = MicroBatching(
         adaptive, micro_options.size, accumulate, KINDS[type(how)], micro_options.loss_fn)
+    adaptive.micro_batches.single = naming_batch_norm(model, adaptive.micro_batches)
     needed = needs_moments(chosen, lr_rule.rule)
     interval, share = plan_of(measured, how, needed)
     if interval is not None or share is not None:

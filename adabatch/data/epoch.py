@@ -6,6 +6,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -267,7 +268,8 @@ class EpochIterator:
                     sampler.take_back()
                 else:
                     sampler.n_delivered += 1
-                yield batch
+                with nullcontext() if local > 1 else self._micro.single():
+                    yield batch
                 batch = None  # not kept while the next one is awaited
                 sampler.check_current(self._iterator_id)
             if self._buffer is not None:
@@ -310,7 +312,8 @@ class EpochIterator:
                 break
             self._sampler.n_delivered += 1
             self._micro.batch = batch
-            yield batch
+            with nullcontext() if size > 1 else self._micro.single():
+                yield batch
             self._sampler.check_current(self._iterator_id)
             part, at = part + 1, at + size
             if self._micro.failed:

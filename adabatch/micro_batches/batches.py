@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -34,6 +34,7 @@ class BatchSplit:
         failed: the batch is to be begun again.
         stepped: the optimizer has begun to step on this batch.
         listeners: called whenever a batch is begun.
+        single: gives a context that is entered while a batch of one sample is out.
         batch: the present micro-batch, as it is delivered.
         counted: what check_token_mean found in the batch's first micro-batch.
 
@@ -47,6 +48,7 @@ class BatchSplit:
         self.at_least = 1
         self.accumulates = self.stepped = self.failed = self.is_retry = False
         self.listeners: list[Callable[[], None]] = []
+        self.single: Callable[[], AbstractContextManager[None]] = nullcontext
         self.current_sizes: list[int] = []
         self.batch: Batch = None
         self.counted: dict[int, list[tuple[float, float]]] = {}

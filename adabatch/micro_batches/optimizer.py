@@ -272,7 +272,8 @@ class MicroBatching:
         # Held weakly: a later wrap() calls undo(), if the loader still exists.
         self._of_loader, self._loss_fn, self._accumulate = weakref.ref(loader), loss_fn, accumulate
         split = loader.micro_batches
-        self._before = split.limit, split.at_least, split.accumulates, list(split.listeners)
+        self._before = (
+            split.limit, split.at_least, split.accumulates, list(split.listeners), split.single)
 
     def find_limit(self, model: nn.Module, optimizer: Optimizer, hooks: Estimator, largest: int
                    ) -> None:
@@ -334,4 +335,5 @@ class MicroBatching:
         if self._of_loader() is None:
             return
         split = self._loader.micro_batches
-        split.limit, split.at_least, split.accumulates, split.listeners = self._before
+        (split.limit, split.at_least, split.accumulates, split.listeners,
+         split.single) = self._before
