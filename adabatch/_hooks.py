@@ -71,6 +71,12 @@ class FinallyCall:
         if module._compiled_call_impl is None:
             module._compiled_call_impl = self
 
+    @property
+    def placed(self) -> bool:
+        """Whether the module's calls run through it."""
+        module = self._module()
+        return module is not None and module._compiled_call_impl is self
+
     def __call__(self, *args: object, **kwargs: object) -> object:
         module = self._module()
         assert module is not None

@@ -309,14 +309,20 @@ class GradSampleHooks(Estimator):
             if placer.packed_size is not None:
                 check_packed(reports, sites, placer.packed_size)
             try:
-                batch_size = batch_size_of(reports, sites, placer.input_sizes)
+                batch_size = batch_size_of(
+                    reports, sites, placer.input_sizes, record.unequal)
             except RuntimeError as error:  # a table that is looked up from this step on, say
+                text = f"{error}{placer.outside_remark()}"
                 if not placer.trace_always():
-                    raise
-                self._left_out = NotMeasured(UNSEEN_USE, SHAPES.format(error=error))
+                    raise RuntimeError(text) from None
+                self._left_out = NotMeasured(UNSEEN_USE, SHAPES.format(error=text))
                 self._n_passes += 1
                 placer.end_pass(self)
                 return
+        placer.settle_outside(batch_size)
+        if placer.open_roles:
+            placer.end_pass(self)
+            return
         if placer.not_followed:
             listed = ", ".join(sorted(placer.not_followed))
             self._left_out = NotMeasured(NEW_LAYERS, NOT_FOLLOWED.format(listed=listed))
@@ -497,6 +503,7 @@ class GradSampleHooks(Estimator):
         placer.input_sizes.clear()
         placer.forward_sizes.clear()
         placer.open_roles.clear()
+        placer.forget_outside()
         self._recorder.discards, self._recorder.sum_check.is_first = False, True
         if self._row_sampler.samples is not None:
             self._row_sampler.redraw()

@@ -142,9 +142,11 @@ def _versions(factor: Factor) -> list[int]:
 
 
 def batch_size_of(
-    reports: Sequence[Report], sites: Sequence[TapSite], input_sizes: Collection[int] = ()
+    reports: Sequence[Report], sites: Sequence[TapSite], input_sizes: Collection[int] = (),
+    unequal: Collection[int] = (),
 ) -> int:
-    """N, from the layers' reports [n_layers, 2] of (calls, rows).
+    """N, from the layers' reports [n_layers, 2] of (calls, rows); unequal: indices of the layers
+    whose calls had different numbers of rows.
 
     Raises:
         RuntimeError: a layer was called twice where that cannot be undone; layers saw different
@@ -153,6 +155,13 @@ def batch_size_of(
     """
     sizes = {total for calls, total in reports if calls}
     once = max(calls for calls, _ in reports) == 1
+    if unequal:
+        names = ", ".join(sites[index].name for index in sorted(unequal))
+        raise RuntimeError(
+            "per-sample gradients of this backward pass are not exact:\n"
+            f"  - {names} was called with different numbers of rows in one backward pass: which of "
+            "them belong to which sample is not known. Make all its calls with one row for each "
+            "sample, pass ignore=[...], or let wrap measure with estimator=adabatch.MicroBatch()")
     if len(sizes) == 1 and once and (not input_sizes or not sizes.isdisjoint(input_sizes)):
         return round(sizes.pop())
     problems = []

@@ -62,6 +62,7 @@ class BackwardRecord:
         norms: {probe row: norms [S] that are still to be squared}.
         values: {other statistic: {parameter: value}}.
         counts: {layer: [calls, samples of all calls together]}.
+        unequal: layers whose calls had different numbers of samples.
     """
 
     uses: list[ParameterUse] = field(default_factory=list)
@@ -69,6 +70,7 @@ class BackwardRecord:
     norms: dict[int, list[Tensor]] = field(default_factory=dict)
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     counts: dict[int, list[int]] = field(default_factory=dict)
+    unequal: set[int] = field(default_factory=set)
 
     def add_rows(self, totals: dict[str, Rows], n_rows: int,
                  to_result_device: Callable[[Tensor], Tensor]) -> None:
@@ -148,6 +150,8 @@ class BackwardRecorder:
             record = self._now()
             is_first = not record.counts
             count = record.counts.setdefault(layer, [0, 0])
+            if count[1] != count[0] * n_samples:
+                record.unequal.add(layer)
             count[0] += 1
             count[1] += n_samples
             for row, value in norms:

@@ -39,7 +39,9 @@ CAUSES = (
     "Possible causes: a term of the loss that does not pass through the samples, such as a penalty "
     "on the weights (use the optimizer's weight_decay, or add its gradient after backward()); a "
     "weight used where the hooks do not see it: in the loss function, before the model is called, "
-    "in a compiled function, under torch.func (apply it inside the model's forward); other weights "
+    "in a compiled function, under torch.func (apply it inside the model's forward); what a layer "
+    "keeps as an attribute and the loss function reads (return it); a forward method or class that "
+    "was replaced since the hooks were attached (attach again); other weights "
     "in place of the layer's (torch.func.functional_call); a layer without a rule that mixes "
     "samples or changes its buffers while it runs (give it a rule with register_grad_sampler)"
 )

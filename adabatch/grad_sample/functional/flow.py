@@ -125,6 +125,11 @@ class Roles:
             return None
         return self.settled[key]
 
+    def judge(self, key: Key, size: int, n_samples: int) -> bool | None:
+        """The same of an input outside of the model's forward pass, where N is known later."""
+        self._n_samples = n_samples
+        return self.carries(key, size, opens=False)
+
     def use(self, keys: Iterable[Key]) -> None:
         """Something depends on whether these inputs with N rows carry samples."""
         for key in keys:
@@ -271,6 +276,12 @@ class SampleFlow:
         if self.has_rows(output) and name in RESHAPES:
             return 0
         return FLAT if output.shape[:1] == tensor.shape[:1] else UNKNOWN
+
+
+def has_equal_rows(tensor: Tensor) -> bool:
+    """Whether all rows are the same, as of a state of zeros: a single one then stands for them."""
+    with torch.no_grad():
+        return tensor.layout is torch.strided and bool((tensor == tensor[:1]).all())
 
 
 @functools.lru_cache(1024)

@@ -25,7 +25,7 @@ from adabatch.grad_sample.functional.expression import (
     Leaf, Leaves, Operation, ParameterExpression, function_name, names_of, versions_of,
 )
 from adabatch.grad_sample.functional.flow import (
-    FLAT, ROW_BY_ROW, UNKNOWN, Key, SampleFlow, operation_name,
+    FLAT, ROW_BY_ROW, UNKNOWN, Key, SampleFlow, has_equal_rows, operation_name,
 )
 from adabatch.grad_sample.functional.rules import FLAT_RULES
 from adabatch.grad_sample.functional.traced_op import TracedOp, identity
@@ -67,6 +67,13 @@ class ParameterTracer(TorchFunctionMode):
         tap: tap(operation, outputs, copied) returns the output tensors tapped, as a copy where
             `copied` says so.
         settled: names of the layers whose layout is known from adabatch.check.
+
+    Attributes:
+        carries: {number of a tensor that the last layer was called with: whether it carries
+            samples}, where it has no rule and several of them, as far as that is known.
+        unsettled: {role: size} of the others, which are taken for samples if the layer then gives
+            what it gave for the batch.
+        unclear: a layer has its batch along another dimension than N was read from.
     """
 
     def __init__(
@@ -77,6 +84,9 @@ class ParameterTracer(TorchFunctionMode):
         self._flow, self._settled = flow, settled
         self._parameters, self._n_samples, self._tap = traced, flow.n_samples, tap
         self._layer_roles: list[tuple[nn.Module, Layout, frozenset[Key], bool]] = []
+        self.carries: dict[int, bool] = {}
+        self.unsettled: dict[Key, int] = {}
+        self.unclear = False
         self._suspended = 0  # above 0 nothing is watched: a layer with a tap runs
         self._suspending: list[bool] = []
         self._expressions: dict[int, tuple[ParameterExpression, Tensor]] = {
@@ -117,6 +127,7 @@ class ParameterTracer(TorchFunctionMode):
             self._suspending.append(False)
             return None
         leaves, tree = tree_flatten((args, kwargs))
+        self.carries, self.unsettled = {}, {}
         traced = [] if self._suspended else [
             index for index, leaf in enumerate(leaves) if id(leaf) in self._expressions]
         dims = {index: self._row_dim(name, layer, layout, leaves[index], index)
@@ -126,6 +137,10 @@ class ParameterTracer(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 roles = self._layer_inputs(name, layer, layout, has_rule, leaves)
         suspends = None not in dims.values() and roles is not None
+        if suspends and not self._suspended and not has_rule and (
+                layout is Layout.BATCH_FIRST and name not in self._settled):
+            with torch._C.DisableTorchFunction():
+                self._settle_inputs(name, layer, leaves)
         self._suspending.append(suspends)
         self._suspended += suspends
         if suspends:
@@ -166,6 +181,12 @@ class ParameterTracer(TorchFunctionMode):
         call = call_type(layer)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)][: 1 if has_rule else None]
         found = [(leaf, self._flow.of(leaf)) for leaf in inputs]
+        for index, (leaf, flow) in enumerate(found[: call is not RecomputedCall]):
+            dim = call.samples_dim(layer, index)
+            if flow is not None and flow.dim >= 0 and flow.dim != dim < leaf.dim():
+                self.unclear = True  # which are the samples, where there are as many time steps?
+                if leaf.shape[dim] == self._n_samples:
+                    self._flow.roles.open[key] = self._n_samples
         sure = [flow.roles for _, flow in found if flow is not None and (
             flow.dim == 0 or call is not RecomputedCall)]
         if sure:
@@ -195,6 +216,27 @@ class ParameterTracer(TorchFunctionMode):
             if leaf.dim() and leaf.is_floating_point() and not self._flow.has_rows(leaf):
                 self._flow.roles.carries(key, leaf.shape[0])
         return None
+
+    def _settle_inputs(self, name: str, layer: nn.Module, leaves: Sequence[Leaf]) -> None:
+        """Find which of several inputs carry samples: a table may be as long as the batch."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if len(tensors) < 2 or call_type(layer) is not RecomputedCall:
+            return
+        flow, (_, number) = self._flow, self._flow.roles.next_call(f"inputs of {name}")
+        for index, leaf in enumerate(tensors):
+            found, key = flow.of(leaf), (f"input {index + 1} of {name}", number)
+            carries: bool | None = True
+            if not flow.has_rows(leaf):
+                carries = flow.roles.carries(key, leaf.shape[0]) if leaf.dim() else False
+            elif flow.is_constant(leaf):
+                carries = False
+            elif (found is None or found.roles or found.dim != 0) and (
+                    id(leaf) not in self._expressions and not has_equal_rows(leaf)):
+                carries = flow.roles.carries(key, self._n_samples, opens=False)
+            if carries is None:
+                self.unsettled[key] = self._n_samples
+            else:
+                self.carries[index] = carries
 
     def _row_dim(
         self, name: str, layer: nn.Module, layout: Layout, tensor: Tensor, index: int

@@ -62,6 +62,8 @@ class RecomputedCall:
         n_samples: N.
         layout: of the samples in its output.
         before: what `state_before` gave before the call.
+        tables: numbers of the tensors it was called with that carry no samples, though they may be
+            as long as the batch.
 
     Attributes:
         defines_samples: its output has as many rows as there are samples, even where no dimension
@@ -69,6 +71,7 @@ class RecomputedCall:
         tensors: the inputs to be saved.
         tapped: which of the output's leaves carry gradients.
         expected: those leaves, where what comes out again is to be compared with them.
+        unlike: done where that differs, instead of an error: what its inputs are is not settled.
 
     Raises:
         RuntimeError: an input or output whose samples cannot be told apart.
@@ -76,11 +79,12 @@ class RecomputedCall:
 
     defines_samples: ClassVar[bool] = False
     expected: list[Tensor] | None = None
+    unlike: Callable[[], None] | None = None
 
     def __init__(
         self, name: str, layer: nn.Module, parameters: Collection[str], args: Args, kwargs: Kwargs,
         output: object, n_samples: int, layout: Layout = Layout.BATCH_FIRST,
-        before: object = None,
+        before: object = None, tables: Collection[int] = (),
     ):
         self._before = self.state_before(layer) if before is None else before
         self.name, self.layer, self.parameters = name, layer, tuple(parameters)
@@ -98,7 +102,7 @@ class RecomputedCall:
         self.tapped = leaves_with_gradient(outputs)
         self._output_layouts = [self._output_layout(index, outputs[index])
                                 for index in self.tapped]
-        self._input_layouts = [self._input_layout(index, tensor)
+        self._input_layouts = [None if index in tables else self._input_layout(index, tensor)
                                for index, tensor in enumerate(self.tensors)]
 
     @classmethod
@@ -149,8 +153,14 @@ class RecomputedCall:
         own = dict(self.layer.named_parameters())
         batched = [layout is not None for layout in self._input_layouts]
         measured = {name: own[name] for name in self.parameters}
-        grads = per_sample_grads(
-            self._run, measured, inputs, batched, outer, self.name, expected)
+        try:
+            grads = per_sample_grads(
+                self._run, measured, inputs, batched, outer, self.name, expected)
+        except RuntimeError as error:
+            if self.unlike is None or RANDOM in str(error) or IN_PLACE in str(error):
+                raise
+            self.unlike()
+            return {}
         return {name: Dense(grad) for name, grad in grads.items()}
 
     def _of_samples(

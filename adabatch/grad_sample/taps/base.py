@@ -28,6 +28,7 @@ from adabatch.grad_sample.backward.verify import squares
 from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.functional.expression import versions_of
+from adabatch.grad_sample.functional.flow import Key
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.plan import Plan
 from adabatch.grad_sample.registry import FusedResult, GradSampler
@@ -89,6 +90,9 @@ class TapSite:
             once for all samples; what activation checkpointing runs again gets none either.
         followed: a traced pass has called it: its inputs' roles are known.
         runs: forward passes through a layer that is run again.
+        carries: of a layer without a rule: {number of a tensor that it is called with: whether it
+            carries samples}, as far as traced passes have shown it.
+        unsettled: {role: size} of the other tensors of its last call.
         traced: a layer without a rule that gives no row per sample: its operations are traced.
         fused: whether its last tap was a fused one.
         shapes: of its last input and output, samples first (eager mode), for the cost model.
@@ -109,6 +113,8 @@ class TapSite:
     untapped: bool = False
     followed: bool = False
     runs: int = 0
+    carries: dict[int, bool] = field(default_factory=dict)
+    unsettled: dict[Key, int] = field(default_factory=dict)
     traced: bool = False
     fused: bool = False
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None

@@ -27,7 +27,7 @@ from adabatch.grad_sample.backward.verify import is_distributed, is_power_of_two
 from adabatch.grad_sample.compat import compiles_frames, is_compiled, uncompiled
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
-from adabatch.grad_sample.functional.flow import Key, Roles, SampleFlow
+from adabatch.grad_sample.functional.flow import Key, Roles, SampleFlow, has_equal_rows
 from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.layers.state import LayerState, draws_taken_back
 from adabatch.grad_sample.layout import BatchSizeSource, Layout
@@ -53,6 +53,10 @@ SINGLE_NUMBER = (
     "{name} returns a single number for the whole batch, so that its parameters can only be "
     "measured in the operations where they meet the samples: {error}. Let it return a value for "
     "each sample, and average outside of it, or pass ignore=[{name!r}]"
+)
+OUTSIDE = (
+    ". Called outside of the model's forward: {listed}. What has no row for each sample, such as a "
+    "table of classes, can only be measured inside of it: make that call in the model's forward"
 )
 NOT_TRACED = (
     "these are only seen in eager mode and inside of the model's own forward, so call it there")
@@ -116,6 +120,9 @@ class ForwardHooks:
             input.
         called, traced: whether the model itself was called since the last backward pass, and
             whether the whole call was traced.
+        outside: inputs that layers were called with outside of the model's forward, as far as the
+            backward pass runs through them, with their roles and sizes; those that were computed
+            are known by what they were computed from.
 
     A pass whose sums are not compared is traced up to the last use of a traced parameter or of a
     layer without samples, if its uses so far are those of passes that were traced to their end.
@@ -161,6 +168,12 @@ class ForwardHooks:
         self._model_handle: RemovableHandle | None = None
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._may_trace = False
+        self._unsettled = self._unclear = False
+        self._inside = True  # or it cannot be known
+        self._counted: Tensor | None = None
+        self.outside: list[tuple[Key, Tensor, int]] = []
+        self._outside_names: list[str] = []
+        self._n_outside, self._outside_task = 0, -1
 
     def attach(self, model: nn.Module, owner: object) -> None:
         """Put the hooks on the model; they keep `owner` alive, and copies of the model are without
@@ -205,7 +218,8 @@ class ForwardHooks:
         hook = self._bound(self._after_model, original, owner)
         handles.append(hook.held(model.register_forward_hook(hook, always_call=True)))
         if self._call is None:
-            self._call = FinallyCall(model, self._stop_tracing)
+            self._call = FinallyCall(model, self._leave_model)
+            self._inside = not self._call.placed
 
     def trace_always(self) -> bool:
         """Trace all passes from now on; whether that may find what the last one missed: it was not
@@ -220,7 +234,9 @@ class ForwardHooks:
         """After a backward pass: trace the next forward pass where its sums will be compared."""
         self.called = self.traced = False
         self._check.choose_graph()
-        self._uses.whole = self._check.is_due or bool(self.not_followed)
+        self.forget_outside()
+        self._uses.whole = (self._check.is_due or bool(self.not_followed) or self._unsettled
+                            or self._unclear)
         self.not_followed.clear()
         due = self._must_trace or self._uses.whole
         if not self._tracing and self._may_trace and due:
@@ -258,11 +274,12 @@ class ForwardHooks:
             return
         while self._copies:
             self._copies.pop().remove()
-        self.called, self.traced = True, False
+        self.called, self.traced, self._inside = True, False, True
         common = not kwargs and len(args) == 1 and type(args[0]) is Tensor
         tensors = [*args] if common else input_tensors(args, kwargs)
         packed = None if common else packed_sequence(args, kwargs)
         self.packed_size = None if packed is None else int(packed.batch_sizes[0])
+        self._counted = next((tensor for tensor in tensors if tensor.dim()), None)
         if self._source is None:
             for tensor in tensors:
                 self.input_sizes.update(tensor.shape)
@@ -305,6 +322,7 @@ class ForwardHooks:
         """Watch the operations on these inputs of the model."""
         assert self._n_samples is not None
         self.roles.begin(self._n_samples)
+        self._unsettled = False  # inputs of this pass
         reports_to = set(map(id, self._probes.leaves))
         flow = SampleFlow(self._n_samples, self.roles, reports_to, self.size_remark())
         flow.add_inputs(inputs, *counted)
@@ -325,7 +343,7 @@ class ForwardHooks:
             self.open_roles.update(self.roles.open)
             self._recorder.discards |= bool(self.open_roles)
         if self._tracer is not None and not (
-            self._must_trace or self.roles.open or output is None
+            self._must_trace or self.roles.open or self._unsettled or output is None
         ):
             self._tracing = False  # a whole pass went by without a traced use
             for handle in self._tracing_handles:
@@ -335,6 +353,10 @@ class ForwardHooks:
             self.traced = True
             if not self.roles.open:
                 self._uses.end()
+        self._stop_tracing()
+
+    def _leave_model(self) -> None:
+        self._inside = False
         self._stop_tracing()
 
     def _stop_tracing(self) -> None:
@@ -369,7 +391,15 @@ class ForwardHooks:
         if self._tracer is None or site.traced:
             return None
         has_rule = site.sampler is not None
-        return self._tracer.enter_layer(site.name, layer, site.layout, has_rule, args, kwargs)
+        new = self._tracer.enter_layer(site.name, layer, site.layout, has_rule, args, kwargs)
+        for index, carries in self._tracer.carries.items():
+            self._unclear |= site.carries.get(index, carries) is not carries
+            site.carries[index] = carries
+        site.unsettled = self._tracer.unsettled
+        self._unsettled |= bool(site.unsettled)
+        self._unclear |= self._tracer.unclear
+        self._must_trace |= self._unclear
+        return new
 
     def _before_call(self, site: TapSite, layer: nn.Module, args: Args) -> None:
         """Keep what a layer without a rule needs to be run again."""
@@ -394,13 +424,76 @@ class ForwardHooks:
         if not is_compiling():
             if site.untapped and running_backward() != -1:
                 return None
-            if not site.followed and self.called and self._may_trace:
-                self.not_followed.add(site.name)
+            if self._may_trace and running_backward() == -1:
+                if not self._inside:
+                    return self._tap_outside(site, layer, args, kwargs, output)
+                if not site.followed and self.called:
+                    self.not_followed.add(site.name)
             return self._tap_layer(site, layer, args, kwargs, output)
         if site.deferred:
             raise RuntimeError(DEFERRED_COMPILED.format(name=site.name))
         self._count_trace()
         return self._tap_by_rule(site, layer, args, kwargs, output)
+
+    def _tap_outside(
+        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
+    ) -> object:
+        """Of a layer that is called outside of the model's forward; what it is called with is kept
+        until it is known how many samples the backward pass has."""
+        found: list[tuple[Key, Tensor, int]] = []
+        name, call = f"{site.name} (outside of the model's forward)", call_type(layer)
+        if site.layout is Layout.BATCH_FIRST and site.name not in self._layers_settled:
+            tensors = input_tensors(args, kwargs)[: 1 if site.sampler is not None else None]
+            for index, tensor in enumerate(tensors):
+                dim = 0 if call is RecomputedCall else call.samples_dim(layer, index)
+                if tensor.grad_fn is None and tensor.dim() > dim:
+                    key = f"input {index + 1} of {name}" if index else name, self._n_outside
+                    found.append((key, tensor, tensor.shape[dim]))
+        self._n_outside += 1
+        site.unsettled = {key: size for key, _, size in found[1:]}
+        result = self._tap_layer(site, layer, args, kwargs, output)
+        carrying = [leaf for leaf in tree_flatten(output if result is None else result)[0]
+                    if isinstance(leaf, Tensor) and leaf.requires_grad]
+        for leaf in carrying[:1]:
+            leaf.register_hook(partial(self._used_outside, site.name, found))
+        return result
+
+    def _used_outside(
+        self, name: str, found: Sequence[tuple[Key, Tensor, int]], grad: Tensor
+    ) -> None:
+        """A layer's call takes part in the backward pass that runs."""
+        task = running_backward()
+        if task != self._outside_task:  # of autograd.grad, which ends no pass
+            self._outside_task, self.outside, self._outside_names = task, [], []
+        self.outside[:0] = found
+        self._outside_names.append(name)
+
+    def forget_outside(self) -> None:
+        """Nothing was called yet since the last backward pass."""
+        self.outside, self._outside_names, self._counted, self._n_outside = [], [], None, 0
+
+    def outside_remark(self) -> str:
+        """Which layers were called outside of the model's forward in the last pass, for errors."""
+        now = self._outside_task == running_backward()
+        names = dict.fromkeys(self._outside_names if now else ())
+        return OUTSIDE.format(listed=", ".join(names)) if names else ""
+
+    def settle_outside(self, n_samples: int) -> None:
+        """Settle which of the inputs `outside` carry samples. The batch is what the model was
+        called with, or else the first of them: N rows of another tensor leave its role open."""
+        if not self.outside or self._outside_task != running_backward():
+            return
+        counted, (first, *others) = self._counted, [tensor for _, tensor, _ in self.outside]
+        if counted is None or (counted.grad_fn is not None and all(
+                _same_memory(first, other) for other in others)):
+            counted = first
+        for key, tensor, size in self.outside:
+            if _same_memory(tensor, counted):
+                continue
+            known = self.roles.judge(key, size, n_samples)
+            if size == n_samples and not known and not has_equal_rows(tensor):
+                self.open_roles[key] = size
+        self.outside = []
 
     def _tap_traced(
         self, tracer: ParameterTracer, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs,
@@ -518,11 +611,15 @@ class ForwardHooks:
             n_samples = leaves[0].shape[kind.samples_dim(layer, 0)]
             if kind.defines_samples and self._source is None:
                 self.input_sizes.add(n_samples)
+        tables = [index for index, carries in site.carries.items() if not carries]
         call = kind(site.name, layer, site.parameters, args, kwargs, output, n_samples,
-                    site.layout, self._before.pop(site.index, None))
+                    site.layout, self._before.pop(site.index, None), *([tables] if tables else []))
         outputs = [leaves[index] for index in call.tapped]
         site.runs += 1
-        if is_power_of_two(site.runs) and not torch.is_autocast_enabled(outputs[0].device.type):
+        if site.unsettled:
+            call.unlike = partial(self._open, site.unsettled)
+        compares = is_power_of_two(site.runs) or bool(site.unsettled)
+        if compares and not torch.is_autocast_enabled(outputs[0].device.type):
             call.expected = [output.detach() for output in outputs]
         site.shapes = called_shapes(tree_flatten((args, kwargs))[0], outputs[0], n_samples)
         copied = [True] * len(outputs)
@@ -530,6 +627,11 @@ class ForwardHooks:
         for index, leaf in zip(call.tapped, tapped, strict=True):
             leaves[index] = leaf
         return tree_unflatten(leaves, tree)
+
+    def _open(self, roles: dict[Key, int]) -> None:
+        """These do not carry the samples of the pass that runs."""
+        self.open_roles.update(roles)
+        self._recorder.discards = True
 
     def _call_tap(
         self, call: RecomputedCall | TracedOp, site: TapSite | None, outputs: list[Tensor],
@@ -618,6 +720,10 @@ class KnownUses:
     def forget(self) -> None:
         """A use was missed: trace to the end until they are known again."""
         self._known.clear()
+def _same_memory(first: Tensor, second: Tensor) -> bool:
+    if first.layout is not torch.strided or second.layout is not torch.strided:
+        return first is second
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 
 
 def _single_number(output: object) -> bool:
