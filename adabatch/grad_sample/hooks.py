@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from adabatch._checks import check_version
+from adabatch.distributed.grad_norms import is_sharded
 from adabatch.distributed.shard import BatchShard
 from adabatch.estimators.gradients import (
     at_backward_end, check_arguments, grad_sq_norms, running_backward,
@@ -27,7 +29,9 @@ from adabatch.grad_sample.backward.finish import (
 from adabatch.grad_sample.backward.recorder import (
     INITIAL_CAPACITY, BackwardRecorder, ProbeSet, Rows, add_to_row,
 )
-from adabatch.grad_sample.backward.verify import check_uses_seen, is_power_of_two
+from adabatch.grad_sample.backward.verify import (
+    check_uses_seen, is_distributed, is_power_of_two,
+)
 from adabatch.grad_sample.compat import is_compiled
 from adabatch.grad_sample.cost import StepCost, step_cost
 from adabatch.grad_sample.functional.flow import Roles
@@ -39,6 +43,8 @@ from adabatch.grad_sample.taps.placement import ForwardHooks
 from adabatch.interfaces import Estimator, NotMeasured, PendingMoments, State, Statistic
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from adabatch.check.report import CheckReport
 
 TOO_MANY = (
@@ -70,6 +76,11 @@ NOT_TRACED = (
 )
 SHAPES = ("this step was not measured: {error}. Forward passes are traced from now on, which finds "
           "what is called without samples: leave this step out and continue")
+OTHERS = "layers that other processes used"
+OTHERS_GRADIENT = (
+    "this step was not measured: {listed} have a gradient, and this process called no layer that "
+    "has them. Only the next pass shows whether another process did (find_unused_parameters=True), "
+    "or this one used them without calling their layers: leave this step out and continue")
 NEW_PATTERN = "a pass unlike those before"
 NEW_LAYERS = "a layer was called for the first time"
 NOT_FOLLOWED = (
@@ -195,6 +206,9 @@ class GradSampleHooks(Estimator):
                                     () if layout is None else layout.layouts, self.roles)
         self._finished_task, self._warned_of_open = -1, False
         self._mixing, self._seen, self._incomplete = [False], set[str](), 0
+        # {parameter: the last backward pass in which this process had a gradient of it}.
+        self._own_grads: dict[str, int] = {}
+        self._watches: list[RemovableHandle] = []
         self._grad_sq_norms = torch.zeros(len(self._probe_rows))
         self.reset()
         self._placer.attach(unwrap(model), self)
@@ -399,13 +413,34 @@ class GradSampleHooks(Estimator):
         self._mixing[0] = self._mixing[0] or warn_of_mixing(reports, self.sites)
         seen = reported_parameters(reports, self.sites, used)
         if not self._n_passes and self._left_out is None:
+            unseen = self._unseen_grads(seen)
             try:
-                check_all_seen(seen, self._grads_except(seen))
+                check_all_seen(seen, unseen)
             except RuntimeError:
-                if not self._leave_out(self._grads_except(seen)):
+                if not self._leave_out(unseen):
                     raise
         self._seen |= seen
         return seen
+
+    def _unseen_grads(self, seen: set[str]) -> dict[str, Tensor]:
+        """Gradients that this process has without a tap having seen the parameter. Where processes
+        average them, those of layers that only others used are none. The first time is left out,
+        and from then on hooks on the parameters tell."""
+        grads = {name: parameter.grad for name, parameter in self.parameters.items()
+                 if name not in seen and parameter.grad is not None}
+        if not grads or not is_distributed():
+            return grads
+        if not self._watches:
+            for name, parameter in self.parameters.items():
+                if not is_sharded(parameter) and parameter.requires_grad:
+                    self._own_grads[name] = -1
+                    self._watches.append(parameter.register_hook(
+                        partial(_note_task, self._own_grads, name)))
+            message = OTHERS_GRADIENT.format(listed=", ".join(grads))
+            if self._watches:
+                self._left_out = self._left_out or NotMeasured(OTHERS, message)
+        return {name: grad for name, grad in grads.items()
+                if self._own_grads.get(name, self._finished_task) == self._finished_task}
 
     def _leave_out(self, names: Iterable[str]) -> bool:
         """Leave out this step, where tracing the next forward pass may find the uses that it
@@ -419,13 +454,9 @@ class GradSampleHooks(Estimator):
         self, reports: Sequence[Sequence[float]] | Tensor, n_samples: int, used: set[str]
     ) -> BackwardChecks:
         nonzero = {name: torch.count_nonzero(grad)
-                   for name, grad in self._grads_except(self._seen).items()}
+                   for name, grad in self._unseen_grads(self._seen).items()}
         return BackwardChecks(reports, self.sites, frozenset(self._placer.input_sizes), n_samples,
                               used, trainable_grads(self.parameters), nonzero, self._mixing)
-
-    def _grads_except(self, names: set[str]) -> dict[str, Tensor]:
-        return {name: parameter.grad for name, parameter in self.parameters.items()
-                if name not in names and parameter.grad is not None}
 
     # -- Estimator
 
@@ -514,6 +545,8 @@ class GradSampleHooks(Estimator):
 
     def remove(self) -> None:
         """Take all hooks off the model; nothing else was put on it."""
+        while self._watches:
+            self._watches.pop().remove()
         self._placer.remove()
         self._probes.clear()
         self.attached = False
@@ -539,3 +572,8 @@ class GradSampleHooks(Estimator):
         state = "" if self.enabled else ", paused"
         return (f"GradSampleHooks({len(self.parameters)} parameters in {layers} layers, "
                 f"{measured}{extra}{state if self.attached else ', removed'})")
+
+
+def _note_task(tasks: dict[str, int], name: str, grad: Tensor) -> None:
+    """A parameter's hook: this process has a gradient of it in the backward pass that runs."""
+    tasks[name] = running_backward()

@@ -203,6 +203,56 @@ def cross_rank_needs_no_sync_between_micro_batches(folder: Path) -> None:
         train("ddp", estimator="cross_rank", max_micro_batch_size=2, steps=1)
 
 
+class Alternating(torch.nn.Module):
+    """Each process, at each call, uses layers of its own choice."""
+
+    def __init__(self, uses: list[list[int]]):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = torch.nn.Linear(5, 4), torch.nn.Linear(4, 2)
+        self.parts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.uses, self.step = uses, 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        for part in self.uses[(dist.get_rank() + self.step) % len(self.uses)]:
+            hidden = hidden + torch.tanh(self.parts[part](hidden))
+        return self.last(hidden)
+
+
+def exact_with_layers_that_not_all_processes_use(folder: Path) -> None:
+    for uses in ([[0], [1]], [[0, 1], []], [[0], [1], [0, 1]]):
+        inner = Alternating(uses).double()
+        model = torch.nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
+        optimizer, loader, scheduler = adabatch.wrap(
+            model, torch.optim.SGD(model.parameters(), lr=1e-2), make_loader(), measure="all",
+            batch_sizes=(13, 13))
+        expected = []
+        for inner.step, (inputs, targets) in enumerate(loader):
+            inputs, targets = inputs.double(), targets.double()
+            rows = []
+            with scheduler.paused():
+                for row in range(len(inputs)):
+                    loss = mse_loss(inner(inputs[row : row + 1]), targets[row : row + 1])
+                    grads = torch.autograd.grad(loss, list(inner.parameters()), allow_unused=True,
+                                                materialize_grads=True)
+                    rows.append(torch.cat([grad.flatten() for grad in grads]))
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, torch.stack(rows))
+            expected.append(float(torch.cat(gathered).var(0).sum()))
+            optimizer.zero_grad()
+            loss = mse_loss(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            scheduler.step(loss)
+        scheduler.remove()
+        records = list(scheduler.diagnostics)
+        assert sum(bool(each.dropped) for each in records) <= 2
+        assert not records[-1].dropped
+        for record, trace in zip(records, expected, strict=True):
+            assert record.dropped or abs(record.variance_trace - trace) < 1e-6 * trace
+
+
 def same_with_adam(folder: Path) -> None:
     """CABS by tr(PΣ)."""
     options = {"adam": True, "steps": 20, "samples": 1999, "max_batch_size": 400,
