@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from adabatch.distributed.shard import BatchShard
+    from adabatch.estimators.averages import Ratio
     from adabatch.estimators.loss_scale import StepScale
     from adabatch.estimators.moments import GradientMoments
     from adabatch.grad_sample.cost import LayerCost, StepCost
@@ -205,6 +206,11 @@ class Controller(ABC):
         """(low, high) of the latest proposal; (NaN, NaN) where it has no error, (0, inf) where its
         error is not known yet."""
         return NO_INTERVAL
+
+    def latest_interval(self) -> Ratio | tuple[float, float]:
+        """interval() of the latest proposal, for the history: where it takes long, what it is
+        worked out from when the history is read."""
+        return self.interval()
 
     def metrics(self) -> dict[str, float]:
         """What the rule estimates besides its proposal, for the diagnostics."""

@@ -234,8 +234,7 @@ class Monitor:
         self.samples_seen += samples
         lr = sum(seen.lrs) / len(seen.lrs)
         self._recorder.record(usable, step=seen.step, batch_size=samples, seconds=seen.seconds,
-                              measured=seen.measured, samples_seen=self.samples_seen, lr=lr,
-                              loss=loss, dropped=dropped)
+                              samples_seen=self.samples_seen, lr=lr, loss=loss, dropped=dropped)
         self._plan.judge(self._recorder.trace)
 
 

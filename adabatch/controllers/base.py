@@ -86,11 +86,17 @@ class Controller(interfaces.Controller):
             child.on_optimizer_step(lr)
 
     def lr_factor(self) -> Callable[[int], float] | None:
-        factors = (child.lr_factor() for child in self.children)
-        return next((factor for factor in factors if factor is not None), None)
+        for child in self.children:
+            factor = child.lr_factor()
+            if factor is not None:
+                return factor
+        return None
 
     def metrics(self) -> dict[str, float]:
-        return {name: x for child in self.children for name, x in child.metrics().items()}
+        found: dict[str, float] = {}
+        for child in self.children:
+            found |= child.metrics()
+        return found
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """(low, high): the least and the largest that `_rule` gives with each of `_inputs` at
@@ -98,7 +104,7 @@ class Controller(interfaces.Controller):
         short; inputs that err together make it too long. (NaN, NaN) where no input has an error.
         """
         inputs = self._inputs(level)
-        if all(math.isnan(low) for _, low, _ in inputs):
+        if not inputs or all(math.isnan(low) for _, low, _ in inputs):
             return NO_INTERVAL
         ends = [(x,) if math.isnan(low) else (low, high) for x, low, high in inputs]
         corners = [self._rule(*corner) for corner in itertools.product(*ends)]

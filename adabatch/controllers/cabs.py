@@ -11,9 +11,7 @@ from torch.optim import Optimizer
 
 from adabatch._checks import function, positive, real, smoothing as checked_smoothing
 from adabatch.controllers.base import Controller, measured
-from adabatch.estimators.averages import (
-    JointAverages, MovingAverage, fieller, student_quantile,
-)
+from adabatch.estimators.averages import JointAverages, MovingAverage, Ratio
 from adabatch.estimators.moments import trace_error
 from adabatch.estimators.loss_floor import LossFloor
 from adabatch.estimators.moments import GradientMoments
@@ -175,9 +173,16 @@ class CABS(Controller):
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """Fieller's of scale·lr·T/(F − f_star + eps); without an upper end where the loss might be
         at its floor. The errors of f_star='auto' and of κ count as independent."""
-        if math.isnan(self._lr) or not self.trace.count:
-            return NO_INTERVAL
-        quantile = student_quantile(level, min(self.trace.freedom, self.loss.freedom))
+        return self._ratio().interval(level) if self._has_proposed else NO_INTERVAL
+
+    def latest_interval(self) -> Ratio | tuple[float, float]:
+        return self._ratio() if self._has_proposed else NO_INTERVAL
+
+    @property
+    def _has_proposed(self) -> bool:
+        return not math.isnan(self._lr) and self.trace.count > 0
+
+    def _ratio(self) -> Ratio:
         floor, floor_error = self._floor()
         trace_variance, scale = self.trace.std_error() ** 2, self.scale * self._lr
         if self.clipping.count and self.clipping.average > 0:
@@ -185,7 +190,8 @@ class CABS(Controller):
             trace_variance += (self.trace.average * relative) ** 2
         variances = scale**2 * trace_variance, self.loss.std_error() ** 2 + floor_error**2
         numerator, gap = scale * self.trace.average, self.loss.average - floor + self.eps
-        return fieller(numerator, gap, variances, scale * self.joint.covariance(), quantile)
+        return Ratio(numerator, gap, variances, scale * self.joint.covariance(),
+                     min(self.trace.freedom, self.loss.freedom))
 
     def metrics(self) -> dict[str, float]:
         """f_star and f_star_std_error; with a preconditioner preconditioned_trace_ema and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adabatch._checks import positive
 from adabatch.controllers.base import Controller, measured, ratio
-from adabatch.estimators.averages import JointAverages, MovingAverage
+from adabatch.estimators.averages import JointAverages, MovingAverage, Ratio
 from adabatch.estimators.moments import GradientMoments, trace_and_signal
 
 
@@ -40,3 +40,6 @@ class NoiseScale(Controller):
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """Fieller's, without an upper end where G² might be 0."""
         return self.joint.ratio_interval(level, scale=self.scale)
+
+    def latest_interval(self) -> Ratio:
+        return self.joint.ratio(self.scale)

@@ -1,4 +1,4 @@
-"""The history as a file of JSON lines, readable at any moment, also after a kill.
+"""The history as a file of JSON lines, written in blocks and readable at any moment.
 
 The first line is a header {"format", "version", "smoothing", "before"}: `before` holds the averages
 over steps that are not in the file, null where there are none. Every further line is an object with
@@ -12,8 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
+from io import FileIO
 from typing import NamedTuple
 
 from adabatch.diagnostics.layers import LayerStatistics
@@ -21,7 +24,8 @@ from adabatch.diagnostics.record import FIELDS, GIVEN, Averages, Row
 from adabatch.interfaces import State
 
 FORMAT, VERSION, LAYERS = "adabatch.diagnostics", 2, "layers"
-_STEP, _BATCH_SIZE = GIVEN.index("step"), GIVEN.index("batch_size")
+# Records wait so long, and no more of them, before they are written together.
+BLOCK_SECONDS, BLOCK_RECORDS = 1.0, 1000
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (int, float),
     "bool": (bool,), "str": (str,),
@@ -57,7 +61,7 @@ def from_json(value: object) -> object:
 
 def encode(row: Row, layers: LayerStatistics | None = None) -> str:
     """One record as a line of valid JSON, without the line's end."""
-    fields = dict(zip(GIVEN, map(to_json, row), strict=True))
+    fields = dict(zip(GIVEN, map(to_json, row.worked_out()), strict=True))
     if layers is not None:
         fields[LAYERS] = layers.to_json()
     return json.dumps(fields, allow_nan=False)
@@ -76,8 +80,8 @@ def decode(line: bytes) -> tuple[Row, LayerStatistics | None]:
     if record.keys() != set(GIVEN):
         missing, unknown = sorted(set(GIVEN) - record.keys()), sorted(record.keys() - set(GIVEN))
         raise ValueError(f"missing fields {missing}, unknown fields {unknown}")
-    row: Row = tuple(_typed(name, FIELDS[name], record[name]) for name in GIVEN)
-    return row, None if layers is None else LayerStatistics.from_json(layers, row[_BATCH_SIZE])
+    row = Row._make(_typed(name, FIELDS[name], record[name]) for name in GIVEN)
+    return row, None if layers is None else LayerStatistics.from_json(layers, row.batch_size)
 
 
 def _typed(name: str, kind: str, value: object) -> object:
@@ -88,8 +92,12 @@ def _typed(name: str, kind: str, value: object) -> object:
     return float(value) if isinstance(value, (int, float)) and kind == "float" else value
 
 
+_open: weakref.WeakSet[JsonlWriter] = weakref.WeakSet()
+
+
 class JsonlWriter:
-    """Appends records to a file; each is with the operating system when `write` returns.
+    """Appends records to a file, in blocks: when one is full, a second after the last one was
+    written, at `flush` and `close`, and when this object or the process ends.
 
     Args:
         path: the file; its folder must exist.
@@ -106,27 +114,50 @@ class JsonlWriter:
         is_new = not append or not os.path.exists(self.path) or os.path.getsize(self.path) == 0
         if not is_new:
             _remove_torn_line(self.path)
-        # Unbuffered: a kill loses nothing, and a forked worker of the loader writes nothing twice.
         self._file = open(self.path, "wb" if is_new else "ab", buffering=0)  # noqa: SIM115
-        # No warning about an open file at the end of a run: nothing is lost.
-        weakref.finalize(self, self._file.close)
+        self._waiting: list[tuple[Row, LayerStatistics | None]] = []
+        self._since = time.monotonic()
+        self._finish = weakref.finalize(self, _finish, self._file, self._waiting, os.getpid())
+        _open.add(self)
         if is_new:
             header = {"format": FORMAT, "version": VERSION, "smoothing": before.smoothing}
             averages = None if before.is_empty else to_json(before.state_dict())
-            self._write([json.dumps({**header, "before": averages})])
+            _write(self._file, [json.dumps({**header, "before": averages})])
 
     def write(self, rows: Sequence[Row], layers: LayerStatistics | None = None) -> None:
-        """Write the rows, one line each, each with the layers."""
-        self._write([encode(row, layers) for row in rows])
+        """Write the rows, one line each, each with the layers, or let them wait."""
+        for row in rows:
+            self._waiting.append((row, layers))
+        now = time.monotonic()
+        if now - self._since >= BLOCK_SECONDS or len(self._waiting) >= BLOCK_RECORDS:
+            self.flush()
 
-    def _write(self, lines: list[str]) -> None:
-        data = memoryview("".join(f"{line}\n" for line in lines).encode())
-        while data:
-            data = data[self._file.write(data):]
+    def flush(self) -> None:
+        """Write what waits: it is with the operating system when this returns."""
+        self._since = time.monotonic()
+        _write(self._file, [encode(*record) for record in self._waiting])
+        self._waiting.clear()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, without what waits."""
+        _open.discard(self)
+        self._finish.detach()
         self._file.close()
+
+
+def _write(file: FileIO, lines: list[str]) -> None:
+    data = memoryview("".join(f"{line}\n" for line in lines).encode())
+    while data:
+        data = data[file.write(data):]
+
+
+def _finish(
+    file: FileIO, waiting: list[tuple[Row, LayerStatistics | None]], process: int
+) -> None:
+    """Write what waits and close; a forked worker of the loader writes nothing."""
+    if os.getpid() == process:
+        _write(file, [encode(*record) for record in waiting])
+    file.close()
 
 
 class Content(NamedTuple):
@@ -137,7 +168,8 @@ class Content(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> Content:
-    """Read a file; a last line that a kill tore is left out.
+    """Read a file; a last line that a kill tore is left out. What waits in this process is written
+    before.
 
     A record whose step is not above the one before it comes from a run resumed at an earlier
     checkpoint: it replaces all records from that step on.
@@ -147,6 +179,9 @@ def read(path: str | os.PathLike[str]) -> Content:
         OSError: the file cannot be read.
     """
     path = os.fspath(path)
+    for writer in list(_open):
+        with suppress(OSError):
+            writer.flush()
     content = Content(Averages(), [])
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -160,7 +195,7 @@ def read(path: str | os.PathLike[str]) -> Content:
                     break
                 raise ValueError(f"{path}, line {number}: {error}. Remove the line, or restore the "
                                  "file from a copy.") from None
-            while content.records and content.records[-1][0][_STEP] >= row[_STEP]:
+            while content.records and content.records[-1][0].step >= row.step:
                 content.records.pop()
             content.records.append((row, layers))
     return content

@@ -8,7 +8,7 @@ import operator
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, SupportsIndex, overload
 
 import numpy as np
@@ -19,7 +19,7 @@ from adabatch.diagnostics import files, plots
 from adabatch.diagnostics import summary as text
 from adabatch.diagnostics.layers import LayerHistory, Layers, LayerStatistics
 from adabatch.diagnostics.record import (
-    FIELDS, Averages, Record, Row, brief, field_value, given_values)
+    FIELDS, Averages, Record, Row, brief, field_value, row_of)
 from adabatch.interfaces import State
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Diagnostics:
         """
         measured = bool(measured) and not dropped
         size, nan = int(batch_size), math.nan
-        row = (
+        self.add(Row(
             int(step), int(samples_seen), size,
             float(proposed_batch_size), float(proposed_low), float(proposed_high),
             None if next_batch_size is None else int(next_batch_size), float(lr),
@@ -122,36 +122,45 @@ class Diagnostics:
             float(true_grad_sq_norm) if measured else nan,
             float(preconditioned_trace_ema), float(preconditioned_trace_std_error),
             float(seconds), measured, str(dropped),
-        )
-        if layers is not None and not (measured and layers.is_finite):
+        ), layers)
+
+    def add(self, row: Row, layers: LayerStatistics | None = None) -> None:
+        """Add one step as it is stored."""
+        if layers is not None and not (row.measured and layers.is_finite):
             layers = None
         self._keep(row, layers)
-        self._write(row, layers)
+        if self._writer is not None:
+            self._write(lambda writer: writer.write([row], layers))
 
     def _keep(self, row: Row, layers: LayerStatistics | None) -> None:
         self._pending.append(row)
-        self._last_step = row[0]
+        self._last_step = row.step
         self._steps += 1
-        self._measured += row[-2]
-        if row[-1]:
-            self._dropped[row[-1]] += 1
+        self._measured += row.measured
+        if row.dropped:
+            self._dropped[row.dropped] += 1
         if layers is not None:
-            self._layers.append(layers, row[1])
+            self._layers.append(layers, row.samples_seen)
         limit = self._max_records
         if limit is not None and len(self._pending) >= max(_MAX_PENDING, limit):
             self._all()
 
-    def _write(self, row: Row, layers: LayerStatistics | None) -> None:
+    def flush(self) -> None:
+        """Write the records that wait for it to the file of `to_jsonl`; state_dict() calls it."""
+        self._write(files.JsonlWriter.flush)
+
+    def _write(self, write: Callable[[files.JsonlWriter], None]) -> None:
         writer = self._writer
         if writer is None:
             return
         try:
-            writer.write([row], layers)
+            write(writer)
         except OSError as error:  # a full disk must not end a training run
             message = (f"the history is no longer written to {writer.path}: {error}. The records "
                        "stay in memory; free the disk and call to_jsonl again.")
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-            self.close()
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            self._writer = None
+            writer.close()
 
     def _all(self) -> deque[Record]:
         """The records in memory, worked out."""
@@ -256,10 +265,12 @@ class Diagnostics:
             writer.writerows([field_value(record, name) for name in FIELDS] for record in self)
 
     def to_jsonl(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
-        """Write the records in memory as JSON lines, then each new one, until `close`.
+        """Write the records in memory as JSON lines, then new ones, until `close`.
 
-        Every line is handed to the operating system at once, so that the file can be read at any
-        moment, also after a kill. Format: `adabatch.diagnostics.files`.
+        New ones are written together: at the first step a second after the last time, at
+        state_dict(), so that a checkpoint is never ahead of the file, at `flush` and `close`, and
+        when the process ends, unless it is killed. The file can be read at any moment. Format:
+        `adabatch.diagnostics.files`.
 
         Args:
             path: the file; its folder must exist.
@@ -271,12 +282,14 @@ class Diagnostics:
             OSError: the file cannot be written.
         """
         self.close()
-        rows = [given_values(record) for record in self]
+        rows = list(map(row_of, self))
         self._writer = files.JsonlWriter(path, self._before, append)
         self._writer.write(rows)
+        self._writer.flush()
 
     def close(self) -> None:
         """End the writing that `to_jsonl` began; the records in memory stay."""
+        self.flush()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -315,6 +328,7 @@ class Diagnostics:
     def state_dict(self) -> State:
         """Averages, counts and layers, plain numbers and tensors; not the records."""
         self._all()
+        self.flush()
         return {
             "version": _STATE_VERSION, "last_step": self._last_step,
             "steps": self._steps, "measured": self._measured, "dropped": dict(self._dropped),

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any
+from typing import NamedTuple
 
 from adabatch._table import html
-from adabatch.estimators.averages import JointAverages, MovingAverage
+from adabatch.estimators.averages import JointAverages, MovingAverage, Ratio
 from adabatch.interfaces import State
 
 LEVEL = 0.9
-Row = tuple[Any, ...]  # the fields GIVEN of one record
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -61,9 +60,10 @@ class Record:
         dropped: why a measurement was dropped, else "".
 
     Example:
-        >>> nan = math.nan
-        >>> given = (7, 448, 64, 72.4, nan, nan, 72, 0.1, 2.5, 0.0, 0.0, 64, 8.0, nan, 0.75, 0.625)
-        >>> record = Averages().record((*given, nan, nan, 0.5, True, ""))
+        >>> record = Averages().record(Row(
+        ...     step=7, samples_seen=448, batch_size=64, proposed_batch_size=72.4,
+        ...     next_batch_size=72, loss=2.5, n_measured=64, variance_trace=8.0, grad_sq_norm=0.75,
+        ...     true_grad_sq_norm=0.625, seconds=0.5, measured=True))
         >>> record.noise_scale, record.snr, record.samples_per_second
         (12.8, 5.0, 128.0)
         >>> record
@@ -137,16 +137,46 @@ INTERVALS = {
 }
 """{field: the fields that hold the ends of its interval}."""
 
-_WORKED_OUT = {
-    "loss_ema", "loss_std_error", "variance_trace_ema", "variance_trace_std_error",
-    "grad_sq_norm_ema", "true_grad_sq_norm_ema", "true_grad_sq_norm_std_error", "noise_scale",
-    "noise_scale_ema", "noise_scale_low", "noise_scale_high", "snr", "snr_ema",
-    "samples_per_second",
-}
-GIVEN: tuple[str, ...] = tuple(name for name in FIELDS if name not in _WORKED_OUT)
-"""Fields that are stored, in order; all others are worked out from them."""
 
-given_values = attrgetter(*GIVEN)
+
+class Row(NamedTuple):
+    """The fields of a `Record` that are stored: all others are worked out from them."""
+
+    step: int
+    samples_seen: int
+    batch_size: int
+    proposed_batch_size: float = math.nan
+    proposed_low: float | Ratio = math.nan  # a Ratio until both ends are worked out
+    proposed_high: float = math.nan
+    next_batch_size: int | None = None
+    lr: float = math.nan
+    loss: float = math.nan
+    f_star: float = math.nan
+    f_star_std_error: float = math.nan
+    n_measured: int = 0
+    variance_trace: float = math.nan
+    variance_trace_step_error: float = math.nan
+    grad_sq_norm: float = math.nan
+    true_grad_sq_norm: float = math.nan
+    preconditioned_trace_ema: float = math.nan
+    preconditioned_trace_std_error: float = math.nan
+    seconds: float = math.nan
+    measured: bool = False
+    dropped: str = ""
+
+    def worked_out(self) -> Row:
+        """The same with the ends of the proposal's interval."""
+        ratio = self.proposed_low
+        if not isinstance(ratio, Ratio):
+            return self
+        low, high = ratio.interval(LEVEL)
+        return self._replace(proposed_low=low, proposed_high=high)
+
+
+GIVEN = Row._fields
+"""Fields that are stored, in order."""
+
+_given_values = attrgetter(*GIVEN)
 _inputs = attrgetter("batch_size", "n_measured", "loss", "variance_trace",
                      "variance_trace_step_error", "grad_sq_norm", "true_grad_sq_norm")
 
@@ -190,7 +220,7 @@ class Averages:
 
     def record(self, given: Row) -> Record:
         """Update with the fields GIVEN of a step, and work out the others."""
-        row = dict(zip(GIVEN, given, strict=True))
+        row = given.worked_out()._asdict()
         size, trace, signal = row["batch_size"], row["variance_trace"], row["true_grad_sq_norm"]
         self.update(size, row["n_measured"], row["loss"], trace, row["variance_trace_step_error"],
                     row["grad_sq_norm"], signal)
@@ -227,6 +257,11 @@ class Averages:
             mean.load_state_dict(state["means"][name])
         fresh._joint.load_state_dict(state["joint"])
         self._means, self._joint = fresh._means, fresh._joint
+
+
+def row_of(record: Record) -> Row:
+    """The fields of a record that are stored."""
+    return Row(*_given_values(record))
 
 
 def noise_scale(variance_trace: float, true_grad_sq_norm: float) -> float:

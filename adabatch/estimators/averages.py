@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from adabatch._checks import smoothing as checked_smoothing
 from adabatch.interfaces import NO_INTERVAL
@@ -255,6 +256,33 @@ def fieller(
     return (c / (b + root) if b + root > 0 else math.inf), math.inf
 
 
+class Ratio(NamedTuple):
+    """What the interval of X/Y is worked out from, when it is read.
+
+    Attributes:
+        numerator, denominator: X and Y.
+        variances: V_X and V_Y, of the estimates.
+        covariance: V_XY.
+        freedom: degrees of freedom of both errors, the smaller one.
+
+    Example:
+        >>> [round(end, 2) for end in Ratio(8.0, 2.0, (0.16, 0.04), 0.0, 37).interval(0.9)]
+        [3.34, 4.9]
+    """
+
+    numerator: float
+    denominator: float
+    variances: tuple[float, float]
+    covariance: float
+    freedom: float
+
+    def interval(self, level: float = 0.9) -> tuple[float, float]:
+        """`fieller`'s; ValueError: a level outside (0, 1)."""
+        quantile = student_quantile(level, self.freedom)
+        return fieller(
+            self.numerator, self.denominator, self.variances, self.covariance, quantile)
+
+
 class JointAverages:
     """Moving averages of values measured in the same steps, with the covariances of their errors.
 
@@ -329,6 +357,13 @@ class JointAverages:
         correlation = products / lost / both / residuals if lost > 1e-12 else 0.0
         return min(1.0, max(-1.0, correlation)) * errors
 
+    def ratio(self, scale: float = 1.0) -> Ratio:
+        """scale·X/Y of the first two averages."""
+        x, y = self.averages[:2]
+        variances = (scale * x.std_error()) ** 2, y.std_error() ** 2
+        return Ratio(scale * x.average, y.average, variances, scale * self.covariance(),
+                     min(x.freedom, y.freedom))
+
     def ratio_interval(self, level: float = 0.9, *, scale: float = 1.0) -> tuple[float, float]:
         """`fieller` of scale·X/Y for the first two averages, with the smaller of their degrees of
         freedom.
@@ -336,13 +371,8 @@ class JointAverages:
         Raises:
             ValueError: a level outside (0, 1).
         """
-        x, y = self.averages[:2]
-        quantile = student_quantile(level, min(x.freedom, y.freedom))
-        if not (x.count and y.count):
-            return UNKNOWN
-        variances = (scale * x.std_error()) ** 2, y.std_error() ** 2
-        covariance = scale * self.covariance()
-        return fieller(scale * x.average, y.average, variances, covariance, quantile)
+        found, (x, y) = self.ratio(scale).interval(level), self.averages[:2]
+        return found if x.count and y.count else UNKNOWN
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """The sums of products, as plain numbers; not the averages, which are the caller's."""

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,14 +135,14 @@ class GradientMoments:
     @property
     def n_measured(self) -> int:
         """s, the number of measured samples."""
-        return len(self.sq_norms) if self.totals is None else self.totals.n_measured
+        return self.sq_norms.numel() if self.totals is None else self.totals.n_measured
 
-    @property
+    @cached_property
     def mean_sq_norm(self) -> float:
         """mean over the measured samples of ‖g_i‖²."""
         return mean_of(self.sq_norms) if self.totals is None else self.totals.mean_sq_norm
 
-    @property
+    @cached_property
     def biased_variance_trace(self) -> float:
         """mean ‖g_i‖² − ‖g‖², with inner products mean_S d_i: the trace with divisor m, as
         reference implementations of CABS use it."""
@@ -162,7 +163,7 @@ class GradientMoments:
         constant, factor = centred_terms(self, "centred_sq_norms")
         return (constant + factor * self.grad_sq_norm).clamp(min=0)
 
-    @property
+    @cached_property
     def variance_trace(self) -> float:
         """T̂ = (mean_S ‖g_i‖² − ‖g‖²)/(1 − 1/m_eff), with inner products mean_S d_i/(1 − 1/m_eff):
         unbiased for tr Cov(g_i) (divisor m − 1), also for s < m.
@@ -278,9 +279,9 @@ class GradientMoments:
         """Whether all moments are finite numbers."""
         if self.totals is not None:
             return math.isfinite(self.grad_sq_norm) and math.isfinite(self.mean_sq_norm)
-        parts = [each for each in (self.sq_norms, self.inner_products) if each is not None]
-        finite = all(bool(part.isfinite().all()) for part in parts)
-        return math.isfinite(self.grad_sq_norm) and finite
+        finite = math.isfinite(self.grad_sq_norm) and math.isfinite(self.mean_sq_norm)
+        products = self.inner_products
+        return finite and (products is None or bool(products.isfinite().all()))
 
     def _terms(self) -> Tensor:
         """Values [s] whose mean is T̂·(1 − 1/m_eff)."""
@@ -325,9 +326,10 @@ def mean_of(values: Tensor) -> float:
         >>> mean_of(torch.tensor([1.0, 2.0]))
         1.5
     """
-    if len(values) > FEW:
+    n = values.numel()
+    if n > FEW:
         return float(values.mean(dtype=torch.float64))
-    return sum(values.tolist()) / len(values) if len(values) else math.nan
+    return sum(values.tolist()) / n if n else math.nan
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -346,6 +348,9 @@ def trace_error(moments: GradientMoments) -> tuple[float, float]:
         >>> trace_error(GradientMoments(4, sq_norms=torch.ones(4), grad_sq_norm=0.5))
         (nan, 0.0)
     """
+    totals = moments.totals
+    if moments.inner_products is None and not (totals and totals.degrees_of_freedom):
+        return math.nan, 0.0
     try:
         return moments.std_error, moments.n_measured - 1.0
     except ValueError:
@@ -397,8 +402,7 @@ class BackwardPass:
         return next(value for value in self.rows["sq_norms"] if value is not None)
 
 
-@dataclass(frozen=True)
-class PoolOptions:
+class PoolOptions(NamedTuple):
     """How passes are pooled.
 
     Attributes:
@@ -422,7 +426,7 @@ class PoolOptions:
 
 def pool_passes(
     passes: Sequence[BackwardPass], grad_sq_norms: Tensor, *, loss_scale: float = 1.0,
-    weights: Tensor | Sequence[float] | None = None, options: PoolOptions = PoolOptions(),
+    weights: Tensor | Sequence[float] | None = None, options: PoolOptions = PoolOptions(),  # noqa: B008
 ) -> GradientMoments:
     """Pool the passes of one step.
 

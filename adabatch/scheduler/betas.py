@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.interfaces import ParamGroup, State
-from adabatch.scheduler.during_step import held_weakly, undo_after_step
+from adabatch.scheduler.during_step import HeldWeakly, undo_after_error
 
 Betas = tuple[float, ...]
 Count = Tensor | float
@@ -55,14 +55,14 @@ class BetaRescaler:
         if not any("betas" in group for group in optimizer.param_groups):
             raise ValueError("scale_betas=True needs an optimizer with betas, such as "
                              f"torch.optim.AdamW; {type(optimizer).__name__} has none")
-        self._exponent = held_weakly(exponent)
+        self._exponent = HeldWeakly(exponent)
         self.steps, self.exponents, self._applied, self._stepping = 0, 0.0, 1.0, False
         self._betas: list[tuple[ParamGroup, Betas, Betas]] = []
         self._counts: list[tuple[State, Count, Count]] = []
         self._handles = [optimizer.register_step_pre_hook(self._before),
                          optimizer.register_step_post_hook(self._after),
                          optimizer.register_state_dict_post_hook(self._without_scaling)]
-        self._end = undo_after_step(optimizer, self.restore)
+        self._end = undo_after_error(optimizer, self.restore)
 
     def restore(self) -> None:
         """Undo what a step that raised left behind; betas set since then are kept."""
@@ -90,8 +90,7 @@ class BetaRescaler:
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:
         self.restore()
-        exponent = self._exponent()
-        self._applied, self._stepping = 1.0 if exponent is None else exponent(), True
+        self._applied, self._stepping = self._exponent(1.0), True
         if self._applied == 1.0 and self.exponents == self.steps:
             return
         for group in optimizer.param_groups:

@@ -129,6 +129,8 @@ class SizeRule(BatchSizes):
         """The size to use after this step: size_for(proposal), unless cooldown or hysteresis keeps
         the present one, which must itself be allowed."""
         size = self.size_for(proposal)
+        if size == present:
+            return size
         if self.size_ratio is None:
             kept = abs(size - present) <= self.hysteresis * present
         else:
@@ -169,8 +171,8 @@ class CurrentBatchSize:
         >>> from adabatch import ResizableBatchSampler
         >>> loader, rule = ResizableBatchSampler(64, 8), SizeRule(8, 32)
         >>> current = CurrentBatchSize(loader, accumulate=2, size=16, cooldown=0)
-        >>> current.update(24.0, rule), current.update(float("nan"), rule)
-        (True, True)
+        >>> current.update(24.0, rule)
+        >>> current.update(float("nan"), rule)
         >>> current.size, loader.batch_size, current.steps_since_change
         (24, 12, 1)
     """
@@ -180,17 +182,13 @@ class CurrentBatchSize:
         self.steps_since_change = cooldown
         self.write(size)
 
-    def update(self, proposal: float, rule: SizeRule) -> bool:
-        """Set the size that a proposal leads to, or keep it without one (NaN); whether sizes to
-        come meet the proposal."""
-        if math.isnan(proposal):
-            self.steps_since_change += 1
-            self.write(self.size)
-            return True
-        size = rule.next_size(proposal, self.size, self.steps_since_change)
+    def update(self, proposal: float, rule: SizeRule) -> None:
+        """Set the size that a proposal leads to, or keep it without one (NaN)."""
+        size = self.size
+        if not math.isnan(proposal):
+            size = rule.next_size(proposal, size, self.steps_since_change)
         self.steps_since_change = 0 if size != self.size else self.steps_since_change + 1
         self.write(size)
-        return rule.is_met(proposal, size)
 
     def write(self, size: int) -> None:
         """Set the size."""
@@ -217,9 +215,10 @@ def call_controller(
         controller.on_optimizer_step(seen.base_lr)
     if moments is None and controller.needs_moments:
         return math.nan
-    return returned(f"propose() of {name_of(controller)}",
-                    controller.propose(moments, loss=loss, lr=lr),
-                    "the batch size as a number, NaN to keep the present one")
+    proposal = controller.propose(moments, loss=loss, lr=lr)
+    return proposal if type(proposal) is float else returned(
+        f"propose() of {name_of(controller)}", proposal,
+        "the batch size as a number, NaN to keep the present one")
 
 
 class PlainController(Controller):

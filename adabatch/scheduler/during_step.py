@@ -5,36 +5,57 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 from torch.optim import Optimizer
 
+Result = TypeVar("Result")
 
-def held_weakly(function: Callable[[], float]) -> Callable[[], Callable[[], float] | None]:
-    """A reference to a function: weak for a bound method, so that hooks keep no owner alive.
+
+class HeldWeakly(Generic[Result]):
+    """A function without arguments, called for its result. The owner of a bound method is held
+    weakly, so that hooks keep no owner alive: calls return `default` when it is gone.
 
     Example:
-        >>> held_weakly(float)()()
+        >>> HeldWeakly(float)(1.0)
         0.0
     """
-    return weakref.WeakMethod(function) if inspect.ismethod(function) else lambda: function
+
+    def __init__(self, function: Callable[[], Result]):
+        self._owner: Callable[[], object] = lambda: function
+        self._function: Callable[[Any], Result] = lambda owner: function()
+        if inspect.ismethod(function):
+            self._owner, self._function = weakref.ref(function.__self__), function.__func__
+
+    @property
+    def exists(self) -> bool:
+        """Whether the owner is still there."""
+        return self._owner() is not None
+
+    def __call__(self, default: Result) -> Result:
+        owner = self._owner()
+        return default if owner is None else self._function(owner)
 
 
-def undo_after_step(optimizer: Optimizer, undo: Callable[[], None]) -> Callable[[], None]:
-    """Call `undo`, a bound method that is held weakly, whenever optimizer.step() returns or raises;
-    a function that ends this.
+def undo_after_error(optimizer: Optimizer, undo: Callable[[], None]) -> Callable[[], None]:
+    """Call `undo`, a bound method that is held weakly, whenever optimizer.step() raises, for which
+    torch has no hook; a function that ends this.
 
-    torch's step post-hooks are not called when step() raises, so the optimizer's own `step` is
-    replaced, as torch's lr schedulers do.
+    The optimizer's own `step` is replaced, as torch's lr schedulers do.
 
     Example:
         >>> import torch
         >>> class Undo:
+        ...     undone = False
         ...     def now(self):
-        ...         print("undone")
+        ...         self.undone = True
         >>> undo, optimizer = Undo(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        >>> end = undo_after_step(optimizer, undo.now)
-        >>> optimizer.step()
-        undone
+        >>> end = undo_after_error(optimizer, undo.now)
+        >>> optimizer.step(lambda: 1 / 0)
+        Traceback (most recent call last):
+        ZeroDivisionError: division by zero
+        >>> undo.undone
+        True
         >>> end()
     """
     step = vars(optimizer).get("step")
@@ -49,9 +70,8 @@ class _GuardedStep:
 
     def __init__(self, optimizer: Optimizer):
         own = vars(optimizer).get("step")  # an lr scheduler's, say
-        self._step: Callable[[], Callable[..., object] | None] = (
-            weakref.WeakMethod(optimizer.step) if own is None else lambda: own)
-        self._replaced = own
+        self._own, self._optimizer = own, weakref.ref(optimizer)
+        self._class_step: Callable[..., object] = type(optimizer).step
         self._undo: list[weakref.WeakMethod[Callable[[], None]]] = []
         self.__signature__ = inspect.signature(optimizer.step)  # GradScaler looks
         self.__dict__.update({} if own is None else getattr(own, "__dict__", {}))
@@ -64,15 +84,16 @@ class _GuardedStep:
         return self
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        step = self._step()
-        assert step is not None
         try:
-            return step(*args, **kwargs)
-        finally:
+            if self._own is not None:
+                return self._own(*args, **kwargs)
+            return self._class_step(self._optimizer(), *args, **kwargs)
+        except BaseException:
             for reference in self._undo:
                 undo = reference()
                 if undo is not None:
                     undo()
+            raise
 
     def add(
         self, optimizer: Optimizer, undo: weakref.WeakMethod[Callable[[], None]]
@@ -87,7 +108,7 @@ class _GuardedStep:
             if owner is None or self._undo or vars(owner).get("step") is not self:
                 return
             del vars(owner)["step"]
-            if self._replaced is not None:
-                vars(owner)["step"] = self._replaced
+            if self._own is not None:
+                vars(owner)["step"] = self._own
 
         return end

@@ -27,7 +27,7 @@ from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import BatchSource, Controller, EffectiveLr, ParamGroup, State
 from adabatch.scheduler.betas import BetaRescaler
-from adabatch.scheduler.during_step import held_weakly, undo_after_step
+from adabatch.scheduler.during_step import HeldWeakly, undo_after_error
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -113,8 +113,12 @@ class MeanEffectiveLr:
 
     def read(self) -> list[float]:
         """The effective lr of each group at this moment."""
-        return [returned("effective_lr", self._of_group(group), "the lr of a group, a number")
-                for group in self._optimizer.param_groups]
+        lrs = []
+        for group in self._optimizer.param_groups:
+            lr = self._of_group(group)
+            lrs.append(lr if type(lr) is float else returned(
+                "effective_lr", lr, "the lr of a group, a number"))
+        return lrs
 
     def __call__(
         self, traces: Mapping[int, float], lrs: Sequence[float] | None = None
@@ -162,19 +166,19 @@ class StepFactor:
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[], float]):
-        self._factor, self._optimizer = held_weakly(factor), weakref.ref(optimizer)
+        self._factor, self._optimizer = HeldWeakly(factor), weakref.ref(optimizer)
         self._applied, self._stepping, self.steps = 1.0, False, 0
         self._saved: list[tuple[ParamGroup, Lr]] = []
         self.last_lrs = read_lrs(optimizer)
         self._handles = [optimizer.register_step_pre_hook(self._before),
                          optimizer.register_step_post_hook(self._after),
                          optimizer.register_state_dict_post_hook(self._without_factor)]
-        self._end = undo_after_step(optimizer, self.restore)
+        self._end = undo_after_error(optimizer, self.restore)
         _live.add(self)
 
     def scales(self, optimizer: Optimizer) -> bool:
         """Whether it scales this optimizer's lr, and its owner still exists."""
-        return self._optimizer() is optimizer and self._factor() is not None
+        return self._optimizer() is optimizer and self._factor.exists
 
     def restore(self) -> None:
         """Undo the factor that a step which raised left; an lr set since then is kept."""
@@ -192,19 +196,21 @@ class StepFactor:
             handle.remove()
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:
-        self.restore()
-        factor = self._factor()
-        self._applied = 1.0 if factor is None else factor()
-        if self._applied != 1.0:
-            _scale(optimizer.param_groups, self._applied, self._saved)
+        if self._saved:
+            self.restore()
+        self._applied = factor = self._factor(1.0)
+        if factor != 1.0:
+            _scale(optimizer.param_groups, factor, self._saved)
         self.last_lrs, self._stepping = read_lrs(optimizer), True
 
     def _after(self, optimizer: Optimizer, *_: object) -> None:
-        for group, lr in self._saved:
-            _put(group, lr)
+        if self._saved:
+            for group, lr in self._saved:
+                _put(group, lr)
+            self._saved = []
         # torch runs the hooks around each step() of a class: twice where a subclass calls super().
         self.steps += self._stepping
-        self._saved, self._stepping = [], False
+        self._stepping = False
 
     def _without_factor(self, optimizer: Optimizer, state: State) -> None:
         """A state_dict() within a step, as of a signal's handler, has the lr without it."""
@@ -302,7 +308,7 @@ class LrAdjuster:
         self.loader, self.accumulate, self._controller = loader, accumulate, controller
         self.base_batch_size = options.base_batch_size or loader.batch_size * accumulate
         self._coupling = coupling_for(rule, optimizer)
-        self._lowers, self._scales_short = lowers, options.short_batch == "scale" and not summed
+        self.lowers, self._scales_short = lowers, options.short_batch == "scale" and not summed
         smoothing = smoothing_of(self._coupling)
         self._reads_noise = smoothing is not None
         self._trace, self._signal = (MovingAverage(smoothing or 0.0) for _ in range(2))
@@ -320,12 +326,6 @@ class LrAdjuster:
                 self.lr.remove()
                 raise
 
-    def samples(self, drawn: int) -> int:
-        """Samples delivered for the present step, for which `drawn` batches were drawn; those of
-        the latest ones where none was. 0 if no batch ever was."""
-        recent = self._recent()
-        return sum(delivered for _, delivered in recent[-drawn:])
-
     def on_moments(self, moments: GradientMoments) -> None:
         """Take the moments of a step, for the batches to come."""
         if self._reads_noise:
@@ -335,14 +335,16 @@ class LrAdjuster:
             self._noise_scale.set(now, after_batch=self.loader.n_batches)
 
     def on_proposal(self, proposal: float, is_met: bool) -> None:
-        """Take a proposal, and whether the sizes to come meet it. An infinite one asks for no noise
-        at all, which no lr gives: the last unmet proposal holds."""
-        if self._lowers and proposal < math.inf:
+        """Where it `lowers` the lr: take a proposal, and whether the sizes to come meet it. An
+        infinite one asks for no noise at all, which no lr gives: the last unmet proposal holds."""
+        if proposal < math.inf:
             self._unmet_proposal.set(0.0 if is_met else proposal, self.loader.n_batches)
 
     def on_controller_advanced(self) -> None:
         """Take the controller's own factor on the lr, for the batches to come."""
-        self._own_factor.set(self._controller.lr_factor(), after_batch=self.loader.n_batches)
+        factor = self._controller.lr_factor()
+        if factor is not self._own_factor.latest:
+            self._own_factor.set(factor, after_batch=self.loader.n_batches)
 
     def restore(self) -> None:
         """Undo what a step that raised left behind."""
@@ -377,24 +379,27 @@ class LrAdjuster:
         if self._betas is not None and state["betas"] is not None:
             self._betas.load_state_dict(state["betas"])
 
-    def _recent(self) -> list[tuple[int, int]]:
-        """(size requested, size delivered) of the batches of the present step."""
+    def samples(self, drawn: int = 0) -> tuple[int, int]:
+        """Samples requested and delivered for the present step, for which `drawn` batches were
+        drawn; in the latest ones where none was. (0, 0) if no batch ever was."""
         recent = self.loader.recent
-        return [recent[index] for index in range(-min(self.accumulate, len(recent)), 0)]
-
-    def _requested_and_delivered(self) -> tuple[int, int]:
-        recent = self._recent()
-        if not recent:  # a step on data of another loader
-            return (self.loader.batch_size * self.accumulate,) * 2
-        return sum(size for size, _ in recent), sum(delivered for _, delivered in recent)
+        most = min(self.accumulate, len(recent))
+        requested = delivered = 0
+        for at in range(-min(drawn or most, most), 0):
+            size, came = recent[at]
+            requested, delivered = requested + size, delivered + came
+        return requested, delivered
 
     def _lr_factor(self) -> float:
         self.base_lr = self._mean_lr({})
-        requested, delivered = self._requested_and_delivered()
+        requested, delivered = self.samples()
+        if not requested:  # a step on data of another loader
+            requested = delivered = self.loader.batch_size * self.accumulate
         batch, base = self.loader.n_batches, self.base_batch_size
         self.stepped_at = batch
-        factor = returned("coupling", self._coupling(
-            requested, base, self._noise_scale.for_batch(batch)), "the factor on the lr, a number")
+        noise = self._noise_scale.for_batch(batch) if self._reads_noise else 0.0
+        factor = returned("coupling", self._coupling(requested, base, noise),
+                          "the factor on the lr, a number")
         if not 0 <= factor < math.inf:
             raise ValueError(
                 f"the coupling gave the factor {factor!r} for a batch of {requested} and a base of "
@@ -403,18 +408,21 @@ class LrAdjuster:
         self.last_lr_factor = factor
         own = self._own_factor.for_batch(batch)
         factor *= 1.0 if own is None else own(requested)
-        proposal = self._unmet_proposal.for_batch(batch)
-        if proposal > requested:
-            factor *= requested / proposal
+        if self.lowers:
+            factor *= requested / max(requested, self._unmet_proposal.for_batch(batch))
         return factor * delivered / requested if self._scales_short else factor
 
     def _beta_exponent(self) -> float:
-        return self._requested_and_delivered()[1] / self.base_batch_size
+        delivered = self.samples()[1] or self.loader.batch_size * self.accumulate
+        return delivered / self.base_batch_size
 
 
 def read_lrs(optimizer: Optimizer) -> list[float]:
     """The lr of each param group, as numbers."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
+    lrs = []
+    for group in optimizer.param_groups:
+        lrs.append(float(group["lr"]))
+    return lrs
 
 
 def _scale(groups: list[ParamGroup], factor: float, saved: list[tuple[ParamGroup, Lr]]) -> None:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from adabatch._transfers import HostCopies, is_remote
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.layers import LayerStatistics
+from adabatch.diagnostics.record import Row
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments, trace_error
 from adabatch.interfaces import BatchSource, Estimator, NotMeasured, PendingMoments, State
@@ -62,7 +63,7 @@ SAME_BATCH = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class StepRecord:
     """All that must be taken while the step is at hand. Later stages may replace `loss` and
     `moments`.
@@ -194,7 +195,8 @@ class Pipeline:
 
     def push(self, record: StepRecord) -> Iterator[StepRecord]:
         """Take this step's record; those that have reached the end, oldest first."""
-        self._advance()
+        if self._waiting:
+            self._advance()
         self._enter(record, 0)
         return self._finished()
 
@@ -238,7 +240,7 @@ def scalar_loss(loss: Tensor | float) -> float:
     """
     if isinstance(loss, Tensor):
         _check_scalar(loss)
-        loss = loss.detach()
+        loss = loss.item()
     try:
         if not isinstance(loss, (str, bytes)):
             return float(loss)
@@ -299,9 +301,11 @@ class LossPool:
         return self._total if whole else self._total / micro.batch_size
 
     def _taken(self, loss: Tensor | float) -> Tensor | float:
-        if isinstance(loss, Tensor) and loss.device != self._device:
+        if not isinstance(loss, Tensor):
+            return scalar_loss(loss)
+        if loss.device != self._device:
             self._device, self._remote = loss.device, is_remote(loss)
-        if not isinstance(loss, Tensor) or not self._remote:
+        if not self._remote:
             return scalar_loss(loss)
         _check_scalar(loss)
         return loss.detach().reshape(()).clone()  # a compiled step may overwrite it before a read
@@ -393,7 +397,8 @@ class Recorder:
 
     def record(self, moments: GradientMoments | None, *, dropped: str, **fields: Any) -> None:
         """Append one record: moments unless dropped before the controller saw them, why they were
-        not used (empty where they were), and further fields of a `Record`."""
+        not used (empty where they were), and further fields of a `Row`."""
+        layers = None
         if moments is not None:
             trace, n_measured = moments.variance_trace, moments.n_measured
             error, freedom = trace_error(moments)
@@ -402,11 +407,11 @@ class Recorder:
                 fields |= {
                     "variance_trace": trace, "grad_sq_norm": moments.grad_sq_norm,
                     "true_grad_sq_norm": moments.true_grad_sq_norm, "n_measured": n_measured,
-                    "variance_trace_step_error": error,
+                    "variance_trace_step_error": error, "measured": True,
                 }
                 if moments.by_parameter or moments.by_group:
-                    fields["layers"] = LayerStatistics.of_step(moments)
-        self.diagnostics.append(dropped=dropped, **fields)
+                    layers = LayerStatistics.of_step(moments)
+        self.diagnostics.add(Row(dropped=dropped, **fields), layers)
 
 
 def check_rows(seen: StepRecord, loader: BatchSource) -> None:
@@ -416,7 +421,7 @@ def check_rows(seen: StepRecord, loader: BatchSource) -> None:
         RuntimeError: they differ, and the loader does not run ahead of the training loop.
     """
     size, delivered = seen.samples, seen.delivered
-    if seen.measured and delivered and delivered != size and not loader.runs_ahead:
+    if delivered and delivered != size and not loader.runs_ahead:
         raise RuntimeError(
             f"the layers saw {size} rows in this step, but the loader delivered {delivered} "
             "samples. If the model puts another dimension first (time first, or samples and "
@@ -480,8 +485,8 @@ class LoopGuard:
         """Batches drawn since the last call."""
         return self._loader.n_batches - self._batches
 
-    def after_call(self, measured: bool) -> None:
-        """Look at one call of scheduler.step().
+    def after_call(self, measured: bool) -> int:
+        """Look at one call of scheduler.step(); the batches drawn since the call before.
 
         Raises:
             RuntimeError: the same samples were differentiated several times in a measured step.
@@ -500,6 +505,7 @@ class LoopGuard:
         # Missing steps are judged at a call without one, whose gradient is still there.
         if self._calls >= GUARDED_CALLS and (not done or 2 * self._without < self._calls):
             self._judge_steps()
+        return drawn
 
     def untrained_from(self, stepped_at: int) -> int | None:
         """The loader's position before the batches that no step was taken on: of the step that is

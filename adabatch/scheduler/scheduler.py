@@ -19,6 +19,7 @@ from adabatch.config import (DEFAULT_SHARE, BatchSizes, Coupling, CouplingRule, 
 from adabatch.controllers import CABS, Seesaw
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.record import shown
+from adabatch.estimators.averages import Ratio
 from adabatch.estimators.loss_scale import LossScale, StepScale
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import Measurement
@@ -341,7 +342,6 @@ class BatchSizeScheduler:
         weights: Tensor | Sequence[float] | None, loss_scale: float | None,
     ) -> StepRecord:
         """Take what the step leaves behind. Nothing here may wait for an accelerator."""
-        self._lr.restore()
         estimator, pending, not_measured = self.estimator, None, ""
         if estimator.enabled:
             if self._detector is not None and loss_scale is not None:
@@ -366,10 +366,10 @@ class BatchSizeScheduler:
                 if not self._summed and loss_scale is None:
                     check_mean(loss)
             self._untracked.warn(stacklevel=3)
-        drawn = self.accumulate if pending is not None else self._guard.drawn
-        self._guard.after_call(measured=pending is not None)
+        drawn = self._guard.after_call(measured=pending is not None)
+        drawn = self.accumulate if pending is not None else drawn
         record = StepRecord(
-            self.step_count, pooled, None, delivered=self._lr.samples(drawn),
+            self.step_count, pooled, None, delivered=self._lr.samples(drawn)[1],
             batch_size=self._size.size, lrs=self._base_lr.read(), base_lr=self._lr.base_lr,
             epoch=self._epochs.after_step(), seconds=self._clock.lap(), pending=pending,
             not_measured=not_measured,
@@ -380,11 +380,11 @@ class BatchSizeScheduler:
 
     def _decide(self, seen: StepRecord) -> None:
         """Use or drop what was seen, call the controller, set the size, and record."""
-        seen.settle()
         if self._detector is not None and seen.measured:
             self._detector.check()
-        check_rows(seen, self.loader)
         moments, samples, loss = seen.moments, seen.samples, float(seen.loss)
+        if moments is not None:
+            check_rows(seen, self.loader)
         if self._summed:
             loss /= max(1, samples)
         dropped = seen.not_measured if moments is None else rejection_reason(moments, loss)
@@ -404,25 +404,28 @@ class BatchSizeScheduler:
         lr = self._base_lr(traces, seen.lrs)
         proposal = call_controller(self._controller, seen, usable, loss=loss, lr=lr)
         self._lr.on_controller_advanced()
-        low, high = NO_INTERVAL
+        self._size.update(proposal, self.size_rule)
+        interval: Ratio | tuple[float, float] = NO_INTERVAL
         if not math.isnan(proposal):
             self._has_proposed = True
-            low, high = self._controller.interval()
-            self._lr.on_proposal(proposal, self._size.update(proposal, self.size_rule))
-        else:
+            interval = self._controller.latest_interval()
+            if self._lr.lowers:
+                self._lr.on_proposal(proposal, self.size_rule.is_met(proposal, self._size.size))
+        elif usable is not None and self._has_proposed:
             # Before the first proposal the rule does not know enough yet, as under Adam, whose
             # first backward pass comes before its state: that measurement is used.
-            if usable is not None and self._has_proposed:
-                dropped = "the controller's proposal is NaN"
-            self._size.update(proposal, self.size_rule)
+            dropped = "the controller's proposal is NaN"
         if seen.other_size_by and self._size.size == seen.batch_size:
             self._size.write(self.size_rule.other_size(self._size.size, seen.other_size_by))
         self.samples_seen += samples
+        lowest, highest = ((interval, math.nan) if isinstance(interval, Ratio) else
+                           map(float, interval))
         self._recorder.record(
             usable, step=seen.step, batch_size=samples or seen.batch_size, seconds=seen.seconds,
-            measured=seen.measured, samples_seen=self.samples_seen, proposed_batch_size=proposal,
-            proposed_low=low, proposed_high=high, next_batch_size=self._size.size, lr=lr, loss=loss,
-            dropped=dropped, **self._controller.metrics(),
+            samples_seen=self.samples_seen, proposed_batch_size=proposal, proposed_low=lowest,
+            proposed_high=highest, next_batch_size=self._size.size, lr=float(lr), loss=loss,
+            dropped=dropped,
+            **{name: float(value) for name, value in self._controller.metrics().items()},
         )
         self._plan.judge(self._recorder.trace)
 

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -135,8 +134,8 @@ def test_malformed_lines_are_named(tmp_path, line, replacement, message):
         Diagnostics.from_jsonl(path)
 
 
-KILLED = """
-import sys
+WRITING = """
+import os, sys, time
 from itertools import count
 from adabatch.diagnostics import Diagnostics
 history = Diagnostics()
@@ -144,28 +143,42 @@ history.to_jsonl(sys.argv[1])
 for step in count(1):
     history.append(step=step, samples_seen=16 * step, batch_size=16, lr=0.1, loss=1 / step,
                    measured=True, variance_trace=step)
-    print(step, flush=True)
+    {}
 """
 
 
-def test_readable_after_a_kill(tmp_path):
-    path = tmp_path / "run.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        while int(process.stdout.readline()) < 300:
-            pass
-        os.kill(process.pid, signal.SIGKILL)
-        rest = process.stdout.read().split()
-    finally:
-        process.kill()
-        process.wait()
-    announced = int(rest[-1]) if rest else 300
+def written(path, then):
+    """The history of a process that does `then` after each step, and the last number it printed."""
+    process = subprocess.run([sys.executable, "-c", WRITING.format(then), str(path)],
+                             capture_output=True, text=True, check=False)
     history = Diagnostics.from_jsonl(path)
-    assert history.latest.step >= announced
     assert history.column("step").tolist() == list(range(1, len(history) + 1))
     assert history.column("loss").tolist() == [1 / step for step in history.column("step").tolist()]
+    return history, int(process.stdout.split()[-1])
+
+
+KILL = "os.kill(os.getpid(), 9)"
+
+
+@pytest.mark.parametrize("then", [
+    f"if step == 300: history.state_dict(); print(step, flush=True); {KILL}",
+    f"if step == 300: history.flush(); print(step, flush=True); {KILL}",
+    # Half a second more than a record may wait.
+    f"""time.sleep(.005)
+    print(step, flush=True) if step == 50 else {KILL} if step == 350 else None""",
+    "if step == 300: print(step, flush=True); 1 / 0",
+    "if step == 300: print(step, flush=True); sys.exit()",
+    "if step == 300: print(step, flush=True); del history; " + KILL,
+], ids=["checkpoint", "flush", "a second ago", "error", "exit", "freed"])
+def test_what_is_in_the_file_after_the_process(tmp_path, then):
+    history, step = written(tmp_path / "run.jsonl", then)
+    assert history.latest.step >= step
+
+
+def test_a_forked_worker_writes_nothing(tmp_path):
+    then = "if step == 300 and not os.fork(): del history; os._exit(0)\n" \
+           "    if step == 400: os.wait(); print(step, flush=True); break"
+    assert len(written(tmp_path / "run.jsonl", then)[0]) == 400
 
 
 def test_resumed_run_continues_the_file(tmp_path):
@@ -226,8 +239,9 @@ def test_a_full_disk_does_not_end_the_run():
     history = Diagnostics()
     history.to_jsonl(os.devnull)
     history._writer._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    history.append(**steps(1)[0])
     with pytest.warns(RuntimeWarning, match="no longer written to .*No space"):
-        history.append(**steps(1)[0])
+        history.flush()
     fill(history, steps(3)[1:])
     assert len(history) == 3
 
