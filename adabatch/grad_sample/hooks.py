@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 TOO_MANY = (
     "saw {n} backward passes since the last collect(), but accumulate={k}. If each pass had "
     "samples of its own (gradient accumulation), pass accumulate=k for k backward passes per step. "
+    "If a step was left out after backward() (a gradient that is not finite, an exception that was "
+    "caught), call scheduler.estimator.reset(), hooks.reset(), there. "
     "If they had the same samples, accumulate= would be wrong: add several losses of one batch and "
     "call backward() once, and pause the hooks (`with scheduler.paused():`, hooks.paused()) "
     "around passes that do not belong to the step, as all but one of SAM's or of a closure that "

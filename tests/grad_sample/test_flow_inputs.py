@@ -209,3 +209,63 @@ def test_calls_with_different_numbers_of_rows_in_one_pass(called, rows, options)
 
     found = outcomes(model, losses, (5, 5, 5), **options)
     assert all("different numbers of rows in one backward pass" in str(each) for each in found)
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+def test_a_vector_without_a_batch_dimension(samples):
+    """A step's embedding, the same for all samples: refused by name, and the fix measures it."""
+    class Steps(nn.Module):
+        def __init__(self, unsqueezed):
+            super().__init__()
+            self.a, self.step, self.unsqueezed = nn.Linear(D, 2), nn.Linear(3, 2), unsqueezed
+
+        def forward(self, step, x):
+            shift = self.step(step.unsqueeze(0) if self.unsqueezed else step)
+            return self.a(x) + shift
+
+    torch.manual_seed(0)
+    step = torch.ones(3).double()
+    found = outcomes(Steps(False).double(), lambda m, x: m(step, x).square().mean(1), (5, 7),
+                     samples=samples)
+    assert all("has no batch dimension" in str(each) for each in found)
+    assert all("call the model with the samples first" in str(each) for each in found)
+
+    class SamplesFirst(Steps):
+        def forward(self, x, step):
+            return super().forward(step, x)
+
+    assert outcomes(SamplesFirst(True).double(), lambda m, x: m(x, step).square().mean(1), (5, 7),
+                    samples=samples) == ["right"] * 2
+
+
+def test_a_layer_of_no_width():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 0), nn.Linear(0, 3)).double()
+    assert outcomes(model, squares, (5, 7)) == ["right"] * 2
+
+
+def test_a_step_that_is_left_out_after_backward():
+    torch.manual_seed(0)
+    model = nn.Linear(D, 2)
+    data = torch.utils.data.TensorDataset(torch.randn(32, D))
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.1),
+        torch.utils.data.DataLoader(data, batch_size=8), batch_sizes=(8, 8), measure="all")
+    for resets in False, True:
+        for step, (x,) in enumerate(loader):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            if step == 1:  # a gradient that is not finite, say
+                if resets:
+                    scheduler.estimator.reset()
+                continue
+            optimizer.step()
+            if step == 2 and not resets:
+                with pytest.raises(RuntimeError, match=r"call scheduler\.estimator\.reset\(\)"):
+                    scheduler.step(loss)
+                scheduler.estimator.reset()
+                break
+            scheduler.step(loss)
+    assert scheduler.diagnostics.latest.measured
+    scheduler.remove()

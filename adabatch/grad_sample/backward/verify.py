@@ -289,7 +289,7 @@ class GradientSumCheck:
     def prepare(self, parameter: Tensor) -> None:
         """Draw the vectors of sketch(), which a compiled graph cannot."""
         if parameter.dim() > 1:
-            self._direction(parameter[0].numel(), parameter.device)
+            self._direction(parameter.shape[1:].numel(), parameter.device)
         self._direction(len(parameter) if parameter.dim() else 1, parameter.device)
 
     def sketch(self, whole: Factor | Tensor, device: torch.device) -> Tensor:

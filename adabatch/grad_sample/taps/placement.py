@@ -54,6 +54,11 @@ SINGLE_NUMBER = (
     "measured in the operations where they meet the samples: {error}. Let it return a value for "
     "each sample, and average outside of it, or pass ignore=[{name!r}]"
 )
+NO_BATCH = (
+    "{name} is called with a tensor of shape {shape} and gives {given}: it has no batch dimension, "
+    "so that the samples cannot be told apart. Add one, tensor.unsqueeze(0), or pass "
+    "ignore=[{name!r}].{remark}"
+)
 OUTSIDE = (
     ". Called outside of the model's forward: {listed}. What has no row for each sample, such as a "
     "table of classes, can only be measured inside of it: make that call in the model's forward"
@@ -585,6 +590,10 @@ class ForwardHooks:
         if inputs.layout is not torch.strided:  # sparse
             inputs = inputs.to_dense()
         n_samples = self._samples_in(site, output)
+        if inputs.shape[:1] != output.shape[:1] and not is_compiling():
+            raise RuntimeError(NO_BATCH.format(
+                name=site.name, shape=tuple(inputs.shape), given=tuple(output.shape),
+                remark=self.size_remark()))
         rows, length = self._rows(n_samples, output.device)
         probe = self._probes.on(output.device)
         fused = not parallel and site.uses_fused(layer, inputs, output, rows, n_samples)
