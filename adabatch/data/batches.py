@@ -164,6 +164,13 @@ def held_to(layout: Layout, batch: Batch, n: int, before: Fixed) -> tuple[Layout
     return layout, None
 
 
+def is_known(layout: Layout) -> bool:
+    """Whether batches of this layout can be cut and joined."""
+    if isinstance(layout, list):
+        return all(map(is_known, layout))
+    return not isinstance(layout, UnknownAxis)
+
+
 def merged(one: Layout, other: Layout) -> Layout:
     """A layout that refuses what either of two refuses.
 

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from adabatch._types import Batch, Part
-from adabatch.data.batches import PER_SAMPLE, Layout, cut, held_to, join, learn_layout, merged
+from adabatch.data.batches import (
+    PER_SAMPLE, Layout, cut, held_to, is_known, join, learn_layout, merged)
 from adabatch.data.chunks import ChunkBuffer, ChunkPlan, Cut, Failure, Reply, Request
 from adabatch.data.rng import generators_restored, mix
 from adabatch.data.sampler import ResizableBatchSampler
@@ -237,7 +238,10 @@ class EpochIterator:
         parts = self._micro if self._sized and not self._whole else None
         # Not a method: the plan, which outlives the epoch, must hold no loader.
         cycle = partial(_sizes_ahead, self._sampler, parts)
-        self._plan = ChunkPlan(loader.num_workers, cycle, loader.chunk_sizer)
+        # The workers divide what is waited for, unless batches depend on what they are joined from.
+        divides = loader.chunk_sizer is not None and is_known(loader.layout)
+        workers = loader.num_workers if divides else 1
+        self._plan = ChunkPlan(workers, cycle, loader.chunk_sizer)
         # A position from a loaded state is not this epoch's where set_epoch chose another since.
         within = progress is not None and not progress.get("between_epochs")
         progress = progress if self._sampler.position or not within else None

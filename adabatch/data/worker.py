@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, IterDataPipe, MapDataPipe, default_collate, get_worker_info
 from torch.utils.data.graph_settings import apply_random_seed, apply_sharding
@@ -20,6 +22,7 @@ from adabatch.data.rng import generators_restored, mix, sample_keys, seed_genera
 from adabatch.interfaces import State
 
 
+_DTYPE = attrgetter("dtype")
 _COMPARED = 4  # samples of a chunk from which a collate_fn's layout is learnt
 
 
@@ -61,7 +64,11 @@ class Fetcher(Dataset):
     def __getitem__(self, request: Request) -> Reply:
         began = time.perf_counter()
         try:
-            return self._reply(self._samples(request), began)
+            samples = self._samples(request)
+            mixed = len(request.sizes) > 1 and self._collate_fn is not None
+            if not mixed or alike(samples):
+                return self._reply(samples, began)
+            return self._in_parts(request, began, samples)
         except Exception as error:
             if len(request.sizes) < 2 or len(request.indices) <= request.sizes[0]:
                 return self._failed(error, len(request.indices))
@@ -76,14 +83,19 @@ class Fetcher(Dataset):
     def _failed(self, error: Exception, n: int, **more: Argument) -> Reply:
         return Reply(None, n, parts=((Failure(error), n),), **more)
 
-    def _in_parts(self, request: Request, began: float) -> Reply:
-        """Each batch of a chunk on its own, so that one that cannot be read costs no other."""
+    def _in_parts(
+        self, request: Request, began: float, samples: list[Sample] | None = None
+    ) -> Reply:
+        """Each batch of a chunk on its own, so that one that cannot be read costs no other, and
+        dtypes and keys are those of its samples."""
         parts: list[tuple[Batch, int]] = []
         at, layout = 0, None
         for size in request.sizes:
             if indices := request.indices[at : at + size]:
                 start = request.start + at * request.stride
-                reply = self[request._replace(indices=indices, start=start, sizes=())]
+                reply = (
+                    self[request._replace(indices=indices, start=start, sizes=())]
+                    if samples is None else self._reply(samples[at : at + size], began))
                 parts += reply.parts or ((reply.batch, reply.n),)
                 at, layout = at + reply.n, layout or reply.layout
         seconds = time.perf_counter() - began
@@ -273,6 +285,27 @@ def _next_of(iterator: Iterator[Sample], n: int) -> list[Sample]:
     except StopIteration:
         pass
     return taken
+
+
+def alike(samples: Sequence[Sample]) -> bool:
+    """Whether samples have one structure and one type and dtype in each place of it, so that
+    default_collate gives parts of them the dtypes and keys that it gives all.
+
+    Example:
+        >>> alike([(1, 2.0), (3, 4.0)]), alike([(1, 2.0), (3, 4)]), alike([{"a": 1}, {"b": 1}])
+        (True, False, False)
+    """
+    if len(set(map(type, samples))) > 1:
+        return False
+    first = samples[0] if samples else None
+    if isinstance(first, (torch.Tensor, np.ndarray)):
+        return len(set(map(_DTYPE, samples))) == 1
+    if isinstance(first, Mapping):
+        return len(set(map(tuple, samples))) == 1 and all(
+            alike([sample[key] for sample in samples]) for key in first)
+    if isinstance(first, (tuple, list)):
+        return len(set(map(len, samples))) == 1 and all(map(alike, zip(*samples, strict=True)))
+    return True
 
 
 class WorkerStart:
