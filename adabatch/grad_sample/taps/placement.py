@@ -432,7 +432,8 @@ class ForwardHooks:
             if self._may_trace and running_backward() == -1:
                 if not self._inside:
                     return self._tap_outside(site, layer, args, kwargs, output)
-                if not site.followed and self.called:
+                # Or a table's layer, called once more after tracing has ended.
+                if (not site.followed or site.untapped) and self.called:
                     self.not_followed.add(site.name)
             return self._tap_layer(site, layer, args, kwargs, output)
         if site.deferred:
