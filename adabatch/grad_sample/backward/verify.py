@@ -155,7 +155,7 @@ class GradientSumCheck:
         self._new = [0, 0]
         self._coarse = self.running = self._suspect = self.was_due = False
         self._patterns: set[object] = set()
-        self._hooked: tuple[str, ...] = ()
+        self._hooked: tuple[tuple[str | int, ...], ...] = ()
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
         self._leaf = torch.zeros((), requires_grad=True)
         self._lock = threading.Lock()
@@ -179,8 +179,9 @@ class GradientSumCheck:
         self._keeps_all, self._complete = self.is_due or self._passes < self._keep_until, True
         if RemovableHandle.next_id != self._next_hook:  # somebody has registered a hook
             self._next_hook = RemovableHandle.next_id
-            self._hooked = tuple(name for name, parameter in self._parameters.items()
-                                 if _has_hooks(parameter))
+            self._hooked = tuple(
+                (name, *(each._backward_hooks or ()), *(each._post_accumulate_grad_hooks or ()))
+                for name, each in self._parameters.items() if _has_hooks(each))
 
     def count_call(self, layer: int, training: bool) -> None:
         """A layer was called."""
