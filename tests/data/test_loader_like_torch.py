@@ -335,8 +335,10 @@ def as_csr(samples):
 @pytest.mark.parametrize("collate_fn", [torch.nested.nested_tensor, as_csr], ids=["nested", "csr"])
 def test_batches_that_torch_does_not_cut_are_refused_with_the_fix(collate_fn):
     samples = [torch.ones(2) for _ in range(8)]
+    loader = AdaptiveDataLoader(samples, 3, num_workers=2, collate_fn=collate_fn)
     with pytest.raises(ValueError, match=r"does not cut nested.*collate_in='consumer'"):
-        list(AdaptiveDataLoader(samples, 3, num_workers=2, collate_fn=collate_fn))
+        for _ in loader:
+            loader.batch_size = 2
     loader = AdaptiveDataLoader(
         samples, 3, num_workers=2, collate_fn=collate_fn, collate_in="consumer")
     assert [batch.size(0) for batch in loader] == [3, 3, 2]
