@@ -228,10 +228,12 @@ class ParameterTracer(TorchFunctionMode):
             carries: bool | None = True
             if not flow.has_rows(leaf):
                 carries = flow.roles.carries(key, leaf.shape[0]) if leaf.dim() else False
+            elif has_equal_rows(leaf):  # positions that were repeated for each sample
+                continue
             elif flow.is_constant(leaf):
                 carries = False
             elif (found is None or found.roles or found.dim != 0) and (
-                    id(leaf) not in self._expressions and not has_equal_rows(leaf)):
+                    id(leaf) not in self._expressions):
                 carries = flow.roles.carries(key, self._n_samples, opens=False)
             if carries is None:
                 self.unsettled[key] = self._n_samples
