@@ -58,6 +58,10 @@ is_compiling = torch.compiler.is_compiling
 Tap = Callable[[TracedOp, list[Tensor], list[bool]], Sequence[Tensor]]
 
 
+class CannotTrace(RuntimeError):
+    """Samples cannot be told apart in an operation with parameters."""
+
+
 class ParameterTracer(TorchFunctionMode):
     """Watches the operations of a forward pass for traced parameters.
 
@@ -108,6 +112,24 @@ class ParameterTracer(TorchFunctionMode):
     def inside_layer(self) -> bool:
         """Whether a measured layer runs."""
         return bool(self._suspending)
+
+    @property
+    def leaves_layer_to_tap(self) -> bool:
+        """Whether the innermost measured layer that runs is not watched."""
+        return self._suspending[-1:] == [True]
+
+    def carrying(self, tensors: Sequence[Tensor]) -> list[bool] | None:
+        """Which of a layer's inputs carry samples along their first dimension; None where that is
+        not clear."""
+        found = []
+        for tensor in tensors:
+            flow = self._flow.of(tensor)
+            constant = self._flow.is_constant(tensor) or not self._has_rows(tensor)
+            if (flow is None and not constant) or (
+                    flow is not None and (flow.dim != 0 or flow.roles)):
+                return None
+            found.append(flow is not None)
+        return found
 
     def enter_layer(
         self, name: str, layer: nn.Module, layout: Layout, has_rule: bool, args: Args,
@@ -271,7 +293,7 @@ class ParameterTracer(TorchFunctionMode):
             return function(*args, **kwargs)
         if torch.is_grad_enabled() and _draws(function, args, kwargs):
             args, kwargs = self._spread(args, kwargs)
-        values = list(_flat((*args, *kwargs.values())))
+        values = list(flat_values((*args, *kwargs.values())))
         if torch.is_grad_enabled() and any(id(value) in self._expressions for value in values):
             return self._traced(function, args, kwargs)
         output = function(*args, **kwargs)
@@ -281,7 +303,7 @@ class ParameterTracer(TorchFunctionMode):
         elif function is Tensor.__setitem__ or (
             isinstance(output, (Tensor, tuple, list)) and kind is not torch.Size
         ):
-            outputs = list(_flat((output,)))
+            outputs = list(flat_values((output,)))
             self._flow.follow(operation_name(function), args, kwargs, values, outputs)
         return output
 
@@ -318,7 +340,7 @@ class ParameterTracer(TorchFunctionMode):
         if wrong and self._flow.roles.open:
             return outputs  # this pass is not measured
         if wrong:
-            raise RuntimeError(
+            raise CannotTrace(
                 f"{operation.name} gives an output of shape {wrong[0]} in a batch of "
                 f"{self._n_samples}: its samples do not lie along the first dimension. "
                 f"{RULE_OR_IGNORE}{self._flow.counted}")
@@ -358,7 +380,7 @@ class ParameterTracer(TorchFunctionMode):
                  for leaf in leaves]
         samples, roles = self._batched(function, found)
         if any(samples) and function is _with_item and not _writes_to_all_samples(*args[:2]):
-            raise RuntimeError(
+            raise CannotTrace(
                 "a tensor computed from parameters is written to chosen samples only: write to "
                 "all, by tensor[:, index] = value or torch.where")
         output = function(*args, **kwargs)
@@ -417,7 +439,7 @@ class ParameterTracer(TorchFunctionMode):
         for leaf, each in zip(leaves, batched, strict=True):
             hidden = isinstance(leaf, Tensor) and not each and self._hides_samples(leaf)
             if hidden and not was_open:
-                raise RuntimeError(
+                raise CannotTrace(
                     f"{', '.join(sorted(names_of(leaves)))} meets activations of shape "
                     f"{tuple(leaf.shape)} in {function_name(function) or 'an operation'}: in a "
                     f"batch of {self._n_samples} their samples do not lie along the first "
@@ -516,11 +538,11 @@ def _kept(tensor: Tensor, function: Operation) -> Tensor:
     return tensor.new_zeros(()).expand(tensor.shape) if stand_in else tensor
 
 
-def _flat(values: Iterable[object]) -> Iterator[object]:
+def flat_values(values: Iterable[object]) -> Iterator[object]:
     """The values, with those of lists and tuples among them."""
     for value in values:
         if isinstance(value, (list, tuple)):
-            yield from _flat(value)
+            yield from flat_values(value)
         else:
             yield value
 
