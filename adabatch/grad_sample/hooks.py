@@ -358,7 +358,7 @@ class GradSampleHooks(Estimator):
             site.calls = max(0, site.calls - seen_calls)
         if again:
             raise RuntimeError(SAME_FORWARD.format(k=self.accumulate))
-        used = {use.parameter for use in record.uses}
+        used = {use.parameter for use in record.uses} | record.noted
         if late is None:
             assert not isinstance(reports, Tensor)
             seen = self._check_now(reports, used)

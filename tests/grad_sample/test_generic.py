@@ -1,5 +1,5 @@
-"""Layers without a rule, run again sample by sample: exact against one backward pass per sample, or
-a clear error before anything is wrong."""
+"""Layers without a rule, measured in their operations or run again sample by sample: exact against
+one backward pass per sample, or a clear error before anything is wrong."""
 
 import itertools
 import random
@@ -13,7 +13,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from adabatch import GradSampleHooks
-from tests.grad_sample.same_forward import exact
+from tests import oracle
+from tests.grad_sample.measuring import close, untraceable
+from tests.grad_sample.same_forward import exact, outputs_loss
 
 N, T, D = 5, 6, 8
 
@@ -69,6 +71,14 @@ EXACT = {
 def test_exact(forward, samples):
     torch.manual_seed(0)
     exact(in_a_stack(Layer(forward)), torch.randn(N, T, D), samples=samples)
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("forward", EXACT.values(), ids=EXACT)
+def test_exact_where_it_is_run_again(forward, samples):
+    torch.manual_seed(0)
+    exact(in_a_stack(Layer(lambda m, x: untraceable(forward(m, x)))), torch.randn(N, T, D),
+          samples=samples)
 
 
 @pytest.mark.parametrize("forward", EXACT.values(), ids=EXACT)
@@ -214,10 +224,50 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("forward", "match"), REFUSED.values(), ids=REFUSED)
-def test_refused(forward, match):
+def test_refused_where_it_must_be_run_again(forward, match):
     torch.manual_seed(0)
     with pytest.raises(RuntimeError, match=match):
-        exact(in_a_stack(Layer(forward)), torch.randn(N, T, D))
+        exact(in_a_stack(Layer(lambda m, x: untraceable(forward(m, x)))), torch.randn(N, T, D))
+
+
+# What is measured in a layer's operations is not run again.
+RUN_ONCE = ["dropout", "noise", "its input in place"]
+MIXING = ["mixes samples", "a buffer of its own changed", "a branch taken by the batch",
+          "the mean of the samples", "its input in place where vmap cannot"]
+
+
+@pytest.mark.parametrize("how", RUN_ONCE)
+def test_exact_where_it_runs_once(how):
+    torch.manual_seed(0)
+    exact(in_a_stack(Layer(REFUSED[how][0])), torch.randn(N, T, D))
+
+
+@pytest.mark.parametrize("how", MIXING)
+def test_what_mixes_samples_is_not_traced(how):
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match=REFUSED[how][1]):
+        exact(in_a_stack(Layer(REFUSED[how][0])), torch.randn(N, T, D))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: next(COUNTER)],
+                         ids=["Python", "NumPy", "a counter"])
+def test_exact_with_numbers_that_are_never_the_same(draw):
+    torch.manual_seed(0)
+    drawn, batch = [], torch.randn(N, T, D).double()
+
+    def forward(m, x):
+        drawn.append(draw())
+        return x * m.weight * drawn[-1]
+
+    model = in_a_stack(Layer(forward)).double()
+    hooks = GradSampleHooks(model)
+    for _ in range(2):
+        model.zero_grad()
+        outputs_loss(model, (batch,)).mean().backward()
+        plain = in_a_stack(Layer(lambda m, x, number=drawn[-1]: x * m.weight * number))
+        plain.double().load_state_dict(model.state_dict())
+        grads = oracle.per_sample_grads(plain, outputs_loss, (batch,))
+        close(hooks.collect().sq_norms, oracle.sq_norms(grads), 1e-9)
 
 
 def test_functional_dropout_is_measured_in_evaluation_mode():

@@ -1,4 +1,4 @@
-"""Layers that are run again: their state is as if they had run once, and they are measured with the
+"""Layers without a rule: their state is as if they had run once, and they are measured with the
 state that the call had. Against training without hooks, and one backward pass per sample."""
 
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adabatch import GradSampleHooks
-from tests.grad_sample.measuring import close
+from tests.grad_sample.measuring import close, untraceable
 from tests.grad_sample.same_forward import grads_of_one_forward, outputs_loss
 
 N, D, STEPS = 6, 4, 5
@@ -40,6 +40,13 @@ class Stateful(nn.Module):
 
     def forward(self, x):
         return self.case(self, x)
+
+
+class RunAgain(Stateful):
+    """The same with operations that are not traced."""
+
+    def forward(self, x):
+        return untraceable(super().forward(untraceable(x)))
 
 
 def counts(m, x):
@@ -177,9 +184,10 @@ def described(value):
     return repr(value)
 
 
+@pytest.mark.parametrize("kind", [Stateful, RunAgain])
 @pytest.mark.parametrize(("forward", "state"), CASES.values(), ids=CASES)
-def test_as_if_it_had_run_once(forward, state):
-    model = stack(Stateful(forward, **copy.deepcopy(state)))
+def test_as_if_it_had_run_once(forward, state, kind):
+    model = stack(kind(forward, **copy.deepcopy(state)))
     plain, calls = copy.deepcopy(model), []
     model[1].register_forward_hook(lambda layer, args, output: calls.append(output.detach()))
     hooks = GradSampleHooks(model)
@@ -197,11 +205,12 @@ def test_as_if_it_had_run_once(forward, state):
             assert described(one[1]) == described(other[1])
 
 
-def test_a_layer_that_is_called_twice_and_counts():
+@pytest.mark.parametrize("kind", [Stateful, RunAgain])
+def test_a_layer_that_is_called_twice_and_counts(kind):
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = Stateful(counts, state=0)
+            self.inner = kind(counts, state=0)
 
         def forward(self, x):
             return self.inner(self.inner(x).tanh())
@@ -237,7 +246,7 @@ def test_refused_draws_are_taken_back(draw):
         np.random.seed(0)  # noqa: NPY002
         torch.manual_seed(0)
 
-    model = stack(Stateful(lambda m, x: x * m.weight * draw()))
+    model = stack(RunAgain(lambda m, x: x * m.weight * draw()))
     hooks = GradSampleHooks(model)
     seeded()
     loss = outputs_loss(model, (torch.ones(N, D, dtype=torch.float64),)).mean()

@@ -63,6 +63,7 @@ class BackwardRecord:
         values: {other statistic: {parameter: value}}.
         counts: {layer: [calls, samples of all calls together]}.
         unequal: layers whose calls had different numbers of samples.
+        noted: parameters whose values operations have reported.
     """
 
     uses: list[ParameterUse] = field(default_factory=list)
@@ -71,6 +72,7 @@ class BackwardRecord:
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     counts: dict[int, list[int]] = field(default_factory=dict)
     unequal: set[int] = field(default_factory=set)
+    noted: set[str] = field(default_factory=set)
 
     def add_rows(self, totals: dict[str, Rows], n_rows: int,
                  to_result_device: Callable[[Tensor], Tensor]) -> None:
@@ -139,6 +141,11 @@ class BackwardRecorder:
         """Keep uses under the running backward pass."""
         with self._lock:  # the engine runs one thread per device
             self._now().uses.extend(uses)
+
+    def note(self, parameters: Iterable[str]) -> None:
+        """Operations have reported these parameters' values."""
+        with self._lock:
+            self._now().noted.update(parameters)
 
     def record_call(
         self, layer: int, n_samples: int, norms: Iterable[tuple[int, Tensor]] = ()

@@ -1,4 +1,4 @@
-"""Which operations keep samples apart: the samples' rows of their results depend on those rows only.
+"""Which operations keep samples apart: a sample's rows of their results depend on its own only.
 
 A layer whose operations all do is measured in them. What is not listed here may mix samples, or
 lead to a branch that the whole batch takes: the layer is then run again for single samples, which
@@ -20,10 +20,10 @@ from adabatch.grad_sample.functional.flow import (
 
 ELEMENTWISE = frozenset({
     "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "truediv",
-    "floordiv", "floor_divide", "remainder", "fmod", "mod", "pow", "float_power", "sub", "neg",
+    "floordiv", "floor_divide", "remainder", "fmod", "mod", "pow", "float_power", "neg",
     "negative", "abs", "absolute", "exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sqrt",
     "rsqrt", "square", "reciprocal", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh",
-    "cosh", "tanh", "sigmoid", "logit", "erf", "erfc", "relu", "relu_", "relu6", "gelu", "silu",
+    "cosh", "tanh", "sigmoid", "logit", "erf", "erfc", "relu", "relu6", "gelu", "silu",
     "mish", "elu", "selu", "celu", "leaky_relu", "rrelu", "softplus", "softsign", "hardtanh",
     "hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "threshold",
     "clamp", "clip", "clamp_min", "clamp_max", "where", "lerp", "maximum", "minimum", "fmax",
@@ -55,6 +55,8 @@ NORMS = frozenset({"layer_norm", "rms_norm"})
 SHAPES_ONLY = frozenset({
     "size", "get", "dim", "ndimension", "numel", "nelement", "len", "stride", "is_contiguous",
     "is_floating_point", "is_complex", "element_size", "get_device", "type"})
+KNOWN = (ELEMENTWISE | VIEWS | ALONG.keys() | CHANNELS.keys() | NORMS | SHAPES_ONLY | PRODUCTS
+         | {"linear", "embedding", "group_norm", "einsum", "stack", "getitem"})
 
 
 def keeps_apart(
@@ -88,7 +90,7 @@ def _dim_after(
     if name in ELEMENTWISE:
         return dim + after - rank
     if name in NORMS:
-        shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+        shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
         return dim if dim < rank - len(shape) else UNKNOWN
     if name == "linear":
         return dim if dim < rank - 1 and tensor is args[0] else UNKNOWN

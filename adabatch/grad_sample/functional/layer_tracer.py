@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adabatch._types import Args, Kwargs
 from adabatch.estimators.gradients import is_transformed
-from adabatch.grad_sample.functional.apart import keeps_apart
+from adabatch.grad_sample.functional.apart import KNOWN, keeps_apart
 from adabatch.grad_sample.functional.expression import Leaf, Operation, function_name
 from adabatch.grad_sample.functional.flow import Flow, Roles, SampleFlow, operation_name
 from adabatch.grad_sample.functional.traced_op import TracedOp
@@ -61,15 +61,13 @@ class LayerTracer(ParameterTracer):
             else:
                 flow.add_constant(tensor)
 
-        def tapped(
-            operation: TracedOp, outputs: list[Tensor], copied: list[bool]
-        ) -> Sequence[Tensor]:
-            self.operations.append(operation)
-            found = tap(operation, outputs, copied)
-            self._taps.update(each.grad_fn for each in found)
-            return found
+        super().__init__(parameters, flow, tap)
 
-        super().__init__(parameters, flow, tapped)
+    def _tap_outputs(self, operation: TracedOp, outputs: list[Tensor]) -> Sequence[Tensor]:
+        self.operations.append(operation)
+        found = super()._tap_outputs(operation, outputs)
+        self._taps.update(each.grad_fn for each in found)
+        return found
 
     def __torch_function__(
         self, function: Operation, types: object, args: Args = (), kwargs: Kwargs | None = None
@@ -80,15 +78,25 @@ class LayerTracer(ParameterTracer):
             return function(*args, **kwargs)
         inputs = [(value, flow.dim) for value in flat_values((*args, *kwargs.values()))
                   if isinstance(value, Tensor) and (flow := self._flow.of(value)) is not None]
+        if inputs and operation_name(function) not in KNOWN:
+            self._fail()
+            return function(*args, **kwargs)
         try:
             output = super().__torch_function__(function, types, args, kwargs)
         except CannotTrace:
-            self.failed = True
+            self._fail()
             return function(*args, **kwargs)
         if inputs:
             with torch._C.DisableTorchFunction():
-                self.failed |= not self._keeps_apart(function, args, kwargs, inputs, output)
+                apart = self._keeps_apart(function, args, kwargs, inputs, output)
+            if not apart:
+                self._fail()
         return output
+
+    def _fail(self) -> None:
+        self.failed = True
+        for operation in self.operations:
+            operation.active = False
 
     def _keeps_apart(
         self, function: Operation, args: Args, kwargs: Kwargs,
@@ -114,12 +122,11 @@ class LayerTracer(ParameterTracer):
             walks: look as well for uses of the parameters that were not seen.
         """
         carrying = [each for each in outputs if isinstance(each, Tensor) and each.requires_grad]
-        for each in carrying:
-            flow = self._flow.of(each)
-            self.failed |= flow is None or flow.dim != 0
-        if walks and not self.failed:
-            nodes = [each.grad_fn for each in carrying]
-            self.failed = self._has_unseen_use(nodes, set(map(id, parameters)))
+        flows = [self._flow.of(each) for each in carrying]
+        if any(flow is None or flow.dim != 0 for flow in flows) or (
+                walks and not self.failed and self._has_unseen_use(
+                    [each.grad_fn for each in carrying], set(map(id, parameters)))):
+            self._fail()
         return not self.failed
 
     def _has_unseen_use(self, nodes: Sequence[Node | None], parameters: Collection[int]) -> bool:

@@ -51,9 +51,10 @@ class Operand:
     def tensor(self) -> Tensor:
         """The measured rows of what carries samples, else all."""
         assert isinstance(self.value, Tensor)
-        if self.rows is None or not self.own_rows:
-            return self.value
-        return self.value.index_select(0, self.rows)
+        value = self.value
+        if self.rows is not None and self.own_rows:
+            value = value.index_select(0, self.rows)
+        return value if value.layout is torch.strided else value.to_dense()
 
 
 @dataclass(eq=False)

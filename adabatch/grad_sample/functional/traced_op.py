@@ -36,7 +36,7 @@ class TracedOp:
     What is computed from parameters alone may have a row for every sample (an expanded class token)
     or be the same for all (a weight). `aligned` are the places of those with a row each;
     `may_align` of those whose shape allows it, tried if the operation fails without. `flat`:
-    samples and positions share the first dimension.
+    samples and positions share the first dimension. What is not `active` is not measured here.
     """
 
     name: str
@@ -51,6 +51,7 @@ class TracedOp:
     may_align: frozenset[int]
     n_samples: int
     flat: bool = False
+    active: bool = True
 
     def factors(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None

@@ -118,19 +118,6 @@ class ParameterTracer(TorchFunctionMode):
         """Whether the innermost measured layer that runs is not watched."""
         return self._suspending[-1:] == [True]
 
-    def carrying(self, tensors: Sequence[Tensor]) -> list[bool] | None:
-        """Which of a layer's inputs carry samples along their first dimension; None where that is
-        not clear."""
-        found = []
-        for tensor in tensors:
-            flow = self._flow.of(tensor)
-            constant = self._flow.is_constant(tensor) or not self._has_rows(tensor)
-            if (flow is None and not constant) or (
-                    flow is not None and (flow.dim != 0 or flow.roles)):
-                return None
-            found.append(flow is not None)
-        return found
-
     def enter_layer(
         self, name: str, layer: nn.Module, layout: Layout, has_rule: bool, args: Args,
         kwargs: Kwargs,

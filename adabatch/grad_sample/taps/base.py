@@ -10,7 +10,7 @@ Legend: N samples in the batch, S rows measured.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.functional.expression import versions_of
 from adabatch.grad_sample.functional.flow import Key
+from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.plan import Plan
 from adabatch.grad_sample.registry import FusedResult, GradSampler
@@ -71,6 +72,46 @@ def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
     return _NOTHING
 
 
+class OperationUses:
+    """Which parameters a single operation of a pass uses, so that its values are reported at once.
+
+    Args:
+        reporter: where values go, by the parameters' names in the model.
+        sites: of all layers.
+    """
+
+    def __init__(self, reporter: TapSite, sites: Sequence[TapSite]):
+        self._reporter = reporter
+        self._owners: dict[str, list[TapSite]] = {}
+        for site in sites:
+            for name in site.parameters.values():
+                self._owners.setdefault(name, []).append(site)
+        self._used: set[str] = set()
+        self._several: set[str] = set()
+
+    def add(self, names: Iterable[str]) -> None:
+        """An operation of the forward pass that runs."""
+        for name in names:
+            (self._several if name in self._used else self._used).add(name)
+
+    def end_pass(self) -> None:
+        """A backward pass has ended."""
+        self._used.clear()
+
+    def report(self, factors: Mapping[str, Factor], measured: int, dtype: torch.dtype) -> None:
+        """Report values of parameters with a single use; keep the factors of others until the pass
+        has ended."""
+        recorder, single = self._reporter.recorder, {}
+        for name, factor in factors.items():
+            tapped = any(site.calls for site in self._owners.get(name, ()))
+            if recorder.defers or tapped or name in self._several:
+                recorder.defer([ParameterUse(name, factor.compact())])
+            else:
+                single[name] = factor
+        self._reporter.report(single, measured, dtype)
+        recorder.note(single)
+
+
 @dataclass(eq=False)
 class TapSite:
     """A measured layer: where its tap sits, by which rule it is measured and where values go.
@@ -94,6 +135,9 @@ class TapSite:
             carries samples}, as far as traced passes have shown it.
         unsettled: {role: size} of the other tensors of its last call.
         traced: a layer without a rule that gives no row per sample: its operations are traced.
+        in_operations: a layer without a rule may be measured in its operations (LayerTraces), and
+            traces counts its calls that were.
+        uses: of the site that stands for all traced operations.
         fused: whether its last tap was a fused one.
         shapes: of its last input and output, samples first (eager mode), for the cost model.
         vectors: weight, bias, and whether the layer with them may get a LinearVectorTap.
@@ -116,6 +160,9 @@ class TapSite:
     carries: dict[int, bool] = field(default_factory=dict)
     unsettled: dict[Key, int] = field(default_factory=dict)
     traced: bool = False
+    in_operations: bool = False
+    traces: int = 0
+    uses: OperationUses | None = None
     fused: bool = False
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     vectors: tuple[Tensor | None, Tensor | None, bool] | None = None
@@ -137,11 +184,18 @@ class TapSite:
                         if own in measured.layer._parameters
                         and type(plan.parameters[full]) is nn.Parameter)
             shared = not plan.shared.isdisjoint(measured.parameters.values())
-            sites.append(cls(name, index, weakref.ref(measured.layer), measured.sampler,
-                             measured.parameters, rows, recorder, own, layout,
-                             shared or recorder.defers))
-        return [*sites,
-                cls(TRACED, len(sites), lambda: None, None, {}, {}, recorder, deferred=True)]
+            site = cls(name, index, weakref.ref(measured.layer), measured.sampler,
+                       measured.parameters, rows, recorder, own, layout,
+                       shared or recorder.defers)
+            site.in_operations = (
+                measured.sampler is None and layout is Layout.BATCH_FIRST
+                and len(own) == len(measured.parameters)
+                and call_type(measured.layer) is RecomputedCall)
+            sites.append(site)
+        every = cls(TRACED, len(sites), lambda: None, None,
+                    {name: name for name in plan.parameters}, dict(row_of), recorder)
+        return [*sites, cls(TRACED, len(sites), lambda: None, None, {}, {}, recorder,
+                            deferred=True, uses=OperationUses(every, sites))]
 
     @property
     def layer(self) -> nn.Module:
@@ -168,7 +222,7 @@ class TapSite:
     @property
     def must_defer(self) -> bool:
         """Whether factors of the pass that runs have to be kept until it has ended."""
-        return self.deferred or self.calls > 1
+        return self.deferred or self.calls > 1 or self.traces > 0
 
     def extra_inputs(self, probe: Probe, length: int) -> list[Tensor]:
         """What a tap of S = `length` rows gets besides its report: in a compiled graph its probe
@@ -559,8 +613,10 @@ class RecomputeTap(Tap):
 
     @staticmethod
     def backward(ctx, *backprops):
-        Tap.check()
         site, recorder = ctx.own_site, ctx.site.recorder
+        if site is None and not ctx.call.active:
+            return (*[None] * 7, *backprops, *[None] * (ctx.n_inputs + ctx.n_extras))
+        Tap.check()
         if site is None:
             rows, inputs = ctx.rows, ctx.call.tensors
             if ctx.versions != versions_of(inputs):
@@ -581,10 +637,12 @@ class RecomputeTap(Tap):
                               for chunk in chunks) if chunks else (factors,):
                     recorder.sum_check.observe(
                         names, every, squares(every), *dtypes, *ctx.autocast)
-            if site is None or site.must_defer:
+            measured = ctx.n_samples if rows is None else rows.shape[0]
+            if site is None:
+                ctx.site.uses.report(factors, measured, ctx.dtype)
+            elif site.must_defer:
                 recorder.defer([ParameterUse(names[name], each) for name, each in factors.items()])
             else:
-                measured = ctx.n_samples if rows is None else rows.shape[0]
                 extras = site.report(factors, measured, ctx.dtype)
         report = Tap.call_report(ctx, ctx.site, ctx.n_samples, backprops[0])
         unused = [None] * ctx.n_inputs

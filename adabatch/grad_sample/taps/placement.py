@@ -35,6 +35,7 @@ from adabatch.grad_sample.rows import RowSampler
 from adabatch.grad_sample.taps.base import (
     DEFERRED_COMPILED, RecomputeTap, TapSite, fuse, pass_through,
 )
+from adabatch.grad_sample.taps.layer_traces import LayerTraces
 from adabatch.grad_sample.taps.linear_vectors import has_vectors, pass_vectors
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class ForwardHooks:
         self._tracer: ParameterTracer | None = None
         self._call: FinallyCall | None = None
         self._uses = KnownUses()
+        self._traces = LayerTraces(parameters)
         self._n_samples: int | None = None
         self._before: dict[int, object] = {}
         self._handles: list[RemovableHandle] = []
@@ -190,7 +192,12 @@ class ForwardHooks:
             self._handles.append(hook.held(layer.register_forward_hook(hook, **FIRST)))
             if site.sampler is None:
                 hook = self._bound(self._before_call, site, owner)
-                self._handles.append(hook.held(layer.register_forward_pre_hook(hook)))
+                self._handles.append(hook.held(
+                    layer.register_forward_pre_hook(hook, with_kwargs=True)))
+            if site.in_operations:
+                hook = self._bound(self._end_trace, site, owner)
+                self._handles.append(hook.held(
+                    layer.register_forward_hook(hook, prepend=True, always_call=True)))
         self._model = weakref.ref(model)
         self._may_trace = not any(is_compiled(module) for module in model.modules())
         self._tracing = self._must_trace or self._may_trace
@@ -239,6 +246,9 @@ class ForwardHooks:
         """After a backward pass: trace the next forward pass where its sums will be compared."""
         self.called = self.traced = False
         self._check.choose_graph()
+        uses = self._sites[-1].uses
+        assert uses is not None
+        uses.end_pass()
         self.forget_outside()
         self._uses.whole = (self._check.is_due or bool(self.not_followed) or self._unsettled
                             or self._unclear)
@@ -375,6 +385,7 @@ class ForwardHooks:
         self._must_trace = True
         if running_backward() == -1:
             self._uses.add(operation.name)
+            self._count_operation(operation)
             self._count_call(self._sites[-1], outputs[0], False)
         for name in operation.parameters:
             for site in self._owners.get(name, ()):
@@ -406,12 +417,33 @@ class ForwardHooks:
         self._must_trace |= self._unclear
         return new
 
-    def _before_call(self, site: TapSite, layer: nn.Module, args: Args) -> None:
-        """Keep what a layer without a rule needs to be run again."""
+    def _before_call(self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Trace the operations of a layer without a rule, and keep what is needed to run it again
+        where they cannot be."""
         if is_compiling() or not self.enabled or layer is not site.layer_reference():
             return
-        if can_measure():
+        if not can_measure():
+            return
+        first = not site.traces
+        if running_backward() != -1 or first or not site.in_operations:
             self._before[site.index] = call_type(layer).state_before(layer)
+        if running_backward() == -1 and (self._inside or not self._may_trace):
+            self._traces.begin(site, args, kwargs, self._tracer, self._tap_in_layer)
+
+    def _end_trace(self, site: TapSite, *_: object) -> None:
+        if not is_compiling():
+            self._traces.end(site)
+
+    def _tap_in_layer(
+        self, operation: TracedOp, outputs: list[Tensor], copied: list[bool]
+    ) -> Sequence[Tensor]:
+        return self._call_tap(operation, None, outputs, copied, self._sites[-1],
+                              operation.n_samples)
+
+    def _count_operation(self, operation: TracedOp) -> None:
+        uses = self._sites[-1].uses
+        assert uses is not None
+        uses.add(operation.parameters)
 
     def _after_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
@@ -422,6 +454,11 @@ class ForwardHooks:
         if site.traced and not is_compiling():
             self._check_traced(site, output)
             return None
+        if site.in_operations and not is_compiling():
+            operations = self._traces.take(site, layer, output)
+            if operations is not None:
+                self._measured_in_operations(site, layer, output, operations)
+                return None
         if self._tracer is not None and not is_compiling():
             return self._tap_traced(self._tracer, site, layer, args, kwargs, output)
         if not self.enabled or not can_measure():
@@ -440,6 +477,23 @@ class ForwardHooks:
             raise RuntimeError(DEFERRED_COMPILED.format(name=site.name))
         self._count_trace()
         return self._tap_by_rule(site, layer, args, kwargs, output)
+
+    def _measured_in_operations(
+        self, site: TapSite, layer: nn.Module, output: object, operations: Sequence[TracedOp]
+    ) -> None:
+        """After a layer whose operations have their own taps."""
+        for operation in operations:
+            self._count_operation(operation)
+        site.check_unchanged(layer, self.check_all)
+        self._before.pop(site.index, None)
+        self._count_call(site, output, layer.training)
+        if self._tracer is not None:
+            self._tracer.leave_layer()
+            self._tracer.resume(output)
+            site.followed = True
+        elif not site.followed and self.called and self._may_trace:
+            self.not_followed.add(site.name)
+        site.untapped = True
 
     def _tap_outside(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
