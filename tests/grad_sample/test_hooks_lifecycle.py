@@ -340,7 +340,7 @@ def append_layer(model):
 
 
 @pytest.mark.parametrize("change", [replace_head, replace_weight, assign_state, append_layer])
-@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("steps", [0, 1, 2, 4, 9])
 def test_parameters_that_are_replaced_after_attaching_are_named(change, steps):
     model, batch = make_mlp(), make_batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -133,7 +133,7 @@ class GradientSumCheck:
         task: the backward pass that runs, or ran last.
         in_graph: of the parameters found last, those that a compiled graph reported.
         running: a forward pass has begun since the last backward pass.
-        was_due: the pass that runs, or ran last, is compared whatever its pattern.
+        was_due: the pass that runs, or ran last, is one of those to be compared.
 
     Example:
         >>> from adabatch.grad_sample.factors.base import Dense
@@ -249,6 +249,7 @@ class GradientSumCheck:
         limit = NEW_PATTERNS + self._passes // PASSES_PER_PATTERN
         new = [kind for kind, each in enumerate(patterns)
                if each not in self._patterns and self._new[kind] < limit]
+        self.was_due |= bool(new)
         if not (due or new) or is_distributed():
             return
         for kind in () if due else new:
