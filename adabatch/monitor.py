@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
@@ -193,7 +194,7 @@ class Monitor:
 
     def _after_step(self, *_: object) -> None:
         """The optimizer's post-hook. Nothing here may wait for an accelerator."""
-        hooks = self._hooks
+        began, hooks = time.perf_counter(), self._hooks
         skipped, present = divmod(max(0, hooks.n_passes - 1), hooks.accumulate)
         pending = None
         whole = skipped and present == hooks.accumulate - 1 and self._resets < MOST_RESETS
@@ -213,7 +214,8 @@ class Monitor:
         self.step_count += 1
         for settled in self._pipeline.push(seen):
             self._record(settled)
-        self._plan.next_step(self.step_count, pending is not None, max(1, self._batch_size))
+        size = max(1, self._batch_size)
+        self._plan.next_step(self.step_count, pending is not None, size, began)
 
     def _record(self, seen: StepRecord) -> None:
         seen.settle()

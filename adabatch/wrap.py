@@ -82,8 +82,9 @@ def wrap(
         coupling: how the lr follows the batch size: a rule's name, a callable, or `Coupling`.
         measure: "auto": a share of 0.05 of the training time where controller, coupling or
             estimator= need moments, nothing where they do not; a share, which a cost model of the
-            layers turns into samples and interval (`scheduler.measurement_plan`); `Every(k)`; "all"
-            for every sample of every step; None for nothing. MicroBatch and CrossRank, whose cost
+            layers turns into samples and interval (`scheduler.measurement_plan`), held against the
+            clock, so that two runs may measure other steps; `Every(k)`; "all" for every sample of
+            every step: runs are then the same again; None for nothing. MicroBatch and CrossRank, whose cost
             is small, measure at every step or as Every(k) says.
         estimator: `PerSample` (the default), `MicroBatch` or `CrossRank`.
         micro_batches: the most samples that arrive at once, or `MicroBatches`: the loop gets larger

@@ -87,17 +87,20 @@ class LayerCost:
 @dataclass(frozen=True, repr=False)
 class Measurement:
     """`samples` of each measured backward pass (None: all) are measured, at one step in `every`,
-    for an expected `share` of the training time (NaN: not known yet)."""
+    for an expected `share` of the training time (NaN: not known yet); `clock`: the share that the
+    clock has shown of late, the scheduler's own time included (NaN: not known)."""
 
     samples: int | None
     every: int
     share: float = math.nan
+    clock: float = math.nan
 
     def __str__(self) -> str:
         samples = "all samples" if self.samples is None else f"{self.samples} samples"
         steps = "at every step" if self.every == 1 else f"at one step in {self.every}"
         known = "" if math.isnan(self.share) else f", {self.share:.1%} of the time"
-        return f"{samples} {steps}{known}"
+        shown = "" if math.isnan(self.clock) else f" ({self.clock:.1%} by the clock)"
+        return f"{samples} {steps}{known}{shown}"
 
     def __repr__(self) -> str:
         return f"Measurement({self})"

@@ -9,8 +9,11 @@ from __future__ import annotations
 import bisect
 import math
 import warnings
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from time import perf_counter
 from typing import Any
 
 from adabatch._checks import returned
@@ -18,13 +21,21 @@ from adabatch._types import Argument
 from adabatch.config import BatchSizes, Every
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
-from adabatch.grad_sample.cost import LONGEST_INTERVAL, Measurement, within_budget
+from adabatch.grad_sample.cost import LONGEST_INTERVAL, Measurement, StepCost, within_budget
 from adabatch.interfaces import BatchSource, Controller, Estimator, State
 from adabatch.scheduler.record import StepRecord
 
 MISSING: Any = object()
 # The first steps are measured at any cost; intervals are longer by STRETCH until that is repaid.
 WARM_UP, STRETCH = 5, 1.25
+# Steps that are timed without a measurement before the clock is compared with the cost model; the
+# optimizer's hooks and the loader's in units of scheduler.step(), with which they take HOOKS.
+PLAIN_STEPS, HOOKS = 5, 1.5
+# What the clock says leads to another plan where it differs by these factors, or NEAR_FIXED; a
+# measurement is taken to cost at least LEAST_FACTOR of what the model says.
+LOWER, HIGHER, NEAR_FIXED, LEAST_FACTOR = 0.8, 1.1, 0.01, 0.25
+# A budget counts as kept up to this factor; that it is not is warned of after so many steps.
+KEPT, WARNED_AFTER = 1.2, 100
 # A plan is made for a size, and again where the size differs by more than this factor.
 REPLAN_FACTOR = 1.5
 # The relative standard error of the smoothed trace above which a budget is too small, and the
@@ -278,7 +289,7 @@ class FixedInterval:
             share = cost.share(per_pass(self._estimator, self._batch_size), samples) / self._every
         return Measurement(samples, self._every, share)
 
-    def next_step(self, step: int, measured: bool, batch_size: int) -> None:
+    def next_step(self, step: int, measured: bool, batch_size: int, began: float) -> None:
         """A step has ended: prepare the estimator for step number `step`."""
         self._batch_size = batch_size if measured else self._batch_size
         self._estimator.enabled = step % self._every == 0
@@ -294,21 +305,113 @@ class FixedInterval:
         """Nothing to load."""
 
 
+@dataclass(frozen=True)
+class Price:
+    """What a run's clock says of the cost model: measuring costs `factor` times as much, and what
+    the scheduler does at every step `fixed` plain steps."""
+
+    factor: float = 1.0
+    fixed: float = 0.0
+
+    def for_measuring(self, share: float) -> float:
+        """What is left of a share for measuring: at least half of it."""
+        return max(share - self.fixed, share / 2)
+
+    def whole(self, share: float) -> float:
+        """The whole price where the model says `share`."""
+        return self.factor * share + self.fixed
+
+    def is_near(self, other: Price) -> bool:
+        """Whether this one differs by too little from the `other` for another plan."""
+        ratio = self.factor / other.factor
+        return LOWER < ratio < HIGHER and abs(self.fixed - other.fixed) < NEAR_FIXED
+
+
+class StepTimes:
+    """The latest steps by the clock, from the end of one scheduler.step() to that of the next.
+
+    A measured step and the one after it are timed together: an accelerator may do the work then.
+    The lower quartiles leave out what happens between two steps now and then, and other processes.
+    """
+
+    def __init__(self) -> None:
+        # (seconds over the plain cost by the model, steps), and of plain steps the scheduler's own.
+        self._measured: deque[tuple[float, int]] = deque(maxlen=9)
+        self._plain: deque[float] = deque(maxlen=31)
+        self._scheduler: deque[float] = deque(maxlen=31)
+        self._held, self._before = 0.0, math.nan
+
+    def add(self, measured: bool, plain_cost: float, began: float, keep: bool) -> None:
+        """A step has ended whose scheduler.step() began at `began`; `keep`: its cost is typical."""
+        now, before = perf_counter(), self._before
+        self._before = now
+        seconds, held = (now - before) / plain_cost, self._held
+        self._held = 0.0
+        if math.isnan(seconds):
+            return
+        if measured:
+            if held:
+                self._measured.append((held, 1))
+            self._held = seconds if keep else 0.0
+        elif held:
+            self._measured.append((held + seconds, 2))
+        else:
+            self._plain.append(seconds)
+            self._scheduler.append((now - began) / plain_cost)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether steps of both kinds were seen."""
+        return len(self._plain) >= PLAIN_STEPS and len(self._measured) >= 3
+
+    def costs(self) -> tuple[float, float]:
+        """(of a measurement, of the scheduler at every step), in plain steps without either."""
+        plain = lower_quartile(self._plain)
+        own = min(HOOKS * lower_quartile(self._scheduler), 0.8 * plain)
+        added = lower_quartile(seconds - steps * plain for seconds, steps in self._measured)
+        return added / (plain - own), own / (plain - own)
+
+    def forget(self, all_steps: bool = False) -> None:
+        """Forget the measured steps, whose cost has changed, or all steps."""
+        self._measured.clear()
+        self._held = 0.0
+        if all_steps:
+            self._plain.clear()
+            self._scheduler.clear()
+            self._before = math.nan
+
+
+def lower_quartile(values: Iterable[float]) -> float:
+    """A quarter of the values are smaller.
+
+    Example:
+        >>> lower_quartile([5.0, 1.0, 2.0, 9.0])
+        2.0
+    """
+    ordered = sorted(values)
+    return ordered[len(ordered) // 4]
+
+
 class Budget:
-    """Measures at most at a share of the training time on average, by the cost model
-    (`grad_sample/cost.py`).
+    """Measures at most at a share of the training time on average: the taps, and the scheduler's
+    own time at every step.
 
     The first step measures all samples and shows the layers' shapes. S and the interval follow from
-    them (`within_budget`), and are chosen again at a measured step where the batch size has changed
-    by more than a factor of 1.5. They depend on shapes and sizes only, never on the clock.
+    them by the cost model (`within_budget`), and are chosen again at a measured step where the
+    batch size has changed by more than a factor of 1.5. When three measurements after the first
+    steps have been timed, the model is multiplied by what the clock says, and again where the clock
+    has come to differ by a quarter: two runs may measure other steps. The first process's clock decides for all processes.
 
-    The first WARM_UP = 5 steps are all measured, as controllers need a first estimate at once. What
-    they cost above the budget is a debt; while there is any, intervals are a quarter longer
-    (STRETCH), which repays it within about 20 of them. Unused budget is not saved up.
+    The first WARM_UP = 5 steps are all measured, as controllers need a first estimate at once, and
+    the next PLAIN_STEPS = 5 are not, so that both are timed. What the first cost above the budget
+    is a debt; while there is any, intervals are a quarter longer (STRETCH), which repays it within
+    about 20 of them. Unused budget is not saved up.
 
     Where FEWEST_SAMPLES at one step in LONGEST_INTERVAL still cost more, the interval grows up to
-    100 steps, with a warning. After JUDGED_AFTER = 20 measurements a relative standard error of the
-    smoothed trace above LARGEST_ERROR = 0.5 is warned about, once.
+    100 steps. After WARNED_AFTER = 100 steps that is warned of, or a budget that cannot be kept at
+    all, with the figure; measuring is then planned for at least half of the budget. After
+    JUDGED_AFTER = 20 measurements a relative standard error of the smoothed trace above
+    LARGEST_ERROR = 0.5 is warned about, once.
 
     Args:
         estimator: knows its cost().
@@ -335,47 +438,108 @@ class Budget:
         self._estimator, self._share = estimator, share
         self.measurement = Measurement(None, 1)
         self._planned_for, self._cost_of_step = 0, 0.0
-        self._debt, self._n_measured, self._since = 0.0, 0, 0
+        self._cost: StepCost | None = None  # not known before a measured step
+        self._plain_cost, self._size = (1.0, 0.0), 1
+        self._price, self._times, self._calibrated = Price(), StepTimes(), False
+        self._debt, self._spent, self._n_measured, self._since = 0.0, 0.0, 0, 0
         self._in_debt = self._warned = self._warned_of_cost = False
 
-    def next_step(self, step: int, measured: bool, batch_size: int) -> None:
-        """A step has ended: prepare the estimator for step number `step`."""
+    def next_step(self, step: int, measured: bool, batch_size: int, began: float) -> None:
+        """A step has ended, whose scheduler.step() began at that time of the clock: prepare the
+        estimator for step number `step`."""
+        each, per_sample = self._plain_cost
+        self._times.add(measured, each + per_sample * self._size, began,
+                        keep=self._n_measured > WARM_UP)
+        self._size = size = per_pass(self._estimator, batch_size)
         if measured:
             self._n_measured, self._since = self._n_measured + 1, 0
             self._in_debt = self._debt > 1e-9
             self._debt += self._cost_of_step
-            size = per_pass(self._estimator, batch_size)
-            if not size / REPLAN_FACTOR <= self._planned_for <= size * REPLAN_FACTOR:
-                self._choose(size)
-        self._debt = max(0.0, self._debt - self._share)
+            self._spent += self._cost_of_step
+            other = not size / REPLAN_FACTOR <= self._planned_for <= size * REPLAN_FACTOR
+            if other or self._cost is None:
+                self._cost = self._see(size)
+            if other:
+                self._choose(self._cost, size)
+            if self._n_measured < 4 * WARM_UP or self._n_measured % WARM_UP == 0:
+                self._calibrate(step)
+        self._debt = max(0.0, self._debt - self._price.for_measuring(self._share))
         self._since += 1
         every = self.measurement.every
         due = math.ceil(STRETCH * every) if self._in_debt else every
+        if self._n_measured == WARM_UP:
+            due = max(due, PLAIN_STEPS + 2)
         self._estimator.enabled = self._n_measured < WARM_UP or self._since >= due
 
-    def _choose(self, size: int) -> None:
+    def _see(self, size: int) -> StepCost:
+        """The cost by the shapes of the layers, as they are now."""
         cost, shard = self._estimator.cost(), self._estimator.shard
         if shard is not None:
             # Processes may have seen other lengths of sequences: all use what the first saw.
             cost = shard.broadcast_from_first(cost)
         assert cost is not None
         if self._n_measured == 1:
-            self._debt += cost.share(size)  # the first step, which measured all
-        self.measurement = within_budget(cost, size, self._share)
-        samples = self.measurement.samples
-        self._planned_for, self._cost_of_step = size, cost.share(size, samples)
-        self._estimator.samples = samples
-        if self.measurement.every > LONGEST_INTERVAL and not self._warned_of_cost:
-            self._warned_of_cost = True
-            least = self._cost_of_step / LONGEST_INTERVAL
-            warnings.warn(
-                f"measure={self._share:g} is too small for this model: measuring "
-                f"{samples or 'all'} of {size} samples at one step in {LONGEST_INTERVAL} costs "
-                f"{least:.3g} of a step. It is measured at one step in {self.measurement.every} "
-                f"only, so that the batch size follows slowly: raise measure to {least:.2g}, or "
-                "pass measure='all'",
-                stacklevel=4,
-            )
+            self._debt = self._spent = cost.share(size)  # the first step, which measured all
+        before, none = self._plain_cost, cost.plain(0)
+        self._plain_cost = none, cost.plain(1) - none
+        if before != self._plain_cost:
+            self._times.forget(all_steps=True)
+        return cost
+
+    def _calibrate(self, step: int) -> None:
+        """Compare the model with the clock, and plan again where they have come to differ."""
+        shard, size, model = self._estimator.shard, self._planned_for, self._cost
+        found: tuple[float, float] | None = self._times.costs() if self._times.are_known else None
+        if shard is not None:
+            found = shard.broadcast_from_first(found)
+        if found is None or model is None:
+            return
+        cost, fixed = found
+        expected = model.share(size, self.measurement.samples)
+        price = Price(max(LEAST_FACTOR, cost / expected), fixed)
+        if not self._calibrated or not price.is_near(self._price):
+            if not self._calibrated:
+                self._debt = price.factor * self._spent - step * price.for_measuring(self._share)
+            self._calibrated, self._price = True, price
+            self._choose(model, size)
+        by_clock = fixed + max(0.0, cost) / self.measurement.every
+        self.measurement = replace(self.measurement, clock=by_clock)
+        if step >= WARNED_AFTER and not self._warned_of_cost:
+            self._judge_cost(fixed)
+
+    def _choose(self, cost: StepCost, size: int) -> None:
+        """Plan for steps of that size."""
+        price = self._price
+        plan = within_budget(cost, size, price.for_measuring(self._share) / price.factor)
+        if plan.samples != self.measurement.samples:
+            self._times.forget()
+        self.measurement = replace(plan, share=self._price.whole(plan.share))
+        self._planned_for = size
+        self._cost_of_step = self._price.factor * cost.share(size, plan.samples)
+        self._estimator.samples = plan.samples
+
+    def _judge_cost(self, fixed: float) -> None:
+        """Warn, once, of a budget that cannot be kept, or only by long intervals."""
+        plan, size, share = self.measurement, self._planned_for, self._share
+        samples = f"{plan.samples or 'all'} of {size} samples"
+        least = self._cost_of_step / LONGEST_INTERVAL
+        if plan.share > KEPT * share:
+            enough = max(2 * fixed, plan.share)  # see Price.for_measuring
+            message = (
+                f"measure={share:g} cannot be kept on this model: by the clock the scheduler takes "
+                f"{fixed:.3g} of a plain step, and measuring {samples} at one step in {plan.every} "
+                f"another {plan.share - fixed:.3g}. Raise measure to {enough:.2g} or more, or "
+                "choose the steps yourself, measure=adabatch.Every(k)")
+        elif plan.every > LONGEST_INTERVAL:
+            message = (
+                f"measure={share:g} is too small for this model: measuring {samples} at one step "
+                f"in {LONGEST_INTERVAL} costs {least:.3g} of a step. It is measured at one step in "
+                f"{plan.every} only, so that the batch size follows slowly: raise measure to "
+                f"{least + fixed:.2g}, or pass measure='all'")
+        else:
+            return
+        self._warned_of_cost = True
+        warnings.warn(message, stacklevel=5)
 
     def judge(self, trace: MovingAverage) -> None:
         """Warn, once, when too little is measured to know the smoothed trace."""
@@ -399,6 +563,8 @@ class Budget:
         return {
             "share": self._share, "samples": self.measurement.samples,
             "every": self.measurement.every, "expected_share": self.measurement.share,
+            "factor": self._price.factor, "fixed": self._price.fixed,
+            "calibrated": self._calibrated, "spent": self._spent,
             "planned_for": self._planned_for, "cost_of_step": self._cost_of_step,
             "debt": self._debt, "n_measured": self._n_measured, "since": self._since,
             "in_debt": self._in_debt, "warned": self._warned,
@@ -411,6 +577,10 @@ class Budget:
         if state["share"] is None:
             return
         self._planned_for = state["planned_for"] if state["share"] == self._share else 0
+        self._price = Price(state.get("factor", 1.0), state.get("fixed", 0.0))
+        self._calibrated, self._cost = state.get("calibrated", False), None
+        self._spent = state.get("spent", 0.0)
+        self._times.forget(all_steps=True)
         self._cost_of_step, self._debt = state["cost_of_step"], state["debt"]
         self._n_measured, self._since = state["n_measured"], state["since"]
         self._in_debt, self._warned = state["in_debt"], state["warned"]

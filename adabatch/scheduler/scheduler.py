@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -80,7 +81,8 @@ class BatchSizeScheduler:
         coupling: how the lr follows the batch size: a rule's name, a callable, or `Coupling`. The
             controller is passed the lr without it.
         measure: "all" at every step; `Every(k)`; a share of the training time that measuring may
-            cost (`adabatch.scheduler.decision.Budget`); "auto": a share of 0.05 where the cost is
+            cost, the scheduler's own time included (`adabatch.scheduler.decision.Budget`), by the
+            clock, so that two runs may differ; "auto": a share of 0.05 where the cost is
             known; None: nothing.
         grad_scaler: the GradScaler of the loss: step(loss) takes the loss without its scale.
         diagnostics: a history to append to; default a new one.
@@ -201,6 +203,7 @@ class BatchSizeScheduler:
                 that saw another number of rows than the loader delivered.
             ValueError: weights without inner products, or a loss_scale that is not positive.
         """
+        began = time.perf_counter()
         pooled = self._losses.pool(loss)
         if pooled is None:
             return
@@ -208,7 +211,7 @@ class BatchSizeScheduler:
         measured = record.measured
         for seen in self._pipeline.push(record):
             self._decide(seen)
-        self._plan.next_step(self.step_count, measured, self._size.size)
+        self._plan.next_step(self.step_count, measured, self._size.size, began)
 
     def flush(self) -> None:
         """Decide now on the steps that are under way; on the CPU there are none."""
@@ -228,7 +231,7 @@ class BatchSizeScheduler:
     @property
     def measurement_plan(self) -> Measurement:
         """What is measured at present: samples of each backward pass (None: all), at one step in
-        `every`, and the share of the training time that is expected."""
+        `every`, the share of the training time that is expected, and the one by the clock."""
         return self._plan.measurement
 
     def get_last_lr(self) -> list[float]:

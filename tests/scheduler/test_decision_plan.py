@@ -2,6 +2,7 @@
 wins."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -15,8 +16,16 @@ from adabatch import AdaptiveDataLoader, Every, GradSampleHooks
 from adabatch.controllers import Scheduled
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.null import NullEstimator
-from adabatch.grad_sample.cost import LayerCost, StepCost
-from adabatch.scheduler.decision import STRETCH, WARM_UP, Budget
+from adabatch.grad_sample.cost import LAST_RESORT, LayerCost, StepCost
+from adabatch.scheduler import decision
+from adabatch.scheduler.decision import (
+    HOOKS,
+    PLAIN_STEPS,
+    STRETCH,
+    WARM_UP,
+    WARNED_AFTER,
+    Budget,
+)
 from tests.options import make_scheduler
 from tests.scripted import Proposals, ones, slope_run, steps
 
@@ -34,39 +43,137 @@ class Priced(NullEstimator):
         return StepCost((LayerCost(training=1e12, passthrough=self.price * 1e12),), numel=0)
 
 
-def run(plan, hooks, n_steps, size=lambda step: 64):
+class Clock:
+    """Stands where a run has spent its time: plain steps of a second, measurements at `factor`
+    times what the model says, and `own` in scheduler.step() at every step."""
+
+    def __init__(self, factor=1.0, own=0.0):
+        self.factor, self.own, self.now = factor, own, 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(decision, "perf_counter", clock)
+    return clock
+
+
+def run(plan, hooks, n_steps, clock, size=lambda step: 64, start=0):
     """Which steps were measured, and what that cost in plain steps."""
     measured, spent = [], 0.0
-    for step in range(n_steps):
+    for step in range(start, start + n_steps):
         took, samples = hooks.enabled, hooks.samples
         measured.append(took)
-        if took:
-            spent += hooks.cost().share(size(step), samples)
-        plan.next_step(step + 1, took, size(step + 1))
+        price = clock.factor * hooks.cost().share(size(step), samples) * took
+        spent += price
+        clock.now += 1.0 + price
+        began = clock.now
+        clock.now += clock.own
+        plan.next_step(step + 1, took, size(step + 1), began)
     return measured, spent
 
 
 @pytest.mark.parametrize("measure", [0.02, 0.05, 0.3])
 @pytest.mark.parametrize("share", [0.01, 0.09, 0.4, 1.2, 5.0])
-def test_the_average_cost_is_within_the_budget(share, measure):
-    hooks = Priced(share)
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_the_average_cost_is_within_the_budget(share, measure, factor, clock):
+    hooks, clock.factor = Priced(share), factor
     plan = Budget(hooks, measure)
     n_steps = 40 * 100 + 5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        measured, spent = run(plan, hooks, n_steps)
+        measured, spent = run(plan, hooks, n_steps, clock)
     assert all(measured[:WARM_UP])
+    assert not any(measured[WARM_UP : WARM_UP + PLAIN_STEPS])
     one = plan.measurement.share * plan.measurement.every  # it may end with one
     assert spent <= measure * n_steps + one or plan.measurement.every == 100
-    assert spent >= 0.6 * min(measure, share) * n_steps
-    gaps = [later - earlier for earlier, later in zip(at(measured), at(measured)[1:], strict=False)]
-    assert set(gaps[WARM_UP - 1 :]) <= {plan.measurement.every,
-                                        math.ceil(STRETCH * plan.measurement.every)}
-    assert set(gaps[-3:]) == {plan.measurement.every}  # the debt of the first steps is repaid
+    assert spent >= 0.6 * min(measure, factor * share) * n_steps
+    assert plan.measurement.clock == pytest.approx(plan.measurement.share, rel=0.25)
+    late = at(measured[1500:])
+    gaps = [later - earlier for earlier, later in zip(late, late[1:], strict=False)]
+    assert set(gaps) <= {plan.measurement.every,
+                         math.ceil(STRETCH * plan.measurement.every)}
+    if plan.measurement.every < LAST_RESORT:
+        assert set(gaps[-3:]) == {plan.measurement.every}  # the debt of the first steps is repaid
 
 
 def at(measured):
     return [step for step, took in enumerate(measured) if took]
+
+
+def test_the_schedulers_own_time_counts(clock):
+    hooks, clock.own = Priced(0.4), 0.01
+    plan = Budget(hooks, 0.05)
+    _, spent = run(plan, hooks, 4000, clock)
+    assert 0.7 * 0.05 < spent / 4000 + HOOKS * clock.own < 1.1 * 0.05
+    assert plan.measurement.share <= 0.05
+    assert plan.measurement.clock == pytest.approx(plan.measurement.share, rel=0.1)
+
+
+def test_a_price_that_changes_is_followed(clock):
+    hooks = Priced(0.4)
+    plan = Budget(hooks, 0.05)
+    run(plan, hooks, 1000, clock)
+    assert plan.measurement.share == pytest.approx(0.05, rel=0.2)
+    clock.factor = 2.5
+    run(plan, hooks, 1000, clock, start=1000)
+    _, spent = run(plan, hooks, 1000, clock, start=2000)
+    assert spent <= 1.1 * 0.05 * 1000
+
+
+def test_what_happens_between_two_steps_now_and_then_changes_nothing(clock):
+    runs = []
+    for pause in (0.0, 100.0):
+        hooks = Priced(0.4)
+        plan = Budget(hooks, 0.05)
+        for step in range(0, 1000, 50):
+            run(plan, hooks, 50, clock, start=step)
+            clock.now += pause
+        runs.append(plan.measurement)
+    assert runs[0].every == runs[1].every
+
+
+def test_a_resumed_plan_is_the_same(clock):
+    clock.factor = 3.0
+    hooks, others = Priced(0.4), Priced(0.4)
+    whole, half = Budget(hooks, 0.05), Budget(others, 0.05)
+    expected = run(whole, hooks, 400, clock)[0]
+    first = run(half, others, 150, clock)[0]
+    again = Priced(0.4)
+    resumed, again.enabled = Budget(again, 0.05), others.enabled
+    resumed.load_state_dict(half.state_dict())
+    assert first + run(resumed, again, 250, clock, start=150)[0] == expected
+    assert resumed.measurement.every == whole.measurement.every
+
+
+def test_the_first_process_decides(clock):
+    """Two processes whose clocks differ measure the same steps."""
+    sent, plans = [], []
+    for factor in (3.0, 0.5):
+        hooks, clock.factor = Priced(0.4), factor
+        hooks.shard = Told(sent, first=not plans)
+        plans.append(run(Budget(hooks, 0.05), hooks, 300, clock)[0])
+    assert plans[0] == plans[1]
+    assert not sent
+
+
+class Told:
+    """The processes of a batch, of which this one sends what it decides to the other, or gets it.
+    """
+
+    world_size = 1
+
+    def __init__(self, sent, first):
+        self.sent, self.first = sent, first
+
+    def broadcast_from_first(self, value):
+        if not self.first:
+            return self.sent.pop(0)
+        self.sent.append(value)
+        return value
 
 
 def test_the_plan_follows_the_size_beyond_a_factor():
@@ -78,7 +185,7 @@ def test_the_plan_follows_the_size_beyond_a_factor():
     for step in range(160):
         took = hooks.enabled
         size = sizes[max(start for start in sizes if start <= step + 1)]
-        plan.next_step(step + 1, took, size)
+        plan.next_step(step + 1, took, size, 0.0)
         seen.append((size, plan.measurement))
     assert len({measurement for size, measurement in seen if size <= 23}) == 1
     assert seen[-1][1] != seen[0][1]
@@ -91,22 +198,36 @@ def test_accumulated_passes_are_what_is_planned_for():
     hooks = Priced(0.4, accumulate=4)
     hooks.cost = lambda: StepCost((LayerCost(training=1e6, passthrough=4e5),), numel=10**7)
     plan = Budget(hooks, 0.05)
-    plan.next_step(1, True, 64)
+    plan.next_step(1, True, 64, 0.0)
     alone = Priced(0.4)
     alone.cost = hooks.cost
     other = Budget(alone, 0.05)
-    other.next_step(1, True, 16)
+    other.next_step(1, True, 16, 0.0)
     assert plan.measurement == other.measurement
 
 
-def test_a_budget_that_nothing_fits_is_warned_about_at_once():
-    hooks = Priced(100.0)
+@pytest.mark.parametrize(("share", "own", "text"), [
+    (100.0, 0.0, r"measure=0.01 cannot be kept on this model: by the clock the scheduler takes 0 of"
+                 r" a plain step, and measuring 8 of 64 samples at one step in 100 another 0.15"),
+    (2.0, 0.0, r"measure=0.01 is too small for this model: measuring 8 of 64 samples at one step in"
+               r" 20 costs 0.016 of a step. .* raise measure to 0.016"),
+    (0.4, 0.1, r"measure=0.01 cannot be kept on this model: by the clock the scheduler takes 0.158 "
+               r"of a plain step, .* Raise measure to 0.32 or more"),
+])
+def test_a_budget_that_nothing_fits_is_warned_about_once(share, own, text, clock):
+    hooks, clock.own = Priced(share), own
     plan = Budget(hooks, 0.01)
-    with pytest.warns(UserWarning,
-                      match=r"measure=0.01 is too small for this model: measuring 8 of 64 samples "
-                            r"at one step in 20 costs 0.75[0-9]* of a step"):
-        plan.next_step(1, True, 64)
-    assert plan.measurement.every > 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(plan, hooks, WARNED_AFTER - 1, clock)
+    with pytest.warns(UserWarning, match=text) as found:
+        run(plan, hooks, 1000, clock, start=WARNED_AFTER - 1)
+    assert len(found) == 1
+    figure = re.search(r"(?i)raise measure to ([0-9.]+)", str(found[0].message))[1]
+    begin = text[len("measure=0.01 ") :][:12]
+    with warnings.catch_warnings():  # the figure it names is enough
+        warnings.filterwarnings("error", message=f"measure=.*{begin}")
+        run(Budget(hooks := Priced(share), 1.01 * float(figure)), hooks, 1000, clock)
 
 
 def test_a_trace_that_is_not_known_well_enough_is_warned_about_once():
@@ -145,7 +266,8 @@ def test_the_scheduler_measures_what_the_plan_says():
     every = scheduler.measurement_plan.every
     assert measured[:WARM_UP] == [True] * WARM_UP
     assert every > 1
-    assert at(measured)[WARM_UP] == WARM_UP - 1 + math.ceil(STRETCH * every)
+    first = max(PLAIN_STEPS + 2, math.ceil(STRETCH * every))
+    assert at(measured)[WARM_UP] == WARM_UP - 1 + first
     assert scheduler.measurement_plan.share == pytest.approx(
         scheduler.estimator.cost().share(16) / every
     )
