@@ -13,14 +13,17 @@ pairs.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adabatch.kernels import conv_timings
 from adabatch.kernels.cpu import sum_moments
 from adabatch.kernels.operators import (
     Ints, accumulation_dtype, implements, is_forced, row_sq_norms, sample_chunks,
@@ -30,46 +33,105 @@ from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
 # G_n of one call: larger results are new memory at every call, whose pages cost more than the
 # products.
 CALL_BYTES = 2 * 2**20
-# In multiply-adds of a matrix product, measured at 1.5 to 15 million a sample: one element of G_n
-# formed besides the batch's gradient (computed, reordered, summed, squared), and one element of a
-# table of pairs of positions added to another (short rows).
-FORMED, ADDED = 70, 25
+# What a form may keep of one sample: copied windows of large images are larger.
+KEPT_BYTES = 16 * 2**20
+
+Form = Literal["gram", "windows", "groups"]
 
 
 def conv_form(
     activations_shape: Ints, backprops_shape: Ints, weight_shape: Ints, padding: Ints, groups: int,
-    *, second_moment: bool = False,
-) -> Literal["gram", "windows", "groups"]:
-    """How ‖G_n‖² of a convolution is found on a CPU, from its arguments' shapes: "gram", from Gram
-    matrices, where that costs less than forming G_n and there is no second moment to compute;
-    "windows", products with copied windows of the input, for few channels in a small kernel;
-    "groups", weight-gradient calls with the samples as groups.
+    *, with_gradient: bool, second_moment: bool = False,
+) -> Form:
+    """How ‖G_n‖² of a convolution is found on a CPU, from its arguments' shapes: the form that
+    takes the least time by conv_times; "groups" where there is more than one group.
 
     Example:
         >>> few, many = (64, 128, 8, 8), (64, 32, 32, 32)
-        >>> conv_form(few, few, (128, 128, 3, 3), (1, 1), 1)
+        >>> conv_form(few, few, (128, 128, 3, 3), (1, 1), 1, with_gradient=False)
         'gram'
-        >>> conv_form(many, many, (32, 32, 3, 3), (1, 1), 1)
+        >>> conv_form(many, many, (32, 32, 3, 3), (1, 1), 1, with_gradient=True)
         'groups'
-        >>> conv_form((64, 3, 32, 32), many, (32, 3, 3, 3), (1, 1), 1)
+        >>> conv_form((64, 3, 16, 16), (64, 64, 16, 16), (64, 3, 7, 7), (3, 3), 1,
+        ...           with_gradient=True)
         'windows'
     """
-    (samples, channels, *size), (_, width_out, *size_out) = activations_shape, backprops_shape
-    kernel = weight_shape[2:]
-    if groups != 1 or is_forced("groups"):
+    if groups != 1 or not activations_shape[0]:
         return "groups"
-    if is_forced("windows") or (is_forced("gram") and not second_moment):
-        return "windows" if is_forced("windows") else "gram"
-    if samples and max(size, default=1) > 1 and not second_moment:
-        lengths = [length + 2 * amount for length, amount in zip(size, padding, strict=True)]
-        pairs = 2 * math.prod(lengths) ** 2  # computed, and copied into the table
-        for dim, length in enumerate(kernel):
-            lengths[dim] = size_out[dim]
-            pairs += length * math.prod(lengths) ** 2
-        products = channels * math.prod(size) ** 2 + width_out * math.prod(size_out) ** 2
-        if products + ADDED * pairs < FORMED * math.prod(kernel) * channels * width_out:
-            return "gram"
-    return "windows" if channels <= 4 and 1 < math.prod(kernel) <= 9 else "groups"
+    times = conv_times(
+        tuple(activations_shape[1:]), tuple(backprops_shape[1:]), tuple(weight_shape),
+        tuple(padding), with_gradient)
+    allowed: list[Form] = [form for form in times if form != "gram" or not second_moment]
+    forced = [form for form in allowed if is_forced(form)]
+    return forced[0] if forced else min(allowed, key=times.__getitem__)
+
+
+@functools.lru_cache(maxsize=4096)
+def conv_times(
+    image: Ints, image_out: Ints, weight_shape: Ints, padding: Ints, with_gradient: bool
+) -> dict[Form, float]:
+    """Microseconds of one core in which each form finds a sample's norm, and with_gradient its part
+    of the weight's gradient, of a convolution with one group: "gram", from Gram matrices;
+    "windows", products with copied windows of the input; "groups", weight-gradient calls with the
+    samples as groups. Interpolated in logarithms between measured shapes.
+
+    Args:
+        image, image_out: (C, *S) and (O, *S').
+        weight_shape: (O, C, *K).
+    """
+    kernel, positions = math.prod(weight_shape[2:]), math.prod(image_out[1:])
+    shape = (image[0], image_out[0], kernel, positions)
+    times: dict[Form, float] = {"groups": _interpolated(conv_timings.GROUPS, shape)}
+    if 4 * image[0] * kernel * positions <= KEPT_BYTES:
+        times["windows"] = _interpolated(conv_timings.WINDOWS, shape)
+    products, pairs = gram_counts(image, image_out, weight_shape, padding)
+    if max(image[1:], default=1) > 1 and 2 * pairs <= KEPT_BYTES:
+        times["gram"] = (conv_timings.GRAM * products + conv_timings.ADDED * pairs
+                         + conv_timings.CALLS)
+        if with_gradient:
+            times["gram"] += weight_grad_time(image, image_out, weight_shape)
+    return times
+
+
+@functools.lru_cache(maxsize=4096)
+def weight_grad_time(image: Ints, image_out: Ints, weight_shape: Ints) -> float:
+    """Microseconds of one core for a sample's part of the weight's gradient; arguments as for
+    conv_times."""
+    shape = (image[0], image_out[0], math.prod(weight_shape[2:]), math.prod(image_out[1:]))
+    return _interpolated(conv_timings.WEIGHT_GRADIENT, shape)
+
+
+def _interpolated(table: Any, point: Ints) -> float:
+    """Between the values of the table nested along conv_timings.AXES, linear in logarithms; in
+    proportion to what is beyond its end."""
+
+    def logarithm(part: Any, dim: int) -> float:
+        if dim == len(point):
+            return math.log(part)
+        axis = conv_timings.AXES[dim]
+        at = min(max(1, point[dim]), axis[-1])
+        beyond = math.log(max(1, point[dim] / axis[-1]))
+        index = min(max(bisect.bisect_right(axis, at) - 1, 0), len(axis) - 2)
+        low, high = axis[index : index + 2]
+        share = math.log(at / low) / math.log(high / low)
+        return (beyond + (1 - share) * logarithm(part[index], dim + 1)
+                + share * logarithm(part[index + 1], dim + 1))
+
+    return math.exp(logarithm(table, 0))
+
+
+def gram_counts(
+    image: Ints, image_out: Ints, weight_shape: Ints, padding: Ints
+) -> tuple[int, int]:
+    """Multiply-adds of a sample's Gram matrices, and the elements added to their table; arguments
+    as for conv_times."""
+    (channels, *size), (width_out, *size_out) = image, image_out
+    lengths = [length + 2 * amount for length, amount in zip(size, padding, strict=True)]
+    pairs = 2 * math.prod(lengths) ** 2  # computed, and copied into the table
+    for dim, length in enumerate(weight_shape[2:]):
+        lengths[dim] = size_out[dim]
+        pairs += length * math.prod(lengths) ** 2
+    return channels * math.prod(size) ** 2 + width_out * math.prod(size_out) ** 2, pairs
 
 
 @implements("cpu")
@@ -81,7 +143,7 @@ def conv_weight_grad_moments(
     dtype, samples = accumulation_dtype(activations, backprops), activations.shape[0]
     geometry = (stride, padding, dilation)
     shapes = activations.shape, backprops.shape, weight_shape
-    form = conv_form(*shapes, padding, groups, second_moment=second_moment)
+    form = conv_form(*shapes, padding, groups, with_gradient=True, second_moment=second_moment)
     if form == "gram":
         norms = gram_sq_norms(activations, backprops, weight_shape[2:], *geometry)
         total = weight_grad(activations.to(dtype), backprops.to(dtype), weight_shape, *geometry)
@@ -108,7 +170,8 @@ def conv_sq_norms(
 ) -> Tensor:
     """In the form that conv_form chooses."""
     kernel, geometry = weight_shape[2:], (stride, padding, dilation)
-    form = conv_form(activations.shape, backprops.shape, weight_shape, padding, groups)
+    shapes = activations.shape, backprops.shape, weight_shape
+    form = conv_form(*shapes, padding, groups, with_gradient=False)
     if form == "gram":
         return gram_sq_norms(activations, backprops, kernel, *geometry)
     if form == "windows":

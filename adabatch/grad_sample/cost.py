@@ -33,7 +33,7 @@ STEP, PLAIN_STEP = 2e7, 4e7
 RUN_AGAIN_CALLS = 16  # of torch.func, in units of CALL
 # Measured steps over what is counted here, and what every step pays besides (scheduler, colder
 # caches): fitted to the five models of examples/benchmarks/overhead.py, whose shares of .08, .24,
-# .25, .13 and .04 come out as .10, .26, .32, .16 and .05.
+# .25, .13 and .04 come out as .10, .38, .22, .16 and .05.
 MARGIN, FLOOR = 1.2, 0.02
 UNSEEN_SHARE = 0.4  # of a step, for all samples, where a compiled graph hides the layers' shapes
 # Longer intervals make the controller slow, fewer samples make its input noisy.

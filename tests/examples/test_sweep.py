@@ -39,7 +39,7 @@ def test_every_way_of_a_layer_is_timed_and_the_choice_is_one_of_them():
 def test_forced_forms_are_used(form, fused):
     shapes = (4, 3, 6, 6), (4, 4, 4, 4), (4, 3, 3, 3)
     with forced_form(form):
-        assert conv_form(*shapes, (0, 0), 1) == form
+        assert conv_form(*shapes, (0, 0), 1, with_gradient=fused) == form
     for each in ("gram", "gradients"):
         with forced_form(each):
             assert outer_form(7, 5, 5, with_gradient=fused) == each

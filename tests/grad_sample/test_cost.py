@@ -1,5 +1,7 @@
 """The cost model: products as torch counts them, and a budget that is kept."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from adabatch.grad_sample.cost import (
     within_budget,
 )
 from adabatch.grad_sample.layers.conv import FACTOR
+from adabatch.kernels import conv_timings
 
 
 class Positioned(nn.Module):
@@ -93,11 +96,10 @@ def test_products_are_those_that_torch_counts(build, shape):
     outputs = layer(inputs)
     cost = layer_cost(layer, inputs.shape, outputs.shape)
     passes = 2 * PASS * (inputs.numel() + outputs.numel()) / 4
-    if getattr(layer, "groups", 1) == 1:
-        trained = multiply_adds(lambda: layer(inputs).sum().backward())
-    else:  # torch counts a grouped weight gradient groups times too often
+    if getattr(layer, "groups", 0) != 1:  # the others' times are measured
+        # torch counts a grouped weight gradient groups times too often.
         trained = 3 * multiply_adds(lambda: layer(inputs))
-    assert 4 * (cost.training - passes) == trained
+        assert 4 * (cost.training - passes) == trained
     assert cost.numel == layer.weight.numel()
     if isinstance(layer, nn.Linear):
         a = inputs.detach().view(4, -1, 7)
@@ -125,9 +127,29 @@ def test_a_convolution_has_a_gram_form_where_its_images_are_small():
     layer = nn.Conv2d(512, 512, 3, padding=1)
     small, large = (layer_cost(layer, (2, 512, size, size), (2, 512, size, size))
                     for size in (4, 64))
-    assert small.passthrough == small.fused  # nothing of the weight gradient is shared
+    # Nothing of the weight gradient is shared.
+    assert small.passthrough == pytest.approx(small.fused)
     assert small.passthrough - PASS * 16 * 512 < 2 * PASS * layer.weight.numel()
-    assert large.passthrough - large.fused == pytest.approx(64 * 64 * layer.weight.numel())
+    assert large.fused < 0.7 * large.passthrough
+
+
+def test_a_convolution_of_a_measured_shape_costs_what_was_measured():
+    shape, (channels, widths, kernels_, positions) = (1, 2, 1, 2), conv_timings.AXES
+    layer = nn.Conv2d(channels[1], widths[2], math.isqrt(kernels_[1]), padding=1)
+    side = math.isqrt(positions[2])
+    cost = layer_cost(layer, (4, channels[1], side, side), (4, widths[2], side, side))
+
+    def measured(table):
+        for index in shape:
+            table = table[index]
+        return conv_timings.PRODUCTS * table
+
+    elements, bias = side**2 * (channels[1] + widths[2]), PASS * side**2 * widths[2]
+    gradient = measured(conv_timings.WEIGHT_GRADIENT)
+    assert cost.training == pytest.approx(3 * gradient + 2 * PASS * elements)
+    fastest = min(measured(conv_timings.WINDOWS), measured(conv_timings.GROUPS))
+    assert cost.passthrough == pytest.approx(bias + fastest)
+    assert cost.fused == pytest.approx(bias + max(0, fastest - gradient))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from adabatch.grad_sample.layers.linear import no_batch_dimension, weight_and_bi
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.registry import FusedBackward, FusedResult, register_grad_sampler
 from adabatch.kernels import accumulation_dtype
-from adabatch.kernels.cpu_conv import conv_form
+from adabatch.kernels.conv_timings import PRODUCTS
+from adabatch.kernels.cpu_conv import conv_times, weight_grad_time
 
 # Time of per-sample weight gradients over that of one for the batch.
 FACTOR = 1.4
@@ -60,23 +61,22 @@ class ConvBackward(FusedBackward):
 
 
 def conv_cost(layer: Conv, input_shape: Sequence[int], output_shape: Sequence[int]) -> LayerCost:
-    """As a Linear of T = S' positions, I = C K / g, with FACTOR T I O for per-sample gradients.
-    Gram matrices take S² C + S'² O and about PASS passes over the pairs of positions that the
-    kernel shifts."""
+    """With one group by measured times: three times that of the weight's gradient, and those of the
+    norms' fastest forms. Else as a Linear of T = S' positions, I = C K / g, with FACTOR T I O for
+    per-sample gradients."""
     positions, numel = math.prod(output_shape[2:]), layer.weight.numel()
     width_out = layer.out_channels
     product, bias = positions * numel, PASS * positions * width_out
     training = 3 * product + 2 * PASS * elements_per_sample(input_shape, output_shape)
     _, padding, _, groups = _geometry(layer)
-    kernel = layer.kernel_size
-    shapes = (input_shape, output_shape, layer.weight.shape)
-    if len(input_shape) == len(kernel) + 2 and conv_form(*shapes, padding, groups) == "gram":
-        size = input_shape[2:]
-        padded = math.prod(length + 2 * amount
-                           for length, amount in zip(size, padding, strict=True))
-        gram: float = layer.in_channels * math.prod(size) ** 2 + width_out * positions**2
-        gram += PASS * (2 + sum(kernel)) * padded**2
-        return LayerCost(training, bias + gram, bias + gram, FACTOR * product, numel)
+    if groups == 1 and len(input_shape) == len(layer.kernel_size) + 2:
+        shapes = tuple(input_shape[1:]), tuple(output_shape[1:]), tuple(layer.weight.shape)
+        gradient = PRODUCTS * weight_grad_time(*shapes)
+        beside, both = (PRODUCTS * min(conv_times(*shapes, padding, with_gradient).values())
+                        for with_gradient in (False, True))
+        training = 3 * gradient + 2 * PASS * elements_per_sample(input_shape, output_shape)
+        return LayerCost(training, bias + beside, bias + max(0.0, both - gradient),
+                         FACTOR * product, numel)
     formed = bias + 2 * PASS * numel
     passthrough, fused = formed + FACTOR * product, formed + (FACTOR - 1) * product
     return LayerCost(training, passthrough, fused, FACTOR * product, numel)
