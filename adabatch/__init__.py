@@ -1,5 +1,8 @@
 """adabatch: training that chooses its own batch size."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from adabatch.check import check
 from adabatch.checkpoint import load_checkpoint, load_state_dict, save_checkpoint, state_dict
 from adabatch.config import (
@@ -15,6 +18,17 @@ from adabatch.scheduler.scheduler import BatchSizeScheduler
 from adabatch.wrap import wrap
 
 __version__ = "0.2.0"
+
+
+if TYPE_CHECKING:
+    from adabatch import schedules as schedules
+else:
+    def __getattr__(name: str) -> object:
+        """adabatch.schedules, which few runs use, is imported with its first use."""
+        if name != "schedules":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module("adabatch.schedules")
+
 
 __all__ = [
     "CABS", "AdaptiveDataLoader", "BatchSizeScheduler", "BatchSizes", "Coupling", "CrossRank",

@@ -84,8 +84,8 @@ def wrap(
             estimator= need moments, nothing where they do not; a share, which a cost model of the
             layers turns into samples and interval (`scheduler.measurement_plan`), held against the
             clock, so that two runs may measure other steps; `Every(k)`; "all" for every sample of
-            every step: runs are then the same again; None for nothing. MicroBatch and CrossRank, whose cost
-            is small, measure at every step or as Every(k) says.
+            every step: runs are then the same again; None for nothing. MicroBatch and CrossRank,
+            whose cost is small, measure at every step or as Every(k) says.
         estimator: `PerSample` (the default), `MicroBatch` or `CrossRank`.
         micro_batches: the most samples that arrive at once, or `MicroBatches`: the loop gets larger
             batches as nearly equal micro-batches; optimizer.step() steps on the last of them.

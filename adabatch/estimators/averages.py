@@ -267,7 +267,7 @@ class Ratio(NamedTuple):
 
     Example:
         >>> [round(end, 2) for end in Ratio(8.0, 2.0, (0.16, 0.04), 0.0, 37).interval(0.9)]
-        [3.34, 4.9]
+        [3.34, 4.89]
     """
 
     numerator: float

@@ -400,7 +400,8 @@ class Budget:
     them by the cost model (`within_budget`), and are chosen again at a measured step where the
     batch size has changed by more than a factor of 1.5. When three measurements after the first
     steps have been timed, the model is multiplied by what the clock says, and again where the clock
-    has come to differ by a quarter: two runs may measure other steps. The first process's clock decides for all processes.
+    has come to differ by a tenth or so: two runs may measure other steps. The first process's clock
+    decides for all processes.
 
     The first WARM_UP = 5 steps are all measured, as controllers need a first estimate at once, and
     the next PLAIN_STEPS = 5 are not, so that both are timed. What the first cost above the budget

@@ -210,7 +210,8 @@ def test_a_state_is_a_snapshot(make):
 @pytest.mark.parametrize("make", REPEATABLE.values(), ids=REPEATABLE)
 def test_the_repr_builds_the_same_controller(make):
     controller = make()
-    twin = eval(repr(controller), vars(adabatch.controllers))
+    package = adabatch.controllers
+    twin = eval(repr(controller), {name: getattr(package, name) for name in package.__all__})
     assert type(twin) is type(controller)
     for either in (controller, twin):
         if hasattr(either, "clock"):  # two runs by the wall's clock differ

@@ -1,6 +1,7 @@
 """The measuring plan: the average cost, the first steps, warnings, and which of wrap's arguments
 wins."""
 
+import itertools
 import math
 import re
 import warnings
@@ -93,7 +94,7 @@ def test_the_average_cost_is_within_the_budget(share, measure, factor, clock):
     assert spent >= 0.6 * min(measure, factor * share) * n_steps
     assert plan.measurement.clock == pytest.approx(plan.measurement.share, rel=0.25)
     late = at(measured[1500:])
-    gaps = [later - earlier for earlier, later in zip(late, late[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(late)]
     assert set(gaps) <= {plan.measurement.every,
                          math.ceil(STRETCH * plan.measurement.every)}
     if plan.measurement.every < LAST_RESORT:

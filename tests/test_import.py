@@ -1,0 +1,30 @@
+"""What few runs use is imported with its first use."""
+
+import subprocess
+import sys
+
+import pytest
+
+import adabatch
+
+RARELY_USED = ("adabatch.schedules", "adabatch.controllers.goodput", "adabatch.check.run",
+               "scipy", "matplotlib")
+
+
+def test_what_few_runs_use_is_not_imported():
+    code = f"import sys, adabatch; print([name for name in {RARELY_USED} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_name_is_there():
+    for package in (adabatch, adabatch.controllers):
+        assert all(getattr(package, name) is not None for name in package.__all__)
+        assert set(package.__all__) <= set(dir(package))
+    assert adabatch.schedules.StepBS.__name__ == "StepBS"
+
+
+@pytest.mark.parametrize("package", [adabatch, adabatch.controllers], ids=lambda each: each.__name__)
+def test_another_name_is_an_error(package):
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = package.Nothing
