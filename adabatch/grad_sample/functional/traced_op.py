@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from adabatch.grad_sample.factors.merge import merge_factors
 from adabatch.grad_sample.functional.expression import (
     Leaves, Operation, ParameterExpression, function_name, run_leaves,
 )
-from adabatch.grad_sample.functional.pull_back import of_rows, pull_back, value_of
+from adabatch.grad_sample.functional.pull_back import bound, of_rows, pull_back, value_of
 from adabatch.grad_sample.functional.rules import RULES, Call, NoRule, Operand
 from adabatch.grad_sample.layers.generic import per_sample_grads
 from adabatch.kernels import accumulation_dtype
@@ -29,6 +30,20 @@ FLATTENED = (
     "or pass ignore=[...]")
 
 
+PRODUCTS = {"linear": ("input", "weight", "bias"), "addmm": ("bias", "input", "weight"),
+            "matmul": ("input", "weight"), "mm": ("input", "weight")}
+
+
+@dataclass(frozen=True)
+class Product:
+    """Samples times a weight that is a parameter itself, [O, I] (output_first) or [I, O], plus a
+    bias that is one or "": the parameters' names."""
+
+    weight: str
+    bias: str
+    output_first: bool
+
+
 @dataclass(eq=False)
 class TracedOp:
     """An operation in which traced parameters meet samples.
@@ -37,6 +52,7 @@ class TracedOp:
     or be the same for all (a weight). `aligned` are the places of those with a row each;
     `may_align` of those whose shape allows it, tried if the operation fails without. `flat`:
     samples and positions share the first dimension. What is not `active` is not measured here.
+    `source` is its only tensor, with its gradient, while its tap is placed.
     """
 
     name: str
@@ -52,6 +68,7 @@ class TracedOp:
     n_samples: int
     flat: bool = False
     active: bool = True
+    source: Tensor | None = None
 
     def factors(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
@@ -62,6 +79,29 @@ class TracedOp:
             return found
         grads = self._grads_run_again(tensors, backprops, rows)
         return {name: Dense(grad) for name, grad in grads.items()}
+
+    @cached_property
+    def product(self) -> Product | None:
+        """What it multiplies, if it is such a product of a single tensor."""
+        names = PRODUCTS.get(function_name(self.function).strip("_"))
+        if names is None or self.batched != [True] or self.aligned:
+            return None
+        places: Leaves = list(range(len(self.leaves)))
+        args, kwargs = tree_unflatten(places, self.tree)
+        values = bound(args, kwargs, names)
+        if values is None or values["input"] != self.positions[0]:
+            return None
+        weight, bias = (None if place is None else self.leaves[place] for place in (
+            values["weight"], values.get("bias")))
+        used = [each for each in (weight, bias) if each is not None]
+        if not all(isinstance(each, ParameterExpression) and each.name for each in used):
+            return None
+        if weight is None or len(weight.shape) != 2:
+            return None
+        output_first = names == PRODUCTS["linear"]
+        if bias is not None and bias.shape != (weight.shape[0 if output_first else 1],):
+            return None
+        return Product(weight.name, "" if bias is None else bias.name, output_first)
 
     def _by_rule(
         self, tensors: Sequence[Tensor], backprops: Sequence[Tensor], rows: Tensor | None
@@ -77,9 +117,9 @@ class TracedOp:
             if isinstance(leaf, ParameterExpression) else leaf
             for place, leaf in enumerate(self.leaves)]
         for position, tensor, each in zip(self.positions, tensors, self.batched, strict=True):
-            leaves[position] = Operand(self._split(tensor) if each else tensor, each, rows)
+            leaves[position] = Operand(self.split(tensor) if each else tensor, each, rows)
         args, kwargs = tree_unflatten(leaves, self.tree)
-        grad = self._split(backprops[0])
+        grad = self.split(backprops[0])
         grad = grad if rows is None else grad.index_select(0, rows)
         wide = grad.to(accumulation_dtype(grad, *self.parameters.values()))
         own = {each: value.detach() for each, value in self.parameters.items()}
@@ -108,7 +148,7 @@ class TracedOp:
             raise NoRule
         return found
 
-    def _split(self, tensor: Tensor) -> Tensor:
+    def split(self, tensor: Tensor) -> Tensor:
         """[N, T, ...] of samples and positions in one dimension."""
         return tensor.unflatten(0, (self.n_samples, -1)) if self.flat else tensor
 

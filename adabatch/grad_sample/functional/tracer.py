@@ -334,7 +334,9 @@ class ParameterTracer(TorchFunctionMode):
         # What is one of several results may have been saved where another was computed from it.
         copied = [len(outputs) > 1 or output._is_view() or _may_read_result(output)
                   for output in outputs]
-        return self._tap(operation, outputs, copied)
+        found = self._tap(operation, outputs, copied)
+        operation.source = None
+        return found
 
     def _spread(self, args: Args, kwargs: Kwargs) -> Inputs:
         """The arguments of attention with dropout, which cannot be run again, with a tapped row
@@ -501,7 +503,8 @@ class ParameterTracer(TorchFunctionMode):
             aligned=frozenset(index for index, leaf in per_sample.items()
                               if leaf.expanded and by_row and not flat),
             may_align=frozenset() if flat else frozenset(per_sample),
-            n_samples=self._n_samples, flat=flat)
+            n_samples=self._n_samples, flat=flat,
+            source=leaves[positions[0]] if len(positions) == 1 else None)
 
 
 def _draws(function: Operation, args: Args, kwargs: Kwargs) -> bool:

@@ -98,16 +98,25 @@ class OperationUses:
         """A backward pass has ended."""
         self._used.clear()
 
+    def is_single(self, name: str) -> bool:
+        """Whether the parameter has no other use in the pass, and nothing waits for its factor."""
+        tapped = any(site.calls for site in self._owners.get(name, ()))
+        return not (self._reporter.recorder.defers or tapped or name in self._several)
+
+    def report_fused(self, result: FusedResult, measured: int, dtype: torch.dtype) -> None:
+        """Report norms of parameters with a single use, of which nothing else is measured."""
+        self._reporter.report_fused(result, None, measured, dtype)
+        self._reporter.recorder.note(result.sq_norms)
+
     def report(self, factors: Mapping[str, Factor], measured: int, dtype: torch.dtype) -> None:
         """Report values of parameters with a single use; keep the factors of others until the pass
         has ended."""
         recorder, single = self._reporter.recorder, {}
         for name, factor in factors.items():
-            tapped = any(site.calls for site in self._owners.get(name, ()))
-            if recorder.defers or tapped or name in self._several:
-                recorder.defer([ParameterUse(name, factor.compact())])
-            else:
+            if self.is_single(name):
                 single[name] = factor
+            else:
+                recorder.defer([ParameterUse(name, factor.compact())])
         self._reporter.report(single, measured, dtype)
         recorder.note(single)
 

@@ -37,6 +37,7 @@ from adabatch.grad_sample.taps.base import (
 )
 from adabatch.grad_sample.taps.layer_traces import LayerTraces
 from adabatch.grad_sample.taps.linear_vectors import has_vectors, pass_vectors
+from adabatch.grad_sample.taps.products import fuse_product, may_fuse
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -394,8 +395,7 @@ class ForwardHooks:
         if operation.flat:
             shape = (operation.n_samples, shape[0] // max(1, operation.n_samples), *shape[1:])
         self.operation_shapes[operation.name] = shape
-        return self._call_tap(operation, None, outputs, copied, self._sites[-1],
-                              operation.n_samples)
+        return self._tap_in_layer(operation, outputs, copied)
 
     def _before_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs
@@ -437,8 +437,13 @@ class ForwardHooks:
     def _tap_in_layer(
         self, operation: TracedOp, outputs: list[Tensor], copied: list[bool]
     ) -> Sequence[Tensor]:
-        return self._call_tap(operation, None, outputs, copied, self._sites[-1],
-                              operation.n_samples)
+        site, output, inputs = self._sites[-1], outputs[0], operation.source
+        rows, _ = self._rows(operation.n_samples, output.device)
+        if rows is None and may_fuse(operation, inputs, output, self._recorder):
+            assert inputs is not None
+            report = self._probes.on(output.device).report(site.index)
+            return [fuse_product(operation, inputs, output, report, site)]
+        return self._call_tap(operation, None, outputs, copied, site, operation.n_samples)
 
     def _count_operation(self, operation: TracedOp) -> None:
         uses = self._sites[-1].uses
