@@ -259,7 +259,7 @@ class SampleFlow:
                 dim = self._after_flat(name, tensor, output)
             elif flow.dim != UNKNOWN:
                 dim = dim_after(name, tensor, flow.dim, args, kwargs, output)
-                if dim >= 0 and output.shape[dim] != self.n_samples:
+                if dim >= 0 and output.shape[dim : dim + 1] != (self.n_samples,):
                     dim = UNKNOWN
             if any(flow is each for each in known):
                 dims.append(dim)
