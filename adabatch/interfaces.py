@@ -189,6 +189,10 @@ class Controller(ABC):
     def on_step(self, *, samples: int, epoch: int) -> None:
         """Called at every step, before propose: samples of the step, and epochs that ended."""
 
+    def on_measurement(self, *, steps: int) -> None:
+        """Called before propose, for a rule that proposes at measured steps only: how many steps
+        ago the last one was, 1 where each is measured."""
+
     def on_optimizer_step(self, lr: float) -> None:
         """Called before propose with the base learning rate of the last optimizer step."""
 

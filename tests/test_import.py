@@ -24,7 +24,7 @@ def test_every_name_is_there():
     assert adabatch.schedules.StepBS.__name__ == "StepBS"
 
 
-@pytest.mark.parametrize("package", [adabatch, adabatch.controllers], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("package", [adabatch, adabatch.controllers], ids=["top", "controllers"])
 def test_another_name_is_an_error(package):
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = package.Nothing

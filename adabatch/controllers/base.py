@@ -24,7 +24,8 @@ class Controller(interfaces.Controller):
 
     A constructor raises TypeError or ValueError for an argument of the wrong type or out of range;
     propose ValueError for moments that lack what the rule needs (a batch of one has no variance).
-    `smoothing` is always the decay μ of the moving averages, 0 <= μ < 1.
+    `smoothing` is always the decay μ of the moving averages, 0 <= μ < 1, of a step: where one step
+    in k is measured, a measurement's is lower, so that rules stay quick (`MovingAverage.space`).
 
     Attributes:
         init_args: names of the constructor's arguments, kept under the same names; by default
@@ -80,6 +81,14 @@ class Controller(interfaces.Controller):
     def on_step(self, *, samples: int, epoch: int) -> None:
         for child in self.children:
             child.on_step(samples=samples, epoch=epoch)
+
+    def on_measurement(self, *, steps: int) -> None:
+        for name in self.state_attrs:
+            value = getattr(self, name)
+            if isinstance(value, MovingAverage):
+                value.space(steps)
+        for child in self.children:
+            child.on_measurement(steps=steps)
 
     def on_optimizer_step(self, lr: float) -> None:
         for child in self.children:

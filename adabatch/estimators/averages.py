@@ -16,6 +16,7 @@ from adabatch._checks import smoothing as checked_smoothing
 from adabatch.interfaces import NO_INTERVAL
 
 UNKNOWN = (0.0, math.inf)
+LEAST_VALUES = 10  # in the horizon of an average of values that are some steps apart
 
 
 class MovingAverage:
@@ -57,20 +58,33 @@ class MovingAverage:
         (1.58113883, 1.8)
     """
 
-    __slots__ = (
+    _STATE = (
         *("average", "count", "smoothing", "weights", "square_weights", "cubes", "offsets"),
         *("squares", "vary", "vary_squares", "known", "known_fourths", "unknown"),
     )
+    __slots__ = (*_STATE, "decay")
 
     def __init__(self, smoothing: float = 0.95):
         checked_smoothing(smoothing)
-        self.smoothing = smoothing
+        self.smoothing = self.decay = smoothing
         self.average = math.nan
         self.count = self.unknown = 0
         self.weights = self.square_weights = self.cubes = 0.0  # Σ kw, Σ (kw)², Σ (kw)³
         self.vary = self.vary_squares = 0.0  # Σ k²w, Σ k⁴w²
         self.offsets = self.squares = 0.0  # Σ (kw)² (x − average), Σ (kw)² (x − average)²
         self.known = self.known_fourths = 0.0  # Σ (kw)² SE², Σ (kw)⁴ SE⁴/ν
+
+    def space(self, steps: int) -> None:
+        """The values to come are `steps` steps apart: the average goes back as many steps as one of
+        values of every step, 1/(1 − μ), but over LEAST_VALUES values if that is fewer.
+
+        Example:
+            >>> sparse = MovingAverage(0.95)
+            >>> sparse.space(2), round(sparse.decay, 4), sparse.space(20), sparse.decay
+            (None, 0.9025, None, 0.9)
+        """
+        least = min(self.smoothing, 1 - 1 / LEAST_VALUES)
+        self.decay = max(self.smoothing**steps, least)
 
     def update(
         self, value: float, weight: float, std_error: float = math.nan, freedom: float = math.inf
@@ -86,7 +100,7 @@ class MovingAverage:
         """
         if not (math.isfinite(value) and weight > 0):
             return self.average
-        decay = self.smoothing
+        decay = self.decay
         self.weights = decay * self.weights + weight
         before = value if self.count == 0 else self.average
         moved = (value - before) * (weight / self.weights)
@@ -154,7 +168,7 @@ class MovingAverage:
 
     def state_dict(self) -> dict[str, float]:
         """Plain numbers."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from a state_dict().
@@ -162,14 +176,15 @@ class MovingAverage:
         Raises:
             ValueError: a number is missing.
         """
-        missing = [name for name in self.__slots__ if name not in state]
+        missing = [name for name in self._STATE if name not in state]
         if missing:
             raise ValueError(
                 f"the state of a moving average lacks {missing}: pass what "
                 "MovingAverage.state_dict() returned"
             )
-        for name in self.__slots__:
+        for name in self._STATE:
             setattr(self, name, state[name])
+        self.decay = self.smoothing
 
 
 def student_quantile(level: float, freedom: float) -> float:
@@ -322,7 +337,7 @@ class JointAverages:
             now - then if count and took else 0.0
             for now, (then, count), took in zip(after, before, taken, strict=True)
         ]
-        decays = [a.smoothing if took else 1.0 for a, took in zip(averages, taken, strict=True)]
+        decays = [a.decay if took else 1.0 for a, took in zip(averages, taken, strict=True)]
         for (first, second), sums in self._sums.items():
             dx, dy = moved[first], moved[second]
             weights, _, _, of_x, of_y, _ = sums

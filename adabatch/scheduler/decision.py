@@ -210,7 +210,7 @@ class CurrentBatchSize:
 
 def call_controller(
     controller: Controller, seen: StepRecord, moments: GradientMoments | None, *,
-    loss: float, lr: float,
+    loss: float, lr: float, spacing: int = 1,
 ) -> float:
     """The controller's proposal; NaN where it is not called.
 
@@ -220,12 +220,15 @@ def call_controller(
         moments: of the step; None where it was not measured or they cannot be used.
         loss: a mean over the samples.
         lr: the base effective lr.
+        spacing: steps since the last one that was to be measured.
     """
     controller.on_step(samples=seen.samples or seen.batch_size, epoch=seen.epoch)
     if seen.base_lr is not None:
         controller.on_optimizer_step(seen.base_lr)
-    if moments is None and controller.needs_moments:
-        return math.nan
+    if controller.needs_moments:
+        if moments is None:
+            return math.nan
+        controller.on_measurement(steps=spacing)
     proposal = controller.propose(moments, loss=loss, lr=lr)
     return proposal if type(proposal) is float else returned(
         f"propose() of {name_of(controller)}", proposal,

@@ -326,9 +326,11 @@ class LrAdjuster:
                 self.lr.remove()
                 raise
 
-    def on_moments(self, moments: GradientMoments) -> None:
-        """Take the moments of a step, for the batches to come."""
+    def on_moments(self, moments: GradientMoments, spacing: int = 1) -> None:
+        """Take the moments of a step, for the batches to come; spacing: steps since the last."""
         if self._reads_noise:
+            self._trace.space(spacing)
+            self._signal.space(spacing)
             self._trace.update(moments.variance_trace, moments.n_measured)
             self._signal.update(moments.true_grad_sq_norm, moments.batch_size)
             now = noise_scale(self._trace.average, self._signal.average)

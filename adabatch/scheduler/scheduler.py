@@ -161,6 +161,7 @@ class BatchSizeScheduler:
         self.diagnostics = Diagnostics() if diagnostics is None else diagnostics
         self.process_group: Processes = None  # the processes that train together; None: all
         self.step_count = self.samples_seen = 0
+        self._measured_at = -1  # the last step that was to be measured
         self._epochs, self._clock = EpochCount(loader), StepClock()
         self._losses, self._recorder = LossPool(loader, summed), Recorder(self.diagnostics)
         self._pipeline = Pipeline([HostTransferStage()])
@@ -252,6 +253,7 @@ class BatchSizeScheduler:
             "version": 2,
             "step_count": self.step_count, "samples_seen": self.samples_seen,
             "batch_size": self._size.size, "steps_since_change": self._size.steps_since_change,
+            "measured_at": self._measured_at,
             "lr_weights": self._base_lr.weights, "enabled": self.estimator.enabled,
             **{name: part.state_dict() for name, part in self._parts().items()},
         }
@@ -272,6 +274,7 @@ class BatchSizeScheduler:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step_count, self.samples_seen = state["step_count"], state["samples_seen"]
+        self._measured_at = state.get("measured_at", self.step_count - 1)
         self._size.steps_since_change = state["steps_since_change"]
         self._base_lr.weights = list(state["lr_weights"])
         self.estimator.enabled = state["enabled"]
@@ -400,12 +403,16 @@ class BatchSizeScheduler:
                 "lower the lr or clip the gradient; if inputs are not finite, leave them out",
                 stacklevel=3)
         traces: dict[int, float] = {}
+        spacing = seen.step - self._measured_at
+        if moments is not None or seen.not_measured:  # dropped or not
+            self._measured_at = seen.step
         if usable is not None:
             traces = {group: part.variance_trace for group, part in usable.by_group.items()}
             self._norm_check.update(usable)
-            self._lr.on_moments(usable)
+            self._lr.on_moments(usable, spacing)
         lr = self._base_lr(traces, seen.lrs)
-        proposal = call_controller(self._controller, seen, usable, loss=loss, lr=lr)
+        proposal = call_controller(
+            self._controller, seen, usable, loss=loss, lr=lr, spacing=spacing)
         self._lr.on_controller_advanced()
         self._size.update(proposal, self.size_rule)
         interval: Ratio | tuple[float, float] = NO_INTERVAL

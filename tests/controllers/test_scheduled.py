@@ -267,7 +267,7 @@ def test_wrap_measures_an_open_loop_run_only_on_request(options, measured):
         loss.backward()
         scheduler.step(loss)
     assert bool(model._forward_hooks) == measured
-    assert set(scheduler.diagnostics.column("measured")) == {measured}
+    assert scheduler.diagnostics.column("measured")[:5].tolist() == [measured] * 5
     assert scheduler.get_last_batch_size() == 8
     scheduler.remove()
     assert not model._forward_hooks

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 import adabatch
 from adabatch.config import BatchSizes
-from adabatch.scheduler.decision import SizeRule
+from adabatch.controllers import CABS, AtMost, NoiseScale, NormTest
+from adabatch.estimators.moments import GradientMoments
+from adabatch.scheduler.decision import SizeRule, call_controller
+from adabatch.scheduler.record import StepRecord
 
 proposals = st.floats(allow_nan=False)
 counts = st.integers(1, 5000)
@@ -263,3 +266,53 @@ def test_what_makes_the_smallest_batch_larger_than_an_epoch_is_named(sizes, accu
 def test_what_leaves_no_size_is_named(sizes, accumulate, named):
     with pytest.raises(ValueError, match=named):
         SizeRule.for_steps(sizes, accumulate, None, drop_last=False)
+
+
+def moments_of(trace, m=16):
+    """T = trace exactly, and Ĝ² = 1."""
+    square = 1.0 + trace / m
+    norms = torch.full((m,), trace * (1 - 1 / m) + square, dtype=torch.float64)
+    return GradientMoments(m, norms, square)
+
+
+@pytest.mark.parametrize(("every", "decay"), [(1, 0.95), (2, 0.95**2), (10, 0.9), (50, 0.9)])
+@pytest.mark.parametrize("make", [CABS, NoiseScale, NormTest, lambda: AtMost(CABS(), 1e9)],
+                         ids=["CABS", "NoiseScale", "NormTest", "inside another"])
+def test_sparse_measuring_keeps_the_horizon_in_steps(make, every, decay):
+    """After a jump of the noise from T = 1 to 4 half the way is gone after ln 2/ln(1/μ) values."""
+    rule, jump, proposals, reached = make(), 400 * every, [], None
+    for step in range(jump + 100 * every):
+        trace = 1.0 if step < jump else 4.0
+        seen = StepRecord(step, 1.0, None, delivered=16, batch_size=16, lrs=[0.1], base_lr=0.1,
+                          epoch=0, seconds=1.0)
+        found = moments_of(trace) if step % every == 0 else None
+        proposal = call_controller(rule, seen, found, loss=1.0, lr=0.1, spacing=every)
+        if found is not None:
+            proposals.append(proposal)
+            if reached is None and proposal >= 2.5 * proposals[0] * (1 - 1e-9):
+                reached = step - jump
+    values = math.ceil(math.log(2) / -math.log(decay) - 1e-9)
+    assert reached == (values - 1) * every
+    assert proposals[-1] == pytest.approx(4 * proposals[0], rel=0.01)
+
+
+def test_a_run_tells_its_controller_the_spacing():
+    told = []
+
+    class Listening(NoiseScale):
+        def on_measurement(self, *, steps):
+            told.append(steps)
+
+    model = torch.nn.Linear(2, 1)
+    data = torch.utils.data.TensorDataset(torch.randn(256, 2))
+    optimizer, loader, scheduler = adabatch.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.01),
+        torch.utils.data.DataLoader(data, batch_size=16), controller=Listening(),
+        batch_sizes=(16, 16), measure=adabatch.Every(5))
+    for (inputs,) in loader:
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+    assert told == [1, 5, 5, 5]
