@@ -33,6 +33,7 @@ from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
 # G_n of one call: larger results are new memory at every call, whose pages cost more than the
 # products.
 CALL_BYTES = 2 * 2**20
+LONGEST_BAND = 96  # rows of the output, for band_grads
 # What a form may keep of one sample: copied windows of large images are larger.
 KEPT_BYTES = 16 * 2**20
 
@@ -218,12 +219,53 @@ def group_grads(
     dilation: Ints, groups: int,
 ) -> Iterator[Tensor]:
     """G_n, a chunk [n, O, C/g, *K] at a time; chunks of equal size where N allows."""
+    if _has_bands(activations, backprops, weight_shape, groups):
+        yield from band_grads(activations, backprops, weight_shape, stride, padding, dilation)
+        return
     dtype, samples = accumulation_dtype(activations, backprops), len(activations)
     fitting = CALL_BYTES // max(1, dtype.itemsize * math.prod(weight_shape))
     most = max(1, min(LONGEST_CHUNK, fitting))
     length = next((n for n in range(most, most // 2, -1) if samples % n == 0), most)
     for a, b in zip(activations.split(length), backprops.split(length), strict=True):
         yield conv_grad_sample(a, b, weight_shape, stride, padding, dilation, groups)
+
+
+def _has_bands(
+    activations: Tensor, backprops: Tensor, weight_shape: Ints, groups: int
+) -> bool:
+    """Whether band_grads is faster: torch has a kernel of its own for 3 × 3."""
+    depthwise = groups == activations.shape[1] == weight_shape[0] and len(weight_shape) == 4
+    return depthwise and min(weight_shape[2:]) > 3 and backprops.shape[2] <= LONGEST_BAND
+
+
+def band_grads(
+    activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
+    dilation: Ints,
+) -> Iterator[Tensor]:
+    """G_n, a chunk [n, C, 1, *K] at a time, of a depthwise convolution in two dimensions.
+
+    For each channel one matrix product gives M[i, l, h] = Σ_w a[i, w + l] b[h, w], of every row of
+    the input with every row of the output; G[k, l] is the sum of M along the diagonal i = h + k.
+    That multiplies more than is needed, but as a matrix product: torch's own weight gradient is
+    several times slower.
+    """
+    dtype = accumulation_dtype(activations, backprops)
+    (channels, _, rows, columns), (height, width) = weight_shape, backprops.shape[2:]
+    padded = [amount for amount in reversed(padding) for _ in range(2)]
+    lines = activations.shape[2] + 2 * padding[0]
+    numel = channels * lines * columns * (width + height)
+    for a, b in sample_chunks(numel, dtype, activations, backprops):
+        image = F.pad(a.to(dtype), padded).contiguous()
+        count, line = len(a) * channels, image.shape[3]  # strides of one-wide dimensions may lie
+        windows = image.as_strided(
+            (count, lines, columns, width), (lines * line, line, dilation[1], stride[1]))
+        products = torch.bmm(windows.reshape(count, lines * columns, width),
+                             b.to(dtype).reshape(count, height, width).mT)
+        step = columns * height  # from a row of the input to the next
+        diagonals = products.as_strided(
+            (count, rows, columns, height),
+            (lines * step, dilation[0] * step, height, stride[0] * step + 1))
+        yield diagonals.sum(3).view(len(a), channels, 1, rows, columns)
 
 
 def window_grads(

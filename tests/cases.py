@@ -85,6 +85,9 @@ CONV = [
     Case(
         "conv2d-depthwise", lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=3),
         _normal(3, 6, 7)),
+    Case(
+        "conv2d-depthwise-large",
+        lambda: nn.Conv2d(3, 3, (5, 7), stride=(2, 1), padding=(2, 3), groups=3), _normal(3, 8, 7)),
     Case("conv2d-valid", lambda: nn.Conv2d(2, 3, 3, padding="valid"), _normal(2, 5, 5)),
     Case("conv2d-same", lambda: nn.Conv2d(2, 3, 3, padding="same"), _normal(2, 5, 4)),
     Case(

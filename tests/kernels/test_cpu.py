@@ -35,3 +35,23 @@ def test_the_form_of_an_outer_product_is_the_cheaper_one(positions, widths):
 
 def test_one_position_needs_neither():
     assert operators.outer_form(1, 4, 4) == operators.outer_form(1, 4, 4, halved=True) == "rows"
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("geometry", [((1, 1), (2, 3), (1, 1)), ((2, 1), (0, 4), (1, 2))], ids=str)
+def test_large_depthwise_kernels_in_any_memory_format(channels, channels_last, geometry):
+    torch.manual_seed(0)
+    shape = (channels, 1, 5, 4)
+    a, weight = torch.randn(3, channels, 9, 10), torch.randn(shape, requires_grad=True)
+    b = torch.randn_like(torch.conv2d(a, weight, None, *geometry, channels))
+    expected = [torch.autograd.grad(
+        torch.conv2d(a[n : n + 1].double(), weight.double(), None, *geometry, channels), weight,
+        b[n : n + 1].double())[0] for n in range(3)]
+    if channels_last:
+        a, b = (each.to(memory_format=torch.channels_last) for each in (a, b))
+    found = torch.cat([*cpu_conv.band_grads(a, b, shape, *geometry)])
+    torch.testing.assert_close(found, torch.stack(expected).to(found.dtype), rtol=1e-5, atol=1e-5)
+    norms = operators.OPERATIONS["conv_sq_norms"].call(a, b, shape, *geometry, channels)
+    squares = torch.stack(expected).square().flatten(1).sum(1)
+    torch.testing.assert_close(norms, squares.to(norms.dtype), rtol=1e-5, atol=1e-5)
