@@ -278,28 +278,40 @@ def test_under_autocast(how):
             close(hooks.collect().sq_norms, oracle.sq_norms(grads), 5e-2)
 
 
-class Random(nn.Module):
+class Operations(nn.Module):
     """A few operations after each other, with residual connections, and parameters that several of
-    them use."""
+    them use: a layer without a rule, or, with a layer of its own, a container."""
 
-    def __init__(self, seed):
+    def __init__(self, draw, contains):
         super().__init__()
-        draw = random.Random(seed)
         keeps = [how for how, each in KEEPING_SHAPE.items() if how not in RUN_AGAIN
                  or draw.random() < 0.1]
         self.chosen = [KEEPING_SHAPE[how] for how in draw.choices(keeps, k=draw.randint(2, 5))]
         self.residual = [draw.random() < 0.5 for _ in self.chosen]
-        self.layer = nn.Linear(D, D)
-        own = {name: nn.Parameter(torch.randn(shape) / 2) for name, shape in SHAPES.items()}
-        for parameter in own.values():
-            parameter.requires_grad_(draw.random() > 0.1)
-        self.own = nn.ParameterDict(own)
+        self.inner = nn.Tanh() if contains else torch.tanh
+        for name, shape in SHAPES.items():
+            trained = draw.random() > 0.1
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) / 2, trained))
 
     def forward(self, x, ids):
-        parameters, x = dict(self.own.items()), self.layer(x)
         for operation, residual in zip(self.chosen, self.residual, strict=True):
-            found = operation(parameters, x, ids).sin()
+            found = operation(self._parameters, self.inner(x), ids).sin()
             x = x + found if residual else found
+        return x
+
+
+class Random(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        draw = random.Random(seed)
+        self.layer = nn.Linear(D, D)
+        self.operations = Operations(draw, contains=seed % 2 == 0)
+        self.times = 2 if draw.random() < 0.2 else 1
+
+    def forward(self, x, ids):
+        x = self.layer(x)
+        for _ in range(self.times):
+            x = self.operations(x, ids)
         return x
 
 
