@@ -13,7 +13,10 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, SupportsIndex, TypeVar
+from typing import Any, ParamSpec, SupportsIndex, TypeVar
+
+import numpy as np
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -165,6 +168,33 @@ def check_version(state: object, version: int, what: str) -> None:
     if found != version:
         raise ValueError(f"the state of {what} has version {found!r}; this release of adabatch "
                          f"reads version {version}. Use the release that wrote it.")
+
+
+def storable(name: str, value: object) -> Any:
+    """A part of a state as torch.load(weights_only=True) reads it back: NumPy's numbers become
+    Python's. TypeError: anything but numbers, texts, tensors, and lists, tuples and dicts of them.
+
+    Example:
+        >>> storable("counts", [np.int64(3), 0.5])
+        [3, 0.5]
+        >>> storable("counts", {"seen": {3}})
+        Traceback (most recent call last):
+        TypeError: counts['seen'] must be a number, a text, a tensor, or a list, tuple or dict of \
+such, which torch.load(weights_only=True) reads, got {3}
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if type(value) in (list, tuple):
+        parts = (storable(f"{name}[{i}]", each) for i, each in enumerate(value))  # type: ignore
+        return type(value)(parts)  # type: ignore[call-arg]
+    if isinstance(value, dict):
+        return {storable(f"a key of {name}", key): storable(f"{name}[{key!r}]", each)
+                for key, each in value.items()}
+    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, Tensor):
+        return value
+    raise TypeError(
+        f"{name} must be a number, a text, a tensor, or a list, tuple or dict of such, which "
+        f"torch.load(weights_only=True) reads, got {value!r}")
 
 
 def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from adabatch._checks import takes
 from adabatch._types import LossFn
 from adabatch.check.report import CheckReport
+from adabatch.grad_sample.statistics import statistics_of
+from adabatch.interfaces import Statistic
 
 Number = TypeVar("Number")
 CouplingRule = Callable[[int, int, float], float]
@@ -196,6 +198,9 @@ class PerSample:
         per_parameter: record each parameter's moments too, for `diagnostics.layers()`.
         inner_products: measure ⟨g_i, g⟩ too, which `step(loss, weights=...)` needs, and for which
             layers keep their factors from the backward pass on. Controllers request their own.
+        statistics: what else to measure, by name ("second_moment") or as objects of your own
+            `adabatch.interfaces.Statistic`: controllers find it in `moments.statistics`, the
+            diagnostics record what its metrics() gives.
     """
 
     _: KW_ONLY
@@ -204,13 +209,19 @@ class PerSample:
     seed: int = 0
     per_parameter: bool = False
     inner_products: bool = False
+    statistics: Collection[Statistic | str] = ()
 
     def __post_init__(self) -> None:
         problems = _switches(per_parameter=self.per_parameter, inner_products=self.inner_products)
         if not _is_integer(self.seed):
             problems.append(f"seed must be an integer, got {self.seed!r}")
+        try:
+            statistics_of(self.statistics)
+            object.__setattr__(self, "statistics", tuple(self.statistics))
+        except (TypeError, ValueError) as error:
+            problems.append(str(error))
         names = self.ignore
-        if (isinstance(names, (str, Mapping)) or not isinstance(names, Collection)
+        if (isinstance(names, (str, Mapping, Tensor)) or not isinstance(names, Collection)
                 or not all(isinstance(name, str) for name in names)):
             problems.append(
                 f"ignore must be a list of names of modules or parameters, got {names!r}")
@@ -275,7 +286,7 @@ class MicroBatches:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.size not in (None, "auto"):
+        if self.size is not None and not (isinstance(self.size, str) and self.size == "auto"):
             problems = _not_positive(", 'auto' or None", size=self.size)
         if self.size == "auto" and self.loss_fn is None:
             problems.append("size='auto' tries steps: pass loss_fn=, a callable (model, batch) -> "
@@ -305,7 +316,7 @@ class MicroBatches:
 
 def plain(value: Number) -> Number:
     """A NumPy number as an int or float; anything else as it is."""
-    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore
 

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -72,9 +73,12 @@ class Estimator(ABC):
     # Nothing can be measured before a batch has another size than the last one had.
     needs_another_size: bool = False
     enabled: bool = True  # whether the next forward pass is measured; may be set between steps
-    # Called without arguments at the end of each measured backward pass, when the gradients are
-    # complete, before anybody clips or unscales them.
-    on_backward_end: list[Callable[[], None]]
+
+    @cached_property
+    def on_backward_end(self) -> list[Callable[[], None]]:
+        """What to call without arguments at the end of each measured backward pass, when the
+        gradients are complete, before anybody clips or unscales them."""
+        return []
 
     @abstractmethod
     def observe(
@@ -100,6 +104,10 @@ class Estimator(ABC):
     def tensors_over_samples(self, moments: GradientMoments) -> list[Tensor]:
         """Tensors in the moments that are sums over this process's samples, for reduction."""
         return []
+
+    def metrics(self, moments: GradientMoments) -> dict[str, float]:
+        """Further numbers of the step for the diagnostics: `Record.metrics`."""
+        return {}
 
     def check_loss(self, loss: Tensor) -> None:
         """Raise where the loss uses measured parameters that the estimator cannot see."""
@@ -217,7 +225,7 @@ class Controller(ABC):
         return self.interval()
 
     def metrics(self) -> dict[str, float]:
-        """What the rule estimates besides its proposal, for the diagnostics."""
+        """What the rule estimates besides its proposal, for the diagnostics: `Record.metrics`."""
         return {}
 
     def lr_factor(self) -> Callable[[int], float] | None:
@@ -240,19 +248,39 @@ class BatchSource(Protocol):
     drop_last: bool  # whether a last short batch is left out
 
     @property
-    def num_samples(self) -> int | None: ...  # of an epoch; None where that is not known
+    def num_samples(self) -> int | None:
+        """Samples of an epoch; None where that is not known."""
+        return None
+
     @property
-    def position(self) -> int: ...  # samples of the present epoch delivered so far
+    @abstractmethod
+    def position(self) -> int:
+        """Samples of the present epoch delivered so far."""
+
     @property
-    def n_batches(self) -> int: ...  # delivered since the start
+    @abstractmethod
+    def n_batches(self) -> int:
+        """Batches delivered since the start."""
+
     @property
-    def n_iterations(self) -> int | None: ...  # epochs begun; None where that is not known
+    def n_iterations(self) -> int | None:
+        """Epochs begun; None where that is not known."""
+        return None
+
     @property
-    def recent(self) -> Sequence[tuple[int, int]]: ...  # (requested, delivered) of the latest
+    @abstractmethod
+    def recent(self) -> Sequence[tuple[int, int]]:
+        """(requested, delivered) of the latest batches, at least of a step's, in samples."""
+
     @property
-    def runs_ahead(self) -> bool: ...  # whether batches may be drawn before they are trained on
+    @abstractmethod
+    def runs_ahead(self) -> bool:
+        """Whether batches may be drawn before they are trained on."""
+
     @property
-    def micro_batches(self) -> BatchSplit | None: ...  # how batches are cut; None: they are not
+    def micro_batches(self) -> BatchSplit | None:
+        """How batches are cut into micro-batches; None: they are not."""
+        return None
 
 
 class Statistic(ABC):
@@ -328,8 +356,17 @@ class Statistic(ABC):
         return scale**2
 
     def over_samples(self, pooled: Any) -> list[Tensor]:
-        """The tensors of a pooled result that are sums over the samples of this process."""
-        return list(pooled.values())
+        """The tensors of a pooled result that are sums over the samples of this process, which are
+        added up over processes in place: by default those of the default `pool`, of another none,
+        whose results are then of this process's samples."""
+        return list(pooled.values()) if type(self).pool is Statistic.pool else []
+
+    def metrics(self, pooled: Any) -> dict[str, float]:
+        """Numbers of a pooled result for the diagnostics: `Record.metrics`."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def cost(self, layer: LayerCost, samples: int, measured: int, fused: bool) -> float:
         """Multiply-adds that it adds to a layer's tap, in one backward pass of N samples."""

@@ -236,7 +236,8 @@ class Monitor:
         self.samples_seen += samples
         lr = sum(seen.lrs) / len(seen.lrs)
         self._recorder.record(usable, step=seen.step, batch_size=samples, seconds=seen.seconds,
-                              samples_seen=self.samples_seen, lr=lr, loss=loss, dropped=dropped)
+                              samples_seen=self.samples_seen, lr=lr, loss=loss, dropped=dropped,
+                              metrics={} if usable is None else self._hooks.metrics(usable))
         self._plan.judge(self._recorder.trace)
 
 

@@ -26,7 +26,7 @@ from adabatch.estimators.cross_rank import CrossRankEstimator
 from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
-from adabatch.grad_sample.statistics import PreconditionedTrace
+from adabatch.grad_sample.statistics import PreconditionedTrace, statistics_of
 from adabatch.interfaces import Estimator, Proposer, RunContext
 from adabatch.micro_batches.optimizer import AccumulatingOptimizer, MicroBatching
 from adabatch.micro_batches.single_samples import naming_batch_norm
@@ -222,7 +222,7 @@ def plan_of(
         return measure, None
     if isinstance(measure, float) or measure is None:
         return None, measure
-    needed = needed or how.per_parameter or how.inner_products
+    needed = needed or how.per_parameter or how.inner_products or bool(how.statistics)
     return None, DEFAULT_SHARE if needed else None
 
 
@@ -233,7 +233,8 @@ def estimator_options(given: EstimatorOptions | None) -> EstimatorOptions:
     if not isinstance(given, (PerSample, MicroBatch, CrossRank)):
         raise ValueError(
             "estimator must be None, adabatch.PerSample(...), adabatch.MicroBatch() or "
-            f"adabatch.CrossRank(...), got {given!r}")
+            f"adabatch.CrossRank(...), got {given!r}; an Estimator of your own is passed to "
+            "adabatch.BatchSizeScheduler(optimizer, adabatch.AdaptiveDataLoader(...), estimator)")
     return given
 
 
@@ -243,8 +244,10 @@ def per_sample_hooks(
 ) -> GradSampleHooks:
     """Hooks on the parameters that the optimizer holds, with the statistics in `needs`."""
     names = needs | {"inner_products"} if how.inner_products else needs
-    statistics = [PreconditionedTrace(preconditioner_reader(optimizer))
-                  if name == "preconditioned_trace" else name for name in sorted(names)]
+    given = statistics_of(how.statistics)
+    statistics = [*given, *(
+        PreconditionedTrace(preconditioner_reader(optimizer)) if name == "preconditioned_trace"
+        else name for name in sorted(names - {each.name for each in given}))]
     return GradSampleHooks(
         model, param_groups=_groups(optimizer), statistics=statistics, layout=how.layout,
         ignore=how.ignore, seed=how.seed, per_parameter=how.per_parameter, **options)

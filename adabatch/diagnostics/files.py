@@ -2,8 +2,8 @@
 
 The first line is a header {"format", "version", "smoothing", "before"}: `before` holds the averages
 over steps that are not in the file, null where there are none. Every further line is an object with
-the fields `GIVEN` of one record, and "layers" where the layers were measured separately; averages
-and ratios are worked out when the file is read.
+the fields `GIVEN` of one record, "metrics" where there are any, and "layers" where the layers were
+measured separately; averages and ratios are worked out when the file is read.
 JSON has no NaN and no infinity: NaN is written as null, the infinities as "inf" and "-inf".
 """
 
@@ -23,7 +23,7 @@ from adabatch.diagnostics.layers import LayerStatistics
 from adabatch.diagnostics.record import FIELDS, GIVEN, Averages, Row
 from adabatch.interfaces import State
 
-FORMAT, VERSION, LAYERS = "adabatch.diagnostics", 2, "layers"
+FORMAT, VERSION, LAYERS, METRICS = "adabatch.diagnostics", 2, "layers", "metrics"
 # Records wait so long, and no more of them, before they are written together.
 BLOCK_SECONDS, BLOCK_RECORDS = 1.0, 1000
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -61,7 +61,9 @@ def from_json(value: object) -> object:
 
 def encode(row: Row, layers: LayerStatistics | None = None) -> str:
     """One record as a line of valid JSON, without the line's end."""
-    fields = dict(zip(GIVEN, map(to_json, row.worked_out()), strict=True))
+    fields = dict(zip(GIVEN, map(to_json, row.worked_out()[:-1]), strict=True))
+    if row.metrics:
+        fields[METRICS] = to_json(dict(row.metrics))
     if layers is not None:
         fields[LAYERS] = layers.to_json()
     return json.dumps(fields, allow_nan=False)
@@ -76,11 +78,15 @@ def decode(line: bytes) -> tuple[Row, LayerStatistics | None]:
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with the fields of a record, got {record!r}")
-    layers = record.pop(LAYERS, None)
+    layers, metrics = record.pop(LAYERS, None), record.pop(METRICS, {})
     if record.keys() != set(GIVEN):
         missing, unknown = sorted(set(GIVEN) - record.keys()), sorted(record.keys() - set(GIVEN))
         raise ValueError(f"missing fields {missing}, unknown fields {unknown}")
-    row = Row._make(_typed(name, FIELDS[name], record[name]) for name in GIVEN)
+    if not isinstance(metrics, dict):
+        raise ValueError(f"metrics is {metrics!r}, but must be an object of numbers")
+    values = [_typed(name, FIELDS[name], record[name]) for name in GIVEN]
+    row = Row._make(
+        [*values, {name: _typed(name, "float", value) for name, value in metrics.items()}])
     return row, None if layers is None else LayerStatistics.from_json(layers, row.batch_size)
 
 

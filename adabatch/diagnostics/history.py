@@ -8,7 +8,7 @@ import operator
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, SupportsIndex, overload
 
 import numpy as np
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _STATE_VERSION = 2
 _TYPES = {"int": np.int64, "float": np.float64, "bool": np.bool_, "str": np.str_}
 _MAX_PENDING = 256
+NO_METRICS: Mapping[str, float] = {}  # never written to
 
 
 class Diagnostics:
@@ -99,6 +100,7 @@ class Diagnostics:
         measured: bool = False,
         dropped: str = "",
         layers: LayerStatistics | None = None,
+        metrics: Mapping[str, float] = NO_METRICS,
     ) -> None:
         """Add one step; arguments as the fields of `Record`.
 
@@ -122,6 +124,7 @@ class Diagnostics:
             float(true_grad_sq_norm) if measured else nan,
             float(preconditioned_trace_ema), float(preconditioned_trace_std_error),
             float(seconds), measured, str(dropped),
+            {name: float(value) for name, value in metrics.items()},
         ), layers)
 
     def add(self, row: Row, layers: LayerStatistics | None = None) -> None:
@@ -235,18 +238,28 @@ class Diagnostics:
     def column(self, name: str) -> np.ndarray:
         """One field over the records in memory, [len(self)], float64, int64, bool or str.
 
-        A `next_batch_size` that some records do not have makes its column float64 with NaN.
+        A `next_batch_size` that some records do not have makes its column float64 with NaN. The
+        names in `Record.metrics` are columns, too, NaN in records without.
 
         Raises:
             ValueError: no such field.
         """
         if name not in FIELDS:
-            raise ValueError(f"a record has no field {name!r}; it has {', '.join(FIELDS)}")
+            known = self._metrics()
+            if name not in known:
+                raise ValueError(
+                    f"a record has no field {name!r}; it has {', '.join([*FIELDS, *known])}")
+            return np.array([record.metrics.get(name, math.nan) for record in self._all()])
         values = [field_value(record, name) for record in self._all()]
         if FIELDS[name] in _TYPES:
             return np.array(values, dtype=_TYPES[FIELDS[name]])
         return np.array([math.nan if value is None else value for value in values],
                         dtype=np.float64 if None in values else np.int64)
+
+    def _metrics(self) -> list[str]:
+        """The names in the records' metrics that are no fields, in the order of their coming."""
+        found = dict.fromkeys(name for record in self._all() for name in record.metrics)
+        return [name for name in found if name not in FIELDS]
 
     def layers(self, by: str | None = None) -> Layers:
         """Each layer's part of the variance trace and its signal-to-noise ratio over the run.
@@ -260,9 +273,11 @@ class Diagnostics:
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the records in memory as a table with a header line; nan, inf, -inf as such."""
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(FIELDS)
-            writer.writerows([field_value(record, name) for name in FIELDS] for record in self)
+            writer, metrics = csv.writer(file), self._metrics()
+            writer.writerow([*FIELDS, *metrics])
+            for record in self:
+                writer.writerow([*(field_value(record, name) for name in FIELDS),
+                                 *(record.metrics.get(name, math.nan) for name in metrics)])
 
     def to_jsonl(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
         """Write the records in memory as JSON lines, then new ones, until `close`.

@@ -7,7 +7,8 @@ T = tr Cov(g_i) the variance trace, G² = ‖E g_i‖² the squared norm of the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -58,6 +59,8 @@ class Record:
         seconds: wall-clock time of the step; samples_per_second: m / seconds.
         measured: whether the step was measured and the measurement was used.
         dropped: why a measurement was dropped, else "".
+        metrics: {name: number} of what a controller or a statistic of your own reports by
+            metrics(); a column of the history, too.
 
     Example:
         >>> record = Averages().record(Row(
@@ -105,6 +108,7 @@ class Record:
     samples_per_second: float
     measured: bool
     dropped: str
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __repr__(self) -> str:
         named = (("loss", "loss_ema"), ("variance trace", "variance_trace_ema"))
@@ -116,10 +120,12 @@ class Record:
     def _repr_html_(self) -> str:
         errors = {*ERRORS.values(), *(end for ends in INTERVALS.values() for end in ends)}
         rows = [(name, shown(self, name)) for name in FIELDS if name not in errors]
+        rows += [(name, number(value)) for name, value in self.metrics.items()]
         return html([("field", "value"), *(row for row in rows if row[1] not in ("-", ""))])
 
 
-FIELDS: dict[str, str] = {field.name: str(field.type) for field in fields(Record)}
+FIELDS: dict[str, str] = {
+    each.name: str(each.type) for each in fields(Record) if each.name != "metrics"}
 """{name of a field: its type, "int", "int | None", "float", "bool" or "str"}, in order."""
 
 ERRORS = {
@@ -163,6 +169,7 @@ class Row(NamedTuple):
     seconds: float = math.nan
     measured: bool = False
     dropped: str = ""
+    metrics: Mapping[str, float] = {}  # never written to
 
     def worked_out(self) -> Row:
         """The same with the ends of the proposal's interval."""
@@ -173,8 +180,8 @@ class Row(NamedTuple):
         return self._replace(proposed_low=low, proposed_high=high)
 
 
-GIVEN = Row._fields
-"""Fields that are stored, in order."""
+GIVEN = Row._fields[:-1]
+"""Fields that are stored, in order, all but `metrics`."""
 
 _given_values = attrgetter(*GIVEN)
 _inputs = attrgetter("batch_size", "n_measured", "loss", "variance_trace",
@@ -261,7 +268,7 @@ class Averages:
 
 def row_of(record: Record) -> Row:
     """The fields of a record that are stored."""
-    return Row(*_given_values(record))
+    return Row._make([*_given_values(record), record.metrics])
 
 
 def noise_scale(variance_trace: float, true_grad_sq_norm: float) -> float:

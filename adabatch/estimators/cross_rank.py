@@ -89,7 +89,7 @@ class CrossRankEstimator(Estimator):
         comm_hook: CommHook | None = None, comm_state: object = None,
     ):
         check_arguments(loss_reduction, accumulate=accumulate)
-        self.loss_reduction, self.accumulate, self.on_backward_end = loss_reduction, accumulate, []
+        self.loss_reduction, self.accumulate = loss_reduction, accumulate
         named = model.named_parameters()
         self.parameters = {name: each for name, each in named if each.requires_grad}
         self.shard = shard

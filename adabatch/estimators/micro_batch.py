@@ -93,7 +93,7 @@ class MicroBatchEstimator(Estimator):
         measured = [parameter for parameter in parameters if parameter.requires_grad]
         if not measured:
             raise ValueError("no trainable parameters: there is nothing to measure")
-        self.loss_reduction, self.enabled, self.on_backward_end = loss_reduction, True, []
+        self.loss_reduction, self.enabled = loss_reduction, True
         self.parameters = {str(index): parameter for index, parameter in enumerate(measured)}
         self._micro = micro_batches
         micro_batches.at_least = max(2, micro_batches.at_least)

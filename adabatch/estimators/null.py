@@ -25,7 +25,6 @@ class NullEstimator(Estimator):
 
     def __init__(self, accumulate: int = 1, loss_reduction: str = "mean"):
         self.accumulate, self.loss_reduction = accumulate, loss_reduction
-        self.on_backward_end = []
 
     @property
     def enabled(self) -> bool:

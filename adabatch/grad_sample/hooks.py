@@ -6,7 +6,7 @@ Legend: N samples in a backward pass, S of them measured, K probe rows.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -160,7 +160,7 @@ class GradSampleHooks(Estimator):
         capacity: int = INITIAL_CAPACITY,
         layout: CheckReport | None = None,
         per_parameter: bool = False,
-        statistics: Iterable[Statistic | str] = (),
+        statistics: Collection[Statistic | str] = (),
     ):
         check_arguments(loss_reduction, samples=samples, accumulate=accumulate, capacity=capacity)
         groups = None if param_groups is None else [list(group) for group in param_groups]
@@ -169,7 +169,6 @@ class GradSampleHooks(Estimator):
         self.loss_reduction, self.accumulate, self.by_samples = loss_reduction, accumulate, False
         self.shard: BatchShard | None = None
         self.parameters = plan.parameters
-        self.on_backward_end: list[Callable[[], None]] = []
         self._statistics = statistics_of(statistics)
         self._deferred = [each for each in self._statistics if each.needs_gradient]
         if self._deferred:
@@ -524,6 +523,10 @@ class GradSampleHooks(Estimator):
     def tensors_over_samples(self, moments: GradientMoments) -> list[Tensor]:
         return [tensor for each in self._statistics if each.name in moments.statistics
                 for tensor in each.over_samples(moments.statistics[each.name])]
+
+    def metrics(self, moments: GradientMoments) -> dict[str, float]:
+        return {name: value for each in self._statistics if each.name in moments.statistics
+                for name, value in each.metrics(moments.statistics[each.name]).items()}
 
     def reset(self) -> None:
         """Discard what was measured since the last step, as after a backward pass that failed, and

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -378,6 +378,11 @@ class EpochCount:
         self._at_end, self._iteration = state["at_end"], None
 
 
+# Metrics that have a field of their own in a `Row`.
+REPORTED = frozenset({"f_star", "f_star_std_error", "preconditioned_trace_ema",
+                      "preconditioned_trace_std_error"})
+
+
 class Recorder:
     """Writes what was seen and decided in a step into the history; `trace` is the moving average of
     the variance trace.
@@ -395,10 +400,14 @@ class Recorder:
             )
         self.diagnostics, self.trace = diagnostics, MovingAverage()
 
-    def record(self, moments: GradientMoments | None, *, dropped: str, **fields: Any) -> None:
+    def record(self, moments: GradientMoments | None, *, dropped: str,
+               metrics: Mapping[str, float], **fields: Any) -> None:
         """Append one record: moments unless dropped before the controller saw them, why they were
-        not used (empty where they were), and further fields of a `Row`."""
-        layers = None
+        not used (empty where they were), what controller and statistics report, and further fields
+        of a `Row`."""
+        layers, others = None, dict[str, float]()
+        for name, value in metrics.items():
+            (fields if name in REPORTED else others)[name] = float(value)
         if moments is not None:
             trace, n_measured = moments.variance_trace, moments.n_measured
             error, freedom = trace_error(moments)
@@ -411,7 +420,7 @@ class Recorder:
                 }
                 if moments.by_parameter or moments.by_group:
                     layers = LayerStatistics.of_step(moments)
-        self.diagnostics.add(Row(dropped=dropped, **fields), layers)
+        self.diagnostics.add(Row(dropped=dropped, metrics=others, **fields), layers)
 
 
 def check_rows(seen: StepRecord, loader: BatchSource) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch._checks import check_version
+from adabatch._checks import check_version, storable
 from adabatch._table import html
 from adabatch.config import (DEFAULT_SHARE, BatchSizes, Coupling, CouplingRule, Every, Measure,
                              measure_of)
@@ -247,7 +247,11 @@ class BatchSizeScheduler:
 
     def state_dict(self) -> State:
         """Plain numbers and tensors: counters, the size, and the states of controller, estimator
-        and diagnostics. The loader keeps its position itself."""
+        and diagnostics. The loader keeps its position itself.
+
+        Raises:
+            TypeError: a part's state holds what torch.load(weights_only=True) would refuse.
+        """
         self.flush()
         return {
             "version": 2,
@@ -255,7 +259,8 @@ class BatchSizeScheduler:
             "batch_size": self._size.size, "steps_since_change": self._size.steps_since_change,
             "measured_at": self._measured_at,
             "lr_weights": self._base_lr.weights, "enabled": self.estimator.enabled,
-            **{name: part.state_dict() for name, part in self._parts().items()},
+            **{name: storable(f"the state of the {name}", part.state_dict())
+               for name, part in self._parts().items()},
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -435,7 +440,8 @@ class BatchSizeScheduler:
             samples_seen=self.samples_seen, proposed_batch_size=proposal, proposed_low=lowest,
             proposed_high=highest, next_batch_size=self._size.size, lr=float(lr), loss=loss,
             dropped=dropped,
-            **{name: float(value) for name, value in self._controller.metrics().items()},
+            metrics=self._controller.metrics() if usable is None else {
+                **self.estimator.metrics(usable), **self._controller.metrics()},
         )
         self._plan.judge(self._recorder.trace)
 

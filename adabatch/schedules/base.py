@@ -9,10 +9,11 @@ from collections.abc import Callable, Sized
 from types import FunctionType
 from typing import TypedDict, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from adabatch._checks import check_version, integer, suggest_keywords
+from adabatch._checks import check_version, integer, storable, suggest_keywords
 from adabatch.interfaces import State
 from adabatch.schedules.managers import (
     BatchSizeManager, Loader, has_settable_batch_size, manager_for,
@@ -48,17 +49,19 @@ def clipped(size: N, low: N, high: N) -> N:
 
 
 def is_plain(value: object) -> bool:
-    """Whether ``torch.load(weights_only=True)`` reads ``value`` back."""
+    """Whether :func:`~adabatch._checks.storable` takes ``value``."""
     if isinstance(value, (list, tuple)):
         return type(value) in (list, tuple) and all(map(is_plain, value))
     if isinstance(value, dict):
         return type(value) is dict and is_plain([*value, *value.values()])
-    return type(value) in (bool, int, float, str, type(None), torch.Tensor)
+    return (type(value) in (bool, int, float, str, type(None), torch.Tensor)
+            or isinstance(value, np.generic))
 
 
 def callable_state(call: Callable | None) -> State:
     """The plain attributes of a callable object; none for a function (closures cannot be saved)."""
-    return {key: x for key, x in getattr(call, "__dict__", {}).items() if is_plain(x)}
+    return {key: storable(key, x) for key, x in getattr(call, "__dict__", {}).items()
+            if is_plain(x)}
 
 
 def described(call: object) -> str:
@@ -207,11 +210,17 @@ class BSScheduler:
         return described(vars(self)[name])
 
     def state_dict(self) -> State:
-        """Counters, hyperparameters and sizes: every attribute of plain type not in ``unsaved``,
-        and the plain attributes of callable objects. No loader, no manager, no function."""
+        """Counters, hyperparameters and sizes: every attribute not in ``unsaved``, and the plain
+        attributes of callable objects. No loader, no manager, no function.
+
+        Raises:
+            TypeError: an attribute that is no plain value and cannot be called: name it in
+                ``unsaved``, or keep what it holds in lists and dicts.
+        """
         attributes = vars(self)
-        kept = {name: x for name, x in attributes.items()
-                if name not in self.unsaved and is_plain(x)}
+        kept = {name: storable(f"{type(self).__name__}.{name}", x)
+                for name, x in attributes.items()
+                if name not in self.unsaved and not callable(x)}
         base = self.batch_size_manager.base_batch_size
         state = {"version": STATE_VERSION, "schedule": type(self).__name__, "attributes": kept,
                  "sizes": {"batch_size": int(self.batch_size), "base_batch_size": int(base)}}

@@ -12,6 +12,8 @@ from adabatch.schedules.base import BSScheduler
 class _Composition(BSScheduler):
     """At least two schedules, past their zeroth step, that write to one loader in the same way."""
 
+    unsaved = (*BSScheduler.unsaved, "_started")
+
     def __init__(self, schedulers: Sequence[BSScheduler]):  # in place of BSScheduler's constructor
         kind = type(self).__name__
         if not isinstance(schedulers, (list, tuple)):

@@ -12,7 +12,8 @@ import torch
 from scipy import stats
 
 import adabatch
-from adabatch.diagnostics import Diagnostics, Record
+from adabatch.diagnostics import Diagnostics
+from adabatch.diagnostics.record import FIELDS
 from tests.diagnostics.synthetic import fill, same_records, steps
 from tests.estimators.test_averages import by_definition
 
@@ -179,7 +180,7 @@ def test_numbers_are_plain():
         **moments,
     )
     record = history.latest
-    assert {type(getattr(record, name)) for name in Record.__slots__} == {int, float, bool, str}
+    assert {type(getattr(record, name)) for name in FIELDS} == {int, float, bool, str}
     assert history.column("next_batch_size").dtype.kind == "i"
 
 

@@ -16,7 +16,7 @@ ROW = tuple(
 
 def test_record_is_frozen_and_slotted():
     record = Record(*ROW)
-    assert dataclasses.astuple(record) == ROW
+    assert dataclasses.astuple(record) == (*ROW, {})
     assert not hasattr(record, "__dict__")
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.loss = 1.0
