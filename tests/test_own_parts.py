@@ -111,9 +111,10 @@ def test_monitor_records_a_statistic_and_files_keep_it(tmp_path):
     np.testing.assert_array_equal(adabatch.Diagnostics.from_jsonl(path).column("peak"), column)
     history.to_csv(tmp_path / "history.csv")
     assert (tmp_path / "history.csv").read_text().splitlines()[0].endswith(",dropped,peak")
-    assert "peak" in history[0]._repr_html_() and hash(history[0])
+    assert "peak" in history[0]._repr_html_()
+    assert hash(history[0])
     assert pickle.loads(pickle.dumps(history[0])).metrics == history[0].metrics
-    with pytest.raises(ValueError, match="no field 'peaks'; it has .*, peak$"):
+    with pytest.raises(ValueError, match=r"no field 'peaks'; it has .*, peak$"):
         history.column("peaks")
 
 
@@ -129,7 +130,7 @@ def test_a_required_statistic_that_nobody_passed_is_named_with_the_fix():
                                  [Peak(), Peak()], [type("Anonymous", (Peak,), {"name": 1})()]],
                          ids=str)
 def test_statistics_are_checked_where_the_options_are_made(bad):
-    with pytest.raises(ValueError, match="PerSample: seed must be an integer, got 'a'; .*(statistic|name)"):
+    with pytest.raises(ValueError, match=r"PerSample: seed must be .*; .*(statistic|name)"):
         adabatch.PerSample(statistics=bad, seed="a")
 
 
@@ -156,7 +157,8 @@ def test_a_controllers_metrics_are_columns_and_never_replace_fields():
     train(model, optimizer, loader, scheduler.step)
     history = scheduler.diagnostics
     assert history.column("proposals").tolist() == [1, 2, 3, 4]
-    assert history.latest.f_star == 0.5 and history.latest.loss != 7
+    assert history.latest.f_star == 0.5
+    assert history.latest.loss != 7
     assert history.latest.metrics == {"proposals": 4, "loss": 7}
 
 
@@ -200,7 +202,8 @@ def test_a_schedules_attributes_are_saved_or_refused_and_never_dropped():
     resumed = Growing(None, 1, batch_size_manager=VirtualBatchSize(8))
     resumed.load_state_dict(state)
     resumed.step()
-    assert resumed.batch_size == 11 and type(state["attributes"]["by"]) is int
+    assert resumed.batch_size == 11
+    assert type(state["attributes"]["by"]) is int
     refused = Growing(None, 3, {8}, batch_size_manager=VirtualBatchSize(8))
     with pytest.raises(TypeError, match=r"Growing\.seen must be a number"):
         refused.state_dict()
@@ -273,5 +276,5 @@ def test_a_source_that_lacks_what_is_read_cannot_be_made():
     class Short(BatchSource):
         batch_size, drop_last = 8, False
 
-    with pytest.raises(TypeError, match="abstract.*n_batches"):
+    with pytest.raises(TypeError, match=r"abstract.*n_batches"):
         Short()
