@@ -126,11 +126,25 @@ def run_again_cost(
                      calls=RUN_AGAIN_CALLS)
 
 
-def operation_cost(output_shape: Sequence[int]) -> LayerCost:
-    """An operation in which a traced parameter meets samples, from its output's shape."""
+def operation_cost(
+    output_shape: Sequence[int], weight: int = 0, run_again: bool = True
+) -> LayerCost:
+    """An operation in which a traced parameter meets samples.
+
+    Args:
+        output_shape: [N, ...].
+        weight: elements of the matrix that it multiplies with a fused backward pass, as a Linear
+            layer does; 0 for any other operation.
+        run_again: it has no rule.
+    """
     elements = elements_per_sample(output_shape)
-    return LayerCost(2 * PASS * elements, 4 * PASS * elements, product=PASS * elements,
-                     numel=elements, calls=RUN_AGAIN_CALLS)
+    if weight:
+        product = weight * math.prod(output_shape[1:-1])
+        norms = PASS * elements + 2 * PASS * weight
+        return LayerCost(3 * product + 4 * PASS * elements, product + norms, norms, product, weight)
+    passes = 4 if run_again else 2
+    return LayerCost(2 * PASS * elements, passes * PASS * elements, product=PASS * elements,
+                     numel=elements, calls=RUN_AGAIN_CALLS if run_again else 2)
 
 
 def elements_per_sample(*shapes: Sequence[int]) -> float:
@@ -200,12 +214,13 @@ class StepCost:
 def step_cost(
     seen: Iterable[tuple[nn.Module, Sequence[int], Sequence[int], bool]],
     numel: int,
-    operations: Iterable[Sequence[int]] = (),
+    operations: Iterable[tuple[Sequence[int], int, bool]] = (),
     statistics: Iterable[Statistic] = (),
 ) -> StepCost:
     """The cost of a model from what its taps saw: the arguments of layer_cost, and the output
     shapes of the operations in which traced parameters meet samples."""
-    layers = (*(layer_cost(*each) for each in seen), *map(operation_cost, operations))
+    layers = (*(layer_cost(*each) for each in seen),
+              *(operation_cost(*each) for each in operations))
     return StepCost(layers, numel, tuple(statistics))
 
 

@@ -184,3 +184,23 @@ def test_a_plan_keeps_to_its_budget(overhead, share):
     assert plan.every <= LONGEST_INTERVAL or taken == FEWEST_SAMPLES
     if plan.every == LONGEST_INTERVAL and FEWEST_SAMPLES < taken < 256:  # one more does not fit
         assert cost.share(256, taken + 1) / plan.every > overhead
+
+
+def test_a_product_in_an_operation_costs_as_much_as_a_linear_layer():
+    """The choice of samples and interval does not depend on who wrote the layer."""
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 48))
+            self.bias = nn.Parameter(torch.zeros(48))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x.view(-1, 64), self.weight).view(*x.shape[:-1], 48)
+
+    shares = []
+    for layer in (Own(), nn.Linear(64, 48)):
+        model = nn.Sequential(layer, nn.Tanh(), nn.Linear(48, 2))
+        hooks = GradSampleHooks(model)
+        model(torch.randn(16, 128, 64)).square().mean().backward()
+        shares.append(hooks.cost().share(16))
+    assert shares[0] == pytest.approx(shares[1], rel=0.2)

@@ -148,6 +148,16 @@ class TracedOp:
             raise NoRule
         return found
 
+    def cost_of(self, output: Tensor) -> tuple[tuple[int, ...], int, bool]:
+        """Output shape [N, ...], elements of the weight of a product, and whether it has no rule,
+        as operation_cost takes them."""
+        shape = tuple(output.shape)
+        if self.flat:
+            shape = (self.n_samples, shape[0] // max(1, self.n_samples), *shape[1:])
+        product = self.product
+        weight = self.parameters[product.weight].numel() if product else 0
+        return shape, weight, function_name(self.function).strip("_") not in RULES
+
     def split(self, tensor: Tensor) -> Tensor:
         """[N, T, ...] of samples and positions in one dimension."""
         return tensor.unflatten(0, (self.n_samples, -1)) if self.flat else tensor

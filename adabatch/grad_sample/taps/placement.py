@@ -117,8 +117,8 @@ class ForwardHooks:
             before: whether their inputs carry samples is not known.
         input_sizes: of all dimensions of the model's input tensors since this was last cleared;
             empty where layouts are given.
-        operation_shapes: {name: shape of the last output} of the operations on traced parameters,
-            for the cost model.
+        operation_shapes: {name: arguments of operation_cost} of the operations on traced
+            parameters, for the cost model.
         forward_sizes: N of the taps placed since the last backward pass.
         recomputing_task: the backward pass in which activation checkpointing last ran a layer
             again, or -1.
@@ -145,7 +145,7 @@ class ForwardHooks:
         self.input_sizes: set[int] = set()
         self.forward_sizes: set[int] = set()
         self.packed_size: int | None = None
-        self.operation_shapes: dict[str, tuple[int, ...]] = {}
+        self.operation_shapes: dict[str, tuple[tuple[int, ...], int, bool]] = {}
         self._sites, self._parameters, self._traced = sites, parameters, traced
         self._probes, self._row_sampler, self._recorder = probes, row_sampler, recorder
         self._check = recorder.sum_check
@@ -391,10 +391,6 @@ class ForwardHooks:
         for name in operation.parameters:
             for site in self._owners.get(name, ()):
                 site.deferred = True
-        shape = tuple(outputs[0].shape)
-        if operation.flat:
-            shape = (operation.n_samples, shape[0] // max(1, operation.n_samples), *shape[1:])
-        self.operation_shapes[operation.name] = shape
         return self._tap_in_layer(operation, outputs, copied)
 
     def _before_layer(
@@ -438,6 +434,7 @@ class ForwardHooks:
         self, operation: TracedOp, outputs: list[Tensor], copied: list[bool]
     ) -> Sequence[Tensor]:
         site, output, inputs = self._sites[-1], outputs[0], operation.source
+        self.operation_shapes[operation.name] = operation.cost_of(output)
         rows, _ = self._rows(operation.n_samples, output.device)
         if rows is None and may_fuse(operation, inputs, output, self._recorder):
             assert inputs is not None
