@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -285,10 +285,10 @@ class MicroBatches:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.size is not None and not (isinstance(self.size, str) and self.size == "auto"):
+        problems, auto = [], isinstance(self.size, str) and self.size == "auto"
+        if self.size is not None and not auto:
             problems = _not_positive(", 'auto' or None", size=self.size)
-        if self.size == "auto" and self.loss_fn is None:
+        if auto and self.loss_fn is None:
             problems.append("size='auto' tries steps: pass loss_fn=, a callable (model, batch) -> "
                             "the loss that you differentiate")
         if self.loss_fn is not None and not callable(self.loss_fn):
@@ -312,6 +312,31 @@ class MicroBatches:
     def of(cls, given: MicroBatches | int | Literal["auto"] | None) -> MicroBatches:
         """A MicroBatches as it is; one of a size."""
         return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
+
+
+def checked_together(*checks: Callable[[], Any]) -> list[Any]:
+    """What the checks return; a ValueError lists what several of them raise.
+
+    Example:
+        >>> checked_together(lambda: BatchSizes(0), lambda: Coupling("cube"))
+        Traceback (most recent call last):
+        ValueError: 2 arguments are wrong:
+          - BatchSizes: minimum must be a positive integer, got 0
+          - Coupling: rule must be one of ('none', 'linear', 'sqrt', 'adascale', 'seesaw') or a \
+callable (batch_size, base_batch_size, noise_scale) -> factor, got 'cube'
+    """
+    found, errors = [], []
+    for check in checks:
+        try:
+            found.append(check())
+        except (TypeError, ValueError) as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        lines = "".join(f"\n  - {error}" for error in errors)
+        raise ValueError(f"{len(errors)} arguments are wrong:{lines}")
+    return found
 
 
 def plain(value: Number) -> Number:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -12,7 +14,7 @@ from torch.optim import Optimizer
 
 from adabatch._checks import check_version, suggest_keywords
 from adabatch._types import Part
-from adabatch.config import Every, Measure, PerSample, measure_of, plain
+from adabatch.config import Every, Measure, PerSample, checked_together, measure_of, plain
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.record import Record
 from adabatch.estimators.loss_scale import LossScale
@@ -25,7 +27,7 @@ from adabatch.scheduler.record import (
     StepRecord, UntrackedParameters, rejection_reason,
 )
 from adabatch.scheduler.scheduler import check_optimizer
-from adabatch.wrap import (check_not_hooked, check_one_pass, per_sample_hooks, plan_of,
+from adabatch.wrap import (check_not_hooked, check_one_pass, per_sample_hooks, plan_of, run_checks,
                            warn_of_foreign_parameters)
 
 # Optimizer steps in turn before which a GradScaler may have skipped others: more of them are a loop
@@ -75,17 +77,13 @@ def monitor(
     """
     check_optimizer(optimizer)
     accumulate = plain(accumulate)
-    if measure is None:
-        raise ValueError("measure=None measures nothing: omit monitor(), or pass 'auto', a share, "
-                         "adabatch.Every(k) or 'all'")
-    how = PerSample() if estimator is None else estimator
-    if not isinstance(how, PerSample):
-        raise ValueError(f"estimator must be None or an adabatch.PerSample(...), got {how!r}: "
-                         "other estimators need adabatch.wrap")
+    measured, how, *_ = checked_together(
+        lambda: _measure(measure), lambda: _options(estimator),
+        *run_checks(loss_reduction, accumulate, grad_scaler, diagnostics))
     _check_alone()
     check_not_hooked(model)
     check_one_pass(optimizer)
-    interval, share = plan_of(measure_of(measure), how, needed=True)
+    interval, share = plan_of(measured, how, needed=True)
     hooks = per_sample_hooks(
         model, optimizer, how, frozenset(), samples=None if interval is None else interval.samples,
         loss_reduction=loss_reduction, accumulate=accumulate,
@@ -239,6 +237,23 @@ class Monitor:
                               samples_seen=self.samples_seen, lr=lr, loss=loss, dropped=dropped,
                               metrics={} if usable is None else self._hooks.metrics(usable))
         self._plan.judge(self._recorder.trace)
+
+
+def _measure(measure: Measure) -> float | Every | Literal["auto"] | None:
+    """measure=, which must not be None here."""
+    if measure is None:
+        raise ValueError("measure=None measures nothing: omit monitor(), or pass 'auto', a share, "
+                         "adabatch.Every(k) or 'all'")
+    return measure_of(measure)
+
+
+def _options(estimator: PerSample | None) -> PerSample:
+    """The options of an estimator that measures single samples."""
+    how = PerSample() if estimator is None else estimator
+    if not isinstance(how, PerSample):
+        raise ValueError(f"estimator must be None or an adabatch.PerSample(...), got {how!r}: "
+                         "other estimators need adabatch.wrap")
+    return how
 
 
 def _check_alone() -> None:

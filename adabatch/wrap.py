@@ -16,13 +16,15 @@ from adabatch._checks import suggest_keywords
 from adabatch._types import Argument, Batch, Kwargs
 from adabatch.config import (
     DEFAULT_SHARE, BatchSizes, Coupling, CouplingRule, CrossRank, EstimatorOptions, Every, Measure,
-    MicroBatch, MicroBatches, PerSample, measure_of, plain,
+    MicroBatch, MicroBatches, PerSample, checked_together, measure_of, plain,
 )
 from adabatch.controllers import CABS
 from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.diagnostics import Diagnostics
 from adabatch.distributed.setup import DistributedSetup
 from adabatch.estimators.cross_rank import CrossRankEstimator
+from adabatch.estimators.gradients import check_arguments
+from adabatch.estimators.loss_scale import LossScale
 from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
@@ -33,6 +35,7 @@ from adabatch.micro_batches.single_samples import naming_batch_norm
 from adabatch.preconditioners import preconditioner_reader
 from adabatch.scheduler.decision import as_controller
 from adabatch.scheduler.lr import is_scaled
+from adabatch.scheduler.record import Recorder
 from adabatch.scheduler.scheduler import (BatchSizeScheduler, check_optimizer, needs_moments,
                                           without_moments)
 
@@ -129,9 +132,12 @@ def wrap(
     """
     check_optimizer(optimizer)
     accumulate = plain(accumulate)
-    sizes, lr_rule = BatchSizes.of(batch_sizes), Coupling.of(coupling)
-    micro_options, measured = MicroBatches.of(micro_batches), measure_of(measure)
-    how = estimator_options(estimator)
+    sizes, lr_rule, micro_options, measured, how, chosen, *_ = checked_together(
+        lambda: BatchSizes.of(batch_sizes), lambda: Coupling.of(coupling),
+        lambda: MicroBatches.of(micro_batches), lambda: measure_of(measure),
+        lambda: estimator_options(estimator),
+        lambda: None if controller is None else as_controller(controller),
+        *run_checks(loss_reduction, accumulate, grad_scaler, diagnostics))
     optimizer = _unwrapped(model, optimizer)
     check_not_hooked(model)
     settings = {
@@ -142,8 +148,8 @@ def wrap(
     }
     parallel = DistributedSetup.find(process_group, KINDS[type(how)], model)
     adaptive = _adaptive(loader, parallel, model, optimizer, settings)
-    given = CABS() if controller is None and lr_rule.rule != "seesaw" else controller
-    chosen = None if given is None else as_controller(given)
+    if chosen is None and lr_rule.rule != "seesaw":
+        chosen = CABS()
     if chosen is not None:
         chosen.bind(RunContext(optimizer, max_grad_norm=micro_options.max_grad_norm))
     needs: frozenset[str] = frozenset() if chosen is None else chosen.requires
@@ -224,6 +230,16 @@ def plan_of(
         return None, measure
     needed = needed or how.per_parameter or how.inner_products or bool(how.statistics)
     return None, DEFAULT_SHARE if needed else None
+
+
+def run_checks(
+    loss_reduction: str, accumulate: int, grad_scaler: GradScaler | None,
+    diagnostics: Diagnostics | None,
+) -> tuple[Callable[[], object], ...]:
+    """Checks of what wrap and monitor both take, for checked_together()."""
+    return (lambda: check_arguments(loss_reduction),
+            lambda: check_arguments("mean", accumulate=accumulate),
+            lambda: LossScale(grad_scaler), lambda: diagnostics is None or Recorder(diagnostics))
 
 
 def estimator_options(given: EstimatorOptions | None) -> EstimatorOptions:

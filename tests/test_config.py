@@ -134,3 +134,35 @@ def test_numpy_numbers_are_numbers(whole):
     scheduler.remove()
     with pytest.raises(ValueError, match=r"minimum must be a positive integer, got .*True"):
         BatchSizes(np.bool_(True))
+
+
+WRONG = {"loss_reduction": np.array(["mean"]), "accumulate": None, "grad_scaler": 1,
+         "diagnostics": 2, "measure": "some", "estimator": 3}
+
+
+@pytest.mark.parametrize("monitored", [False, True], ids=["wrap", "monitor"])
+def test_all_wrong_arguments_are_listed_at_once(monitored):
+    model = nn.Linear(2, 1)
+    optimizer, loader = SGD(model.parameters(), lr=0.1), DataLoader(TensorDataset(torch.ones(8, 2)))
+    more = {} if monitored else {"batch_sizes": 5, "coupling": "cubic", "micro_batches": -1,
+                                 "controller": 4}
+    given = (model, optimizer) if monitored else (model, optimizer, loader)
+    call = adabatch.monitor if monitored else adabatch.wrap
+    with pytest.raises(ValueError, match="arguments are wrong:") as error:
+        call(*given, **WRONG, **more)
+    text = str(error.value)
+    assert text.count("\n  - ") == len(WRONG) + len(more)
+    assert all(f"  - {name} must be" in text for name in WRONG)
+    assert "Coupling: rule must" in text or monitored
+    for name, value in WRONG.items():
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+            call(*given, **{name: value})
+    call(*given)[-1].remove() if not monitored else call(*given).remove()
+
+
+@pytest.mark.parametrize("make", [
+    lambda: PerSample(ignore=torch.tensor(3)), lambda: MicroBatches(np.array([1, 2])),
+    lambda: BatchSizes(hysteresis=np.array([0.1, 0.2]))], ids=["ignore", "size", "hysteresis"])
+def test_arrays_are_refused_like_other_wrong_types(make):
+    with pytest.raises(ValueError, match=r"(ignore|size|hysteresis) must be"):
+        make()

@@ -51,10 +51,10 @@ def check_arguments(loss_reduction: str, **counts: int | None) -> None:
     Example:
         >>> check_arguments("mean", samples=None, accumulate=1)
     """
-    if loss_reduction not in LOSS_REDUCTIONS:
+    if not isinstance(loss_reduction, str) or loss_reduction not in LOSS_REDUCTIONS:
         raise ValueError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, got {loss_reduction!r}")
     for name, value in counts.items():
-        if value is None:
+        if value is None and name == "samples":
             continue
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             optional = " or None" if name == "samples" else ""
