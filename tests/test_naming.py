@@ -9,7 +9,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 # What belongs to no module alone, and which test files are about it.
 SUBJECTS = {
-    "": {"naming", "oracle", "readme", "typing"},
+    "": {"import", "naming", "oracle", "readme", "typing"},
     "controllers": {"against_oracle", "contract"},
     "distributed": {"elastic"},
     "estimators": {"coverage"},
