@@ -336,9 +336,11 @@ def as_csr(samples):
 def test_batches_that_torch_does_not_cut_are_refused_with_the_fix(collate_fn):
     samples = [torch.ones(2) for _ in range(8)]
     loader = AdaptiveDataLoader(samples, 3, num_workers=2, collate_fn=collate_fn)
+    batches = iter(loader)
+    next(batches)
+    loader.batch_size = 2
     with pytest.raises(ValueError, match=r"does not cut nested.*collate_in='consumer'"):
-        for _ in loader:
-            loader.batch_size = 2
+        list(batches)
     loader = AdaptiveDataLoader(
         samples, 3, num_workers=2, collate_fn=collate_fn, collate_in="consumer")
     assert [batch.size(0) for batch in loader] == [3, 3, 2]
