@@ -472,7 +472,8 @@ class ForwardHooks:
                 if not self._inside:
                     return self._tap_outside(site, layer, args, kwargs, output)
                 # Or a table's layer, called once more after tracing has ended.
-                if (not site.followed or site.untapped) and self.called:
+                new = not site.followed or (site.untapped and not compiles_frames())
+                if new and self.called:
                     self.not_followed.add(site.name)
             return self._tap_layer(site, layer, args, kwargs, output)
         if site.deferred:
