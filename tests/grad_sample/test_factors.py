@@ -9,6 +9,7 @@ from adabatch.grad_sample.factors.base import Dense, Factor
 from adabatch.grad_sample.factors.conv import ConvOuter
 from adabatch.grad_sample.factors.merge import SumOfFactors
 from adabatch.grad_sample.factors.outer import OneHotOuter, Outer
+from adabatch.grad_sample.factors.viewed import Viewed
 
 SAMPLES = 6
 
@@ -56,9 +57,16 @@ def make_sum(dtype):
     return SumOfFactors((turned, lookup[0])), outer[1].mT + lookup[1]
 
 
-MAKERS = [
-    make_outer, make_one_hot_outer, make_conv_outer, make_dense, make_scale, make_shift, make_sum,
-]
+def make_viewed(dtype):
+    inner, grads = make_dense(dtype)
+    view = torch.empty(2, 5, 3)[:, 1:4, 0].T
+    whole = torch.zeros(SAMPLES, 2, 5, 3, dtype=torch.float64)
+    whole[:, :, 1:4, 0] = grads.mT
+    return Viewed(inner, (2, 5, 3), view.shape, view.stride(), view.storage_offset()), whole
+
+
+MAKERS = [make_outer, make_one_hot_outer, make_conv_outer, make_dense, make_scale, make_shift,
+          make_sum, make_viewed]
 makers = pytest.mark.parametrize("make", MAKERS,
                                  ids=lambda make: make.__name__.removeprefix("make_"))
 

@@ -52,6 +52,7 @@ def test_reprs_of_lr_schedules():
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     assert repr(LinearLR(optimizer, 100)) == "LinearLR(T=100, lr 0.5, step 0)"
     by_samples = LinearLR(optimizer, budget_samples=1000)
+    optimizer.step()
     by_samples.step(200)
     assert repr(by_samples) == "LinearLR(budget_samples=1000, lr 0.4, 200 samples)"
     clock = SampleClock(StepLR(optimizer, 3), samples_per_step=100)
