@@ -116,3 +116,32 @@ def test_uses_that_come_and_go_are_followed_in_every_pass(model):
             measured += 1
             agrees(moments, expected)
     assert measured >= 20
+
+
+class Positions(nn.Module):
+    """Tokens and positions, each looked up once for each sample; notes whether it was traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places, self.head = nn.Embedding(9, 3), nn.Embedding(4, 3), nn.Linear(3, 2)
+        self.traced = []
+
+    def forward(self, ids):
+        places = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+        x = self.tokens(ids) + self.places(places)
+        self.traced.append(any(isinstance(mode, ParameterTracer) for mode in modes()))
+        return self.head(x.tanh())
+
+
+def test_positions_repeated_for_each_sample_are_measured_by_their_layer():
+    torch.manual_seed(0)
+    model = Positions().double()
+    hooks = GradSampleHooks(model)
+    for n_samples in (4, 6, 5):  # 4: as many as positions
+        ids = torch.randint(9, (n_samples, 4))
+        model.zero_grad()
+        losses(model, ids).mean().backward()
+        moments = hooks.collect()
+        with hooks.paused():
+            agrees(moments, oracle.per_sample_grads(model, losses, ids))
+    assert not any(model.traced[-len(ids) - 1 :])

@@ -206,9 +206,11 @@ class ParameterTracer(TorchFunctionMode):
             return frozenset()
         # Along which dimension, if any, the samples lie is not known.
         for leaf, flow in found:
+            if not self._flow.has_rows(leaf):
+                continue
             unclear = flow is not None or (
                 leaf.is_floating_point() and not self._flow.is_constant(leaf))
-            if unclear and self._flow.has_rows(leaf):
+            if unclear or has_equal_rows(leaf):  # or positions that were repeated for each sample
                 carries = self._flow.roles.carries(key, self._n_samples)
                 if carries is not False:
                     return frozenset() if carries else frozenset((key,))
