@@ -15,7 +15,11 @@
 # to fail with 2.9.1: test_tensor_parallel.py[4], as torch 2.9 gathers the weights of an unevenly
 # split layer beside fully_shard wrongly when the test reads them (all moments agree), and
 # test_reduction.py[2], as its compiler cannot take a DistributedDataParallel in several graphs
-# ('SymInt' object has no attribute 'item').
+# ('SymInt' object has no attribute 'item'). Run in whole with torch 2.15.0 and NumPy 2.5.5 on
+# Python 3.13.0; known to fail there: test_tracer_compiled.py::test_a_part_compiled_after_attaching
+# [none, embedding, raw], as edges of a part that was compiled later are not recognised (its inputs'
+# roles stay open: not measured until a batch has another size), and
+# test_wrap.py::test_nothing_of_ours_warns[True], as torch warns of that release of Python.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
