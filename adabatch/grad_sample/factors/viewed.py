@@ -27,12 +27,12 @@ class Viewed(Factor):
         >>> import torch
         >>> from adabatch.grad_sample.factors.base import Dense
         >>> rows = torch.zeros(3, 2)[1:]
-        >>> inner = Dense(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        >>> inner = Dense(torch.tensor([[[3.0, 0.0], [0.0, 4.0]]]))
         >>> factor = Viewed(inner, (3, 2), (2, 2), rows.stride(), rows.storage_offset())
         >>> factor.dense(), factor.sq_norms()
         (tensor([[[0., 0.],
-                 [1., 2.],
-                 [3., 4.]]]), tensor([30.]))
+                 [3., 0.],
+                 [0., 4.]]]), tensor([25.]))
     """
 
     inner: Factor
