@@ -176,7 +176,8 @@ def test_numpy_numbers_in_a_state_are_read_back(count):
     assert scheduler.controller.count == 4
 
 
-@pytest.mark.parametrize("count", [{1}, np.zeros(2), [object()], lambda: 0], ids=str)
+@pytest.mark.parametrize("count", [{1}, np.zeros(2), [object()], lambda: 0],
+                         ids=["set", "array", "object", "function"])
 def test_a_state_that_could_not_be_read_back_is_refused_when_saved(count):
     model, optimizer, loader = make()
     _, _, scheduler = adabatch.wrap(model, optimizer, loader, controller=Counting(count=count))
