@@ -143,7 +143,8 @@ WRONG = {"loss_reduction": np.array(["mean"]), "accumulate": None, "grad_scaler"
 @pytest.mark.parametrize("monitored", [False, True], ids=["wrap", "monitor"])
 def test_all_wrong_arguments_are_listed_at_once(monitored):
     model = nn.Linear(2, 1)
-    optimizer, loader = SGD(model.parameters(), lr=0.1), DataLoader(TensorDataset(torch.ones(8, 2)))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(TensorDataset(torch.ones(64, 2)))
     more = {} if monitored else {"batch_sizes": 5, "coupling": "cubic", "micro_batches": -1,
                                  "controller": 4}
     given = (model, optimizer) if monitored else (model, optimizer, loader)
