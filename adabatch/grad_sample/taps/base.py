@@ -24,7 +24,7 @@ from adabatch.distributed.sharded_layers import is_parallel, own_activations, ow
 from adabatch.grad_sample.backward.recorder import (
     BackwardRecorder, ParameterUse, Probe, signal_gradient,
 )
-from adabatch.grad_sample.backward.verify import squares
+from adabatch.grad_sample.backward.verify import Node, squares
 from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.functional.expression import versions_of
@@ -345,17 +345,26 @@ class TapSite:
             extras += self._report(each.name, each.per_sample, values, measured, dtype)
         return extras
 
+    def compares_sums(self, node: Node) -> bool:
+        """Whether the tap with this node reports sums in the backward pass that runs."""
+        check = self.recorder.sum_check
+        return check.sketches if is_compiling() else check.observes(node)
+
     def report_sums(
         self, totals: Mapping[str, Factor | Tensor], sq_norms: Mapping[str, Tensor], like: Tensor,
         dtype: torch.dtype,
-    ) -> Tensor:
-        """In a compiled graph, the gradient of the layer's line of Probe.sums.
+    ) -> list[Tensor]:
+        """Report sums to be compared; in a compiled graph, gives the gradient of the layer's line
+        of Probe.sums.
 
         Args:
             totals: {own name: the factor over all samples, or Σ_i G_i}.
             sq_norms: {own name: Σ_i ‖G_i‖²}.
             like: a tensor of the type that the layer computed in.
         """
+        if not is_compiling():
+            self.recorder.sum_check.observe(self.parameters, totals, sq_norms, like.dtype)
+            return []
         line = [like.new_full((), torch.finfo(like.dtype).eps, dtype=dtype)]
         for name in self.parameters:
             if name in totals:
@@ -363,7 +372,7 @@ class TapSite:
                 line += [sketch.to(dtype), sq_norms[name].to(dtype)]
             else:  # frozen since attaching
                 line += [line[0].new_zeros(())] * 2
-        return torch.stack(line)
+        return [torch.stack(line)]
 
     def _report(
         self, statistic: str, per_sample: bool, values: Mapping[str, Tensor | None], measured: int,
@@ -475,15 +484,12 @@ class PassthroughTap(Tap):
             own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
             n_samples = _n_samples(ctx.n_samples, site.layout, own)
             factors = site.factors(activations, own, rows, n_samples)
-            check, sums = site.recorder.sum_check, []
-            if check.sketches if is_compiling() else check.observes(ctx):
+            sums: list[Tensor] = []
+            if site.compares_sums(ctx):
                 every = factors if rows is None else site.factors(
                     activations if whole is None else whole, own, None, n_samples)
                 norms = squares(factors, None if rows is None else n_samples)
-                if is_compiling():
-                    sums = [site.report_sums(every, norms, own, ctx.dtype)]
-                else:
-                    check.observe(site.parameters, every, norms, own.dtype)
+                sums = site.report_sums(every, norms, own, ctx.dtype)
             if site.must_defer:
                 site.defer(factors)
                 extras = [None] * ctx.n_extras
@@ -550,15 +556,12 @@ class FusedBackwardTap(Tap):
                 if rows is not None:
                     a, b = a.index_select(0, rows), b.index_select(0, rows)
                 factors = site.sampler.rule(layer, a, b)
-            check, sums = site.recorder.sum_check, []
-            if check.sketches if is_compiling() else check.observes(ctx):
+            sums: list[Tensor] = []
+            if site.compares_sums(ctx):
                 norms = (squares(factors, n_samples) if defer else
                          {name: each.sum() for name, each in result.sq_norms.items()})
                 totals = {name: result.grads[name] for name in norms}
-                if is_compiling():
-                    sums = [site.report_sums(totals, norms, backprops, ctx.dtype)]
-                else:
-                    check.observe(site.parameters, totals, norms, backprops.dtype)
+                sums = site.report_sums(totals, norms, backprops, ctx.dtype)
             if defer:
                 site.defer(factors)
                 extras = [None] * ctx.n_extras
