@@ -78,14 +78,17 @@ class OperationUses:
     Args:
         reporter: where values go, by the parameters' names in the model.
         sites: of all layers.
+
+    Attributes:
+        owners: {parameter: the layers that hold it}.
     """
 
     def __init__(self, reporter: TapSite, sites: Sequence[TapSite]):
         self._reporter = reporter
-        self._owners: dict[str, list[TapSite]] = {}
+        self.owners: dict[str, list[TapSite]] = {}
         for site in sites:
             for name in site.parameters.values():
-                self._owners.setdefault(name, []).append(site)
+                self.owners.setdefault(name, []).append(site)
         self._used: set[str] = set()
         self._several: set[str] = set()
 
@@ -100,7 +103,7 @@ class OperationUses:
 
     def is_single(self, name: str) -> bool:
         """Whether the parameter has no other use in the pass, and nothing waits for its factor."""
-        tapped = any(site.calls for site in self._owners.get(name, ()))
+        tapped = any(site.calls for site in self.owners.get(name, ()))
         return not (self._reporter.recorder.defers or tapped or name in self._several)
 
     def report_fused(self, result: FusedResult, measured: int, dtype: torch.dtype) -> None:

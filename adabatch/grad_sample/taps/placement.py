@@ -156,10 +156,6 @@ class ForwardHooks:
         self.roles.trusts_sizes = any(is_sharded(each) for each in parameters.values())
         self.open_roles: dict[Key, int] = {}
         self.not_followed: set[str] = set()
-        self._owners: dict[str, list[TapSite]] = {}
-        for site in sites:
-            for name in site.parameters.values():
-                self._owners.setdefault(name, []).append(site)
         self._must_trace = bool(traced) or any(site.layout is Layout.SHARED for site in sites)
         self._needs_size = any(not site.layout.stores_batch_size for site in sites)
         self._buffers: list[tuple[dict[str, Tensor | None], str]] = []
@@ -388,8 +384,10 @@ class ForwardHooks:
             self._uses.add(operation.name)
             self._count_operation(operation)
             self._count_call(self._sites[-1], outputs[0], False)
+        uses = self._sites[-1].uses
+        assert uses is not None
         for name in operation.parameters:
-            for site in self._owners.get(name, ()):
+            for site in uses.owners.get(name, ()):
                 site.deferred = True
         return self._tap_in_layer(operation, outputs, copied)
 
