@@ -39,7 +39,7 @@ from adabatch.grad_sample.plan import ParameterIdentity, plan_layers, unwrap
 from adabatch.grad_sample.rows import ProbeRows, RowSampler
 from adabatch.grad_sample.statistics import statistics_of
 from adabatch.grad_sample.taps.base import TapSite, autocast_disabled
-from adabatch.grad_sample.taps.placement import ForwardHooks
+from adabatch.grad_sample.taps.placement import ForwardHooks, OutsideCalls
 from adabatch.interfaces import Estimator, NotMeasured, PendingMoments, State, Statistic
 
 if TYPE_CHECKING:
@@ -539,7 +539,7 @@ class GradSampleHooks(Estimator):
         placer.input_sizes.clear()
         placer.forward_sizes.clear()
         placer.open_roles.clear()
-        placer.forget_outside()
+        placer.outside = OutsideCalls()
         self._recorder.discards, self._recorder.sum_check.is_first = False, True
         if self._row_sampler.samples is not None:
             self._row_sampler.redraw()

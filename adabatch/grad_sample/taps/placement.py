@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
@@ -94,6 +95,26 @@ class _First(TypedDict):
 FIRST = _First(prepend=True, with_kwargs=True)
 
 
+@dataclass(slots=True)
+class OutsideCalls:
+    """Calls of layers outside of the model's forward, since the last backward pass.
+
+    Attributes:
+        batch: the tensor that gave N when the model itself was called.
+        n_calls: calls so far.
+        task: the last backward pass that ran through one; `inputs` and `names` are of this pass.
+        inputs: what the layers were called with, with roles and sizes; what was computed is known
+            by what it was computed from.
+        names: of the layers.
+    """
+
+    batch: Tensor | None = None
+    n_calls: int = 0
+    task: int = -1
+    inputs: list[tuple[Key, Tensor, int]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
 class ForwardHooks:
     """The forward hooks of a model.
 
@@ -127,9 +148,7 @@ class ForwardHooks:
             input.
         called, traced: whether the model itself was called since the last backward pass, and
             whether the whole call was traced.
-        outside: inputs that layers were called with outside of the model's forward, as far as the
-            backward pass runs through them, with their roles and sizes; those that were computed
-            are known by what they were computed from.
+        outside: calls outside of the model's forward since the last backward pass.
 
     A pass whose sums are not compared is traced up to the last use of a traced parameter or of a
     layer without samples, if its uses so far are those of passes that were traced to their end.
@@ -174,10 +193,7 @@ class ForwardHooks:
         self._may_trace = False
         self._unsettled = self._unclear = False
         self._inside = True  # or it cannot be known
-        self._counted: Tensor | None = None
-        self.outside: list[tuple[Key, Tensor, int]] = []
-        self._outside_names: list[str] = []
-        self._n_outside, self._outside_task = 0, -1
+        self.outside = OutsideCalls()
 
     def attach(self, model: nn.Module, owner: object) -> None:
         """Put the hooks on the model; they keep `owner` alive, and copies of the model are without
@@ -246,7 +262,7 @@ class ForwardHooks:
         uses = self._sites[-1].uses
         assert uses is not None
         uses.end_pass()
-        self.forget_outside()
+        self.outside = OutsideCalls()
         self._uses.whole = (self._check.is_due or bool(self.not_followed) or self._unsettled
                             or self._unclear)
         self.not_followed.clear()
@@ -291,7 +307,7 @@ class ForwardHooks:
         tensors = [*args] if common else input_tensors(args, kwargs)
         packed = None if common else packed_sequence(args, kwargs)
         self.packed_size = None if packed is None else int(packed.batch_sizes[0])
-        self._counted = next((tensor for tensor in tensors if tensor.dim()), None)
+        self.outside.batch = next((tensor for tensor in tensors if tensor.dim()), None)
         if self._source is None:
             for tensor in tensors:
                 self.input_sizes.update(tensor.shape)
@@ -508,9 +524,9 @@ class ForwardHooks:
             for index, tensor in enumerate(tensors):
                 dim = 0 if call is RecomputedCall else call.samples_dim(layer, index)
                 if tensor.grad_fn is None and tensor.dim() > dim:
-                    key = f"input {index + 1} of {name}" if index else name, self._n_outside
+                    key = f"input {index + 1} of {name}" if index else name, self.outside.n_calls
                     found.append((key, tensor, tensor.shape[dim]))
-        self._n_outside += 1
+        self.outside.n_calls += 1
         site.unsettled = {key: size for key, _, size in found[1:]}
         result = self._tap_layer(site, layer, args, kwargs, output)
         carrying = [leaf for leaf in tree_flatten(output if result is None else result)[0]
@@ -523,38 +539,34 @@ class ForwardHooks:
         self, name: str, found: Sequence[tuple[Key, Tensor, int]], grad: Tensor
     ) -> None:
         """A layer's call takes part in the backward pass that runs."""
-        task = running_backward()
-        if task != self._outside_task:  # of autograd.grad, which ends no pass
-            self._outside_task, self.outside, self._outside_names = task, [], []
-        self.outside[:0] = found
-        self._outside_names.append(name)
-
-    def forget_outside(self) -> None:
-        """Nothing was called yet since the last backward pass."""
-        self.outside, self._outside_names, self._counted, self._n_outside = [], [], None, 0
+        task, outside = running_backward(), self.outside
+        if task != outside.task:  # of autograd.grad, which ends no pass
+            outside.task, outside.inputs, outside.names = task, [], []
+        outside.inputs[:0] = found
+        outside.names.append(name)
 
     def outside_remark(self) -> str:
         """Which layers were called outside of the model's forward in the last pass, for errors."""
-        now = self._outside_task == running_backward()
-        names = dict.fromkeys(self._outside_names if now else ())
+        now = self.outside.task == running_backward()
+        names = dict.fromkeys(self.outside.names if now else ())
         return OUTSIDE.format(listed=", ".join(names)) if names else ""
 
     def settle_outside(self, n_samples: int) -> None:
-        """Settle which of the inputs `outside` carry samples. The batch is what the model was
+        """Settle which inputs of calls outside carry samples. The batch is what the model was
         called with, or else the first of them: N rows of another tensor leave its role open."""
-        if not self.outside or self._outside_task != running_backward():
+        inputs, counted = self.outside.inputs, self.outside.batch
+        if not inputs or self.outside.task != running_backward():
             return
-        counted, (first, *others) = self._counted, [tensor for _, tensor, _ in self.outside]
+        first, *others = [tensor for _, tensor, _ in inputs]
         if counted is None or (counted.grad_fn is not None and all(
                 _same_memory(first, other) for other in others)):
             counted = first
-        for key, tensor, size in self.outside:
+        for key, tensor, size in inputs:
             if _same_memory(tensor, counted):
                 continue
             known = self.roles.judge(key, size, n_samples)
             if size == n_samples and not known and not has_equal_rows(tensor):
                 self.open_roles[key] = size
-        self.outside = []
 
     def _tap_traced(
         self, tracer: ParameterTracer, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs,
