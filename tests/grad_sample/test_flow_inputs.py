@@ -94,6 +94,40 @@ def test_a_table_beside_the_samples_of_a_layer_without_a_rule(name, sizes, sampl
     assert all(each == "right" or isinstance(each, NotMeasured) for each in found)
 
 
+RARE = {
+    "attribute": lambda m, x: x + m.c(m.numbers).mean(0),
+    "ones": lambda m, x: x + m.c(torch.ones(K, D).double()).mean(0),
+    "NumPy": lambda m, x: x + m.c(torch.from_numpy(m.numbers.numpy())).mean(0),
+    "layer without a rule": lambda m, x: x + m.layer(m.numbers, m.numbers).mean(0),
+}
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("name", RARE)
+def test_a_table_that_only_batches_of_its_size_use_stays_open(name, samples, abandoned):
+    """No batch of another size ever settles it, and passes without it settle nothing."""
+    torch.manual_seed(0)
+    model = Model(lambda m, x: RARE[name](m, x) if m.used else x)
+    model.c = nn.Linear(D, D)
+    model.double()
+
+    def batch(n):
+        model.used = n == K
+        inputs = torch.randn(n, D).double()
+        if abandoned:
+            model(inputs)  # and the loop raises before backward()
+        return inputs
+
+    sizes = (5, 7, 4, K, K, 5, K, 8, K, 8, 8, K)
+    found = outcomes(model, squares, sizes, batch, samples=samples)
+    for size, each in zip(sizes, found, strict=True):
+        assert isinstance(each, NotMeasured) if size == K else each == "right"
+    report = adabatch.check(model, batch(K), squares)  # the fix that the error names
+    found = outcomes(model, squares, sizes, batch, samples=samples, layout=report)
+    assert found == ["right"] * len(sizes)
+
+
 @pytest.mark.parametrize("call", [
     lambda m, x: m.layer(x, 2 * x),
     lambda m, x: m.layer(x, torch.zeros(len(x), D).double() + 1),

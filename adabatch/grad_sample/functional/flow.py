@@ -57,6 +57,7 @@ class Roles:
     Attributes:
         settled: {role: whether it carries samples}.
         open: {role: size} of the pass that runs.
+        pending: those that were open in some pass and are not settled.
         trusts_sizes: a size of N is that of samples, where the flow cannot be followed: through
             the collectives of layers that are split over processes.
 
@@ -79,6 +80,7 @@ class Roles:
         self._calls: dict[str, int] = {}
         self._n_samples = 0
         self.open: dict[Key, int] = {}
+        self.pending: set[Key] = set()
 
     def state_dict(self) -> list[list[str | int | bool]]:
         """[name, number of the call, size while it was open or -1, whether settled, and how]."""
@@ -93,7 +95,7 @@ class Roles:
             if int(size) >= 0:
                 self._size_when_open[key] = int(size)
             if settled:
-                self.settled[key] = bool(carries)
+                self._settle(key, bool(carries))
 
     def begin(self, n_samples: int) -> None:
         """A forward pass of N samples begins."""
@@ -116,14 +118,12 @@ class Roles:
         if size == self._n_samples == 0:
             return True  # an empty batch: either adds nothing
         if size != self._n_samples:
-            self.settled[key] = False
-        elif self.trusts_sizes or self._size_when_open.setdefault(key, size) != size:
-            self.settled[key] = True
-        else:
-            if opens:
-                self.open[key] = size
-            return None
-        return self.settled[key]
+            return self._settle(key, False)
+        if self.trusts_sizes or self._size_when_open.setdefault(key, size) != size:
+            return self._settle(key, True)
+        if opens:
+            self.leave_open(key)
+        return None
 
     def judge(self, key: Key, size: int, n_samples: int) -> bool | None:
         """The same of an input outside of the model's forward pass, where N is known later."""
@@ -138,8 +138,18 @@ class Roles:
     def settle(self, keys: Iterable[Key]) -> None:
         """These carry samples, as an operation that combines them row by row with samples shows."""
         for key in keys:
-            self.settled[key] = True
+            self._settle(key, True)
             self.open.pop(key, None)
+
+    def leave_open(self, key: Key) -> None:
+        """The pass that runs depends on what is not known."""
+        self.open[key] = self._n_samples
+        self.pending.add(key)
+
+    def _settle(self, key: Key, carries: bool) -> bool:
+        self.settled[key] = carries
+        self.pending.discard(key)
+        return carries
 
 
 @dataclass

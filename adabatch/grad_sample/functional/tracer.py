@@ -195,7 +195,7 @@ class ParameterTracer(TorchFunctionMode):
             if flow is not None and flow.dim >= 0 and flow.dim != dim < leaf.dim():
                 self.unclear = True  # which are the samples, where there are as many time steps?
                 if leaf.shape[dim] == self._n_samples:
-                    self._flow.roles.open[key] = self._n_samples
+                    self._flow.roles.leave_open(key)
         sure = [flow.roles for _, flow in found if flow is not None and (
             flow.dim == 0 or call is not RecomputedCall)]
         if sure:

@@ -263,8 +263,8 @@ class ForwardHooks:
         assert uses is not None
         uses.end_pass()
         self.outside = OutsideCalls()
-        self._uses.whole = (self._check.is_due or bool(self.not_followed) or self._unsettled
-                            or self._unclear)
+        self._uses.whole = (self._check.is_due or bool(self.not_followed or self.roles.pending)
+                            or self._unsettled or self._unclear)
         self.not_followed.clear()
         due = self._must_trace or self._uses.whole
         if not self._tracing and self._may_trace and due:
@@ -317,6 +317,7 @@ class ForwardHooks:
             counted = self._counted_input(args, kwargs, tensors)
             self._n_samples = None if counted is None else counted[0].shape[counted[1]]
             traces = self._tracing and counted is not None and not compiles_frames()
+            self._uses.whole |= bool(self.roles.pending)
             if traces and not self._uses.begin():
                 assert counted is not None
                 self._start_tracing(counted, tensors)
@@ -371,7 +372,7 @@ class ForwardHooks:
             self.open_roles.update(self.roles.open)
             self._recorder.discards |= bool(self.open_roles)
         if self._tracer is not None and not (
-            self._must_trace or self.roles.open or self._unsettled or output is None
+            self._must_trace or self.roles.pending or self._unsettled or output is None
         ):
             self._tracing = False  # a whole pass went by without a traced use
             for handle in self._tracing_handles:
