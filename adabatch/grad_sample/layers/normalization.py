@@ -1,4 +1,4 @@
-"""Normalization layers, y = x̂ ∘ weight + bias: rules, and a fused backward pass of GroupNorm.
+"""Normalization layers, y = x̂ ∘ weight + bias: rules and fused backward passes.
 
 G_n = Σ b_n ∘ x̂_n for the weight and Σ b_n for the bias, summed over the positions that share them.
 A rule's activations and backprops are [N, *T, *P] for LayerNorm and RMSNorm, [N, C, *S] for the
@@ -15,9 +15,11 @@ normalizations are faster than its reductions and x̂ fits a cache, x̂ itself.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 from adabatch import kernels
@@ -135,37 +137,60 @@ def named_rms_norm_grad_sample(layer: Layer, activations: Tensor, backprops: Ten
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
+def _own_node(
+    layer: nn.Module, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool, name: str
+) -> Node | None:
+    """The node of this name that the layer's output has, if a fused backward pass can read the
+    layer's statistics from it: on a CPU in eager mode, of samples that come first in contiguous
+    memory, all of one type; outside activation checkpointing and other hooks on saved tensors,
+    which would take the reading for backward."""
+    if torch.compiler.is_compiling() or inputs.device.type != "cpu" or not all_rows:
+        return None
+    if layout is not Layout.BATCH_FIRST or _top_hooks is None or _top_hooks(False) is not None:
+        return None
+    one_type = inputs.dtype == output.dtype == layer.weight.dtype
+    if not one_type or inputs.dtype not in (torch.float32, torch.float64):
+        return None
+    node = output.grad_fn
+    if node is None or node.name() != name or not inputs.numel() or not inputs.is_contiguous():
+        return None
+    return node
+
+
+def _statistics(output: Tensor) -> tuple[Tensor, ...]:
+    """Mean and 1/σ that the node of a normalization's output has saved."""
+    node: Any = output.grad_fn
+    return node._saved_result1.detach(), node._saved_result2.detach()
+
+
+def _fused_result(
+    grad_inputs: Tensor | None, per_sample: dict[str, Tensor], norms: bool, second_moment: bool
+) -> FusedResult:
+    """The result from per-sample gradients [N, *shape] by name."""
+    result = FusedResult(grad_inputs, {name: grad.sum(0) for name, grad in per_sample.items()})
+    for name, grad in per_sample.items() if norms else ():
+        result.sq_norms[name] = kernels.dense_sq_norms(grad)
+        if second_moment:
+            result.second_moments[name] = kernels.dense_second_moment(grad)
+    return result
+
+
 class GroupNormBackward(FusedBackward):
     """torch's own backward pass, with every sample's channels in groups of their own.
 
     For an input [N, C, S] that pass sums the gradients of scale and shift over N. For [1, N C, S]
     in N G groups, with the scale repeated, it does the same arithmetic for the input's gradient and
     gives N C gradients in place of C. Mean and 1/σ are those that the layer's own node has saved.
-    On a CPU in eager mode, outside activation checkpointing and other hooks on saved tensors, which
-    would take the reading for backward.
     """
 
     always = True
+    from_node = staticmethod(_statistics)
 
     def supports(
         self, layer: nn.GroupNorm, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
     ) -> bool:
-        if torch.compiler.is_compiling() or inputs.device.type != "cpu" or not all_rows:
-            return False
-        if layout is not Layout.BATCH_FIRST or _top_hooks is None or _top_hooks(False) is not None:
-            return False
-        one_type = inputs.dtype == output.dtype == layer.weight.dtype
-        if not one_type or inputs.dtype not in (torch.float32, torch.float64):
-            return False
-        node = output.grad_fn
-        own_node = node is not None and node.name() == "NativeGroupNormBackward0"
-        return own_node and inputs.numel() > 0 and inputs.is_contiguous()
-
-    @staticmethod
-    def from_node(output: Tensor) -> tuple[Tensor, ...]:
-        node = output.grad_fn
-        mean, rstd = node._saved_result1, node._saved_result2  # type: ignore[union-attr]
-        return mean.detach(), rstd.detach()
+        call = layer, inputs, output, layout, all_rows
+        return _own_node(*call, "NativeGroupNormBackward0") is not None
 
     def backward(
         self, layer: nn.GroupNorm, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,
@@ -180,13 +205,59 @@ class GroupNormBackward(FusedBackward):
             rows, inputs.numel() // rows, mean.numel(), [needs_inputs, True, True])
         per_sample = {name: grad.view(samples, channels)
                       for name, grad in zip(("weight", "bias"), grads, strict=True)}
-        result = FusedResult(None if grad_inputs is None else grad_inputs.view_as(inputs),
-                             {name: grad.sum(0) for name, grad in per_sample.items()})
-        for name, grad in per_sample.items() if norms else ():
-            result.sq_norms[name] = kernels.dense_sq_norms(grad)
-            if second_moment:
-                result.second_moments[name] = kernels.dense_second_moment(grad)
-        return result
+        grad_inputs = None if grad_inputs is None else grad_inputs.view_as(inputs)
+        return _fused_result(grad_inputs, per_sample, norms, second_moment)
+
+
+class BatchNormBackward(FusedBackward):
+    """torch's own backward pass, with every sample's channels as channels of their own, [1, N C,
+    S], which gives N C gradients in place of C, by the statistics of the forward pass.
+
+    By running statistics the input's gradient comes out of the same call. By the batch's it depends
+    on sums over all samples, and takes a call for the whole batch.
+    """
+
+    always = True
+
+    def supports(
+        self, layer: BatchNorm, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
+    ) -> bool:
+        call = layer, inputs, output, layout, all_rows
+        own = _own_node(*call, "NativeBatchNormBackward0") is not None
+        return own and inputs.numel() > inputs.shape[0] * inputs.shape[1]
+
+    @staticmethod
+    def from_node(output: Tensor) -> tuple[Tensor, ...]:
+        """The batch's mean and 1/σ, or the running mean and variance."""
+        node: Any = output.grad_fn
+        if node._saved_training:
+            return _statistics(output)
+        return node._saved_running_mean.detach(), node._saved_running_var.detach()
+
+    def backward(
+        self, layer: BatchNorm, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,
+        n_samples: int, layout: Layout, *, needs_inputs: bool, norms: bool = True,
+        second_moment: bool = False,
+    ) -> FusedResult:
+        inputs, *statistics = saved
+        samples, channels = inputs.shape[:2]
+        by_batch = batch_norm_mixes_samples(layer)
+        backprops = backprops.to(inputs.dtype).contiguous()
+        own_inputs, own_backprops = (each.view(1, samples * channels, -1)
+                                     for each in (inputs, backprops))
+        own = [each.repeat(samples) for each in statistics]
+        backward = torch.ops.aten.native_batch_norm_backward
+        grad_inputs, *grads = backward(
+            own_backprops, own_inputs, weight.repeat(samples), *own, *own, by_batch, layer.eps,
+            [needs_inputs and not by_batch, True, True])
+        if needs_inputs and by_batch:
+            grad_inputs, _, _ = backward(
+                backprops, inputs, weight, *statistics, *statistics, True, layer.eps,
+                [True, False, False])
+        per_sample = {name: grad.view(samples, channels)
+                      for name, grad in zip(("weight", "bias"), grads, strict=True)}
+        grad_inputs = grad_inputs.view_as(inputs) if needs_inputs else None
+        return _fused_result(grad_inputs, per_sample, norms, second_moment)
 
 
 @register_grad_sampler(nn.GroupNorm, parameters=("weight", "bias"), fused=GroupNormBackward())
@@ -225,7 +296,7 @@ def batch_norm_mixes_samples(layer: BatchNorm) -> bool:
 
 @register_grad_sampler(
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, full_batch=batch_norm_mixes_samples,
-    parameters=("weight", "bias"),
+    parameters=("weight", "bias"), fused=BatchNormBackward(),
 )
 def batch_norm_grad_sample(layer: BatchNorm, activations: Tensor, backprops: Tensor) -> Factors:
     """BatchNorm. By running statistics: per-sample gradients. By the batch's: each sample's

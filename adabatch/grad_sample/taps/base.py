@@ -231,6 +231,14 @@ class TapSite:
         return (self.sampler is not None and self.sampler.may_mix
                 and self.sampler.full_batch(self.layer))
 
+    def check_mode(self, mixed: bool) -> None:
+        """Raise where the layer mixed samples in its forward pass, or not, and is not as it was."""
+        if self.mixes_samples != mixed:
+            raise RuntimeError(
+                f"{self.name} changed between train and eval mode after its forward pass: call "
+                "model.train() or eval() after loss.backward()"
+            )
+
     @property
     def must_defer(self) -> bool:
         """Whether factors of the pass that runs have to be kept until it has ended."""
@@ -477,11 +485,7 @@ class PassthroughTap(Tap):
     def backward(ctx, backprops):
         Tap.check()
         site = ctx.site
-        if site.mixes_samples != ctx.mixed:
-            raise RuntimeError(
-                f"{site.name} changed between train and eval mode after its forward pass: call "
-                "model.train() or eval() after loss.backward()"
-            )
+        site.check_mode(ctx.mixed)
         activations, rows, whole = ctx.saved_tensors
         with autocast_disabled(backprops.device):
             own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
@@ -538,6 +542,7 @@ class FusedBackwardTap(Tap):
     def forward(ctx, output, inputs, weight, bias, rows, report, site, n_samples, n_saved, *rest):
         Tap.place(ctx, site, report, n_samples, len(rest) - n_saved)
         ctx.needs_inputs, ctx.input_dtype = inputs.requires_grad, inputs.dtype
+        ctx.mixed = site.mixes_samples
         ctx.save_for_backward(weight, rows, *rest[:n_saved])
         return Tap.pass_on(ctx, output)
 
@@ -545,6 +550,7 @@ class FusedBackwardTap(Tap):
     def backward(ctx, backprops):
         Tap.check()
         site, (weight, rows, *saved) = ctx.site, ctx.saved_tensors
+        site.check_mode(ctx.mixed)
         layer, layout, defer = site.layer, site.layout, site.must_defer
         with autocast_disabled(backprops.device):
             n_samples = _n_samples(ctx.n_samples, layout, backprops)
@@ -592,7 +598,7 @@ def fuse(
     if saved.dtype != output.dtype:
         saved = saved.to(output.dtype)
     more = () if from_node is None else from_node(output)
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     known = _known(site.layout, n_samples)
     return FusedBackwardTap.apply(output.detach(), inputs, weight, bias, rows, report, site, known,
                                   1 + len(more), saved, *more, *extras)
