@@ -19,8 +19,9 @@ LAGS_ON_CPU = False
 
 def is_remote(value: object) -> bool:
     """Whether reading the value, or what lies on a device, makes the host wait for it."""
-    device = value.device if isinstance(value, Tensor) else value
-    return isinstance(device, torch.device) and (device.type != "cpu" or LAGS_ON_CPU)
+    if isinstance(value, Tensor):
+        return LAGS_ON_CPU or not value.is_cpu
+    return isinstance(value, torch.device) and (LAGS_ON_CPU or value.type != "cpu")
 
 
 class HostCopies:

@@ -206,7 +206,7 @@ class Monitor:
             self._untracked.warn(stacklevel=4)
         seen = StepRecord(
             step=self.step_count, loss=self._loss, moments=None, delivered=0, epoch=0, base_lr=None,
-            batch_size=self._batch_size, seconds=self._clock.lap(), pending=pending,
+            batch_size=self._batch_size, seconds=self._clock.lap(began), pending=pending,
             lrs=[float(group["lr"]) for group in self._optimizer.param_groups])
         self._loss = math.nan
         self.step_count += 1
@@ -217,8 +217,8 @@ class Monitor:
 
     def _record(self, seen: StepRecord) -> None:
         seen.settle()
-        if self._detector is not None and seen.measured:
-            self._detector.check()
+        if self._detector is not None and seen.measured and not self._detector.check():
+            self._detector = None
         moments, loss = seen.moments, float(seen.loss)
         if moments is not None:
             self._batch_size = moments.batch_size
@@ -233,8 +233,8 @@ class Monitor:
             self._norms.update(usable)
         self.samples_seen += samples
         lr = sum(seen.lrs) / len(seen.lrs)
-        self._recorder.record(usable, step=seen.step, batch_size=samples, seconds=seen.seconds,
-                              samples_seen=self.samples_seen, lr=lr, loss=loss, dropped=dropped,
+        self._recorder.record(seen, usable, samples=samples, samples_seen=self.samples_seen, lr=lr,
+                              loss=loss, dropped=dropped,
                               metrics={} if usable is None else self._hooks.metrics(usable))
         self._plan.judge(self._recorder.trace)
 

@@ -74,8 +74,9 @@ class Scheduled(Controller):
     def propose(self, moments: GradientMoments | None, *, loss: float, lr: float) -> float:
         count = self.counts[self.unit]
         if not isinstance(self.schedule, BSScheduler):
-            return returned("the schedule", self.schedule(count // self.every),
-                            "the batch size, a number")
+            size = self.schedule(count // self.every)
+            return float(size) if type(size) is int else returned(
+                "the schedule", size, "the batch size, a number")
         if math.isfinite(loss):
             self.loss_sum += loss * self.latest
             self.loss_samples += self.latest

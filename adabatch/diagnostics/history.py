@@ -19,7 +19,7 @@ from adabatch.diagnostics import files, plots
 from adabatch.diagnostics import summary as text
 from adabatch.diagnostics.layers import LayerHistory, Layers, LayerStatistics
 from adabatch.diagnostics.record import (
-    FIELDS, Averages, Record, Row, brief, field_value, row_of)
+    FIELDS, NO_METRICS, Averages, Record, Row, brief, field_value, row_of)
 from adabatch.interfaces import State
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _STATE_VERSION = 2
 _TYPES = {"int": np.int64, "float": np.float64, "bool": np.bool_, "str": np.str_}
 _MAX_PENDING = 256
-NO_METRICS: Mapping[str, float] = {}  # never written to
 
 
 class Diagnostics:
@@ -129,13 +128,6 @@ class Diagnostics:
 
     def add(self, row: Row, layers: LayerStatistics | None = None) -> None:
         """Add one step as it is stored."""
-        if layers is not None and not (row.measured and layers.is_finite):
-            layers = None
-        self._keep(row, layers)
-        if self._writer is not None:
-            self._write(lambda writer: writer.write([row], layers))
-
-    def _keep(self, row: Row, layers: LayerStatistics | None) -> None:
         self._pending.append(row)
         self._last_step = row.step
         self._steps += 1
@@ -143,10 +135,15 @@ class Diagnostics:
         if row.dropped:
             self._dropped[row.dropped] += 1
         if layers is not None:
-            self._layers.append(layers, row.samples_seen)
+            if row.measured and layers.is_finite:
+                self._layers.append(layers, row.samples_seen)
+            else:
+                layers = None
         limit = self._max_records
         if limit is not None and len(self._pending) >= max(_MAX_PENDING, limit):
             self._all()
+        if self._writer is not None:
+            self._write(lambda writer: writer.write([row], layers))
 
     def flush(self) -> None:
         """Write the records that wait for it to the file of `to_jsonl`; state_dict() calls it."""
@@ -325,7 +322,7 @@ class Diagnostics:
         for averages in (history._averages, history._before):
             averages.load_state_dict(content.before.state_dict())
         for row, layers in content.records:
-            history._keep(row, layers)
+            history.add(row, layers)
         return history
 
     def summary(self) -> str:

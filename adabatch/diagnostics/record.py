@@ -17,6 +17,7 @@ from adabatch.estimators.averages import JointAverages, MovingAverage, Ratio
 from adabatch.interfaces import State
 
 LEVEL = 0.9
+NO_METRICS: Mapping[str, float] = {}  # never written to
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -169,7 +170,7 @@ class Row(NamedTuple):
     seconds: float = math.nan
     measured: bool = False
     dropped: str = ""
-    metrics: Mapping[str, float] = {}  # never written to
+    metrics: Mapping[str, float] = NO_METRICS
 
     def worked_out(self) -> Row:
         """The same with the ends of the proposal's interval."""

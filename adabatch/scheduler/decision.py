@@ -124,17 +124,17 @@ class SizeRule(BatchSizes):
     def size_for(self, proposal: float) -> int:
         """Round half to even to a multiple, or to the nearest of the series by ratio, then clip. An
         infinite proposal is clipped too; NaN is a ValueError."""
-        if math.isnan(proposal):
-            raise ValueError("the proposed batch size is NaN")
         lowest, highest = self.bounds
-        if math.isinf(proposal):
+        if not math.isfinite(proposal):
+            if math.isnan(proposal):
+                raise ValueError("the proposed batch size is NaN")
             return highest if proposal > 0 else lowest
         if self.size_ratio is not None:
             above = bisect.bisect_left(self.series, proposal)
             near = self.series[max(0, above - 1) : above + 1]
             return near[0] if len(near) == 1 or proposal**2 < near[0] * near[1] else near[1]
         size = round(proposal / self.multiple_of) * self.multiple_of
-        return min(max(size, lowest), highest)
+        return lowest if size < lowest else highest if size > highest else size
 
     def next_size(self, proposal: float, present: int, steps_since_change: int) -> int:
         """The size to use after this step: size_for(proposal), unless cooldown or hysteresis keeps

@@ -385,9 +385,11 @@ class LrAdjuster:
         """Samples requested and delivered for the present step, for which `drawn` batches were
         drawn; in the latest ones where none was. (0, 0) if no batch ever was."""
         recent = self.loader.recent
-        most = min(self.accumulate, len(recent))
+        most = min(drawn or self.accumulate, self.accumulate, len(recent))
+        if most == 1:
+            return recent[-1]
         requested = delivered = 0
-        for at in range(-min(drawn or most, most), 0):
+        for at in range(-most, 0):
             size, came = recent[at]
             requested, delivered = requested + size, delivered + came
         return requested, delivered
@@ -400,8 +402,9 @@ class LrAdjuster:
         batch, base = self.loader.n_batches, self.base_batch_size
         self.stepped_at = batch
         noise = self._noise_scale.for_batch(batch) if self._reads_noise else 0.0
-        factor = returned("coupling", self._coupling(requested, base, noise),
-                          "the factor on the lr, a number")
+        factor = self._coupling(requested, base, noise)
+        if type(factor) is not float:
+            factor = returned("coupling", factor, "the factor on the lr, a number")
         if not 0 <= factor < math.inf:
             raise ValueError(
                 f"the coupling gave the factor {factor!r} for a batch of {requested} and a base of "

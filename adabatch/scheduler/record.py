@@ -4,7 +4,6 @@ and the entry in the history."""
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from torch.optim import Optimizer
 from adabatch._transfers import HostCopies, is_remote
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.layers import LayerStatistics
-from adabatch.diagnostics.record import Row
-from adabatch.estimators.averages import MovingAverage
+from adabatch.diagnostics.record import NO_METRICS, Row
+from adabatch.estimators.averages import MovingAverage, Ratio
 from adabatch.estimators.moments import GradientMoments, trace_error
-from adabatch.interfaces import BatchSource, Estimator, NotMeasured, PendingMoments, State
+from adabatch.interfaces import (NO_INTERVAL, BatchSource, Estimator, NotMeasured, PendingMoments,
+                                 State)
 from adabatch.micro_batches.token_means import check_token_mean
 
 TOLERANCE = 0.01  # of the mean squared norm: far above float32's rounding
@@ -154,12 +154,15 @@ class HostTransferStage:
 
     def start(self, record: StepRecord) -> bool:
         """Begin the copies; whether they are to be waited for."""
-        if isinstance(record.loss, Tensor):
+        loss, pending = record.loss, record.pending
+        if isinstance(loss, Tensor):
             record.copies = HostCopies()
-            record.loss = record.copies.add(record.loss)
+            record.loss = record.copies.add(loss)
             if record.copies.under_way:
                 return True
-        if record.pending is not None and record.pending.lags:
+        elif pending is None:
+            return False
+        if pending is not None and pending.lags:
             return True
         record.settle()
         return False
@@ -193,11 +196,14 @@ class Pipeline:
         self.stages: list[Stage] = [] if stages is None else stages
         self._waiting: list[tuple[StepRecord, int]] = []  # with the stage of each, oldest first
 
-    def push(self, record: StepRecord) -> Iterator[StepRecord]:
+    def push(self, record: StepRecord) -> Iterable[StepRecord]:
         """Take this step's record; those that have reached the end, oldest first."""
         if self._waiting:
             self._advance()
-        self._enter(record, 0)
+        at = self._stage_of(record, 0)
+        if at == len(self.stages) and not self._waiting:
+            return (record,)
+        self._waiting.append((record, at))
         return self._finished()
 
     def flush(self) -> Iterator[StepRecord]:
@@ -215,31 +221,40 @@ class Pipeline:
         for record, at in waiting:
             if at < len(self.stages):
                 self.stages[at].finish(record)
-            self._enter(record, at + 1)
+            self._waiting.append((record, self._stage_of(record, at + 1)))
 
-    def _enter(self, record: StepRecord, at: int) -> None:
+    def _stage_of(self, record: StepRecord, at: int) -> int:
+        """The stage, of those from number `at` on, in which the record waits; their number: none.
+        """
         while at < len(self.stages) and not self.stages[at].start(record):
             at += 1
-        self._waiting.append((record, at))
+        return at
 
     def _finished(self) -> Iterator[StepRecord]:
         while self._waiting and self._waiting[0][1] >= len(self.stages):
             yield self._waiting.pop(0)[0]
 
 
-def scalar_loss(loss: Tensor | float) -> float:
-    """A step's loss as a number.
+def scalar_loss(loss: Tensor | float) -> Tensor | float:
+    """A step's loss as a number; a tensor of its own on an accelerator, which is not read.
 
     Raises:
         ValueError: a tensor of several values.
         TypeError: not a number.
 
     Example:
-        >>> scalar_loss(0.5)
+        >>> scalar_loss(torch.tensor(0.5))
         0.5
     """
     if isinstance(loss, Tensor):
-        _check_scalar(loss)
+        if loss.numel() != 1:
+            raise ValueError(
+                "step() takes the scalar loss of the step, got a tensor of shape "
+                f"{tuple(loss.shape)}: reduce it first, e.g. losses.mean()"
+            )
+        if is_remote(loss):
+            # A compiled step may overwrite it before it is read.
+            return loss.detach().reshape(()).clone()
         loss = loss.item()
     try:
         if not isinstance(loss, (str, bytes)):
@@ -248,14 +263,6 @@ def scalar_loss(loss: Tensor | float) -> float:
         pass
     raise TypeError(
         f"step() takes the loss of the step as a scalar tensor or a number, got {loss!r}")
-
-
-def _check_scalar(loss: Tensor) -> None:
-    if loss.numel() != 1:
-        raise ValueError(
-            "step() takes the scalar loss of the step, got a tensor of shape "
-            f"{tuple(loss.shape)}: reduce it first, e.g. losses.mean()"
-        )
 
 
 class LossPool:
@@ -276,8 +283,6 @@ class LossPool:
         self._micro, self._summed = loader.micro_batches, summed
         self._attempt, self._calls = -1, 0
         self._total: Tensor | float = 0.0
-        self._device: torch.device | None = None
-        self._remote = False
 
     def pool(self, loss: Tensor | float) -> Tensor | float | None:
         """Take one loss; the batch's, or None while micro-batches of it are to come. One on an
@@ -288,27 +293,17 @@ class LossPool:
         """
         micro = self._micro
         if micro is None or micro.count == 1:
-            return self._taken(loss)
+            return scalar_loss(loss)
         if self._attempt != micro.attempt:
             self._attempt, self._total, self._calls = micro.attempt, 0.0, 0
         if not self._summed:
             check_token_mean(loss, micro)
         self._calls += 1
         whole = self._summed or (micro.is_last and self._calls == 1)
-        self._total = self._total + self._taken(loss) * (1 if whole else micro.size)
+        self._total = self._total + scalar_loss(loss) * (1 if whole else micro.size)
         if not micro.is_last:
             return None
         return self._total if whole else self._total / micro.batch_size
-
-    def _taken(self, loss: Tensor | float) -> Tensor | float:
-        if not isinstance(loss, Tensor):
-            return scalar_loss(loss)
-        if loss.device != self._device:
-            self._device, self._remote = loss.device, is_remote(loss)
-        if not self._remote:
-            return scalar_loss(loss)
-        _check_scalar(loss)
-        return loss.detach().reshape(()).clone()  # a compiled step may overwrite it before a read
 
 
 class StepClock:
@@ -316,17 +311,17 @@ class StepClock:
 
     Example:
         >>> clock = StepClock()
-        >>> math.isnan(clock.lap()), clock.lap() >= 0
-        (True, True)
+        >>> clock.lap(2.0), clock.lap(2.5)
+        (nan, 0.5)
     """
 
     def __init__(self) -> None:
         self._before = math.nan
 
-    def lap(self) -> float:
-        """Seconds since the last call; NaN at the first."""
-        before, self._before = self._before, time.perf_counter()
-        return self._before - before
+    def lap(self, now: float) -> float:
+        """Seconds from the last call's `now` to this one's; NaN at the first."""
+        before, self._before = self._before, now
+        return now - before
 
     def reset(self) -> None:
         """The next lap is a first one."""
@@ -379,8 +374,9 @@ class EpochCount:
 
 
 # Metrics that have a field of their own in a `Row`.
-REPORTED = frozenset({"f_star", "f_star_std_error", "preconditioned_trace_ema",
-                      "preconditioned_trace_std_error"})
+REPORTED = ("f_star", "f_star_std_error", "preconditioned_trace_ema",
+            "preconditioned_trace_std_error")
+NOT_REPORTED = [math.nan] * len(REPORTED)
 
 
 class Recorder:
@@ -400,27 +396,45 @@ class Recorder:
             )
         self.diagnostics, self.trace = diagnostics, MovingAverage()
 
-    def record(self, moments: GradientMoments | None, *, dropped: str,
-               metrics: Mapping[str, float], **fields: Any) -> None:
-        """Append one record: moments unless dropped before the controller saw them, why they were
-        not used (empty where they were), what controller and statistics report, and further fields
-        of a `Row`."""
-        layers, others = None, dict[str, float]()
-        for name, value in metrics.items():
-            (fields if name in REPORTED else others)[name] = float(value)
+    def record(
+        self, seen: StepRecord, moments: GradientMoments | None, *, dropped: str, samples: int,
+        samples_seen: int, loss: float, lr: float, metrics: Mapping[str, float],
+        proposal: float = math.nan, interval: Ratio | tuple[float, float] = NO_INTERVAL,
+        next_size: int | None = None,
+    ) -> None:
+        """Append one record.
+
+        Args:
+            seen: the step.
+            moments: unless dropped before the controller saw them.
+            dropped: why they were not used; empty where they were.
+            metrics: what controller and statistics report.
+            samples, samples_seen, loss, lr, proposal, interval, next_size: as in `Record`.
+        """
+        trace = error = square = signal = math.nan
+        n_measured, measured, layers = 0, False, None
         if moments is not None:
-            trace, n_measured = moments.variance_trace, moments.n_measured
             error, freedom = trace_error(moments)
-            self.trace.update(trace, n_measured, error, freedom)
-            if not dropped:
-                fields |= {
-                    "variance_trace": trace, "grad_sq_norm": moments.grad_sq_norm,
-                    "true_grad_sq_norm": moments.true_grad_sq_norm, "n_measured": n_measured,
-                    "variance_trace_step_error": error, "measured": True,
-                }
+            self.trace.update(moments.variance_trace, moments.n_measured, error, freedom)
+            if dropped:
+                error = math.nan
+            else:
+                measured, n_measured, trace = True, moments.n_measured, moments.variance_trace
+                square, signal = moments.grad_sq_norm, moments.true_grad_sq_norm
                 if moments.by_parameter or moments.by_group:
                     layers = LayerStatistics.of_step(moments)
-        self.diagnostics.add(Row(dropped=dropped, metrics=others, **fields), layers)
+        reported, others = NOT_REPORTED, NO_METRICS
+        if metrics:
+            reported = [float(metrics.get(name, math.nan)) for name in REPORTED]
+            others = {name: float(value) for name, value in metrics.items()
+                      if name not in REPORTED}
+        f_star, f_star_error, average, average_error = reported
+        low, high = ((interval, math.nan) if isinstance(interval, Ratio) else
+                     map(float, interval))
+        self.diagnostics.add(Row(  # by position, as this is done at every step
+            seen.step, samples_seen, samples, proposal, low, high, next_size, lr, loss, f_star,
+            f_star_error, n_measured, trace, error, square, signal, average, average_error,
+            seen.seconds, measured, dropped, others), layers)
 
 
 def check_rows(seen: StepRecord, loader: BatchSource) -> None:
@@ -489,21 +503,17 @@ class LoopGuard:
         self._calls, self._without, self._several = -1, 0, 0  # the first call has no step before
         self._dropped = self._history.n_dropped
 
-    @property
-    def drawn(self) -> int:
-        """Batches drawn since the last call."""
-        return self._loader.n_batches - self._batches
-
     def after_call(self, measured: bool) -> int:
         """Look at one call of scheduler.step(); the batches drawn since the call before.
 
         Raises:
             RuntimeError: the same samples were differentiated several times in a measured step.
         """
-        steps, drawn = self._count.steps, self.drawn
+        loader, steps = self._loader, self._count.steps
+        batches = loader.n_batches
         done, self._steps = steps - self._steps, steps
-        self._batches += drawn
-        self._position, self._iteration = self._loader.position, self._loader.n_iterations
+        drawn, self._batches = batches - self._batches, batches
+        self._position, self._iteration = loader.position, loader.n_iterations
         if self._calls >= 0:
             self._without += done == 0
             self._several += done > 1
@@ -522,7 +532,8 @@ class LoopGuard:
 
         stepped_at: batches that were drawn at the last step of the optimizer.
         """
-        if stepped_at == self._loader.n_batches or not 0 < self.drawn <= self._accumulate:
+        batches = self._loader.n_batches
+        if stepped_at == batches or not 0 < batches - self._batches <= self._accumulate:
             return None
         same = self._iteration in (None, self._loader.n_iterations)
         return self._position if same else 0
@@ -692,8 +703,8 @@ class GradScalerDetector:
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         self._callbacks.append(self._on_backward_end)
 
-    def check(self) -> None:
-        """Look at the steps seen so far.
+    def check(self) -> bool:
+        """Look at the steps seen so far; whether there is more to come.
 
         Raises:
             RuntimeError: a scaler divided their gradients.
@@ -710,6 +721,7 @@ class GradScalerDetector:
                 raise RuntimeError(UNKNOWN_SCALER.format(scale=scale))
         if self._left <= 0:
             self._handle.remove()
+        return self._left > 0 or bool(self._ratios)
 
     @staticmethod
     def scale_in(ratios: list[float]) -> float | None:

@@ -208,8 +208,8 @@ class BatchSizeScheduler:
         pooled = self._losses.pool(loss)
         if pooled is None:
             return
-        record = self._observe(loss, pooled, weights, loss_scale)
-        measured = record.measured
+        record = self._observe(loss, pooled, weights, loss_scale, began)
+        measured = record.pending is not None
         for seen in self._pipeline.push(record):
             self._decide(seen)
         self._plan.next_step(self.step_count, measured, self._size.size, began)
@@ -350,7 +350,7 @@ class BatchSizeScheduler:
 
     def _observe(
         self, loss: Tensor | float, pooled: Tensor | float,
-        weights: Tensor | Sequence[float] | None, loss_scale: float | None,
+        weights: Tensor | Sequence[float] | None, loss_scale: float | None, began: float,
     ) -> StepRecord:
         """Take what the step leaves behind. Nothing here may wait for an accelerator."""
         estimator, pending, not_measured = self.estimator, None, ""
@@ -382,7 +382,7 @@ class BatchSizeScheduler:
         record = StepRecord(
             self.step_count, pooled, None, delivered=self._lr.samples(drawn)[1],
             batch_size=self._size.size, lrs=self._base_lr.read(), base_lr=self._lr.base_lr,
-            epoch=self._epochs.after_step(), seconds=self._clock.lap(), pending=pending,
+            epoch=self._epochs.after_step(), seconds=self._clock.lap(began), pending=pending,
             not_measured=not_measured,
             other_size_by=int(pending is not None and estimator.needs_another_size),
         )
@@ -391,10 +391,10 @@ class BatchSizeScheduler:
 
     def _decide(self, seen: StepRecord) -> None:
         """Use or drop what was seen, call the controller, set the size, and record."""
-        if self._detector is not None and seen.measured:
-            self._detector.check()
         moments, samples, loss = seen.moments, seen.samples, float(seen.loss)
         if moments is not None:
+            if self._detector is not None and not self._detector.check():
+                self._detector = None
             check_rows(seen, self.loader)
         if self._summed:
             loss /= max(1, samples)
@@ -421,29 +421,29 @@ class BatchSizeScheduler:
         self._lr.on_controller_advanced()
         self._size.update(proposal, self.size_rule)
         interval: Ratio | tuple[float, float] = NO_INTERVAL
+        size = self._size.size
         if not math.isnan(proposal):
             self._has_proposed = True
             interval = self._controller.latest_interval()
             if self._lr.lowers:
-                self._lr.on_proposal(proposal, self.size_rule.is_met(proposal, self._size.size))
+                self._lr.on_proposal(proposal, self.size_rule.is_met(proposal, size))
         elif usable is not None and self._has_proposed:
             # Before the first proposal the rule does not know enough yet, as under Adam, whose
             # first backward pass comes before its state: that measurement is used.
             dropped = "the controller's proposal is NaN"
-        if seen.other_size_by and self._size.size == seen.batch_size:
-            self._size.write(self.size_rule.other_size(self._size.size, seen.other_size_by))
+        if seen.other_size_by and size == seen.batch_size:
+            size = self.size_rule.other_size(size, seen.other_size_by)
+            self._size.write(size)
         self.samples_seen += samples
-        lowest, highest = ((interval, math.nan) if isinstance(interval, Ratio) else
-                           map(float, interval))
+        metrics = self._controller.metrics()
+        if usable is not None:
+            metrics = {**self.estimator.metrics(usable), **metrics}
         self._recorder.record(
-            usable, step=seen.step, batch_size=samples or seen.batch_size, seconds=seen.seconds,
-            samples_seen=self.samples_seen, proposed_batch_size=proposal, proposed_low=lowest,
-            proposed_high=highest, next_batch_size=self._size.size, lr=float(lr), loss=loss,
-            dropped=dropped,
-            metrics=self._controller.metrics() if usable is None else {
-                **self.estimator.metrics(usable), **self._controller.metrics()},
-        )
-        self._plan.judge(self._recorder.trace)
+            seen, usable, dropped=dropped, samples=samples or seen.batch_size,
+            samples_seen=self.samples_seen, loss=loss, lr=lr, metrics=metrics, proposal=proposal,
+            interval=interval, next_size=size)
+        if usable is not None:
+            self._plan.judge(self._recorder.trace)
 
 
 def check_mean(loss: Tensor) -> None:
