@@ -195,7 +195,7 @@ class GradSampleHooks(Estimator):
             torch.float64 if wide else torch.float32, self._row_sampler, on_reports_complete)
         for name, parameter in plan.parameters.items():
             probe = self._probes.on(parameter.device)
-            self._recorder.sum_check.prepare(parameter)
+            self._recorder.sum_check.vectors(parameter)
             for each in self._recorder.statistics:
                 shape = None if each.per_sample else each.leaf_shape(name)
                 if shape is not None:

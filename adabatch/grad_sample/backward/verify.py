@@ -288,20 +288,11 @@ class GradientSumCheck:
                     sums.total, sums.squares = sums.total + total, sums.squares + squares
                     sums.dtype = _coarsest(sums.dtype, dtype)
 
-    def prepare(self, parameter: Tensor) -> None:
-        """Draw the vectors of sketch(), which a compiled graph cannot."""
-        if parameter.dim() > 1:
-            self._direction(parameter.shape[1:].numel(), parameter.device)
-        self._direction(len(parameter) if parameter.dim() else 1, parameter.device)
-
-    def sketch(self, whole: Factor | Tensor, device: torch.device) -> Tensor:
-        """uᵀ M v, a number, of M = Σ_i G_i or a gradient, as a matrix."""
-        reduced = self._reduced(whole, device)
-        if reduced.dim() > 1:
-            reduced = reduced.flatten(1)
-            reduced = reduced @ self._direction(reduced.shape[1], device).to(reduced.dtype)
-        reduced = reduced.flatten()
-        return reduced @ self._direction(len(reduced), device).to(reduced.dtype)
+    def vectors(self, *parameters: Tensor) -> dict[int, Tensor]:
+        """The vectors of sketch() for these parameters. The first call draws them, which a compiled
+        graph cannot."""
+        return {width: self._direction(width, parameter.device)
+                for parameter in parameters for width in _matrix_shape(parameter)}
 
     def observe_compiled(
         self, task: int, sums: Iterable[Tensor | None], layers: Sequence[Collection[str]]
@@ -379,8 +370,9 @@ class GradientSumCheck:
                 continue
             seen = torch.zeros_like(each.total)
             if grad is not None:
-                reduced = self.sketch if each.sketched else self._reduced
-                seen = reduced(grad.to_dense(), grad.device)
+                grad = grad.to_dense()
+                seen = (sketch(grad, self.vectors(parameter)) if each.sketched
+                        else self._reduced(grad, grad.device))
             compared[name] = each.total.reshape(seen.shape).to(seen), seen
         if not compared:
             return []
@@ -421,6 +413,26 @@ class GradientSumCheck:
         elif not called:
             causes.append(NOT_CALLED)
         return DIFFERS.format(listed=", ".join(wrong), causes=". ".join(causes) or CAUSES)
+
+
+def _matrix_shape(whole: Factor | Tensor) -> tuple[int, int]:
+    shape = whole.shape
+    return (shape[0] if len(shape) else 1), math.prod(shape[1:])
+
+
+def sketch(whole: Factor | Tensor, vectors: Mapping[int, Tensor]) -> Tensor:
+    """uᵀ M v, a number, of M = Σ_i G_i or a gradient, as a matrix.
+
+    vectors: {length: vector}, of which u and v are those of M's lengths.
+    """
+    rows, columns = _matrix_shape(whole)
+    if len(whole.shape) == 2 and not isinstance(whole, Tensor):
+        reduced = whole.total_times(vectors[columns])
+    else:
+        total = whole if isinstance(whole, Tensor) else whole.total()
+        total = total.to(accumulation_dtype(total)).reshape(rows, columns)
+        reduced = total @ vectors[columns].to(total.dtype)
+    return reduced.flatten() @ vectors[rows].to(reduced.dtype)
 
 
 def squares(factors: Mapping[str, Factor], n_samples: int | None = None) -> dict[str, Tensor]:

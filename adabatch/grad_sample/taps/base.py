@@ -24,7 +24,7 @@ from adabatch.distributed.sharded_layers import is_parallel, own_activations, ow
 from adabatch.grad_sample.backward.recorder import (
     BackwardRecorder, ParameterUse, Probe, signal_gradient,
 )
-from adabatch.grad_sample.backward.verify import Node, squares
+from adabatch.grad_sample.backward.verify import Node, sketch, squares
 from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.functional.expression import versions_of
@@ -246,7 +246,8 @@ class TapSite:
 
     def extra_inputs(self, probe: Probe, length: int) -> list[Tensor]:
         """What a tap of S = `length` rows gets besides its report: in a compiled graph its probe
-        rows, then a leaf for each parameter of each statistic, and its line of the sums."""
+        rows, then a leaf for each parameter of each statistic, its line of the sums and the vectors
+        of these."""
         if not is_compiling():
             return []
         extras = [probe.row(row, length) for row in dict.fromkeys(self.rows.values())]
@@ -259,7 +260,14 @@ class TapSite:
                 extras.append(probe.value(each.name, name, shape))
         if self.recorder.sum_check.sketches:
             extras.append(probe.sums[self.index, : 1 + 2 * len(self.parameters)])
+            # Not read in the backward pass: torch 2.9 mixes up what is, where sizes vary.
+            extras += self.sum_vectors.values()
         return extras
+
+    @property
+    def sum_vectors(self) -> dict[int, Tensor]:
+        """Vectors of sketch() for the sums."""
+        return self.recorder.sum_check.vectors(*(parameter for _, parameter in self.own))
 
     def factors(
         self, activations: Tensor, backprops: Tensor, rows: Tensor | None, n_samples: int
@@ -363,10 +371,10 @@ class TapSite:
 
     def report_sums(
         self, totals: Mapping[str, Factor | Tensor], sq_norms: Mapping[str, Tensor], like: Tensor,
-        dtype: torch.dtype,
-    ) -> list[Tensor]:
-        """Report sums to be compared; in a compiled graph, gives the gradient of the layer's line
-        of Probe.sums.
+        dtype: torch.dtype, vectors: Mapping[int, Tensor],
+    ) -> list[Tensor | None]:
+        """Report sums to be compared; in a compiled graph, gives the gradients of the layer's line
+        of Probe.sums and of the `vectors`.
 
         Args:
             totals: {own name: the factor over all samples, or Σ_i G_i}.
@@ -379,11 +387,10 @@ class TapSite:
         line = [like.new_full((), torch.finfo(like.dtype).eps, dtype=dtype)]
         for name in self.parameters:
             if name in totals:
-                sketch = self.recorder.sum_check.sketch(totals[name], like.device)
-                line += [sketch.to(dtype), sq_norms[name].to(dtype)]
+                line += [sketch(totals[name], vectors).to(dtype), sq_norms[name].to(dtype)]
             else:  # frozen since attaching
                 line += [line[0].new_zeros(())] * 2
-        return [torch.stack(line)]
+        return [torch.stack(line), *[None] * len(vectors)]
 
     def _report(
         self, statistic: str, per_sample: bool, values: Mapping[str, Tensor | None], measured: int,
@@ -433,10 +440,16 @@ class Tap(torch.autograd.Function):
     `report` is what Probe.report gives and `extras` what TapSite.extra_inputs gives."""
 
     @staticmethod
-    def place(ctx: Any, site: TapSite, report: Tensor, n_samples: int | None, extras: int) -> None:
+    def place(
+        ctx: Any, site: TapSite, report: Tensor, n_samples: int | None, extras: Sequence[Tensor],
+    ) -> None:
         """Keep what backward needs; n_samples as _known gives it."""
-        ctx.site, ctx.n_samples, ctx.n_extras, ctx.dtype = site, n_samples, extras, report.dtype
+        ctx.site, ctx.n_samples, ctx.n_extras = site, n_samples, len(extras)
+        ctx.dtype, ctx.vectors = report.dtype, {}
         ctx.signal = None if is_compiling() else signal_gradient(report)
+        if is_compiling() and site.recorder.sum_check.sketches:
+            widths = [*site.sum_vectors]
+            ctx.vectors = dict(zip(widths, extras[len(extras) - len(widths):], strict=True))
 
     @staticmethod
     def pass_on(ctx: Any, output: Tensor) -> Tensor:
@@ -475,7 +488,7 @@ class PassthroughTap(Tap):
 
     @staticmethod
     def forward(ctx, output, activations, rows, whole, report, site, n_samples, *extras):
-        Tap.place(ctx, site, report, n_samples, len(extras))
+        Tap.place(ctx, site, report, n_samples, extras)
         ctx.mixed = site.mixes_samples
         ctx.parallel = not is_compiling() and is_sharded(output)
         ctx.save_for_backward(activations, rows, whole)
@@ -491,12 +504,12 @@ class PassthroughTap(Tap):
             own = own_backprops(site.layer, backprops) if ctx.parallel else backprops
             n_samples = _n_samples(ctx.n_samples, site.layout, own)
             factors = site.factors(activations, own, rows, n_samples)
-            sums: list[Tensor] = []
+            sums: list[Tensor | None] = []
             if site.compares_sums(ctx):
                 every = factors if rows is None else site.factors(
                     activations if whole is None else whole, own, None, n_samples)
                 norms = squares(factors, None if rows is None else n_samples)
-                sums = site.report_sums(every, norms, own, ctx.dtype)
+                sums = site.report_sums(every, norms, own, ctx.dtype, ctx.vectors)
             if site.must_defer:
                 site.defer(factors)
                 extras = [None] * ctx.n_extras
@@ -540,7 +553,7 @@ class FusedBackwardTap(Tap):
 
     @staticmethod
     def forward(ctx, output, inputs, weight, bias, rows, report, site, n_samples, n_saved, *rest):
-        Tap.place(ctx, site, report, n_samples, len(rest) - n_saved)
+        Tap.place(ctx, site, report, n_samples, rest[n_saved:])
         ctx.needs_inputs, ctx.input_dtype = inputs.requires_grad, inputs.dtype
         ctx.mixed = site.mixes_samples
         ctx.save_for_backward(weight, rows, *rest[:n_saved])
@@ -565,12 +578,12 @@ class FusedBackwardTap(Tap):
                 if rows is not None:
                     a, b = a.index_select(0, rows), b.index_select(0, rows)
                 factors = site.sampler.rule(layer, a, b)
-            sums: list[Tensor] = []
+            sums: list[Tensor | None] = []
             if site.compares_sums(ctx):
                 norms = (squares(factors, n_samples) if defer else
                          {name: each.sum() for name, each in result.sq_norms.items()})
                 totals = {name: result.grads[name] for name in norms}
-                sums = site.report_sums(totals, norms, backprops, ctx.dtype)
+                sums = site.report_sums(totals, norms, backprops, ctx.dtype, ctx.vectors)
             if defer:
                 site.defer(factors)
                 extras = [None] * ctx.n_extras
@@ -617,7 +630,7 @@ class RecomputeTap(Tap):
     @staticmethod
     def forward(ctx, call, site, reporting, rows, report, n_samples, copied, *tensors):
         n_outputs, n_inputs = len(copied), len(call.tensors)
-        Tap.place(ctx, reporting, report, n_samples, len(tensors) - n_outputs - n_inputs)
+        Tap.place(ctx, reporting, report, n_samples, tensors[n_outputs + n_inputs:])
         outputs = [tensor.clone() if copy else tensor
                    for tensor, copy in zip(tensors, copied, strict=False)]
         ctx.mark_dirty(*(tensor for tensor, copy in zip(outputs, copied, strict=True) if not copy))

@@ -40,7 +40,7 @@ class ProductTap(Tap):
 
     @staticmethod
     def forward(ctx, output, inputs, weight, bias, report, site, operation):
-        Tap.place(ctx, site, report, operation.n_samples, 0)
+        Tap.place(ctx, site, report, operation.n_samples, ())
         ctx.operation, ctx.needs_inputs = operation, inputs.requires_grad
         ctx.kept = operation.tensors[0], weight.detach()
         ctx.versions = versions_of(ctx.kept)
