@@ -7,7 +7,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adabatch import GradSampleHooks
+from adabatch.grad_sample.layers import normalization
 from tests import oracle
+from tests.grad_sample import stand_ins
 from tests.grad_sample.measuring import TOLERANCE, agrees, backward, close, squared_error
 from tests.grad_sample.test_taps_fused import fused, plain_grads, same_grads
 
@@ -43,11 +45,33 @@ def batch_norms_in_eval_mode():
     return [*model]
 
 
+def layer_norms():
+    """Of one dimension and two, with and without positions, a bias or a permutation around."""
+    return [
+        stand_ins.EitherOrder(6, "channels_first"), nn.ReLU(inplace=True),
+        stand_ins.ChannelsFirst(6, bias=False), nn.Flatten(2), nn.LayerNorm(20, bias=False),
+        nn.Tanh(), nn.Unflatten(2, (5, 4)), nn.LayerNorm((5, 4)), nn.Tanh(), nn.Conv2d(6, 6, 3),
+        Transposed(), stand_ins.EitherOrder(3, "channels_last"), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(36, 8), nn.LayerNorm(8, eps=0.3),
+    ]
+
+
+class Transposed(nn.Module):
+    def forward(self, inputs):
+        return inputs.mT
+
+
 KINDS = {"group": (group_norms, ["0", "3", "5", "9"]),
          "batch": (batch_norms, ["0", "3", "6", "10"]),
-         "batch, eval": (batch_norms_in_eval_mode, ["0", "5", "9"])}
+         "batch, eval": (batch_norms_in_eval_mode, ["0", "5", "9"]),
+         "layer": (layer_norms, ["0", "2", "4", "7", "11", "15"])}
 kinds = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*batch normalization in train mode")
+
+
+@pytest.fixture(autouse=True)
+def no_sample_is_too_small(monkeypatch):
+    monkeypatch.setattr(normalization, "ALONE", 1)
 
 
 def make(kind, dtype=torch.float32, samples=5):
@@ -111,14 +135,14 @@ def test_a_pass_through_tap_elsewhere(kind, how):
         grads = grads_by(kind, model, batch)
     hooks = GradSampleHooks(model, samples=4 if how == "subset" else None)
     backward(run, batch)
-    assert "0" not in fused(hooks)
+    assert ("0" in fused(hooks)) == (kind == "layer" and how == "strided")
     if how != "no samples":
         agrees(hooks.collect(), grads, 1e-4)
         same_grads(model, expected, 1e-5)
 
 
-@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6).eval()],
-                         ids=["group", "batch", "batch, eval"])
+@pytest.mark.parametrize("norm", [
+    nn.GroupNorm(2, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6).eval(), nn.LayerNorm(4)], ids=str)
 def test_a_layer_called_twice(norm):
     class Twice(nn.Module):
         def __init__(self):
@@ -181,3 +205,42 @@ def test_another_mode_since_the_forward_pass():
     grads = oracle.contributions(model, squared_error, batch)
     backward(model, batch)
     agrees(hooks.collect(), grads, 1e-4)
+
+
+def test_small_samples_share_calls():
+    model, batch = make("layer")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(normalization, "ALONE", 100)
+        grads = oracle.per_sample_grads(model, squared_error, batch)
+        hooks = GradSampleHooks(model)
+        backward(model, batch)
+        agrees(hooks.collect(), grads, 1e-4)
+    assert fused_norms(model, hooks) == ["0", "2", "4", "7"]
+
+
+class Rotated(nn.LayerNorm):
+    """The same numbers as of channels first, from other rows in another order."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 2, 1)).permute(0, 3, 2, 1)
+
+
+class OfDoubled(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward((2 * x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("cls", [Rotated, OfDoubled])
+def test_a_node_of_another_input_is_not_read(cls):
+    """Both compute a layer normalization over channels, up to ε."""
+    stand_ins.named("timm.layers.norm.LayerNorm2d")(cls)
+    torch.manual_seed(0)
+    model = nn.Sequential(cls(6, eps=1e-12), nn.Flatten())
+    batch = torch.randn(5, 6, 3, 2), torch.randn(5, 36)
+    expected = plain_grads(model, batch)
+    grads = oracle.per_sample_grads(model, squared_error, batch)
+    hooks = GradSampleHooks(model)
+    backward(model, batch)
+    agrees(hooks.collect(), grads, 1e-4)
+    same_grads(model, expected, 1e-5)
+    assert fused(hooks) == []

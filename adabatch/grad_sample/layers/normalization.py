@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 from adabatch import kernels
@@ -34,9 +33,120 @@ from adabatch.kernels import accumulation_dtype
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 Factors = dict[str, Factor]
+# Elements of a sample from which on a call of its own is faster than x̂ and its products.
+ALONE = 4096
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
-@register_grad_sampler(nn.LayerNorm, parameters=("weight", "bias"))
+def _own_node(
+    layer: nn.Module, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool, name: str
+) -> Any:
+    """The node of this name that the layer's output has, if a fused backward pass can read the
+    layer's statistics from it: on a CPU in eager mode, of samples that come first, all of one type;
+    outside activation checkpointing and other hooks on saved tensors, which would take the reading
+    for backward. None otherwise."""
+    if torch.compiler.is_compiling() or inputs.device.type != "cpu" or not all_rows:
+        return None
+    if layout is not Layout.BATCH_FIRST or _top_hooks is None or _top_hooks(False) is not None:
+        return None
+    one_type = inputs.dtype == output.dtype == layer.weight.dtype
+    if not one_type or inputs.dtype not in (torch.float32, torch.float64) or not inputs.numel():
+        return None
+    node = _norm_node(output)
+    return None if node is None or node.name() != name else node
+
+
+def _norm_node(output: Tensor) -> Any:
+    """The output's node, below a permutation."""
+    node = output.grad_fn
+    permuted = node is not None and node.name() == "PermuteBackward0"
+    return node.next_functions[0][0] if permuted else node  # type: ignore[union-attr]
+
+
+def _statistics(output: Tensor) -> tuple[Tensor, ...]:
+    """Mean and 1/σ that the node of a normalization's output has saved."""
+    node = _norm_node(output)
+    return node._saved_result1.detach(), node._saved_result2.detach()
+
+
+def _is_same(saved: Tensor | None, tensor: Tensor) -> bool:
+    """Whether what a node has saved is this view of this memory."""
+    return (saved is not None and saved.data_ptr() == tensor.data_ptr()
+            and saved.shape == tensor.shape and saved.stride() == tensor.stride())
+
+
+def _fused_result(
+    grad_inputs: Tensor | None, per_sample: dict[str, Tensor], norms: bool, second_moment: bool
+) -> FusedResult:
+    """The result from per-sample gradients [N, *shape] by name."""
+    result = FusedResult(grad_inputs, {name: grad.sum(0) for name, grad in per_sample.items()})
+    for name, grad in per_sample.items() if norms else ():
+        result.sq_norms[name] = kernels.dense_sq_norms(grad)
+        if second_moment:
+            result.second_moments[name] = kernels.dense_second_moment(grad)
+    return result
+
+
+class LayerNormBackward(FusedBackward):
+    """torch's own backward pass, for the gradients of scale and shift called once for each sample,
+    with the mean and 1/σ that the layer's own node has saved. Samples must be large enough for a
+    call of their own.
+
+    Class attributes:
+        channels_first: whether dimension 1 is normalized, of [N, C, *S], as the last one between
+            two permutations.
+    """
+
+    always, channels_first = True, False
+    from_node = staticmethod(_statistics)
+
+    def supports(
+        self, layer: Layer, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
+    ) -> bool:
+        if inputs.numel() < ALONE * len(inputs):
+            return False
+        call = layer, inputs, output, layout, all_rows
+        node = _own_node(*call, "NativeLayerNormBackward0")
+        if node is None or (node is not output.grad_fn) != self.channels_first:
+            return False
+        normalized = inputs.movedim(1, -1) if self.channels_first else inputs
+        return (tuple(node._saved_normalized_shape) == layer.weight.shape
+                and _is_same(node._saved_weight, layer.weight)
+                and _is_same(node._saved_input, normalized))
+
+    def backward(
+        self, layer: Layer, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,
+        n_samples: int, layout: Layout, *, needs_inputs: bool, norms: bool = True,
+        second_moment: bool = False,
+    ) -> FusedResult:
+        inputs, mean, rstd = saved
+        bias, backprops = layer._parameters.get("bias"), backprops.to(inputs.dtype)
+        if self.channels_first:
+            inputs, backprops = inputs.movedim(1, -1), backprops.movedim(1, -1)
+        inputs, backprops = inputs.contiguous(), backprops.contiguous()
+        shape, backward = list(weight.shape), torch.ops.aten.native_layer_norm_backward
+        own = zip(backprops.unbind(), inputs.unbind(), mean.unbind(), rstd.unbind(), strict=True)
+        grads = [backward(b, a, shape, center, scale, weight, bias, [False, True, bias is not None])
+                 for b, a, center, scale in own]
+        per_sample = {"weight": torch.stack([grad for _, grad, _ in grads])}
+        if bias is not None:
+            per_sample["bias"] = torch.stack([grad for _, _, grad in grads])
+        grad_inputs = None
+        if needs_inputs:
+            grad_inputs, _, _ = backward(
+                backprops, inputs, shape, mean, rstd, weight, bias, [True, False, False])
+            grad_inputs = grad_inputs.movedim(-1, 1) if self.channels_first else grad_inputs
+        return _fused_result(grad_inputs, per_sample, norms, second_moment)
+
+
+class ChannelsFirstBackward(LayerNormBackward):
+    """Of [N, C, *S]."""
+
+    channels_first = True
+
+
+@register_grad_sampler(nn.LayerNorm, parameters=("weight", "bias"), fused=LayerNormBackward())
 def layer_norm_grad_sample(layer: nn.LayerNorm, activations: Tensor, backprops: Tensor) -> Factors:
     """LayerNorm over any number of last dimensions.
 
@@ -103,7 +213,7 @@ def _eps(layer: Layer) -> float:
 def _norm_example(layer: nn.Module) -> tuple[nn.Module, Tensor]:
     """Two samples of three positions."""
     own = layer._parameters.items()
-    shapes = {name: tuple(each.shape) for name, each in own if each is not None}
+    shapes = {name: () if each is None else tuple(each.shape) for name, each in own}
     return small_copy(layer, shapes), wave(2, 3, *shapes["weight"])
 
 
@@ -113,7 +223,9 @@ def _channels_first_example(layer: nn.Module) -> tuple[nn.Module, Tensor]:
     return copied, wave(2, *copied.get_parameter("weight").shape, 2, 3)
 
 
-@register_grad_sampler(*LAYER_NAMES, example=_channels_first_example)
+@register_grad_sampler(
+    *LAYER_NAMES, example=_channels_first_example, fused=ChannelsFirstBackward()
+)
 def named_channels_first_grad_sample(
     layer: Layer, activations: Tensor, backprops: Tensor
 ) -> Factors:
@@ -122,7 +234,7 @@ def named_channels_first_grad_sample(
     return named_layer_norm_grad_sample(layer, activations, backprops)
 
 
-@register_grad_sampler(*LAYER_NAMES, example=_norm_example)
+@register_grad_sampler(*LAYER_NAMES, example=_norm_example, fused=LayerNormBackward())
 def named_layer_norm_grad_sample(layer: Layer, activations: Tensor, backprops: Tensor) -> Factors:
     """Layer normalization over the dimensions of the weight, with or without a bias."""
     return _layer_norm(layer, list(layer.weight.shape), _eps(layer), activations, backprops)
@@ -132,47 +244,6 @@ def named_layer_norm_grad_sample(layer: Layer, activations: Tensor, backprops: T
 def named_rms_norm_grad_sample(layer: Layer, activations: Tensor, backprops: Tensor) -> Factors:
     """RMS normalization over the dimensions of the weight."""
     return _rms_norm(layer, list(layer.weight.shape), _eps(layer), activations, backprops)
-
-
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-
-
-def _own_node(
-    layer: nn.Module, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool, name: str
-) -> Node | None:
-    """The node of this name that the layer's output has, if a fused backward pass can read the
-    layer's statistics from it: on a CPU in eager mode, of samples that come first in contiguous
-    memory, all of one type; outside activation checkpointing and other hooks on saved tensors,
-    which would take the reading for backward."""
-    if torch.compiler.is_compiling() or inputs.device.type != "cpu" or not all_rows:
-        return None
-    if layout is not Layout.BATCH_FIRST or _top_hooks is None or _top_hooks(False) is not None:
-        return None
-    one_type = inputs.dtype == output.dtype == layer.weight.dtype
-    if not one_type or inputs.dtype not in (torch.float32, torch.float64):
-        return None
-    node = output.grad_fn
-    if node is None or node.name() != name or not inputs.numel() or not inputs.is_contiguous():
-        return None
-    return node
-
-
-def _statistics(output: Tensor) -> tuple[Tensor, ...]:
-    """Mean and 1/σ that the node of a normalization's output has saved."""
-    node: Any = output.grad_fn
-    return node._saved_result1.detach(), node._saved_result2.detach()
-
-
-def _fused_result(
-    grad_inputs: Tensor | None, per_sample: dict[str, Tensor], norms: bool, second_moment: bool
-) -> FusedResult:
-    """The result from per-sample gradients [N, *shape] by name."""
-    result = FusedResult(grad_inputs, {name: grad.sum(0) for name, grad in per_sample.items()})
-    for name, grad in per_sample.items() if norms else ():
-        result.sq_norms[name] = kernels.dense_sq_norms(grad)
-        if second_moment:
-            result.second_moments[name] = kernels.dense_second_moment(grad)
-    return result
 
 
 class GroupNormBackward(FusedBackward):
@@ -190,7 +261,8 @@ class GroupNormBackward(FusedBackward):
         self, layer: nn.GroupNorm, inputs: Tensor, output: Tensor, layout: Layout, all_rows: bool
     ) -> bool:
         call = layer, inputs, output, layout, all_rows
-        return _own_node(*call, "NativeGroupNormBackward0") is not None
+        own = _own_node(*call, "NativeGroupNormBackward0") is not None
+        return own and inputs.is_contiguous()
 
     def backward(
         self, layer: nn.GroupNorm, saved: tuple[Tensor, ...], weight: Tensor, backprops: Tensor,
@@ -224,12 +296,13 @@ class BatchNormBackward(FusedBackward):
     ) -> bool:
         call = layer, inputs, output, layout, all_rows
         own = _own_node(*call, "NativeBatchNormBackward0") is not None
-        return own and inputs.numel() > inputs.shape[0] * inputs.shape[1]
+        positions = math.prod(inputs.shape[2:])
+        return own and positions > 1 and inputs.is_contiguous()
 
     @staticmethod
     def from_node(output: Tensor) -> tuple[Tensor, ...]:
         """The batch's mean and 1/σ, or the running mean and variance."""
-        node: Any = output.grad_fn
+        node = _norm_node(output)
         if node._saved_training:
             return _statistics(output)
         return node._saved_running_mean.detach(), node._saved_running_var.detach()
