@@ -145,6 +145,17 @@ def test_steps_of_several_passes_are_compared_for_ever(model, accumulate):
     is_refused(steps(), 5, r"do not add up.*a\.weight")
 
 
+@pytest.mark.parametrize(("start", "seen"), [(8, 15), (16, 23)])
+def test_a_use_in_place_of_an_operation_without_a_parameter_is_seen_before_long(model, start, seen):
+    """It changes neither the layers called nor the number of autograd's nodes."""
+    constant = torch.rand(5, dtype=torch.float64)
+    model.body = lambda m, h: h * constant
+    change = set_body(lambda m, h: h * m.norm.weight)
+    for step, moments, grads in train(model, losses, seen + 2, change, start, compare=True):
+        if step < start or step >= seen:
+            agrees(moments, grads)
+
+
 def compiled_helper(m, h):
     return torch.compile(linear, backend="aot_eager")(h, m.a.weight)
 

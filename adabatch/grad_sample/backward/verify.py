@@ -74,6 +74,8 @@ TYPES = {torch.finfo(each).eps: each
 # Rounding of a coarse type (bfloat16) may hide in one pass, of few samples above all, what a layer
 # mixes; hardly in that many passes.
 COARSE_EPS, COARSE_PASSES = 2.0**-8, 16
+# What starts in passes of a known pattern stays unseen no longer than this.
+EVERY_AT_FIRST, EVERY = 8, 64
 # Passes that are compared because their pattern is new: so many, and one more in so many passes.
 # Where inputs were not kept, they are for so many passes, in which the pattern may come again.
 ALL = "all layers"  # no name of a layer
@@ -108,11 +110,11 @@ class GradientSumCheck:
     """Compares Σ_i G_i with p.grad for each measured parameter p, over all samples of a pass, also
     where a part of them is measured.
 
-    Compared are, of the passes that come first in their step, 1, 2, 4, 8, …, the first 16 where a
-    coarse type takes part, all after one that did not add up, and those whose pattern was not seen
-    before: the layers called and their modes, the numbers of autograd nodes made by them and by the
-    loss, the parameters with hooks; and the number of nodes made before them. The latter two are
-    each 8 at first and one more in 256 passes.
+    Compared are, of the passes that come first in their step, 1, 2, 4, 8, then every 8th and from
+    64 on every 64th, the first 16 where a coarse type takes part, all after one that did not add
+    up, and those whose pattern was not seen before: the layers called and their modes, the numbers
+    of autograd nodes made by them and by the loss, the parameters with hooks; and the number of
+    nodes made before them. The latter two are each 8 at first and one more in 256 passes.
 
     Rounding errors of the N contributions are independent: their sum grows as √Σ‖G_i‖², and so does
     what is allowed, ‖Σ_i G_i − p.grad‖ <= eps·(4·√Σ‖G_i‖² + 2·‖p.grad‖). Matrices are multiplied by
@@ -206,6 +208,7 @@ class GradientSumCheck:
         """Whether the next pass is compared whatever its pattern."""
         n = self._passes + 1
         return self.is_first and (self._suspect or is_power_of_two(n)
+                                  or n % (EVERY if n >= EVERY else EVERY_AT_FIRST) == 0
                                   or (self._coarse and n <= COARSE_PASSES))
 
     def choose_graph(self) -> None:
