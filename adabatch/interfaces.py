@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from adabatch.distributed.shard import BatchShard
     from adabatch.estimators.averages import Ratio
     from adabatch.estimators.loss_scale import StepScale
     from adabatch.estimators.moments import GradientMoments
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from adabatch.grad_sample.factors.base import Factor
     from adabatch.micro_batches.batches import BatchSplit
 
+T = TypeVar("T")
 State = dict[str, Any]
 ParamGroup = dict[str, Any]
 EffectiveLr = Callable[[ParamGroup], float]
@@ -60,6 +60,28 @@ class PendingMoments(Protocol):
         left out."""
 
 
+class ProcessShare(Protocol):
+    """This process's part of batches that several processes share."""
+
+    world_size: int
+
+    @property
+    def fraction(self) -> float:
+        """Of the current batch's samples."""
+
+    def fraction_of(self, batches: int) -> float:
+        """Of the samples of the last `batches` batches."""
+
+    def size_of(self, batches: int) -> int:
+        """The samples of these, on all processes together."""
+
+    def grad_sq_norms(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
+        """This process's part of each group's ‖g‖², [K]; the parts of all add up to it."""
+
+    def broadcast_from_first(self, value: T) -> T:
+        """The first process's value; all processes call this at once."""
+
+
 class Estimator(ABC):
     """Measures the gradient moments of each optimizer step."""
 
@@ -69,7 +91,7 @@ class Estimator(ABC):
     parameters: Mapping[str, Tensor] = {}  # what is measured, by name; empty where nothing is
     statistics: frozenset[str] = frozenset()  # names of what is measured besides squared norms
     samples: int | None = None  # measured of each backward pass; None: all of them
-    shard: BatchShard | None = None  # what is known of batches that several processes share
+    shard: ProcessShare | None = None  # what is known of batches that several processes share
     # Nothing can be measured before a batch has another size than the last one had.
     needs_another_size: bool = False
     enabled: bool = True  # whether the next forward pass is measured; may be set between steps

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
-from adabatch.estimators.gradients import gradients, stacked, total_norm
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from adabatch.estimators.gradients import gradients, is_sharded, stacked, total_norm
 
 
 def parts_of_grad_sq_norms(groups: Sequence[Sequence[Tensor]], world_size: int) -> Tensor:
@@ -51,26 +47,6 @@ def replicated_sq_norms(groups: Sequence[Sequence[Tensor]], replica: Collection[
         if not is_partial and set(grad.device_mesh.mesh.flatten().tolist()) == set(replica):
             pieces.append(grad.to_local())
     return stacked([total_norm(whole), total_norm(pieces)]).square()
-
-
-def is_sharded(tensor: object) -> TypeGuard[DTensor]:
-    """Whether the tensor is a DTensor, of which this process holds a part."""
-    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
-        return False
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor of a DTensor, gathered from its processes; any other as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def whole_gradient(grad: Tensor | None) -> Tensor | None:
-    """A gradient gathered where it is sharded, which all processes do in the same order, and dense
-    where it is sparse; None as it is."""
-    if grad is None:
-        return None
-    return grad.to_dense() if grad.is_sparse else full_tensor(grad)
 
 
 def _own_part(grad: Tensor, world_size: int) -> tuple[Tensor, float]:

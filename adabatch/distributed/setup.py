@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.data.loader import AdaptiveDataLoader
-from adabatch.distributed.grad_norms import is_sharded
+from adabatch.estimators.gradients import is_sharded
 from adabatch.distributed.group import (HostGroup, Processes, canonical_repr, check_same,
                                         find_group, model_fingerprint)
 from adabatch.distributed.reduction import MomentReduction

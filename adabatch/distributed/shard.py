@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adabatch._hooks import UncopiedHook
 from adabatch._types import Args, Batch
-from adabatch.distributed.grad_norms import (is_sharded, parts_of_grad_sq_norms,
-                                             replicated_sq_norms)
-from adabatch.estimators.gradients import grad_sq_norms
+from adabatch.distributed.grad_norms import parts_of_grad_sq_norms, replicated_sq_norms
+from adabatch.estimators.gradients import grad_sq_norms, is_sharded
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adabatch.distributed.grad_norms import is_sharded
+from adabatch.estimators.gradients import is_sharded
 from adabatch.distributed.group import HostGroup, Processes, is_initialized, ranks_of
 
 if TYPE_CHECKING:

@@ -18,11 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adabatch._checks import check_version
 from adabatch._transfers import DelayedMoments, HostCopies
-from adabatch.distributed.shard import BatchShard
 from adabatch.estimators.gradients import at_backward_end, check_arguments
 from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import GradientMoments
-from adabatch.interfaces import Estimator, State
+from adabatch.interfaces import Estimator, ProcessShare, State
 from adabatch.kernels import accumulation_dtype
 
 NO_WEIGHTS = "the cross-rank estimator does not support weights=: use the per-sample estimator"
@@ -80,12 +79,12 @@ class CrossRankEstimator(Estimator):
     """
 
     measures: frozenset[str] = frozenset()
-    shard: BatchShard
+    shard: ProcessShare
     _whole: Tensor | None
 
     def __init__(
         self,
-        model: nn.Module, shard: BatchShard, *, loss_reduction: str = "mean", accumulate: int = 1,
+        model: nn.Module, shard: ProcessShare, *, loss_reduction: str = "mean", accumulate: int = 1,
         comm_hook: CommHook | None = None, comm_state: object = None,
     ):
         check_arguments(loss_reduction, accumulate=accumulate)

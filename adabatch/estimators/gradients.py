@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.autograd import Variable, forward_ad
 from torch.nn.utils import get_total_norm
 
 from adabatch.kernels.operators import LONGEST_SUM
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 LOSS_REDUCTIONS = ("mean", "sum")
 # The id of the backward pass that runs in this thread, -1 outside of one.
@@ -59,6 +63,26 @@ def check_arguments(loss_reduction: str, **counts: int | None) -> None:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             optional = " or None" if name == "samples" else ""
             raise ValueError(f"{name} must be a positive integer{optional}, got {value!r}")
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether the tensor is a DTensor, of which this process holds a part."""
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+        return False
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor of a DTensor, gathered from its processes; any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def whole_gradient(grad: Tensor | None) -> Tensor | None:
+    """A gradient gathered where it is sharded, which all processes do in the same order, and dense
+    where it is sparse; None as it is."""
+    if grad is None:
+        return None
+    return grad.to_dense() if grad.is_sparse else full_tensor(grad)
 
 
 def gradients(group: Sequence[Tensor]) -> list[Tensor]:
@@ -115,6 +139,4 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
         return torch.linalg.vector_norm(
             torch.stack([torch.linalg.vector_norm(grad) for grad in grads])
         )
-    from adabatch.distributed.grad_norms import full_tensor  # which imports this module
-
     return full_tensor(get_total_norm(grads))

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from adabatch._checks import check_version
-from adabatch.distributed.grad_norms import is_sharded
-from adabatch.distributed.shard import BatchShard
 from adabatch.estimators.gradients import (
-    at_backward_end, check_arguments, grad_sq_norms, running_backward,
+    at_backward_end, check_arguments, grad_sq_norms, is_sharded, running_backward,
 )
 from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import BackwardPass, GradientMoments, PoolOptions
@@ -35,17 +33,18 @@ from adabatch.grad_sample.backward.verify import (
 from adabatch.grad_sample.compat import is_compiled
 from adabatch.grad_sample.cost import StepCost, step_cost
 from adabatch.grad_sample.functional.flow import Roles
+from adabatch.grad_sample.layout import KnownLayouts
 from adabatch.grad_sample.plan import ParameterIdentity, plan_layers, unwrap
 from adabatch.grad_sample.rows import ProbeRows, RowSampler
 from adabatch.grad_sample.statistics import statistics_of
 from adabatch.grad_sample.taps.base import TapSite, autocast_disabled
 from adabatch.grad_sample.taps.placement import ForwardHooks, OutsideCalls
-from adabatch.interfaces import Estimator, NotMeasured, PendingMoments, State, Statistic
+from adabatch.interfaces import (
+    Estimator, NotMeasured, PendingMoments, ProcessShare, State, Statistic,
+)
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-
-    from adabatch.check.report import CheckReport
 
 TOO_MANY = (
     "saw {n} backward passes since the last collect(), but accumulate={k}. If each pass had "
@@ -158,7 +157,7 @@ class GradSampleHooks(Estimator):
         ignore: Collection[str] = (),
         param_groups: Sequence[Sequence[Tensor]] | None = None,
         capacity: int = INITIAL_CAPACITY,
-        layout: CheckReport | None = None,
+        layout: KnownLayouts | None = None,
         per_parameter: bool = False,
         statistics: Collection[Statistic | str] = (),
     ):
@@ -167,7 +166,7 @@ class GradSampleHooks(Estimator):
         measured = None if groups is None else {id(each) for group in groups for each in group}
         plan = plan_layers(model, ignore, only=measured)
         self.loss_reduction, self.accumulate, self.by_samples = loss_reduction, accumulate, False
-        self.shard: BatchShard | None = None
+        self.shard: ProcessShare | None = None
         self.parameters = plan.parameters
         self._statistics = statistics_of(statistics)
         self._deferred = [each for each in self._statistics if each.needs_gradient]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Protocol
 
 from torch import Tensor
 
@@ -155,3 +156,14 @@ class BatchSizeSource:
         return ValueError(
             f"the number of samples cannot be read from the model's inputs as {self}: {found}. "
             "Call the model as adabatch.check saw it, or check it again.")
+
+
+class KnownLayouts(Protocol):
+    """What is known of a model's layers before they are called: `adabatch.check` finds it."""
+
+    batch_size_source: BatchSizeSource | None
+    roles: dict[tuple[str, int], bool]  # of inputs whose samples the data flow does not show
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """{layer's name: its layout}."""

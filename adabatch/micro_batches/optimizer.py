@@ -22,9 +22,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
-from adabatch.estimators.gradients import at_backward_end
 from adabatch._types import Argument, LossFn
-from adabatch.distributed.grad_norms import is_sharded
+from adabatch.estimators.gradients import at_backward_end, is_sharded
 from adabatch.interfaces import Estimator, State
 from adabatch.micro_batches.batches import BatchSplit
 from adabatch.micro_batches.search import find_micro_batch_size

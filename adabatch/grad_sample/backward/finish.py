@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adabatch._transfers import HostCopies
-from adabatch.distributed.grad_norms import whole_gradient
+from adabatch.estimators.gradients import whole_gradient
 from adabatch.estimators.loss_scale import StepScale
 from adabatch.estimators.moments import (
     BackwardPass, GradientMoments, PoolOptions, pool_passes,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adabatch.distributed.grad_norms import whole_gradient
+from adabatch.estimators.gradients import whole_gradient
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.statistics.second_moment import SecondMoment
 from adabatch.kernels import accumulation_dtype

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adabatch.estimators.gradients import running_backward
-from adabatch.distributed.grad_norms import is_sharded
-from adabatch.distributed.sharded_layers import is_parallel, own_activations, own_backprops
+from adabatch.estimators.gradients import is_sharded, running_backward
 from adabatch.grad_sample.backward.recorder import (
     BackwardRecorder, ParameterUse, Probe, signal_gradient,
 )
@@ -33,6 +31,9 @@ from adabatch.grad_sample.layers.generic import RecomputedCall, call_type
 from adabatch.grad_sample.layout import Layout
 from adabatch.grad_sample.plan import Plan
 from adabatch.grad_sample.registry import FusedResult, GradSampler
+from adabatch.grad_sample.taps.sharded_layers import (
+    is_parallel, own_activations, own_backprops,
+)
 
 DOUBLE_BACKWARD = (
     "a backward pass with create_graph=True ran through a measured layer: its higher-order "

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from adabatch.estimators.gradients import is_transformed, running_backward
+from adabatch.estimators.gradients import is_sharded, is_transformed, running_backward
 from adabatch._hooks import FinallyCall, UncopiedHook
 from adabatch._tree import input_tensors, packed_sequence
 from adabatch._types import Args, Kwargs
-from adabatch.distributed.grad_norms import is_sharded
-from adabatch.distributed.sharded_layers import check_parallel
 from adabatch.grad_sample.backward.finish import PACKED
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
 from adabatch.grad_sample.backward.verify import is_distributed, is_power_of_two
@@ -39,6 +37,7 @@ from adabatch.grad_sample.taps.base import (
 from adabatch.grad_sample.taps.layer_traces import LayerTraces
 from adabatch.grad_sample.taps.linear_vectors import has_vectors, pass_vectors
 from adabatch.grad_sample.taps.products import fuse_product, may_fuse
+from adabatch.grad_sample.taps.sharded_layers import check_parallel
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

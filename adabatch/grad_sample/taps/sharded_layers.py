@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adabatch.distributed.grad_norms import is_sharded
+from adabatch.estimators.gradients import is_sharded
 
 ALONE = (
     "{name} is sharded over several processes (tensor parallel), each of which sees its own part "
