@@ -1,5 +1,5 @@
 """Forms of a convolution's kernels that are faster on a CPU: Gram matrices of positions, products
-with copied windows, and calls with the samples as groups. Each agrees with its definition.
+with copied windows, and calls with the samples as groups or alone. Each agrees with its definition.
 
 Legend: N samples, C channels in, O channels out, S positions in (with their padding), S' positions
 out, P positions out in total, K kernel, g groups.
@@ -37,7 +37,7 @@ LONGEST_BAND = 96  # rows of the output, for band_grads
 # What a form may keep of one sample: copied windows of large images are larger.
 KEPT_BYTES = 16 * 2**20
 
-Form = Literal["gram", "windows", "groups"]
+Form = Literal["gram", "windows", "groups", "calls"]
 
 
 def conv_form(
@@ -74,7 +74,8 @@ def conv_times(
     """Microseconds of one core in which each form finds a sample's norm, and with_gradient its part
     of the weight's gradient, of a convolution with one group: "gram", from Gram matrices;
     "windows", products with copied windows of the input; "groups", weight-gradient calls with the
-    samples as groups. Interpolated in logarithms between measured shapes.
+    samples as groups; "calls", one such call a sample, which serves images of few channels, of
+    which groups are slow. Interpolated in logarithms between measured shapes.
 
     Args:
         image, image_out: (C, *S) and (O, *S').
@@ -82,7 +83,10 @@ def conv_times(
     """
     kernel, positions = math.prod(weight_shape[2:]), math.prod(image_out[1:])
     shape = (image[0], image_out[0], kernel, positions)
-    times: dict[Form, float] = {"groups": _interpolated(conv_timings.GROUPS, shape)}
+    times: dict[Form, float] = {
+        "groups": _interpolated(conv_timings.GROUPS, shape),
+        "calls": (conv_timings.CALL + conv_timings.RETURNED * math.prod(weight_shape)
+                  + weight_grad_time(image, image_out, weight_shape))}
     if 4 * image[0] * kernel * positions <= KEPT_BYTES:
         times["windows"] = _interpolated(conv_timings.WINDOWS, shape)
     products, pairs = gram_counts(image, image_out, weight_shape, padding)
@@ -149,9 +153,9 @@ def conv_weight_grad_moments(
         norms = gram_sq_norms(activations, backprops, weight_shape[2:], *geometry)
         total = weight_grad(activations.to(dtype), backprops.to(dtype), weight_shape, *geometry)
         return total, norms, None
-    if form == "groups":
+    if form in ("groups", "calls"):
         total = activations.new_zeros(tuple(weight_shape), dtype=dtype)
-        grads = group_grads(activations, backprops, weight_shape, *geometry, groups)
+        grads = group_grads(activations, backprops, weight_shape, *geometry, groups, form)
         return sum_moments(grads, samples, total, second_moment)
     width_out, channels, *kernel = weight_shape
     total = activations.new_zeros(math.prod(kernel) * channels, width_out, dtype=dtype)
@@ -178,7 +182,7 @@ def conv_sq_norms(
     if form == "windows":
         grads = window_grads(activations, backprops, kernel, *geometry)
     else:
-        grads = group_grads(activations, backprops, weight_shape, *geometry, groups)
+        grads = group_grads(activations, backprops, weight_shape, *geometry, groups, form)
     return torch.cat([row_sq_norms(chunk, chunk.dtype) for chunk in grads])
 
 
@@ -216,15 +220,16 @@ def gram_sq_norms(
 
 def group_grads(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
-    dilation: Ints, groups: int,
+    dilation: Ints, groups: int, form: Form = "groups",
 ) -> Iterator[Tensor]:
-    """G_n, a chunk [n, O, C/g, *K] at a time; chunks of equal size where N allows."""
+    """G_n, a chunk [n, O, C/g, *K] at a time: in chunks of equal size where N allows, or "calls"
+    of one sample."""
     if _has_bands(activations, backprops, weight_shape, groups):
         yield from band_grads(activations, backprops, weight_shape, stride, padding, dilation)
         return
     dtype, samples = accumulation_dtype(activations, backprops), len(activations)
     fitting = CALL_BYTES // max(1, dtype.itemsize * math.prod(weight_shape))
-    most = max(1, min(LONGEST_CHUNK, fitting))
+    most = max(1, min(LONGEST_CHUNK, fitting)) if form == "groups" else 1
     length = next((n for n in range(most, most // 2, -1) if samples % n == 0), most)
     for a, b in zip(activations.split(length), backprops.split(length), strict=True):
         yield conv_grad_sample(a, b, weight_shape, stride, padding, dilation, groups)

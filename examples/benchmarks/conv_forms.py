@@ -26,6 +26,8 @@ from adabatch.kernels import cpu_conv, operators
 CHANNELS, WIDTHS = (3, 8, 32, 128), (16, 64, 256)  # C and O
 KERNELS, POSITIONS = (1, 9, 49), (16, 64, 256, 1024)  # K and P
 PAIRS_POSITIONS = (4, 16, 64, 256)  # P of Gram matrices
+ALONE = ((3, 32, 49, 1024), (3, 64, 49, 1024), (3, 16, 9, 256), (8, 32, 49, 256),
+         (32, 32, 9, 256), (64, 64, 9, 64))  # shapes of a call a sample
 SAMPLES = ((4e6, 64), (1e8, 16), (math.inf, 4))  # N by a sample's multiply-adds
 CACHE_BYTES = 2**24
 FORMS = ("weight gradient", "windows", "groups")
@@ -102,13 +104,31 @@ def gram_rates(limit: float) -> list[float]:
     return found.tolist()
 
 
+def call_rates(limit: float) -> list[float]:
+    """Microseconds of a call for one sample alone beyond its part of a call for all, and of an
+    element of its result, by least squares."""
+    rows, targets = [], []
+    for shape in ALONE:
+        given = inputs(*shape)
+        samples = len(given[0])
+        own = [*zip(given[0].split(1), given[1].split(1), strict=True)]
+        whole = microseconds(lambda given=given: cpu_conv.weight_grad(*given[:-1]), limit)
+        alone = microseconds(lambda given=given, own=own: [
+            cpu_conv.weight_grad(*pair, *given[2:-1]) for pair in own], limit)
+        rows.append([1.0, float(math.prod(given[2]))])
+        targets.append([(alone - whole) / samples])
+        print("calls", shape, f"{targets[-1][0]:.1f}", flush=True)
+    left, right = torch.tensor(rows, dtype=torch.float64), torch.tensor(targets).double()
+    return torch.linalg.lstsq(left, right).solution.flatten().clamp(min=1e-7).tolist()
+
+
 def product_rate(limit: float) -> float:
     """Multiply-adds per microsecond of a large matrix product."""
     a, b, out = torch.randn(768, 768), torch.randn(768, 768), torch.empty(768, 768)
     return 768**3 / microseconds(lambda: torch.mm(a, b, out=out), limit)
 
 
-def source(table: dict[str, list], gram: list[float], rate: float) -> str:
+def source(table: dict[str, list], gram: list[float], call: list[float], rate: float) -> str:
     """The module kernels/conv_timings.py."""
     lines = [
         '"""Times of a convolution\'s forms on a CPU, for conv_form: written by',
@@ -127,6 +147,9 @@ def source(table: dict[str, list], gram: list[float], rate: float) -> str:
         "# Microseconds of a multiply-add of Gram matrices, of an element added to their table,",
         "# and of a sample besides.",
         f"GRAM, ADDED, CALLS = {', '.join(f'{each:.3g}' for each in gram)}",
+        "# Microseconds of a call for one sample alone beyond its part of a call for all, and of",
+        "# an element of its result.",
+        f"CALL, RETURNED = {', '.join(f'{each:.3g}' for each in call)}",
     ]
     for form in FORMS:
         lines.append(f"{form.replace(' ', '_').upper()} = (")
@@ -152,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick and options.write:
         parser.error("--write needs the whole grid: leave --quick out")
     table = grid(seconds, options.quick)
-    text = source(table, gram_rates(seconds), product_rate(seconds))
+    text = source(table, gram_rates(seconds), call_rates(seconds), product_rate(seconds))
     if options.write:
         TARGET.write_text(text)
         print(f"wrote {TARGET}")

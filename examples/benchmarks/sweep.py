@@ -149,7 +149,7 @@ def ways(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> list[Way]:
     if isinstance(layer, nn.Linear):
         forms = ["gradients"] if inputs.dim() > 2 else []
     else:
-        forms = ["windows", "groups"] if layer.groups == 1 else []
+        forms = ["windows", "groups", "calls"] if layer.groups == 1 else []
     positions = inputs[0].numel() // layer.weight.shape[1]
     pairs = positions * sum(layer.weight.shape[:2])
     if forms and pairs < 4 * layer.weight.numel():

@@ -35,7 +35,7 @@ def test_every_way_of_a_layer_is_timed_and_the_choice_is_one_of_them():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("form", ["gram", "windows", "groups"])
+@pytest.mark.parametrize("form", ["gram", "windows", "groups", "calls"])
 def test_forced_forms_are_used(form, fused):
     shapes = (4, 3, 6, 6), (4, 4, 4, 4), (4, 3, 3, 3)
     with forced_form(form):

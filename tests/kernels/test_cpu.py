@@ -21,6 +21,27 @@ def test_the_cases_of_a_convolution_run_each_form(name):
     assert both != "gram"
 
 
+@pytest.mark.parametrize("form", ["gram", "windows", "groups", "calls"])
+@pytest.mark.parametrize("name", [name for name, shape in cases.CONV.items() if shape[-1] == 1])
+def test_each_form_serves_every_case_of_one_group(name, form):
+    torch.manual_seed(0)
+    a, b, weight_shape, geometry, grads = cases.conv(cases.CONV[name], torch.float64)
+    with operators.forced_form(form):
+        total, norms, _ = operators.OPERATIONS["conv_weight_grad_moments"].call(
+            a, b, weight_shape, *geometry)
+        beside = operators.OPERATIONS["conv_sq_norms"].call(a, b, weight_shape, *geometry)
+    torch.testing.assert_close(total, grads.sum(0))
+    for found in (norms, beside):
+        torch.testing.assert_close(found, grads.flatten(1).square().sum(1))
+
+
+def test_images_of_few_channels_under_large_kernels_take_a_call_a_sample():
+    """As of the first layer of a ResNet."""
+    shapes = (16, 3, 96, 96), (16, 32, 48, 48), (32, 3, 7, 7)
+    for with_gradient in (False, True):
+        assert cpu_conv.conv_form(*shapes, (3, 3), 1, with_gradient=with_gradient) == "calls"
+
+
 @pytest.mark.parametrize("positions", [2, 5, 9, 14, 60])
 @pytest.mark.parametrize("widths", [(4, 4), (16, 8), (64, 256)], ids=str)
 def test_the_form_of_an_outer_product_is_the_cheaper_one(positions, widths):
