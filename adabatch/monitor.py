@@ -23,7 +23,7 @@ from adabatch.grad_sample.cost import Measurement
 from adabatch.interfaces import State
 from adabatch.scheduler.decision import plan_for
 from adabatch.scheduler.record import (
-    GradientNormCheck, GradScalerDetector, HostTransferStage, Pipeline, Recorder, StepClock,
+    GradientNormCheck, GradScalerDetector, HostTransferStage, Pipeline, Recorder,
     StepRecord, UntrackedParameters, rejection_reason,
 )
 from adabatch.scheduler.scheduler import check_optimizer
@@ -113,7 +113,7 @@ class Monitor:
         self.step_count = self.samples_seen = 0
         self._optimizer, self._hooks = optimizer, hooks
         self._plan = plan_for(hooks, measure)
-        self._recorder, self._clock = Recorder(self.diagnostics), StepClock()
+        self._recorder, self._began = Recorder(self.diagnostics), math.nan
         self._pipeline = Pipeline([HostTransferStage()])
         self._norms = GradientNormCheck()
         self._untracked = UntrackedParameters(optimizer, hooks.parameters.values())
@@ -173,7 +173,7 @@ class Monitor:
             part.load_state_dict(state[name])
         self.step_count, self.samples_seen = state["step_count"], state["samples_seen"]
         self._batch_size, self._hooks.enabled = state["batch_size"], state["enabled"]
-        self._clock.reset()
+        self._began = math.nan
 
     def __enter__(self) -> Monitor:
         return self
@@ -206,9 +206,9 @@ class Monitor:
             self._untracked.warn(stacklevel=4)
         seen = StepRecord(
             step=self.step_count, loss=self._loss, moments=None, delivered=0, epoch=0, base_lr=None,
-            batch_size=self._batch_size, seconds=self._clock.lap(began), pending=pending,
+            batch_size=self._batch_size, seconds=began - self._began, pending=pending,
             lrs=[float(group["lr"]) for group in self._optimizer.param_groups])
-        self._loss = math.nan
+        self._loss, self._began = math.nan, began
         self.step_count += 1
         for settled in self._pipeline.push(seen):
             self._record(settled)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from adabatch._checks import choice, integer, returned
 from adabatch.controllers.base import Controller
 from adabatch.estimators.moments import GradientMoments
+from adabatch.interfaces import NO_INTERVAL
 from adabatch.schedules import BSScheduler, RampBS, VirtualBatchSize, stepwise_ramp
 from adabatch.schedules.base import described
 
@@ -86,6 +87,9 @@ class Scheduled(Controller):
             self._step(self.schedule, 1 if once else due)
             self.steps_taken += due
         return float(self.schedule.batch_size)
+
+    def latest_interval(self) -> tuple[float, float]:
+        return NO_INTERVAL
 
     def _step(self, schedule: BSScheduler, times: int) -> None:
         mean = self.loss_sum / self.loss_samples if self.loss_samples else math.nan

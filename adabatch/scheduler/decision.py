@@ -199,18 +199,17 @@ class CurrentBatchSize:
         if not math.isnan(proposal):
             size = rule.next_size(proposal, size, self.steps_since_change)
         self.steps_since_change = 0 if size != self.size else self.steps_since_change + 1
-        self.write(size)
+        if size != self.size or self._loader.batch_size != size // self._accumulate:
+            self.write(size)
 
     def write(self, size: int) -> None:
         """Set the size."""
-        self.size, batch_size = size, size // self._accumulate
-        if self._loader.batch_size != batch_size:
-            self._loader.batch_size = batch_size
+        self.size, self._loader.batch_size = size, size // self._accumulate
 
 
 def call_controller(
     controller: Controller, seen: StepRecord, moments: GradientMoments | None, *,
-    loss: float, lr: float, spacing: int = 1,
+    samples: int, loss: float, lr: float, spacing: int = 1,
 ) -> float:
     """The controller's proposal; NaN where it is not called.
 
@@ -218,11 +217,12 @@ def call_controller(
         controller: first gets the progress of training.
         seen: the step.
         moments: of the step; None where it was not measured or they cannot be used.
+        samples: of the step.
         loss: a mean over the samples.
         lr: the base effective lr.
         spacing: steps since the last one that was to be measured.
     """
-    controller.on_step(samples=seen.samples or seen.batch_size, epoch=seen.epoch)
+    controller.on_step(samples=samples, epoch=seen.epoch)
     if seen.base_lr is not None:
         controller.on_optimizer_step(seen.base_lr)
     if controller.needs_moments:

@@ -282,6 +282,7 @@ class LrAdjuster:
         last_lr_factor: the coupling's factor of the last step.
         base_lr: the lr of the last step without any factor; None before.
         stepped_at: batches that the loader had delivered at the last step.
+        own_factor: the controller's own factor on the lr, a function of B; None for none.
 
     Raises:
         ValueError: a coupling for a summed loss; a coupling beside a controller that sets the lr
@@ -313,7 +314,7 @@ class LrAdjuster:
         self._reads_noise = smoothing is not None
         self._trace, self._signal = (MovingAverage(smoothing or 0.0) for _ in range(2))
         self._noise_scale, self._unmet_proposal = DelayedValue(0.0), DelayedValue(0.0)
-        self._own_factor = DelayedValue(own)
+        self.own_factor = DelayedValue(own)
         self._mean_lr, self.last_lr_factor = mean_lr, 1.0
         self.base_lr: float | None = None
         self.stepped_at = -1
@@ -342,12 +343,6 @@ class LrAdjuster:
         if proposal < math.inf:
             self._unmet_proposal.set(0.0 if is_met else proposal, self.loader.n_batches)
 
-    def on_controller_advanced(self) -> None:
-        """Take the controller's own factor on the lr, for the batches to come."""
-        factor = self._controller.lr_factor()
-        if factor is not self._own_factor.latest:
-            self._own_factor.set(factor, after_batch=self.loader.n_batches)
-
     def restore(self) -> None:
         """Undo what a step that raised left behind."""
         self.lr.restore()
@@ -375,7 +370,7 @@ class LrAdjuster:
         self.base_batch_size, self.base_lr = state["base_batch_size"], state["base_lr"]
         self._unmet_proposal = DelayedValue(state["unmet_proposal"])
         self._noise_scale = DelayedValue(state["noise_scale"])
-        self._own_factor = DelayedValue(self._controller.lr_factor())
+        self.own_factor = DelayedValue(self._controller.lr_factor())
         self._trace.load_state_dict(state["trace"])
         self._signal.load_state_dict(state["signal"])
         if self._betas is not None and state["betas"] is not None:
@@ -411,7 +406,7 @@ class LrAdjuster:
                 f"{base}; it must be finite and >= 0"
             )
         self.last_lr_factor = factor
-        own = self._own_factor.for_batch(batch)
+        own = self.own_factor.for_batch(batch)
         factor *= 1.0 if own is None else own(requested)
         if self.lowers:
             factor *= requested / max(requested, self._unmet_proposal.for_batch(batch))

@@ -306,28 +306,6 @@ class LossPool:
         return self._total if whole else self._total / micro.batch_size
 
 
-class StepClock:
-    """Seconds from step to step.
-
-    Example:
-        >>> clock = StepClock()
-        >>> clock.lap(2.0), clock.lap(2.5)
-        (nan, 0.5)
-    """
-
-    def __init__(self) -> None:
-        self._before = math.nan
-
-    def lap(self, now: float) -> float:
-        """Seconds from the last call's `now` to this one's; NaN at the first."""
-        before, self._before = self._before, now
-        return now - before
-
-    def reset(self) -> None:
-        """The next lap is a first one."""
-        self._before = math.nan
-
-
 class EpochCount:
     """Counts the epochs that have ended, from the loader's position in samples.
 
@@ -429,8 +407,12 @@ class Recorder:
             others = {name: float(value) for name, value in metrics.items()
                       if name not in REPORTED}
         f_star, f_star_error, average, average_error = reported
-        low, high = ((interval, math.nan) if isinstance(interval, Ratio) else
-                     map(float, interval))
+        low: Ratio | float = math.nan
+        high = math.nan
+        if isinstance(interval, Ratio):
+            low = interval
+        elif interval is not NO_INTERVAL:
+            low, high = map(float, interval)
         self.diagnostics.add(Row(  # by position, as this is done at every step
             seen.step, samples_seen, samples, proposal, low, high, next_size, lr, loss, f_star,
             f_star_error, n_measured, trace, error, square, signal, average, average_error,

@@ -33,7 +33,7 @@ from adabatch.scheduler.lr import (LrAdjuster, MeanEffectiveLr, check_unscaled,
                                    effective_lr_of_controller)
 from adabatch.scheduler.record import (EpochCount, GradientNormCheck, GradScalerDetector,
                                        HostTransferStage, LoopGuard, LossPool, Pipeline, Recorder,
-                                       Stage, StepClock, StepRecord, UntrackedParameters,
+                                       Stage, StepRecord, UntrackedParameters,
                                        check_rows, rejection_reason)
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class BatchSizeScheduler:
         self.process_group: Processes = None  # the processes that train together; None: all
         self.step_count = self.samples_seen = 0
         self._measured_at = -1  # the last step that was to be measured
-        self._epochs, self._clock = EpochCount(loader), StepClock()
+        self._epochs, self._began = EpochCount(loader), math.nan  # the latest step(), by the clock
         self._losses, self._recorder = LossPool(loader, summed), Recorder(self.diagnostics)
         self._pipeline = Pipeline([HostTransferStage()])
         self._lr = LrAdjuster(optimizer, loader, self._base_lr, options, accumulate=accumulate,
@@ -283,7 +283,7 @@ class BatchSizeScheduler:
         self._size.steps_since_change = state["steps_since_change"]
         self._base_lr.weights = list(state["lr_weights"])
         self.estimator.enabled = state["enabled"]
-        self._clock.reset()
+        self._began = math.nan
         self._guard.restart()
         self._size.write(self.size_rule.size_for(state["batch_size"]))
 
@@ -382,11 +382,12 @@ class BatchSizeScheduler:
         record = StepRecord(
             self.step_count, pooled, None, delivered=self._lr.samples(drawn)[1],
             batch_size=self._size.size, lrs=self._base_lr.read(), base_lr=self._lr.base_lr,
-            epoch=self._epochs.after_step(), seconds=self._clock.lap(began), pending=pending,
+            epoch=self._epochs.after_step(), seconds=began - self._began, pending=pending,
             not_measured=not_measured,
             other_size_by=int(pending is not None and estimator.needs_another_size),
         )
         self.step_count += 1
+        self._began = began
         return record
 
     def _decide(self, seen: StepRecord) -> None:
@@ -417,8 +418,11 @@ class BatchSizeScheduler:
             self._lr.on_moments(usable, spacing)
         lr = self._base_lr(traces, seen.lrs)
         proposal = call_controller(
-            self._controller, seen, usable, loss=loss, lr=lr, spacing=spacing)
-        self._lr.on_controller_advanced()
+            self._controller, seen, usable, samples=samples or seen.batch_size, loss=loss, lr=lr,
+            spacing=spacing)
+        own_factor = self._controller.lr_factor()
+        if own_factor is not self._lr.own_factor.latest:
+            self._lr.own_factor.set(own_factor, after_batch=self.loader.n_batches)
         self._size.update(proposal, self.size_rule)
         interval: Ratio | tuple[float, float] = NO_INTERVAL
         size = self._size.size

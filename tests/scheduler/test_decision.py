@@ -286,7 +286,8 @@ def test_sparse_measuring_keeps_the_horizon_in_steps(make, every, decay):
         seen = StepRecord(step, 1.0, None, delivered=16, batch_size=16, lrs=[0.1], base_lr=0.1,
                           epoch=0, seconds=1.0)
         found = moments_of(trace) if step % every == 0 else None
-        proposal = call_controller(rule, seen, found, loss=1.0, lr=0.1, spacing=every)
+        proposal = call_controller(rule, seen, found, samples=16, loss=1.0, lr=0.1,
+                                   spacing=every)
         if found is not None:
             proposals.append(proposal)
             if reached is None and proposal >= 2.5 * proposals[0] * (1 - 1e-9):
