@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adabatch.estimators.moments import GradientMoments
     from adabatch.grad_sample.cost import LayerCost, StepCost
     from adabatch.grad_sample.factors.base import Factor
-    from adabatch.micro_batches.batches import BatchSplit
+    from adabatch.data.split import BatchSplit
 
 T = TypeVar("T")
 State = dict[str, Any]

@@ -9,7 +9,23 @@ from adabatch._checks import positive
 from adabatch.controllers.base import Controller, measured, ratio
 from adabatch.estimators.averages import MovingAverage
 from adabatch.estimators.moments import GradientMoments
-from adabatch.scheduler.coupling import gain
+
+
+def gain(batch_size: float, base_batch_size: float, noise_scale: float) -> float:
+    """AdaScale's r = (T/B₀ + G²)/(T/B + G²) = S(φ + B₀)/(φ + B): how many steps at the base batch
+    size one step at B is worth, between 1 (no noise) and S (all noise).
+
+    Example:
+        >>> [gain(256, 64, noise_scale) for noise_scale in (0.0, 128.0, float("inf"))]
+        [1.0, 2.0, 4.0]
+
+    References:
+        Johnson, Agrawal, Gu, Guestrin (2020), "AdaScale SGD", arXiv 2007.05105.
+    """
+    ratio = batch_size / base_batch_size
+    if noise_scale > 1:  # divided through, for a noise scale that is infinite or near it
+        return ratio * (1 + base_batch_size / noise_scale) / (1 + batch_size / noise_scale)
+    return ratio * (noise_scale + base_batch_size) / (noise_scale + batch_size)
 
 
 class AdaScale(Controller):

@@ -11,9 +11,9 @@ from adabatch import interfaces
 from adabatch._checks import choice, positive, real
 from adabatch.controllers.base import Controller, Input
 from adabatch.controllers.combinators import Operand
+from adabatch.controllers.seesaw import rule_of_optimizer
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import RunContext
-from adabatch.scheduler.coupling import rule_of_optimizer
 
 SHAPES = ("linear", "power", "cosine")
 EXPONENTS = {"linear": 1.0, "sqrt": 0.5}

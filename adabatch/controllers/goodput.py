@@ -14,11 +14,11 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from adabatch._checks import positive, real
+from adabatch.controllers.adascale import gain as gain_of
 from adabatch.controllers.base import Controller, Input, measured, ratio
 from adabatch.estimators.averages import JointAverages, MovingAverage
 from adabatch.estimators.moments import GradientMoments, trace_and_signal
 from adabatch.interfaces import RunContext
-from adabatch.scheduler.coupling import gain as gain_of
 
 KEPT_TIMES, TIMES_OF_A_SIZE = 992, 31  # of steps, the latest ones
 REFIT = 20  # steps between two decisions

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch.optim import Optimizer
+
 from adabatch._checks import choice, integer
 from adabatch.controllers.base import Controller
 from adabatch.estimators.moments import GradientMoments
 
 EXPONENTS = {"sqrt": 1.0, "linear": 0.5}
+
+
+def rule_of_optimizer(optimizer: Optimizer) -> str:
+    """'linear' for SGD; 'sqrt' for Adam and its family (anything with betas, RMSprop, Adagrad,
+    Adadelta).
+
+    Raises:
+        ValueError: another optimizer.
+
+    Example:
+        >>> rule_of_optimizer(torch.optim.AdamW([torch.zeros(1)]))
+        'sqrt'
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        return "linear"
+    adaptive = (torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta)
+    if isinstance(optimizer, adaptive) or "betas" in optimizer.param_groups[0]:
+        return "sqrt"
+    raise ValueError(f"whether lr ∝ batch or lr ∝ √batch suits {type(optimizer).__name__} is not "
+                     "known: pass coupling='linear' or 'sqrt'")
 
 
 class Seesaw(Controller):

@@ -27,7 +27,7 @@ from adabatch.interfaces import State
 
 if TYPE_CHECKING:
     from adabatch.data.loader import AdaptiveDataLoader
-    from adabatch.micro_batches.batches import BatchSplit
+    from adabatch.data.split import BatchSplit
 
 # Unequal local sizes repeat after world_size batches at most; workers fetch only a few ahead.
 _PLANNED = 16

@@ -20,9 +20,9 @@ from adabatch.data.from_dataloader import dataloader_kwargs
 from adabatch.data.order import StreamOrder
 from adabatch.data.rng import mix
 from adabatch.data.sampler import ResizableBatchSampler
+from adabatch.data.split import BatchSplit, retrying
 from adabatch.data.worker import Fetcher, StreamFetcher, WorkerStart
 from adabatch.interfaces import BatchSource, State
-from adabatch.micro_batches.batches import BatchSplit, retrying
 
 COLLATE_IN = ("worker", "consumer")
 

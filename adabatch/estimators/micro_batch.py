@@ -17,11 +17,11 @@ from torch import Tensor
 
 from adabatch._checks import check_version
 from adabatch._transfers import DelayedMoments, HostCopies
+from adabatch.data.split import BatchSplit
 from adabatch.estimators.gradients import at_backward_end, check_arguments
 from adabatch.estimators.loss_scale import StepScale, step_scale
 from adabatch.estimators.moments import GradientMoments
 from adabatch.interfaces import Estimator, State
-from adabatch.micro_batches.batches import BatchSplit
 
 NO_WEIGHTS = "the micro-batch estimator does not support weights=: use the per-sample estimator"
 

@@ -23,9 +23,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from adabatch._types import Argument, LossFn
+from adabatch.data.split import BatchSplit
 from adabatch.estimators.gradients import at_backward_end, is_sharded
 from adabatch.interfaces import Estimator, State
-from adabatch.micro_batches.batches import BatchSplit
 from adabatch.micro_batches.search import find_micro_batch_size
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from adabatch._types import Batch, LossFn, Sample, Source
 from adabatch.data.rng import generators_restored
-from adabatch.micro_batches.batches import free_memory, is_out_of_memory
+from adabatch.data.split import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from adabatch.data.loader import AdaptiveDataLoader

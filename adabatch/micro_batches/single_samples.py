@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adabatch._types import Args
-from adabatch.micro_batches.batches import BatchSplit
+from adabatch.data.split import BatchSplit
 
 _CURES = (
     "the loader's batch has one sample only, as a last one may: leave it out (drop_last=True of "

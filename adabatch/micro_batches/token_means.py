@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 from adabatch._types import Source
-from adabatch.micro_batches.batches import BatchSplit
+from adabatch.data.split import BatchSplit
 
 _LOOKED_AT = 64  # nodes of the graph, nearest to the loss first
 _MEAN = 1  # torch's number of reduction="mean"

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch.optim import Optimizer
 
 from adabatch._checks import smoothing as checked_smoothing
 from adabatch.config import CouplingRule
+from adabatch.controllers.adascale import gain
+from adabatch.controllers.seesaw import rule_of_optimizer
 
 
 def none(batch_size: int, base_batch_size: int, noise_scale: float = 0.0) -> float:
@@ -54,23 +55,6 @@ def square_root(batch_size: int, base_batch_size: int, noise_scale: float = 0.0)
     return math.sqrt(batch_size / base_batch_size)
 
 
-def gain(batch_size: float, base_batch_size: float, noise_scale: float) -> float:
-    """AdaScale's r = (T/B₀ + G²)/(T/B + G²) = S(φ + B₀)/(φ + B): how many steps at the base batch
-    size one step at B is worth, between 1 (no noise) and S (all noise).
-
-    Example:
-        >>> [gain(256, 64, noise_scale) for noise_scale in (0.0, 128.0, math.inf)]
-        [1.0, 2.0, 4.0]
-
-    References:
-        Johnson, Agrawal, Gu, Guestrin (2020), "AdaScale SGD", arXiv 2007.05105.
-    """
-    ratio = batch_size / base_batch_size
-    if noise_scale > 1:  # divided through, for a noise scale that is infinite or near it
-        return ratio * (1 + base_batch_size / noise_scale) / (1 + batch_size / noise_scale)
-    return ratio * (noise_scale + base_batch_size) / (noise_scale + batch_size)
-
-
 class AdaScaleGain:
     """AdaScale's `gain` under a batch that a controller moves; 1 before the first measurement.
 
@@ -103,26 +87,6 @@ RULES: dict[str, Callable[[], CouplingRule]] = {
 }
 
 
-def rule_of_optimizer(optimizer: Optimizer) -> str:
-    """'linear' for SGD; 'sqrt' for Adam and its family (anything with betas, RMSprop, Adagrad,
-    Adadelta).
-
-    Raises:
-        ValueError: another optimizer.
-
-    Example:
-        >>> rule_of_optimizer(torch.optim.AdamW([torch.zeros(1)]))
-        'sqrt'
-    """
-    if isinstance(optimizer, torch.optim.SGD):
-        return "linear"
-    adaptive = (torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta)
-    if isinstance(optimizer, adaptive) or "betas" in optimizer.param_groups[0]:
-        return "sqrt"
-    raise ValueError(f"whether lr ∝ batch or lr ∝ √batch suits {type(optimizer).__name__} is not "
-                     "known: pass coupling='linear' or 'sqrt'")
-
-
 def coupling_for(given: str | CouplingRule, optimizer: Optimizer) -> CouplingRule:
     """The rule of a name; a callable is taken as it is. 'seesaw' is the rule of the optimizer,
     whose other half is the controller `Seesaw`.
@@ -131,6 +95,7 @@ def coupling_for(given: str | CouplingRule, optimizer: Optimizer) -> CouplingRul
         ValueError: an unknown name; 'seesaw' with an optimizer whose rule is not known.
 
     Example:
+        >>> import torch
         >>> coupling_for("seesaw", torch.optim.SGD([torch.zeros(1)], lr=0.1)) is linear
         True
     """

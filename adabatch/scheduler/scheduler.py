@@ -18,6 +18,7 @@ from adabatch._table import html
 from adabatch.config import (DEFAULT_SHARE, BatchSizes, Coupling, CouplingRule, Every, Measure,
                              measure_of)
 from adabatch.controllers import CABS, Seesaw
+from adabatch.controllers.seesaw import rule_of_optimizer
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.record import shown
 from adabatch.estimators.averages import Ratio
@@ -26,7 +27,7 @@ from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample.cost import Measurement
 from adabatch.interfaces import (NO_INTERVAL, BatchSource, Controller, Estimator, NotMeasured,
                                  Proposer, RunContext, State)
-from adabatch.scheduler.coupling import rule_of_optimizer, smoothing_of
+from adabatch.scheduler.coupling import smoothing_of
 from adabatch.scheduler.decision import (CurrentBatchSize, PlainController, SizeRule, as_controller,
                                          call_controller, name_of, plan_for)
 from adabatch.scheduler.lr import (LrAdjuster, MeanEffectiveLr, check_unscaled,

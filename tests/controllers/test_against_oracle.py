@@ -10,7 +10,7 @@ from torch import nn
 
 from adabatch import GradSampleHooks
 from adabatch.controllers import AdaScale, GradientDiversity, InnerProductTest, NoiseScale, NormTest
-from adabatch.scheduler.coupling import gain
+from adabatch.controllers.adascale import gain
 from tests import oracle
 
 MODELS = {

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from adabatch.data.split import BatchSplit
 from adabatch.estimators.loss_scale import StepScale
 from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
-from adabatch.micro_batches.batches import BatchSplit
 
 GRADS = torch.tensor([[1.0, 2.0], [4.0, -2.0]], dtype=torch.float64)
 

@@ -11,13 +11,13 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAda
 
 from adabatch import Coupling, GradientMoments
 from adabatch.controllers import CABS
+from adabatch.controllers.seesaw import rule_of_optimizer
 from adabatch.estimators.null import NullEstimator
 from adabatch.scheduler.coupling import (
     AdaScaleGain,
     coupling_for,
     linear,
     none,
-    rule_of_optimizer,
     square_root,
 )
 from tests.scripted import Proposals, slope_run, steps
