@@ -22,7 +22,7 @@ from adabatch.estimators.moments import BackwardPass, GradientMoments, PoolOptio
 from adabatch.grad_sample.backward.finish import (
     NOTHING_MEASURED, OPEN, OPEN_ROLES, REENTRANT, BackwardChecks, DeferredFactors, PendingStep,
     Unmeasured, batch_size_of, check_all_seen, check_gradients_left, check_packed,
-    finish_pass, reported_parameters, trainable_grads, warn_of_mixing,
+    finish_pass, reported_parameters, trainable_grads, warn_of_left_over, warn_of_mixing,
 )
 from adabatch.grad_sample.backward.recorder import (
     INITIAL_CAPACITY, BackwardRecorder, ProbeSet, Rows, add_to_row,
@@ -204,7 +204,7 @@ class GradSampleHooks(Estimator):
         self._placer = ForwardHooks(self.sites, plan.parameters, plan.traced, self._probes,
                                     self._row_sampler, self._recorder, source,
                                     () if layout is None else layout.layouts, self.roles)
-        self._finished_task, self._warned_of_open = -1, False
+        self._finished_task, self._warned_of_open, self._warned_of_left_over = -1, False, False
         self._mixing, self._seen, self._incomplete = [False], set[str](), 0
         # {parameter: the last backward pass in which this process had a gradient of it}.
         self._own_grads: dict[str, int] = {}
@@ -314,6 +314,9 @@ class GradSampleHooks(Estimator):
         if sums:
             check.observe_compiled(task, sums, [site.parameters.values() for site in sites])
         wrong = check.differing(self.by_samples) if check.task == task else []
+        if check.left_over and not (self._n_passes or self._warned_of_left_over):
+            self._warned_of_left_over = True
+            warn_of_left_over(check.left_over)
         if wrong and not self._leave_out(wrong):
             raise RuntimeError(check.describe(wrong, placer.called))
         if isinstance(reports, Tensor):

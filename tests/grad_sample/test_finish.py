@@ -1,5 +1,7 @@
 """Several backward passes: accumulation, order, retained graphs, and passes that do not fit."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from adabatch import GradSampleHooks
 from adabatch.grad_sample.backward.finish import check_all_seen
 from tests import oracle
+from tests.grad_sample import measuring
 from tests.grad_sample.measuring import (
     agrees,
     backward,
@@ -283,3 +286,43 @@ def test_as_many_parameters_seen_as_asked_about_are_not_the_same_ones():
     unseen.grad = torch.ones(2)
     with pytest.raises(RuntimeError, match="no tap saw: late"):
         check_all_seen({"early"}, {"late": unseen.grad})
+
+
+def steps_of(model, hooks, order, steps=6):
+    """A loop of `order`: z zero_grad(), k the same that keeps the gradients' memory, b a measured
+    backward pass, p a paused one, s the end of a step; what it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for part in order * steps:
+            if part in "zk":
+                model.zero_grad(set_to_none=part == "z")
+            elif part == "b":
+                backward(model, make_batch(6), divisor=hooks.accumulate)
+            elif part == "p":
+                with hooks.paused():
+                    backward(model, make_batch(6))
+            else:
+                hooks.collect()
+    assert all(each.filename == measuring.__file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(("wrong", "right", "accumulate"), [
+    ("bs", "zbs", 1), ("zpbs", "pzbs", 1), ("kpbs", "kbps", 1), ("bbs", "zbbs", 2)])
+def test_gradients_that_were_not_zeroed_are_said_once(wrong, right, accumulate):
+    model = make_mlp()
+    hooks = GradSampleHooks(model, accumulate=accumulate)
+    (message,) = steps_of(model, hooks, wrong)
+    assert "0.weight" in message
+    assert "optimizer.zero_grad()" in message
+    model.zero_grad()
+    hooks = GradSampleHooks(model, accumulate=accumulate)
+    assert steps_of(model, hooks, right) == []
+    assert steps_of(model, hooks, right[1:] + right[0]) == []  # zeroed after the step
+
+
+def test_a_zero_grad_that_is_forgotten_later_is_said():
+    model = make_mlp()
+    hooks = GradSampleHooks(model)
+    assert steps_of(model, hooks, "zbs", 20) == []
+    assert len(steps_of(model, hooks, "bs", 8)) == 1

@@ -222,6 +222,17 @@ def warn_of_mixing(
     return bool(mixing)
 
 
+def warn_of_left_over(names: Sequence[str], stacklevel: int = 7) -> None:
+    """Warn of gradients that hold more than the step's samples gave."""
+    warnings.warn(
+        f"the gradients of {', '.join(names)} were not zero when this step's first measured "
+        "backward pass began, so that they are not those of its samples alone, and the measured "
+        "variance is wrong (the samples' norms are right). Call optimizer.zero_grad() before each "
+        "step's first backward pass; several passes of one step need accumulate=",
+        stacklevel=stacklevel,  # the caller of loss.backward()
+    )
+
+
 def reported_parameters(
     reports: Sequence[Report], sites: Sequence[TapSite], used: Collection[str]
 ) -> set[str]:

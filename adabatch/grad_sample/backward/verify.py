@@ -136,6 +136,8 @@ class GradientSumCheck:
         in_graph: of the parameters found last, those that a compiled graph reported.
         running: a forward pass has begun since the last backward pass.
         was_due: the pass that runs, or ran last, is one of those to be compared.
+        left_over: names of the parameters whose gradients were not zero before that pass, as far
+            as it was compared; on an accelerator that is not looked at.
 
     Example:
         >>> from adabatch.grad_sample.factors.base import Dense
@@ -157,6 +159,7 @@ class GradientSumCheck:
         self._new = [0, 0]
         self._coarse = self.running = self._suspect = self.was_due = False
         self._patterns: set[object] = set()
+        self.left_over: list[str] = []
         self._hooked: tuple[tuple[str | int, ...], ...] = ()
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
         self._leaf = torch.zeros((), requires_grad=True)
@@ -364,6 +367,8 @@ class GradientSumCheck:
         """
         self.running = False
         sums, self._sums = self._sums, {}
+        self.left_over = [name for name, each in sums.items()
+                          if not each.fresh and not is_remote(self._parameters[name].device)]
         compared: dict[str, tuple[Tensor, Tensor]] = {}
         for name, each in sums.items():
             parameter = self._parameters[name]
