@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 # What a data set gives, what collate_fn makes of it, and loss_fn takes: anything.
 Sample: TypeAlias = Any
@@ -23,6 +27,8 @@ Args: TypeAlias = tuple[Any, ...]
 Inputs: TypeAlias = tuple[Args, Kwargs]
 # Where a tensor is in nested containers: the keys, indices and names that lead to it.
 Path: TypeAlias = tuple[Any, ...]
+# A group; a mesh, all of whose processes are meant; ranks in the default group; None for all.
+Processes: TypeAlias = "ProcessGroup | DeviceMesh | list[int] | None"
 
 
 @runtime_checkable

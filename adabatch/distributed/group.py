@@ -9,19 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from adabatch._types import Processes
 from adabatch.controllers.base import Controller
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-# A group; a mesh, all of whose processes are meant; ranks in the default group; None for all.
-Processes: TypeAlias = "dist.ProcessGroup | DeviceMesh | list[int] | None"
 T = TypeVar("T")
 NOT_INITIALISED = (
     "{why}, but torch.distributed has no process group: call "

@@ -9,10 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from adabatch._types import Processes
 from adabatch.data.loader import AdaptiveDataLoader
 from adabatch.estimators.gradients import is_sharded
-from adabatch.distributed.group import (HostGroup, Processes, canonical_repr, check_same,
-                                        find_group, model_fingerprint)
+from adabatch.distributed.group import (
+    HostGroup, canonical_repr, check_same, find_group, model_fingerprint,
+)
 from adabatch.distributed.reduction import MomentReduction
 from adabatch.distributed.shard import BatchShard, OutputWeights
 from adabatch.distributed.tensor_parallel import TensorParallel

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from adabatch._types import Processes
 from adabatch.estimators.gradients import is_sharded
-from adabatch.distributed.group import HostGroup, Processes, is_initialized, ranks_of
+from adabatch.distributed.group import HostGroup, is_initialized, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch._checks import check_version, storable
 from adabatch._table import html
+from adabatch._types import Processes
 from adabatch.config import (DEFAULT_SHARE, BatchSizes, Coupling, CouplingRule, Every, Measure,
                              measure_of)
 from adabatch.controllers import CABS, Seesaw
@@ -36,9 +37,6 @@ from adabatch.scheduler.record import (EpochCount, GradientNormCheck, GradScaler
                                        HostTransferStage, LoopGuard, LossPool, Pipeline, Recorder,
                                        Stage, StepRecord, UntrackedParameters,
                                        check_rows, rejection_reason)
-
-if TYPE_CHECKING:
-    from adabatch.distributed.group import Processes
 
 # Measured steps whose loss graph is checked: the first ones, and then one in CHECKED_EVERY.
 CHECKED_STEPS, CHECKED_EVERY = 10, 50

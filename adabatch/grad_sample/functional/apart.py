@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adabatch._types import Args, Kwargs
 from adabatch.grad_sample.functional.flow import (
-    FLAT, PRODUCTS, REDUCTIONS, RESHAPES, UNKNOWN, dim_after,
+    FLAT, PRODUCTS, REDUCTIONS, RESHAPES, UNKNOWN, dim_after, einsum_dim,
 )
 
 ELEMENTWISE = frozenset({
@@ -101,7 +101,7 @@ def _dim_after(
     if name == "group_norm":
         return 0 if dim == 0 else UNKNOWN
     if name == "einsum":
-        return _einsum_dim(tensor, dim, args)
+        return einsum_dim(tensor, dim, args)
     if name in PRODUCTS and dim >= rank - 2 and sum(each is tensor for each in args) > 1:
         return UNKNOWN  # both sides of the product
     if name in VIEWS or name in PRODUCTS or name == "stack":
@@ -115,18 +115,6 @@ def _dim_after(
     if dims is None or dim in dims:
         return UNKNOWN
     return dim if after == rank else dim - sum(each < dim for each in dims)
-
-
-def _einsum_dim(tensor: Tensor, dim: int, args: Args) -> int:
-    """Of all places in which the tensor is an operand."""
-    text = args[0].replace(" ", "") if isinstance(args[0], str) else ""
-    operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-    if "->" not in text or "." in text:
-        return UNKNOWN
-    inputs, result = text.split("->")
-    found = {result.find(labels[dim]) for labels, operand in zip(
-        inputs.split(","), operands, strict=True) if operand is tensor}
-    return found.pop() if len(found) == 1 else UNKNOWN
 
 
 def _after_flat(

@@ -320,7 +320,7 @@ def dim_after(
         factors = args[1:3] if "add" in name else args[::-1] if name == "rmatmul" else args[:2]
         return _through_product(tensor, dim, factors, output)
     if name == "einsum":
-        return _through_einsum(tensor, dim, args)
+        return einsum_dim(tensor, dim, args)
     if name in STACKING:
         place = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         place = place % after if isinstance(place, int) else 0
@@ -369,15 +369,16 @@ def _through_product(tensor: Tensor, dim: int, args: Args, output: Tensor) -> in
     return output.dim() - from_end + (left.dim() == 1 and from_end > 2)
 
 
-def _through_einsum(tensor: Tensor, dim: int, args: Args) -> int:
-    if not isinstance(args[0], str) or "->" not in args[0] or "." in args[0]:
-        return UNKNOWN
+def einsum_dim(tensor: Tensor, dim: int, args: Args) -> int:
+    """dim_after of an einsum: the same for all places in which the tensor is an operand."""
+    text = args[0].replace(" ", "") if isinstance(args[0], str) else ""
     operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-    inputs, result = args[0].replace(" ", "").split("->")
-    for labels, operand in zip(inputs.split(","), operands, strict=False):
-        if operand is tensor:
-            return result.find(labels[dim])  # -1, UNKNOWN, where it is summed over
-    return UNKNOWN
+    if "->" not in text or "." in text:
+        return UNKNOWN
+    inputs, result = text.split("->")
+    found = {result.find(labels[dim]) for labels, operand in zip(
+        inputs.split(","), operands, strict=True) if operand is tensor}
+    return found.pop() if len(found) == 1 else UNKNOWN  # as is -1, of what is summed over
 
 
 def _through_reshape(tensor: Tensor, dim: int, output: Tensor) -> int:
