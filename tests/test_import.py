@@ -1,7 +1,9 @@
 """What few runs use is imported with its first use."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,13 @@ def test_every_name_is_there():
 def test_another_name_is_an_error(package):
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = package.Nothing
+
+
+def test_no_two_folders_import_each_other():
+    root = Path(adabatch.__file__).parent
+    imported = {(file.parent.relative_to(root).parts[0], *node.module.split(".")[1:2])
+                for file in root.glob("*/**/*.py") for node in ast.walk(ast.parse(file.read_text()))
+                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("adabatch.")}
+    between = {pair for pair in imported if len(pair) == 2 and (root / pair[1]).is_dir()}
+    assert ("check", "grad_sample") in between
+    assert {pair for pair in between if pair[0] < pair[1] and pair[::-1] in between} == set()
