@@ -203,34 +203,38 @@ def smaller_batch(
     return None
 
 
-def _shortened(tensor: Tensor, dim: int, length: int) -> Tensor:
-    """The tensor, which may be sparse, cut to a length."""
+def _shortened(tensor: Tensor, dim: int, length: int, last: bool = False) -> Tensor:
+    """The tensor, which may be sparse, cut to its first entries, or to the last."""
+    start = tensor.shape[dim] - length if last else 0
     if tensor.layout is torch.strided:
-        return tensor.narrow(dim, 0, length)
-    return tensor.to_dense().narrow(dim, 0, length).to_sparse(layout=tensor.layout)
+        return tensor.narrow(dim, start, length)
+    return tensor.to_dense().narrow(dim, start, length).to_sparse(layout=tensor.layout)
 
 
 def depends_on_others(
     checked: CheckedModel, batch: Batch, full: PassRecord, dims: Cut | None
 ) -> bool:
-    """Whether the losses of a batch's first samples differ where the rest is left out, though
-    nothing is random; dims: as smaller_batch found them, None for the first as long as the batch.
-    """
+    """Whether the losses of a batch's first or last samples differ where the rest is left out,
+    though nothing is random; dims: as smaller_batch found them, None for the first as long as the
+    batch."""
     size = len(full.losses)
     if dims is None:
         dims = {path: tensor.shape.index(size) for path, tensor in tensors(batch)
                 if size in tensor.shape}
-    for n_samples in {size - 1, max(2, size // 2)} - {size}:
+    # A threshold within the batch may hold for some of them.
+    flat = any(path in dims and _may_be_offsets(tensor) for path, tensor in tensors(batch))
+    ends = (False,) if flat else (False, True)
+    for n_samples, last in itertools.product(range(size - 1, 1, -1), ends):
         before = _random_states()
         try:
             with torch.no_grad():
-                losses = checked.loss_fn(checked.model, cut_batch(batch, dims, n_samples))
+                losses = checked.loss_fn(checked.model, cut_batch(batch, dims, n_samples, last))
         except Exception:  # the user's code may take no smaller batch
-            return False
+            break
         same = all(map(torch.equal, before, _random_states()))
         if not same or losses.shape != (n_samples,):
-            return False
-        if not _same(losses, full.losses[:n_samples]):
+            break
+        if not _same(losses, full.losses[-n_samples:] if last else full.losses[:n_samples]):
             return True
     return False
 
@@ -240,16 +244,16 @@ def _random_states() -> list[Tensor]:
     return [torch.get_rng_state(), *cuda]
 
 
-def cut_batch(batch: Batch, dims: Cut, n_samples: int) -> Batch:
+def cut_batch(batch: Batch, dims: Cut, n_samples: int, last: bool = False) -> Batch:
     """The first samples of a batch, whose tensors have them along those dimensions; flat ones, into
-    which offsets among them point, up to the end of the last sample."""
+    which offsets among them point, up to the end of the last sample. Or its last samples."""
     leaves = tensors(batch)
     pointers = [tensor for path, tensor in leaves if path in dims and _may_be_offsets(tensor)]
     offsets = max(pointers, key=lambda tensor: int(tensor[-1]), default=None)
 
     def cut(path: Path, tensor: Tensor) -> Tensor:
         if path in dims:
-            return _shortened(tensor, dims[path], n_samples)
+            return _shortened(tensor, dims[path], n_samples, last)
         if offsets is not None and tensor.dim() == 1 and len(tensor) >= int(offsets[-1]):
             return _shortened(tensor, 0, int(offsets[n_samples]))
         return tensor

@@ -64,6 +64,8 @@ LOSSES = {
     "contrastive": contrastive,
     "hardest triplet": lambda out: torch.cdist(out, out).max(1).values,
     "the larger half": lambda out: squares(out) * (squares(out) >= squares(out).median()),
+    "above the mean": lambda out: squares(out) * (squares(out) >= squares(out).mean()),
+    "all but the largest": lambda out: squares(out) * (squares(out) < squares(out).max()),
     "a baseline": lambda out: squares(out) * (squares(out) - squares(out).mean()).detach(),
     "reordered": lambda out: squares(out.flip(0)),
     "the mean for each": lambda out: squares(out).mean().expand(len(out)),
