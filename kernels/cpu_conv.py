@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from adabatch.kernels.reference_conv import LONGEST_CHUNK, conv_grad_sample
 # products.
 CALL_BYTES = 2 * 2**20
 LONGEST_BAND = 96  # rows of the output, for band_grads
+MOST_SHIFTED = 144  # positions of the output, for shift_grads
 # What a form may keep of one sample: copied windows of large images are larger.
 KEPT_BYTES = 16 * 2**20
 
@@ -225,7 +227,9 @@ def group_grads(
     """G_n, a chunk [n, O, C/g, *K] at a time: in chunks of equal size where N allows, or "calls"
     of one sample."""
     if _has_bands(activations, backprops, weight_shape, groups):
-        yield from band_grads(activations, backprops, weight_shape, stride, padding, dilation)
+        few = math.prod(backprops.shape[2:]) <= MOST_SHIFTED
+        grads = shift_grads if few else band_grads
+        yield from grads(activations, backprops, weight_shape, stride, padding, dilation)
         return
     dtype, samples = accumulation_dtype(activations, backprops), len(activations)
     fitting = CALL_BYTES // max(1, dtype.itemsize * math.prod(weight_shape))
@@ -238,7 +242,7 @@ def group_grads(
 def _has_bands(
     activations: Tensor, backprops: Tensor, weight_shape: Ints, groups: int
 ) -> bool:
-    """Whether band_grads is faster: torch has a kernel of its own for 3 × 3."""
+    """Whether shift_grads or band_grads is faster: torch has a kernel of its own for 3 × 3."""
     depthwise = groups == activations.shape[1] == weight_shape[0] and len(weight_shape) == 4
     return depthwise and min(weight_shape[2:]) > 3 and backprops.shape[2] <= LONGEST_BAND
 
@@ -271,6 +275,49 @@ def band_grads(
             (count, rows, columns, height),
             (lines * step, dilation[0] * step, height, stride[0] * step + 1))
         yield diagonals.sum(3).view(len(a), channels, 1, rows, columns)
+
+
+def shift_grads(
+    activations: Tensor, backprops: Tensor, weight_shape: Ints, stride: Ints, padding: Ints,
+    dilation: Ints,
+) -> Iterator[Tensor]:
+    """G_n, a chunk [n, C, 1, *K] at a time, of a depthwise convolution in two dimensions.
+
+    G[k, l] is the sum over the positions where output and shifted input meet, all samples and
+    channels at once, with positions first: for small images, whose bands are too many too small
+    products, and where much of a large kernel meets nothing but padding.
+    """
+    dtype, (channels, _, *kernel) = accumulation_dtype(activations, backprops), weight_shape
+    size, size_out = activations.shape[2:], backprops.shape[2:]
+    meeting = [[_meeting(k * dilation[d] - padding[d], stride[d], size[d], size_out[d])
+                for k in range(kernel[d])] for d in range(2)]
+    numel = channels * (math.prod(size) + 2 * math.prod(size_out))
+    for a, b in sample_chunks(numel, dtype, activations, backprops):
+        a_SE, b_SE = (_positions_first(each.to(dtype)) for each in (a, b))
+        buffer, grads = torch.empty_like(b_SE), a_SE.new_zeros(*kernel, a_SE.shape[-1])
+        for (row, rows), (column, columns) in itertools.product(*map(enumerate, meeting)):
+            own = a_SE[rows[0], columns[0]]
+            if own.numel():
+                products = buffer.view(-1)[: own.numel()].view(own.shape)
+                torch.mul(own, b_SE[rows[1], columns[1]], out=products)
+                torch.sum(products, (0, 1), out=grads[row, column])
+        yield grads.flatten(0, 1).T.contiguous().view(len(a), channels, 1, *kernel)
+
+
+def _meeting(offset: int, stride: int, length: int, length_out: int) -> tuple[slice, slice]:
+    """Where input and output of one dimension meet, in at · stride + offset."""
+    first = max(0, -(offset // stride))
+    count = max(0, min(length_out, (length - 1 - offset) // stride + 1) - first)
+    start = first * stride + offset
+    return slice(start, start + count * stride, stride), slice(first, first + count)
+
+
+def _positions_first(images: Tensor) -> Tensor:
+    """[N, C, H, W] as [H, W, N C]."""
+    samples, channels, *size = images.shape
+    if images.is_contiguous():  # as a matrix, which torch transposes fast
+        return images.view(samples * channels, -1).T.contiguous().view(*size, -1)
+    return images.permute(2, 3, 0, 1).reshape(*size, -1)
 
 
 def window_grads(

@@ -58,10 +58,13 @@ def test_one_position_needs_neither():
     assert operators.outer_form(1, 4, 4) == operators.outer_form(1, 4, 4, halved=True) == "rows"
 
 
+@pytest.mark.parametrize("grads", [cpu_conv.band_grads, cpu_conv.shift_grads])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("geometry", [((1, 1), (2, 3), (1, 1)), ((2, 1), (0, 4), (1, 2))], ids=str)
-def test_large_depthwise_kernels_in_any_memory_format(channels, channels_last, geometry):
+@pytest.mark.parametrize("geometry", [
+    ((1, 1), (2, 3), (1, 1)), ((2, 1), (0, 4), (1, 2)), ((3, 2), (9, 7), (2, 1)),
+    ((1, 3), (4, 12), (1, 5))], ids=str)
+def test_large_depthwise_kernels_in_any_memory_format(channels, channels_last, geometry, grads):
     torch.manual_seed(0)
     shape = (channels, 1, 5, 4)
     a, weight = torch.randn(3, channels, 9, 10), torch.randn(shape, requires_grad=True)
@@ -71,7 +74,7 @@ def test_large_depthwise_kernels_in_any_memory_format(channels, channels_last, g
         b[n : n + 1].double())[0] for n in range(3)]
     if channels_last:
         a, b = (each.to(memory_format=torch.channels_last) for each in (a, b))
-    found = torch.cat([*cpu_conv.band_grads(a, b, shape, *geometry)])
+    found = torch.cat([*grads(a, b, shape, *geometry)])
     torch.testing.assert_close(found, torch.stack(expected).to(found.dtype), rtol=1e-5, atol=1e-5)
     norms = operators.OPERATIONS["conv_sq_norms"].call(a, b, shape, *geometry, channels)
     squares = torch.stack(expected).square().flatten(1).sum(1)
