@@ -184,13 +184,14 @@ class CABS(Controller):
 
     def _ratio(self) -> Ratio:
         floor, floor_error = self._floor()
-        trace_variance, scale = self.trace.std_error() ** 2, self.scale * self._lr
+        trace_error, loss_error, covariance = self.joint.errors()
+        trace_variance, scale = trace_error**2, self.scale * self._lr
         if self.clipping.count and self.clipping.average > 0:
             relative = self.clipping.std_error() / self.clipping.average
             trace_variance += (self.trace.average * relative) ** 2
-        variances = scale**2 * trace_variance, self.loss.std_error() ** 2 + floor_error**2
+        variances = scale**2 * trace_variance, loss_error**2 + floor_error**2
         numerator, gap = scale * self.trace.average, self.loss.average - floor + self.eps
-        return Ratio(numerator, gap, variances, scale * self.joint.covariance(),
+        return Ratio(numerator, gap, variances, scale * covariance,
                      min(self.trace.freedom, self.loss.freedom))
 
     def metrics(self) -> dict[str, float]:

@@ -7,7 +7,6 @@ smoothing, p_i = k_i w_i / Σ k w its weight; X and Y averages, q_i the weights 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -110,18 +109,19 @@ class MovingAverage:
         self.squares += moved * (moved * self.square_weights - 2 * self.offsets)
         self.offsets -= moved * self.square_weights
         residual, square = value - self.average, weight * weight
-        self.squares = decay**2 * max(0.0, self.squares) + square * residual * residual
-        self.offsets = decay**2 * self.offsets + square * residual
-        self.square_weights = decay**2 * self.square_weights + square
+        decay_2, decay_4 = decay**2, decay**4
+        self.squares = decay_2 * max(0.0, self.squares) + square * residual * residual
+        self.offsets = decay_2 * self.offsets + square * residual
+        self.square_weights = decay_2 * self.square_weights + square
         self.cubes = decay**3 * self.cubes + square * weight
-        self.vary = decay**2 * self.vary + weight
-        self.vary_squares = decay**4 * self.vary_squares + square
+        self.vary = decay_2 * self.vary + weight
+        self.vary_squares = decay_4 * self.vary_squares + square
         has_error = math.isfinite(std_error) and freedom > 0
         self.unknown += not has_error
         known = square * std_error * std_error if has_error else 0.0
-        self.known = decay**2 * self.known + known
+        self.known = decay_2 * self.known + known
         fourth = known * known / freedom if has_error else 0.0
-        self.known_fourths = decay**4 * self.known_fourths + fourth
+        self.known_fourths = decay_4 * self.known_fourths + fourth
         self.count += 1
         return self.average
 
@@ -299,7 +299,7 @@ class Ratio(NamedTuple):
 
 
 class JointAverages:
-    """Moving averages of values measured in the same steps, with the covariances of their errors.
+    """Two moving averages of values measured in the same steps; the covariance of their errors.
 
         V_XY = ρ·SE_X·SE_Y,   ρ from the residuals' sums Σ p_i q_i (x_i − X)(y_i − Y) / lost,
         lost = 1 − (Σp²q + Σpq²)/Σpq + Σpq, and the like for x with x and y with y
@@ -308,7 +308,7 @@ class JointAverages:
     of covariances.
 
     Args:
-        averages: they belong to the caller, who reads and saves them.
+        x, y: they belong to the caller, who reads and saves them.
 
     Example:
         >>> trace, square = MovingAverage(), MovingAverage()
@@ -320,78 +320,75 @@ class JointAverages:
         (4.01, 3.13, 5.04)
     """
 
-    def __init__(self, *averages: MovingAverage):
-        self.averages = averages
-        # Of each pair: Σ w, Σ kw·w, Σ w·lv, Σ w(x − X), Σ w(y − Y), Σ w(x − X)(y − Y), with w the
-        # product of both weights and their decays, kw and lv the single ones.
-        pairs = itertools.combinations(range(len(averages)), 2)
-        self._sums = {pair: [0.0] * 6 for pair in pairs}
+    def __init__(self, x: MovingAverage, y: MovingAverage):
+        self.averages = x, y
+        # Σ w, Σ kw·w, Σ w·lv, Σ w(x − X), Σ w(y − Y), Σ w(x − X)(y − Y), with w the product of both
+        # weights and their decays, kw and lv the single ones.
+        self._sums = [0.0] * 6
 
-    def update(self, *values: Sequence[float]) -> tuple[float, ...]:
-        """Take values, each as the arguments of MovingAverage.update; return the averages."""
-        averages = self.averages
-        before = [(each.average, each.count) for each in averages]
-        after = tuple(each.update(*value) for each, value in zip(averages, values, strict=True))
-        taken = [each.count > count for each, (_, count) in zip(averages, before, strict=True)]
-        moved = [
-            now - then if count and took else 0.0
-            for now, (then, count), took in zip(after, before, taken, strict=True)
-        ]
-        decays = [a.decay if took else 1.0 for a, took in zip(averages, taken, strict=True)]
-        for (first, second), sums in self._sums.items():
-            dx, dy = moved[first], moved[second]
-            weights, _, _, of_x, of_y, _ = sums
-            # About the averages where they have moved to.
-            sums[5] += dx * dy * weights - dy * of_x - dx * of_y
-            sums[3] -= dx * weights
-            sums[4] -= dy * weights
-            k, h = decays[first], decays[second]
-            both, terms = k * h, [0.0] * 6
-            if taken[first] and taken[second]:
-                (x, w), (y, v) = values[first][:2], values[second][:2]
-                dx, dy = x - after[first], y - after[second]
-                terms = [w * v * term for term in (1.0, w, v, dx, dy, dx * dy)]
-            each = (both, both * k, both * h, both, both, both)
-            for place, (decay, term) in enumerate(zip(each, terms, strict=True)):
-                sums[place] = sums[place] * decay + term
-        return after
+    def update(self, of_x: Sequence[float], of_y: Sequence[float]) -> tuple[float, float]:
+        """Take two values, each as the arguments of MovingAverage.update; return the averages."""
+        x, y = self.averages
+        before_x, count_x, before_y, count_y = x.average, x.count, y.average, y.count
+        now_x, now_y = x.update(*of_x), y.update(*of_y)
+        took_x, took_y = x.count > count_x, y.count > count_y
+        dx = now_x - before_x if count_x and took_x else 0.0
+        dy = now_y - before_y if count_y and took_y else 0.0
+        weights, by_x, by_y, offset_x, offset_y, products = self._sums
+        # About the averages where they have moved to.
+        products += dx * dy * weights - dy * offset_x - dx * offset_y
+        offset_x -= dx * weights
+        offset_y -= dy * weights
+        k, h = x.decay if took_x else 1.0, y.decay if took_y else 1.0
+        both, w, v, dx, dy = k * h, 0.0, 0.0, 0.0, 0.0
+        if took_x and took_y:
+            w, v, dx, dy = of_x[1], of_y[1], of_x[0] - now_x, of_y[0] - now_y
+        pair = w * v
+        self._sums = [
+            weights * both + pair, by_x * (both * k) + pair * w, by_y * (both * h) + pair * v,
+            offset_x * both + pair * dx, offset_y * both + pair * dy,
+            products * both + pair * (dx * dy)]
+        return now_x, now_y
 
-    def covariance(self, first: int = 0, second: int = 1) -> float:
-        """V_XY of two averages; NaN where an error is not known."""
-        x, y = self.averages[first], self.averages[second]
+    def errors(self) -> tuple[float, float, float]:
+        """Standard errors of both averages, and V_XY; NaN where an error is not known."""
+        x, y = self.averages
         of_x, of_y = x.residual_error(), y.residual_error()
-        errors = (of_x if x.unknown else x.std_error()) * (of_y if y.unknown else y.std_error())
-        residuals = of_x * of_y
+        error_x = of_x if x.unknown else x.std_error()
+        error_y = of_y if y.unknown else y.std_error()
+        errors, residuals = error_x * error_y, of_x * of_y
         if math.isnan(errors):
-            return math.nan
-        weights, by_x, by_y, _, _, products = self._sums[first, second]
+            return error_x, error_y, math.nan
+        weights, by_x, by_y, _, _, products = self._sums
         if not residuals > 0 or not weights:
-            return 0.0
+            return error_x, error_y, 0.0
         both = x.weights * y.weights
         lost = 1 - (by_x / x.weights + by_y / y.weights) / weights + weights / both
         correlation = products / lost / both / residuals if lost > 1e-12 else 0.0
-        return min(1.0, max(-1.0, correlation)) * errors
+        return error_x, error_y, min(1.0, max(-1.0, correlation)) * errors
+
+    def covariance(self) -> float:
+        """V_XY; NaN where an error is not known."""
+        return self.errors()[2]
 
     def ratio(self, scale: float = 1.0) -> Ratio:
-        """scale·X/Y of the first two averages."""
-        x, y = self.averages[:2]
-        variances = (scale * x.std_error()) ** 2, y.std_error() ** 2
-        return Ratio(scale * x.average, y.average, variances, scale * self.covariance(),
-                     min(x.freedom, y.freedom))
+        """scale·X/Y."""
+        (x, y), (error_x, error_y, covariance) = self.averages, self.errors()
+        return Ratio(scale * x.average, y.average, ((scale * error_x) ** 2, error_y ** 2),
+                     scale * covariance, min(x.freedom, y.freedom))
 
     def ratio_interval(self, level: float = 0.9, *, scale: float = 1.0) -> tuple[float, float]:
-        """`fieller` of scale·X/Y for the first two averages, with the smaller of their degrees of
-        freedom.
+        """`fieller` of scale·X/Y, with the smaller of the averages' degrees of freedom.
 
         Raises:
             ValueError: a level outside (0, 1).
         """
-        found, (x, y) = self.ratio(scale).interval(level), self.averages[:2]
+        found, (x, y) = self.ratio(scale).interval(level), self.averages
         return found if x.count and y.count else UNKNOWN
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """The sums of products, as plain numbers; not the averages, which are the caller's."""
-        return {"sums": [list(sums) for sums in self._sums.values()]}
+        return {"sums": [list(self._sums)]}
 
     def load_state_dict(self, state: dict[str, list[list[float]]]) -> None:
         """Continue from a state_dict(), with the averages that belong to it.
@@ -399,10 +396,10 @@ class JointAverages:
         Raises:
             ValueError: the state of another number of averages.
         """
-        found, pairs = state["sums"], len(self._sums)
-        if len(found) != pairs:
+        found = state["sums"]
+        if len(found) != 1:
             raise ValueError(
-                f"the state holds {len(found)} pairs of averages, these are {pairs}: pass what "
+                f"the state holds {len(found)} pairs of averages, these are 1: pass what "
                 "JointAverages.state_dict() returned"
             )
-        self._sums = {pair: list(sums) for pair, sums in zip(self._sums, found, strict=True)}
+        self._sums = list(found[0])

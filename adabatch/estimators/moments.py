@@ -446,41 +446,44 @@ def pool_passes(
         ValueError: weights that are not m numbers >= 0 with a positive sum in each pass; weights
             under a summed loss, or without inner products.
     """
-    whole_size = sum(step.whole for step in passes)
+    sizes = [step.whole for step in passes]
+    whole_size = sum(sizes)
     batch_size, k = round(whole_size), len(passes)
     mean, by_samples = options.loss_reduction == "mean", options.by_samples
     loss_scale *= options.world_size
-    share = sum(step.batch_size for step in passes) / whole_size if batch_size else 1.0
+    share = sum([step.batch_size for step in passes]) / whole_size if batch_size else 1.0
     common: Kwargs = {
         "batch_size": batch_size, "indices": _indices(passes), "share": share}
     if weights is None:
         factor = 1 if by_samples else k
-        scales = [(step.whole * factor if mean else 1) / loss_scale for step in passes]
+        scales = [(size * factor if mean else 1) / loss_scale for size in sizes]
         if k > 1:
             m_eff = _effective(passes) if mean and not by_samples else None
             common |= {"effective_batch_size": m_eff, "corrections": _corrections(passes, m_eff)}
     else:
-        scales = [(step.whole if by_samples else whole_size) / loss_scale for step in passes]
+        scales = [(size if by_samples else whole_size) / loss_scale for size in sizes]
         sample_weights = measured_weights(passes, weights, options.loss_reduction, by_samples)
         common |= {"weights": sample_weights, "corrections": _strata(passes)}
     whole = (1 if mean else 1 / max(1, batch_size)) * options.world_size / loss_scale
     n_rows = range(len(options.group_of_row))
-    norms = [_row(passes, "sq_norms", row, [each**2 for each in scales]) for row in n_rows]
+    squares = [each**2 for each in scales]
+    norms = [_row(passes, "sq_norms", row, squares) for row in n_rows]
     products: list[Tensor] | None = None
     if "inner_products" in passes[0].rows:
-        products = [_row(passes, "inner_products", row, [each * whole for each in scales])
-                    for row in n_rows]
+        factors = [each * whole for each in scales]
+        products = [_row(passes, "inner_products", row, factors) for row in n_rows]
     batch_norms = [float(value) * whole**2 for value in grad_sq_norms.tolist()]
 
-    def moments(of_group: int | None, **more: Argument) -> GradientMoments:
+    def moments(of_group: int | None = None, **more: Argument) -> GradientMoments:
         """Over the rows of a group, or over all."""
-        chosen = [row for row, group in enumerate(options.group_of_row)
-                  if of_group in (None, group)]
-        sums = None if products is None else _sum([products[row] for row in chosen])
+        of_norms, of_products, of_batch = norms, products, batch_norms
+        if of_group is not None:
+            rows = [row for row in n_rows if options.group_of_row[row] == of_group]
+            of_norms, of_batch = [norms[row] for row in rows], [batch_norms[row] for row in rows]
+            of_products = None if products is None else [products[row] for row in rows]
         return GradientMoments(
-            sq_norms=_sum([norms[row] for row in chosen]),
-            grad_sq_norm=sum(batch_norms[row] for row in chosen),
-            inner_products=sums, **common, **more)
+            sq_norms=_sum(of_norms), grad_sq_norm=sum(of_batch),
+            inner_products=None if of_products is None else _sum(of_products), **common, **more)
 
     groups = sorted(set(options.group_of_row)) if len(n_rows) > 1 else []
     more: Kwargs = {}
@@ -494,7 +497,7 @@ def pool_passes(
         more["by_group"] = {group: moments(group) for group in groups}
     if options.statistics:
         more["statistics"] = _statistics(passes, scales, options.statistics)
-    return moments(None, **more)
+    return moments(**more)
 
 
 def _statistics(
@@ -597,9 +600,12 @@ def _by_pass(passes: Sequence[BackwardPass], values: Sequence[float]) -> Tensor:
 
 def _indices(passes: Sequence[BackwardPass]) -> Tensor | None:
     """Measured rows counted through the passes, or None where every pass measured all rows."""
-    if all(step.indices is None for step in passes):
-        return None
     parts, offset = [], 0
+    for step in passes:
+        if step.indices is not None:
+            break
+    else:
+        return None
     for step in passes:
         rows = torch.arange(step.batch_size) if step.indices is None else step.indices.cpu()
         parts.append(rows + offset)

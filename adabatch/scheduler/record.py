@@ -634,13 +634,17 @@ class UntrackedParameters:
         known = {id(parameter) for parameter in measured}
         self._optimizer, self._checks = optimizer, bool(known)
         # Trainable but not measured from the start: left out on purpose, by ignore= for instance.
-        self._known = known | {id(parameter) for parameter in self._stepped()}
+        self._known = known
+        self._known = known | {id(parameter) for parameter in self.found()}
 
     def found(self) -> list[Tensor]:
         """The parameters that came too late."""
-        if not self._checks:
-            return []
-        return [each for each in self._stepped() if id(each) not in self._known]
+        late: list[Tensor] = []
+        for group in self._optimizer.param_groups if self._checks else ():
+            for each in group["params"]:
+                if id(each) not in self._known and each.requires_grad:
+                    late.append(each)
+        return late
 
     def warn(self, stacklevel: int) -> None:
         """Warn once about those found; stacklevel counts from the caller of this method."""
@@ -658,10 +662,6 @@ class UntrackedParameters:
             "call scheduler.remove() and adabatch.wrap again",
             stacklevel=stacklevel + 1,
         )
-
-    def _stepped(self) -> Iterable[Tensor]:
-        groups = self._optimizer.param_groups
-        return (each for group in groups for each in group["params"] if each.requires_grad)
 
 
 class GradScalerDetector:

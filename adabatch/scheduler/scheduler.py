@@ -412,7 +412,8 @@ class BatchSizeScheduler:
         if moments is not None or seen.not_measured:  # dropped or not
             self._measured_at = seen.step
         if usable is not None:
-            traces = {group: part.variance_trace for group, part in usable.by_group.items()}
+            if usable.by_group:
+                traces = {group: part.variance_trace for group, part in usable.by_group.items()}
             self._norm_check.update(usable)
             self._lr.on_moments(usable, spacing)
         lr = self._base_lr(traces, seen.lrs)
