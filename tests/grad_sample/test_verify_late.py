@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.functional import linear
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from adabatch import AdaptiveDataLoader, GradSampleHooks
 from adabatch.interfaces import NotMeasured
@@ -154,6 +155,45 @@ def test_a_use_in_place_of_an_operation_without_a_parameter_is_seen_before_long(
     for step, moments, grads in train(model, losses, seen + 2, change, start, compare=True):
         if step < start or step >= seen:
             agrees(moments, grads)
+
+
+@pytest.mark.parametrize("samples", [None, 4])
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_use_in_what_activation_checkpointing_runs_again(model, start, samples):
+    """The layer gets the same tap again, though the use behind it was found after it."""
+    def part(m, h):
+        return torch.tanh(m.spare(h)) + (linear(h, m.spare.weight) if m.late else 0.0)
+
+    model.late = False
+    model.body = lambda m, h: checkpoint(part, m, h, use_reentrant=False)
+    steps = train(model, losses, start + 4, lambda model: setattr(model, "late", True), start,
+                  compare=True, samples=samples)
+    for step, moments, grads in steps:
+        if not isinstance(moments, NotMeasured):
+            agrees(moments, grads)
+        else:
+            assert step == start == 4
+
+
+def test_layers_that_take_turns_are_left_out_once_each(model):
+    model.turns = nn.ModuleList(nn.Linear(5, 5) for _ in range(5)).double()
+    model.body = lambda m, h: m.turns[m.turn](h)
+
+    found = []
+    hooks = GradSampleHooks(model)
+    for step in range(20):
+        model.turn = step % 5
+        x = torch.randn(6, 5, dtype=torch.float64)
+        with hooks.paused():
+            grads = oracle.per_sample_grads(model, losses, x)
+        model.zero_grad()
+        losses(model, x).mean().backward()
+        try:
+            agrees(hooks.collect(), grads)
+        except NotMeasured:
+            found.append(step)
+    assert all(step < 10 for step in found)
+    assert len({step % 5 for step in found}) == len(found)
 
 
 def compiled_helper(m, h):

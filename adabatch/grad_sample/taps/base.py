@@ -139,6 +139,9 @@ class TapSite:
         rows: {own parameter name: the probe row of its per-sample values}.
         deferred: a parameter of this layer has several uses, or a statistic needs the finished
             gradient: factors are kept until the pass has ended.
+        shared: an operation outside of the layer was found to use a parameter of it. The tap that
+            the layer gets stays what it is until the pass has ended, as activation checkpointing
+            must place it again.
         calls: forward passes through the layer since the last backward pass (eager mode).
         untapped: the tracer left its last call without a tap, as of a table that is looked up
             once for all samples; what activation checkpointing runs again gets none either.
@@ -166,6 +169,7 @@ class TapSite:
     own: tuple[tuple[str, Tensor], ...] = ()
     layout: Layout = Layout.BATCH_FIRST
     deferred: bool = False
+    shared: bool = False
     calls: int = 0
     untapped: bool = False
     followed: bool = False
@@ -243,7 +247,7 @@ class TapSite:
     @property
     def must_defer(self) -> bool:
         """Whether factors of the pass that runs have to be kept until it has ended."""
-        return self.deferred or self.calls > 1 or self.traces > 0
+        return self.deferred or self.shared or self.calls > 1 or self.traces > 0
 
     def extra_inputs(self, probe: Probe, length: int) -> list[Tensor]:
         """What a tap of S = `length` rows gets besides its report: in a compiled graph its probe

@@ -67,6 +67,8 @@ OUTSIDE = (
 )
 NOT_TRACED = (
     "these are only seen in eager mode and inside of the model's own forward, so call it there")
+# A layer that was called first in a pass without tracing is awaited in so many traced ones.
+PATIENCE = 64
 # Of passes with other uses: more are not told apart, and all passes traced to their end.
 MOST_SEQUENCES = 16
 SHARED_TABLES = "position tables that are looked up once for all samples"
@@ -174,6 +176,7 @@ class ForwardHooks:
         self.roles.trusts_sizes = any(is_sharded(each) for each in parameters.values())
         self.open_roles: dict[Key, int] = {}
         self.not_followed: set[str] = set()
+        self._awaited, self._patience = set[str](), 0
         self._must_trace = bool(traced) or any(site.layout is Layout.SHARED for site in sites)
         self._needs_size = any(not site.layout.stores_batch_size for site in sites)
         self._buffers: list[tuple[dict[str, Tensor | None], str]] = []
@@ -262,7 +265,9 @@ class ForwardHooks:
         assert uses is not None
         uses.end_pass()
         self.outside = OutsideCalls()
-        self._uses.whole = (self._check.is_due or bool(self.not_followed or self.roles.pending)
+        self._patience = PATIENCE if self.not_followed else self._patience - 1
+        self._awaited = self._awaited | self.not_followed if self._patience > 0 else set()
+        self._uses.whole = (self._check.is_due or bool(self._awaited or self.roles.pending)
                             or self._unsettled or self._unclear)
         self.not_followed.clear()
         due = self._must_trace or self._uses.whole
@@ -404,7 +409,7 @@ class ForwardHooks:
         assert uses is not None
         for name in operation.parameters:
             for site in uses.owners.get(name, ()):
-                site.deferred = True
+                site.shared = True
         return self._tap_in_layer(operation, outputs, copied)
 
     def _before_layer(
@@ -490,10 +495,15 @@ class ForwardHooks:
                 if new and self.called:
                     self.not_followed.add(site.name)
             return self._tap_layer(site, layer, args, kwargs, output)
-        if site.deferred:
+        if site.deferred or site.shared:
             raise RuntimeError(DEFERRED_COMPILED.format(name=site.name))
         self._count_trace()
         return self._tap_by_rule(site, layer, args, kwargs, output)
+
+    def _follow(self, site: TapSite) -> None:
+        """A traced pass has called the layer."""
+        site.followed = True
+        self._awaited.discard(site.name)
 
     def _measured_in_operations(
         self, site: TapSite, layer: nn.Module, output: object, operations: Sequence[TracedOp]
@@ -507,7 +517,7 @@ class ForwardHooks:
         if self._tracer is not None:
             self._tracer.leave_layer()
             self._tracer.resume(output)
-            site.followed = True
+            self._follow(site)
         elif not site.followed and self.called and self._may_trace:
             self.not_followed.add(site.name)
         site.untapped = True
@@ -573,7 +583,8 @@ class ForwardHooks:
         output: object,
     ) -> object:
         measured = tracer.leave_layer()
-        site.untapped, site.followed = not measured, True
+        site.untapped = not measured
+        self._follow(site)
         if not measured:
             self._uses.add(site.name)
         result = None
