@@ -336,7 +336,7 @@ class GradSampleHooks(Estimator):
                 self._n_passes += 1
                 placer.end_pass(self)
                 return
-        placer.settle_outside(batch_size)
+        placer.settle_unfollowed([] if isinstance(reports, Tensor) else reports, batch_size)
         if placer.open_roles:
             placer.end_pass(self)
             return

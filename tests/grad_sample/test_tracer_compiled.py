@@ -1,6 +1,9 @@
 """Tracing beside torch.compile: compiled parts and functions in an eager model stay whole; what a
 graph cannot hold is refused with the fix."""
 
+import copy
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -109,6 +112,148 @@ def test_a_compiled_model_with_a_shared_position_table_is_refused(checked):
     with raises_while_compiling("position tables that are looked up once" if checked
                                 else r"table \(6\).*adabatch\.check"):
         outputs_loss(compile_(model), batch).mean().backward()
+
+
+class Tables(nn.Module):
+    """Tokens, and a table of T rows that is the same for all samples, by `kind` of source."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.token, self.head, self.kind = nn.Embedding(9, D), nn.Linear(D, 2), kind
+        self.position, self.grid = nn.Embedding(T, D), nn.Sequential(
+            nn.Linear(3, D), nn.Tanh(), nn.Linear(D, D))
+        self.register_buffer("points", torch.linspace(0, 1, 3 * T).view(T, 3))
+
+    def forward(self, tokens):
+        hidden = None if self.kind == "first" else self.token(tokens)
+        if self.kind == "broken":
+            torch._dynamo.graph_break()
+        table = self.grid(self.points) if self.kind == "grid" else self.position(torch.arange(T))
+        hidden = self.token(tokens) if hidden is None else hidden
+        return self.head((hidden + table).tanh())
+
+    def batch(self, n):
+        return (torch.randint(9, (n, T)),)
+
+
+class TwoInputs(Tables):
+    """Two layers without trainable parameters before them, both called with samples."""
+
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.other = nn.Linear(3, D)
+
+    def forward(self, features, others):
+        return self.head((self.grid(features) * self.other(others)).tanh())
+
+    def batch(self, n):
+        return tuple(torch.randn(n, 3, dtype=torch.float64) for _ in range(2))
+
+
+class Sorted(nn.Module):
+    """Without a rule, called with samples and a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(D))
+
+    def forward(self, hidden, points):
+        return (hidden @ self.weight).sort(-1)[0] + (points @ self.weight[:3]).sum(0)
+
+
+class Ruleless(Tables):
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.sorted = Sorted()
+
+    def forward(self, tokens):
+        return self.head(self.sorted(self.token(tokens), self.points).tanh())
+
+
+WAYS = {
+    "compile()": lambda model: model.compile(backend="aot_eager") or model,
+    "torch.compile": lambda model: torch.compile(model, backend="aot_eager"),
+}
+
+
+def outcomes(model, sizes, way, compiled_at=0, layout=None):
+    """Of training steps with batches of these sizes: "exact", or the error; the model is compiled
+    before step number `compiled_at`, or before the hooks are attached (-1)."""
+    model = model.double()
+    call = WAYS[way](model) if compiled_at < 0 else model
+    hooks = GradSampleHooks(model, layout=layout)
+    for step, n in enumerate(sizes):
+        if step == compiled_at:
+            call = WAYS[way](model)
+        batch = model.batch(n)
+        model.zero_grad()
+        try:
+            outputs_loss(call, batch).mean().backward()
+            sq_norms = hooks.collect().sq_norms
+        except RuntimeError as error:  # NotMeasured, too
+            hooks.reset()
+            yield str(error)
+            continue
+        with hooks.paused():
+            eager = copy.deepcopy(model)
+            grads = grads_of_one_forward(eager, batch)
+        close(sq_norms, sum(each.flatten(1).square().sum(1) for each in grads.values()), 1e-9)
+        yield "exact"
+    hooks.remove()
+
+
+OPEN = "nothing shows yet"
+
+
+@pytest.mark.parametrize(("kind", "name", "way"), [
+    ("embedding", "position", "compile()"),
+    ("grid", "grid.0", "torch.compile"),
+    *(pytest.param(kind, "position", way, marks=pytest.mark.slow)
+      for kind in ("first", "broken") for way in WAYS),
+])
+def test_a_table_as_long_as_the_batch_is_never_measured_in_a_graph(kind, name, way):
+    for compiled_at in (-1, 0):
+        torch._dynamo.reset()
+        found = list(outcomes(Tables(kind), (T, T + 1, T), way, compiled_at))
+        assert all(OPEN in found[step] and name in found[step] for step in (0, 2)), found
+        assert re.search(rf"not the batch of {T + 1}: {name} \({T}\)", found[1]), found
+    torch._dynamo.reset()
+    *eager, first, second = outcomes(Tables(kind), (T + 1, T, T, T + 1), way, compiled_at=2)
+    assert eager == ["exact"] * 2  # the data flow shows it
+    for refused in (first, second):
+        assert re.match(rf"a compiled graph cannot measure.*: {name}\b.*model uncompiled", refused)
+
+
+@pytest.mark.parametrize("compiled_at", [-1, 0, 2])
+def test_inputs_of_a_graph_settle_once_two_batches_differ_in_size(compiled_at):
+    first, second, *others = outcomes(
+        TwoInputs("grid"), (T, T, T + 1, T), "compile()", compiled_at)
+    assert others == ["exact"] * 2
+    if compiled_at == 2:
+        assert first == second == "exact"
+    else:
+        assert all(OPEN in each and "grid.0, other" in each for each in (first, second))
+
+
+def test_a_known_layout_settles_the_inputs_of_a_graph():
+    model = TwoInputs("grid").double()
+    layout = adabatch.check(model, model.batch(T), outputs_loss, verbose=False)
+    assert list(outcomes(model, (T, T, T), "compile()", layout=layout)) == ["exact"] * 3
+
+
+def test_a_single_source_in_a_graph_is_measured_at_once():
+    class Single(TwoInputs):
+        def forward(self, features, _):
+            return self.head(self.grid(features))
+
+    assert list(outcomes(Single("grid"), (T, T), "compile()")) == ["exact"] * 2
+
+
+@pytest.mark.parametrize("compiled_at", [-1, 0, 2])
+def test_tables_of_a_layer_without_a_rule_beside_a_graph(compiled_at):
+    found = list(outcomes(Ruleless("grid"), (T, T + 1, T, T + 2, T), "compile()", compiled_at))
+    assert found[2:] == ["exact"] * 3
+    assert found[0] == "exact" or "input 2 of sorted" in found[0]
 
 
 def test_the_output_of_a_custom_autograd_function_meets_a_traced_parameter():

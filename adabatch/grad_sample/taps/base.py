@@ -146,6 +146,8 @@ class TapSite:
         untapped: the tracer left its last call without a tap, as of a table that is looked up
             once for all samples; what activation checkpointing runs again gets none either.
         followed: a traced pass has called it: its inputs' roles are known.
+        is_source: a compiled graph calls it with what depends on no trainable parameter: with
+            samples, or with a table that is the same for all.
         runs: forward passes through a layer that is run again.
         carries: of a layer without a rule: {number of a tensor that it is called with: whether it
             carries samples}, as far as traced passes have shown it.
@@ -173,6 +175,7 @@ class TapSite:
     calls: int = 0
     untapped: bool = False
     followed: bool = False
+    is_source: bool = False
     runs: int = 0
     carries: dict[int, bool] = field(default_factory=dict)
     unsettled: dict[Key, int] = field(default_factory=dict)
@@ -229,6 +232,12 @@ class TapSite:
                 if isinstance(present.get(name), nn.Parameter):
                     check_all()
                 raise RuntimeError(OTHER_PARAMETERS.format(name=self.name, own=name))
+
+    def note_source(self) -> None:
+        """Runs while torch.compile traces a graph, and not in the graph."""
+        self.is_source = True
+
+    note_source._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @property
     def mixes_samples(self) -> bool:

@@ -21,7 +21,7 @@ from adabatch._hooks import FinallyCall, UncopiedHook
 from adabatch._tree import input_tensors, packed_sequence
 from adabatch._types import Args, Kwargs
 from adabatch.grad_sample.backward.finish import PACKED
-from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet
+from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet, Report
 from adabatch.grad_sample.backward.verify import is_distributed, is_power_of_two
 from adabatch.grad_sample.compat import compiles_frames, is_compiled, uncompiled
 from adabatch.grad_sample.cost import called_shapes
@@ -98,7 +98,8 @@ FIRST = _First(prepend=True, with_kwargs=True)
 
 @dataclass(slots=True)
 class OutsideCalls:
-    """Calls of layers outside of the model's forward, since the last backward pass.
+    """Calls of layers outside of the model's forward, or beside compiled graphs, since the last
+    backward pass.
 
     Attributes:
         batch: the tensor that gave N when the model itself was called.
@@ -106,7 +107,7 @@ class OutsideCalls:
         task: the last backward pass that ran through one; `inputs` and `names` are of this pass.
         inputs: what the layers were called with, with roles and sizes; what was computed is known
             by what it was computed from.
-        names: of the layers.
+        names: of the layers called outside.
     """
 
     batch: Tensor | None = None
@@ -192,7 +193,7 @@ class ForwardHooks:
         self._copies: list[RemovableHandle] = []  # of what copies of the model have in their place
         self._model_handle: RemovableHandle | None = None
         self._model: Callable[[], nn.Module | None] = lambda: None
-        self._may_trace = False
+        self._may_trace = self._compiled = self._has_grad_input = False
         self._unsettled = self._unclear = False
         self._inside = True  # or it cannot be known
         self.outside = OutsideCalls()
@@ -299,14 +300,17 @@ class ForwardHooks:
         self._stop_tracing()
         if not (self.enabled and can_measure()):
             return
+        if self._must_trace and (is_compiling() or compiles_frames()):
+            raise RuntimeError(NO_LAYER.format(names=self._names_to_trace()))
         if is_compiling():
-            if self._must_trace:
-                names = ", ".join(sorted(self._traced)) or SHARED_TABLES
-                raise RuntimeError(NO_LAYER.format(names=names))
+            if any(isinstance(each, Tensor) and each.requires_grad
+                   for each in (*args, *kwargs.values())):
+                self._note_grad_input()
             return
         while self._copies:
             self._copies.pop().remove()
         self.called, self.traced, self._inside = True, False, True
+        self._compiled = compiles_frames()
         common = not kwargs and len(args) == 1 and type(args[0]) is Tensor
         tensors = [*args] if common else input_tensors(args, kwargs)
         packed = None if common else packed_sequence(args, kwargs)
@@ -320,11 +324,16 @@ class ForwardHooks:
         if self._tracing or self._needs_size:
             counted = self._counted_input(args, kwargs, tensors)
             self._n_samples = None if counted is None else counted[0].shape[counted[1]]
-            traces = self._tracing and counted is not None and not compiles_frames()
+            traces = self._tracing and counted is not None and not self._compiled
             self._uses.whole |= bool(self.roles.pending)
             if traces and not self._uses.begin():
                 assert counted is not None
                 self._start_tracing(counted, tensors)
+
+    def _names_to_trace(self) -> str:
+        """What only tracing can measure, for errors."""
+        tables = [site.name for site in self._sites if site.untapped and not site.traces]
+        return ", ".join([*sorted(self._traced), *tables]) or SHARED_TABLES
 
     def _counted_input(
         self, args: Args, kwargs: Kwargs, tensors: Sequence[Tensor]
@@ -487,17 +496,24 @@ class ForwardHooks:
         if not is_compiling():
             if site.untapped and running_backward() != -1:
                 return None
-            if self._may_trace and running_backward() == -1:
-                if not self._inside:
-                    return self._tap_outside(site, layer, args, kwargs, output)
+            if running_backward() == -1:
+                new = not site.followed or site.untapped
+                cannot_trace = not self._may_trace or compiles_frames()
+                outside = not (cannot_trace or self._inside)
+                if outside or (new and cannot_trace):
+                    return self._tap_unfollowed(site, layer, args, kwargs, output, outside)
                 # Or a table's layer, called once more after tracing has ended.
-                new = not site.followed or (site.untapped and not compiles_frames())
                 if new and self.called:
                     self.not_followed.add(site.name)
             return self._tap_layer(site, layer, args, kwargs, output)
         if site.deferred or site.shared:
             raise RuntimeError(DEFERRED_COMPILED.format(name=site.name))
         self._count_trace()
+        if site.sampler is None:
+            return self._tap_beside_graph(site, layer, args, kwargs, output)
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        if not (site.followed or inputs.requires_grad):
+            site.note_source()
         return self._tap_by_rule(site, layer, args, kwargs, output)
 
     def _follow(self, site: TapSite) -> None:
@@ -522,30 +538,44 @@ class ForwardHooks:
             self.not_followed.add(site.name)
         site.untapped = True
 
-    def _tap_outside(
+    @uncompiled
+    def _tap_beside_graph(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
     ) -> object:
-        """Of a layer that is called outside of the model's forward; what it is called with is kept
-        until it is known how many samples the backward pass has."""
+        """Of a layer without a rule, which is run again outside of the graph."""
+        if site.followed:
+            return self._tap_layer(site, layer, args, kwargs, output)
+        return self._tap_unfollowed(site, layer, args, kwargs, output, False)
+
+    def _tap_unfollowed(
+        self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object,
+        outside: bool,
+    ) -> object:
+        """Of a layer that is called `outside` of the model's forward, or beside compiled graphs;
+        what it is called with is kept until it is known how many samples the backward pass has."""
         found: list[tuple[Key, Tensor, int]] = []
-        name, call = f"{site.name} (outside of the model's forward)", call_type(layer)
+        call, remark = call_type(layer), " (outside of the model's forward)" if outside else ""
+        name = f"{site.name}{remark}"
         if site.layout is Layout.BATCH_FIRST and site.name not in self._layers_settled:
             tensors = input_tensors(args, kwargs)[: 1 if site.sampler is not None else None]
             for index, tensor in enumerate(tensors):
                 dim = 0 if call is RecomputedCall else call.samples_dim(layer, index)
                 if tensor.grad_fn is None and tensor.dim() > dim:
                     key = f"input {index + 1} of {name}" if index else name, self.outside.n_calls
-                    found.append((key, tensor, tensor.shape[dim]))
+                    if index and self.roles.settled.get(key) is False:
+                        site.carries[index] = False
+                    else:
+                        found.append((key, tensor, tensor.shape[dim]))
         self.outside.n_calls += 1
-        site.unsettled = {key: size for key, _, size in found[1:]}
+        site.unsettled = {key: size for key, tensor, size in found if tensor is not tensors[0]}
         result = self._tap_layer(site, layer, args, kwargs, output)
         carrying = [leaf for leaf in tree_flatten(output if result is None else result)[0]
                     if isinstance(leaf, Tensor) and leaf.requires_grad]
         for leaf in carrying[:1]:
-            leaf.register_hook(partial(self._used_outside, site.name, found))
+            leaf.register_hook(partial(self._used_unfollowed, site.name if outside else "", found))
         return result
 
-    def _used_outside(
+    def _used_unfollowed(
         self, name: str, found: Sequence[tuple[Key, Tensor, int]], grad: Tensor
     ) -> None:
         """A layer's call takes part in the backward pass that runs."""
@@ -553,7 +583,8 @@ class ForwardHooks:
         if task != outside.task:  # of autograd.grad, which ends no pass
             outside.task, outside.inputs, outside.names = task, [], []
         outside.inputs[:0] = found
-        outside.names.append(name)
+        if name:
+            outside.names.append(name)
 
     def outside_remark(self) -> str:
         """Which layers were called outside of the model's forward in the last pass, for errors."""
@@ -561,22 +592,30 @@ class ForwardHooks:
         names = dict.fromkeys(self.outside.names if now else ())
         return OUTSIDE.format(listed=", ".join(names)) if names else ""
 
-    def settle_outside(self, n_samples: int) -> None:
-        """Settle which inputs of calls outside carry samples. The batch is what the model was
-        called with, or else the first of them: N rows of another tensor leave its role open."""
-        inputs, counted = self.outside.inputs, self.outside.batch
-        if not inputs or self.outside.task != running_backward():
-            return
-        first, *others = [tensor for _, tensor, _ in inputs]
-        if counted is None or (counted.grad_fn is not None and all(
-                _same_memory(first, other) for other in others)):
-            counted = first
-        for key, tensor, size in inputs:
-            if _same_memory(tensor, counted):
+    def settle_unfollowed(self, reports: Sequence[Report], n_samples: int) -> None:
+        """Settle which of the inputs `outside`, and of those of the sources of compiled graphs,
+        carry samples. The batch is what the model was called with, or else the first of them: N
+        rows of another tensor leave its role open. A source that is alone carries samples."""
+        found = self.outside.inputs if self.outside.task == running_backward() else []
+        sources = [site.name for site, (calls, _) in zip(self._sites, reports, strict=False)
+                   if calls and site.is_source and site.name not in self._layers_settled]
+        counted = self.outside.batch
+        if found and not sources:
+            first, *others = [tensor for _, tensor, _ in found]
+            if counted is None or (counted.grad_fn is not None and all(
+                    _same_memory(first, other) for other in others)):
+                counted = first
+        for key, tensor, size in found:
+            if counted is not None and _same_memory(tensor, counted):
                 continue
             known = self.roles.judge(key, size, n_samples)
             if size == n_samples and not known and not has_equal_rows(tensor):
                 self.open_roles[key] = size
+        if len(sources) + len(found) + self._has_grad_input > 1:
+            for name in sources:
+                if not self.roles.judge((name, 0), n_samples, n_samples):
+                    self.open_roles[name, 0] = n_samples
+        self.outside.inputs = []
 
     def _tap_traced(
         self, tracer: ParameterTracer, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs,
@@ -632,7 +671,13 @@ class ForwardHooks:
         """Runs while torch.compile traces a graph, and not in the graph."""
         self._check.traces += 1
 
-    _count_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    def _note_grad_input(self) -> None:
+        """While torch.compile traces a graph: the model is called with a tensor that requires a
+        gradient, so that more than its sources may carry samples."""
+        self._has_grad_input = True
+
+    for _note in (_count_trace, _note_grad_input):
+        _note._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _tap_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
