@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -16,6 +17,7 @@ from adabatch.data.batches import Layout
 from adabatch.interfaces import State
 
 Cut = Callable[[Batch, int, int], Batch]
+_inherited: list[Iterator[object]] = []  # by a forked process, never to be freed there
 
 
 class Request(NamedTuple):
@@ -160,6 +162,7 @@ class Replies:
 
     def __init__(self, iterator: Iterator[Reply], has_workers: bool = False):
         self._iterator, self._has_workers = iterator, has_workers
+        self._process = os.getpid()
 
     def __iter__(self) -> Iterator[Reply]:
         return self
@@ -176,9 +179,15 @@ class Replies:
             ) from error
 
     def close(self) -> None:
-        """End the workers now, not when the last traceback that holds the iterator is freed."""
-        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
+        """End the workers now, not when the last traceback that holds the iterator is freed. A
+        process that was forked meanwhile, as another loader's worker, keeps it: its end would end
+        the workers of the process that started them."""
+        if not isinstance(self._iterator, _MultiProcessingDataLoaderIter):
+            return
+        if os.getpid() == self._process:
             self._iterator._shutdown_workers()
+        else:
+            _inherited.append(self._iterator)
 
 
 class ChunkBuffer:

@@ -1,5 +1,7 @@
 """Chunks of several batches are cut as if each batch had been made alone."""
 
+import multiprocessing
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -45,3 +47,15 @@ def test_a_chunk_takes_four_milliseconds_at_least():
     plan = ChunkPlan(2, lambda: [7, 8], sizer)
     plan.request(7, [])
     assert [sum(plan.next_sizes()) for _ in range(3)] == [7, 45, 45]
+
+
+def test_a_forked_process_leaves_the_workers_alone():
+    """A loader that is left in the middle of an epoch is inherited by another one's workers."""
+    loader = AdaptiveDataLoader(range(40), 4, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    forked = multiprocessing.get_context("fork").Process(target=batches.close)
+    forked.start()
+    forked.join()
+    assert forked.exitcode == 0
+    assert [len(batch) for batch in batches] == [4] * 9
