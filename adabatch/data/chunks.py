@@ -219,8 +219,8 @@ class ChunkBuffer:
         while self._held < size and (reply := next(self.replies, None)) is not None:
             reply = self._received(reply)
             if reply.n:
-                parts = reply.parts or ((reply.batch, reply.n),)
-                self._parts.extend((batch, 0, n) for batch, n in parts)
+                for batch, n in reply.parts or ((reply.batch, reply.n),):
+                    self._parts.append((batch, 0, n))
                 self._held += reply.n
         return min(size, self._held)
 

@@ -257,7 +257,7 @@ class EpochIterator:
         try:
             while True:
                 size = sampler.batch_size
-                n = self._upcoming(size)
+                n = sampler.upcoming(size) if self._sized else self._arrived(size)
                 if n == 0:
                     break
                 sampler.record(size, n)
@@ -272,8 +272,11 @@ class EpochIterator:
                     sampler.take_back()
                 else:
                     sampler.n_delivered += 1
-                with nullcontext() if local > 1 else self._micro.single():
+                if local > 1:
                     yield batch
+                else:
+                    with self._micro.single():
+                        yield batch
                 batch = None  # not kept while the next one is awaited
                 sampler.check_current(self._iterator_id)
             if self._buffer is not None:
@@ -285,10 +288,9 @@ class EpochIterator:
             if buffer is not None and not self._loader.persistent_workers:
                 buffer.replies.close()
 
-    def _upcoming(self, size: int) -> int:
-        """Global samples of the next batch, 0 at the end; unsized: waits until they are here."""
-        if self._sized:
-            return self._sampler.upcoming(size)
+    def _arrived(self, size: int) -> int:
+        """Global samples of the next batch of an unsized epoch, 0 at the end, when they are here.
+        """
         # Equal parts: nobody knows how much is left, and all processes must end together.
         world = self._sampler.shard.world_size
         local = size // world

@@ -451,7 +451,8 @@ class ResizableBatchSampler(Sampler[list[int]], BatchSource):
         """Samples of the next batch; the requested size where the length need not be known."""
         if not self.is_sized:
             return requested
-        return self.shard.next_size(requested, self.samples_left or 0, self.drop_last)
+        left = max(0, (self.num_samples or 0) - self.position)
+        return self.shard.next_size(requested, left, self.drop_last)
 
     def local_draw(self, size: int) -> int:
         """Samples that this process draws for the next batch; at least one, see Shard.positions."""
