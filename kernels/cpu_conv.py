@@ -332,7 +332,8 @@ def window_grads(
     numel = reads * (positions + backprops.shape[1])
     padded = [0, 0, *(amount for amount in reversed(padding) for _ in range(2))]
     for a, b in sample_chunks(numel, dtype, activations, backprops):
-        last = F.pad(a.to(dtype).movedim(1, -1), padded).contiguous()
+        last = a.to(dtype).movedim(1, -1)
+        last = (F.pad(last, padded) if any(padded) else last).contiguous()
         batch, *steps, unit = last.stride()
         size = (len(a), *backprops.shape[2:], *kernel, channels)
         moves = [by * step for by, step in zip((*stride, *dilation), (*steps, *steps), strict=True)]
