@@ -15,6 +15,7 @@ Operation = Callable[..., Any]
 Leaf: TypeAlias = Any  # of an operation's arguments or result: a tensor, expression, constant
 Leaves = list[Leaf]
 Results = dict[int, object]  # of operations, by the id of their leaves
+NOTHING = tree_flatten(())[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class ParameterExpression:
     @classmethod
     def of_parameter(cls, name: str, parameter: Tensor) -> ParameterExpression:
         shape = tuple(parameter.shape)
-        return cls(None, (), tree_flatten(())[1], 0, frozenset((name,)), shape, name=name)
+        return cls(None, (), NOTHING, 0, frozenset((name,)), shape, name=name)
 
     def run(self, parameters: dict[str, Tensor], done: Results) -> Tensor:
         """The tensor, from these parameters; `done` caches the operations' results."""

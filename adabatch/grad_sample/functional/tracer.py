@@ -135,7 +135,8 @@ class ParameterTracer(TorchFunctionMode):
         if is_transformed():
             self._suspending.append(False)
             return None
-        leaves, tree = tree_flatten((args, kwargs))
+        single = not kwargs and len(args) == 1 and type(args[0]) is Tensor
+        leaves = [*args] if single else tree_flatten((args, kwargs))[0]
         self.carries, self.unsettled = {}, {}
         traced = [] if self._suspended else [
             index for index, leaf in enumerate(leaves) if id(leaf) in self._expressions]
@@ -159,7 +160,7 @@ class ParameterTracer(TorchFunctionMode):
             return None
         for index, dim in dims.items():
             leaves[index] = self._tap_rows(leaves[index], dim or 0)
-        return tree_unflatten(leaves, tree)
+        return tree_unflatten(leaves, tree_flatten((args, kwargs))[1])
 
     def leave_layer(self) -> bool:
         """After the layer: whether it was called with samples; then call resume()."""
@@ -171,8 +172,9 @@ class ParameterTracer(TorchFunctionMode):
             self._suspended -= 1
             layer, layout, roles, flat = self._layer_roles.pop()
             call = call_type(layer)
+            outputs = [output] if type(output) is Tensor else tree_flatten(output)[0]
             with torch._C.DisableTorchFunction():
-                for index, leaf in enumerate(tree_flatten(output)[0]):
+                for index, leaf in enumerate(outputs):
                     if isinstance(leaf, Tensor):
                         dim = int(layout is Layout.BATCH_SECOND)
                         dim = dim if call is RecomputedCall else call.samples_dim(layer, index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
@@ -634,7 +635,10 @@ class ForwardHooks:
                     tracer.resume(())
                     measured = False
                     return self._trace_again(site, layer, args, kwargs)
-                result = self._tap_layer(site, layer, args, kwargs, output)
+                # What the tap does is not traced, and each look at a shape would ask the tracer.
+                plain = site.sampler is not None and type(output) is Tensor
+                with torch._C.DisableTorchFunction() if plain else nullcontext():
+                    result = self._tap_layer(site, layer, args, kwargs, output)
             return result
         finally:
             if measured:
