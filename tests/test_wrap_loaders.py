@@ -1,18 +1,24 @@
 """wrap adopts a plain DataLoader: order, workers and options stay, sizes follow the proposals."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import SGD
 from torch.utils.data import (
     DataLoader,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
 )
 
+import adabatch
 from adabatch import AdaptiveDataLoader, ResizableBatchSampler
 from tests.scripted import Indexed, Proposals, ones, train_epoch, wrapped
 
@@ -135,3 +141,15 @@ def test_deleting_the_last_reference_ends_the_loader_and_its_workers():
         assert optimizer.param_groups[0]["lr"] == 0.05
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("copied", [
+    copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))], ids=["copied", "pickled"])
+@pytest.mark.parametrize("micro_batches", [None, 4])
+def test_a_copy_of_the_loader_is_without_model_and_optimizer(micro_batches, copied):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    data = TensorDataset(torch.arange(93.0).view(31, 3))
+    parts = adabatch.wrap(model, SGD(model.parameters(), lr=0.1), DataLoader(data, 8, shuffle=True),
+                          batch_sizes=(8, 8), micro_batches=micro_batches)
+    other = copied(loader := parts[1])
+    assert [rows.tolist() for rows, in other] == [rows.tolist() for rows, in loader]

@@ -54,6 +54,10 @@ class BatchSplit:
         self.counted: dict[int, list[tuple[float, float]]] = {}
         self.attempt, self.index, self.count, self.size, self.batch_size = 0, 0, 1, 0, 0
 
+    def __getstate__(self) -> dict[str, object]:
+        """Of a copy, which belongs to no model and no optimizer."""
+        return vars(self) | {"listeners": [], "single": nullcontext, "batch": None}
+
     @property
     def limit(self) -> int | None:
         """The largest micro-batch; may be set at any time and holds from the next batch."""
