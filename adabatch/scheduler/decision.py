@@ -28,9 +28,10 @@ from adabatch.scheduler.record import StepRecord
 MISSING: Any = object()
 # The first steps are measured at any cost; intervals are longer by STRETCH until that is repaid.
 WARM_UP, STRETCH = 5, 1.25
-# Steps that are timed without a measurement before the clock is compared with the cost model; the
-# optimizer's hooks and the loader's in units of scheduler.step(), with which they take HOOKS.
-PLAIN_STEPS, HOOKS = 5, 1.5
+# Steps that are timed without a measurement before the clock is compared with the cost model; what
+# scheduler.step(), the optimizer's hooks and the loader take together, in units of the first: timed
+# one by one on a small network, 1 + .35 + .35.
+PLAIN_STEPS, HOOKS = 5, 1.7
 # What the clock says leads to another plan where it differs by these factors, or NEAR_FIXED; a
 # measurement is taken to cost at least LEAST_FACTOR of what the model says.
 LOWER, HIGHER, NEAR_FIXED, LEAST_FACTOR = 0.8, 1.1, 0.01, 0.25

@@ -212,8 +212,8 @@ def test_accumulated_passes_are_what_is_planned_for():
                  r" a plain step, and measuring 8 of 64 samples at one step in 100 another 0.15"),
     (2.0, 0.0, r"measure=0.01 is too small for this model: measuring 8 of 64 samples at one step in"
                r" 20 costs 0.016 of a step. .* raise measure to 0.016"),
-    (0.4, 0.1, r"measure=0.01 cannot be kept on this model: by the clock the scheduler takes 0.158 "
-               r"of a plain step, .* Raise measure to 0.32 or more"),
+    (0.4, 0.1, r"measure=0.01 cannot be kept on this model: by the clock the scheduler takes 0.183 "
+               r"of a plain step, .* Raise measure to 0.37 or more"),
 ])
 def test_a_budget_that_nothing_fits_is_warned_about_once(share, own, text, clock):
     hooks, clock.own = Priced(share), own
