@@ -352,9 +352,8 @@ class EpochCount:
 
 
 # Metrics that have a field of their own in a `Row`.
-REPORTED = ("f_star", "f_star_std_error", "preconditioned_trace_ema",
-            "preconditioned_trace_std_error")
-NOT_REPORTED = [math.nan] * len(REPORTED)
+NOT_REPORTED = dict.fromkeys(("f_star", "f_star_std_error", "preconditioned_trace_ema",
+                              "preconditioned_trace_std_error"), math.nan)
 
 
 class Recorder:
@@ -403,10 +402,10 @@ class Recorder:
                     layers = LayerStatistics.of_step(moments)
         reported, others = NOT_REPORTED, NO_METRICS
         if metrics:
-            reported = [float(metrics.get(name, math.nan)) for name in REPORTED]
-            others = {name: float(value) for name, value in metrics.items()
-                      if name not in REPORTED}
-        f_star, f_star_error, average, average_error = reported
+            reported, others = dict(NOT_REPORTED), {}
+            for name, value in metrics.items():
+                (reported if name in NOT_REPORTED else others)[name] = float(value)
+        f_star, f_star_error, average, average_error = reported.values()
         low: Ratio | float = math.nan
         high = math.nan
         if isinstance(interval, Ratio):
