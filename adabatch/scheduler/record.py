@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch._transfers import HostCopies, is_remote
+from adabatch import _transfers
+from adabatch._transfers import HostCopies
 from adabatch.diagnostics import Diagnostics
 from adabatch.diagnostics.layers import LayerStatistics
 from adabatch.diagnostics.record import NO_METRICS, Row
@@ -252,7 +253,7 @@ def scalar_loss(loss: Tensor | float) -> Tensor | float:
                 "step() takes the scalar loss of the step, got a tensor of shape "
                 f"{tuple(loss.shape)}: reduce it first, e.g. losses.mean()"
             )
-        if is_remote(loss):
+        if _transfers.LAGS_ON_CPU or not loss.is_cpu:  # as is_remote, at every step
             # A compiled step may overwrite it before it is read.
             return loss.detach().reshape(()).clone()
         loss = loss.item()

@@ -194,7 +194,7 @@ class ForwardHooks:
         self._copies: list[RemovableHandle] = []  # of what copies of the model have in their place
         self._model_handle: RemovableHandle | None = None
         self._model: Callable[[], nn.Module | None] = lambda: None
-        self._may_trace = self._compiled = self._has_grad_input = False
+        self._may_trace = self._has_grad_input = False
         self._unsettled = self._unclear = False
         self._inside = True  # or it cannot be known
         self.outside = OutsideCalls()
@@ -311,7 +311,6 @@ class ForwardHooks:
         while self._copies:
             self._copies.pop().remove()
         self.called, self.traced, self._inside = True, False, True
-        self._compiled = compiles_frames()
         common = not kwargs and len(args) == 1 and type(args[0]) is Tensor
         tensors = [*args] if common else input_tensors(args, kwargs)
         packed = None if common else packed_sequence(args, kwargs)
@@ -325,7 +324,7 @@ class ForwardHooks:
         if self._tracing or self._needs_size:
             counted = self._counted_input(args, kwargs, tensors)
             self._n_samples = None if counted is None else counted[0].shape[counted[1]]
-            traces = self._tracing and counted is not None and not self._compiled
+            traces = self._tracing and counted is not None and not compiles_frames()
             self._uses.whole |= bool(self.roles.pending)
             if traces and not self._uses.begin():
                 assert counted is not None
