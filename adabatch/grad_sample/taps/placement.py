@@ -496,8 +496,8 @@ class ForwardHooks:
         if not is_compiling():
             if site.untapped and running_backward() != -1:
                 return None
-            if running_backward() == -1:
-                new = not site.followed or site.untapped
+            new = not site.followed or site.untapped
+            if (new or not self._inside) and running_backward() == -1:
                 cannot_trace = not self._may_trace or compiles_frames()
                 outside = not (cannot_trace or self._inside)
                 if outside or (new and cannot_trace):
