@@ -68,7 +68,12 @@ class FinallyCall:
 
     def __init__(self, module: nn.Module, finally_do: Callable[[], None]):
         self._module, self._finally_do = weakref.ref(module), weakref.WeakMethod(finally_do)
-        if module._compiled_call_impl is None:
+        self.place()
+
+    def place(self) -> None:
+        """Put it on the module, unless that is compiled."""
+        module = self._module()
+        if module is not None and module._compiled_call_impl is None:
             module._compiled_call_impl = self
 
     @property

@@ -29,6 +29,7 @@ from adabatch.estimators.micro_batch import MicroBatchEstimator
 from adabatch.estimators.null import NullEstimator
 from adabatch.grad_sample import GradSampleHooks
 from adabatch.grad_sample.statistics import PreconditionedTrace, statistics_of
+from adabatch.grad_sample.taps.placement import put_all_back
 from adabatch.interfaces import Estimator, Proposer, RunContext
 from adabatch.micro_batches.optimizer import AccumulatingOptimizer, MicroBatching
 from adabatch.micro_batches.single_samples import naming_batch_norm
@@ -293,6 +294,7 @@ def _owners(model: nn.Module) -> set[GradSampleHooks]:
     """Those that measure the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    put_all_back()
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
     owners = (getattr(hook, "owner", None) for hook in hooks)
     return {owner for owner in owners if isinstance(owner, GradSampleHooks)}

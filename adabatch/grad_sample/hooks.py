@@ -231,6 +231,8 @@ class GradSampleHooks(Estimator):
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._placer.enabled = value
+        if value:
+            self._placer.put_back()
 
     @property
     def n_parts(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ Legend: N samples in the batch, S measured.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -152,6 +153,7 @@ class ForwardHooks:
         called, traced: whether the model itself was called since the last backward pass, and
             whether the whole call was traced.
         outside: calls outside of the model's forward since the last backward pass.
+        stays: the hooks are not taken off any more while nothing is measured.
 
     A pass whose sums are not compared is traced up to the last use of a traced parameter or of a
     layer without samples, if its uses so far are those of passes that were traced to their end.
@@ -163,7 +165,7 @@ class ForwardHooks:
         batch_size_source: BatchSizeSource | None = None, settled: Collection[str] = (),
         roles: Roles | None = None,
     ):
-        self.enabled, self.recomputing_task = True, -1
+        self.enabled, self.stays, self.recomputing_task = True, False, -1
         self.input_sizes: set[int] = set()
         self.forward_sizes: set[int] = set()
         self.packed_size: int | None = None
@@ -194,6 +196,7 @@ class ForwardHooks:
         self._copies: list[RemovableHandle] = []  # of what copies of the model have in their place
         self._model_handle: RemovableHandle | None = None
         self._model: Callable[[], nn.Module | None] = lambda: None
+        self._owner: Callable[[], object] = lambda: None
         self._may_trace = self._has_grad_input = False
         self._unsettled = self._unclear = False
         self._inside = True  # or it cannot be known
@@ -202,9 +205,19 @@ class ForwardHooks:
     def attach(self, model: nn.Module, owner: object) -> None:
         """Put the hooks on the model; they keep `owner` alive, and copies of the model are without
         them."""
-        layers = [(site, site.layer) for site in self._sites[:-1]]
+        self._model, self._owner = weakref.ref(model), weakref.ref(owner)
+        self._may_trace = not any(is_compiled(module) for module in model.modules())
+        self._tracing = self._must_trace or self._may_trace
+        self._attach_to_layers(owner)
+        if self._tracing or self._needs_size:
+            self._attach_tracing(model, owner)
 
-        for site, layer in layers:
+    def _attach_to_layers(self, owner: object) -> None:
+        """Put the hooks on the layers that place the taps."""
+        for site in self._sites[:-1]:
+            layer = site.layer_reference()
+            if layer is None:  # it may have been removed from the model
+                continue
             hook = self._bound(self._after_layer, site, owner)
             self._handles.append(hook.held(layer.register_forward_hook(hook, **FIRST)))
             if site.sampler is None:
@@ -215,11 +228,6 @@ class ForwardHooks:
                 hook = self._bound(self._end_trace, site, owner)
                 self._handles.append(hook.held(
                     layer.register_forward_hook(hook, prepend=True, always_call=True)))
-        self._model = weakref.ref(model)
-        self._may_trace = not any(is_compiled(module) for module in model.modules())
-        self._tracing = self._must_trace or self._may_trace
-        if self._tracing or self._needs_size:
-            self._attach_tracing(model, owner)
 
     def _bound(
         self, method: Callable[..., object], first: object, owner: object
@@ -238,17 +246,56 @@ class ForwardHooks:
                 handles.append(hook.held(layer.register_forward_pre_hook(hook, **FIRST)))
         self._buffers = [(module._buffers, name) for module in model.modules()
                          for name in module._buffers]
-        original = weakref.ref(model)
-        if self._model_handle is not None:
-            self._model_handle.remove()
-        # Last, so that it runs before the hook of a layer that is the model itself.
-        hook = self._bound(self._before_model, original, owner)
-        self._model_handle = hook.held(model.register_forward_pre_hook(hook, **FIRST))
-        hook = self._bound(self._after_model, original, owner)
+        self._attach_to_model(model, owner)
+        hook = self._bound(self._after_model, weakref.ref(model), owner)
         handles.append(hook.held(model.register_forward_hook(hook, always_call=True)))
         if self._call is None:
             self._call = FinallyCall(model, self._leave_model)
             self._inside = not self._call.placed
+
+    def _attach_to_model(self, model: nn.Module, owner: object) -> None:
+        """Put the hook on the model that begins a pass: last, so that it runs before the hook of a
+        layer that is the model itself."""
+        if self._model_handle is not None:
+            self._model_handle.remove()
+        hook = self._bound(self._before_model, weakref.ref(model), owner)
+        self._model_handle = hook.held(model.register_forward_pre_hook(hook, **FIRST))
+
+    def _take_off(self) -> None:
+        """Take the hooks off an uncompiled model until it is measured again: that they are there
+        costs small layers more than their forward."""
+        compiler = sys.modules.get("torch._dynamo")
+        if (self.stays or compiler is None or compiles_frames()
+                or self._call is None or not self._call.placed):
+            return
+        # Hooks that are missing while a graph is traced would be missing in it for good.
+        callbacks = compiler.callback_handler
+        if _before_compiling not in callbacks.start_callbacks:
+            callbacks.register_start_callback(_before_compiling)
+        _off.add(self)
+        # Not by handle.remove(): torch may be calling hooks of the model, and still needs the flags
+        # by which it knows with what arguments.
+        for handle in self._all_handles():
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None:
+                hooks.pop(handle.id, None)
+        self._call.remove()
+
+    def put_back(self) -> None:
+        """Put the hooks back on the model that were taken off while nothing was measured."""
+        if self not in _off:
+            return
+        self._remove_hooks()
+        model, owner = self._model(), self._owner()
+        if model is None or owner is None:
+            return
+        self._attach_to_layers(owner)
+        if self._tracing:
+            self._attach_tracing(model, owner)
+        else:
+            self._attach_to_model(model, owner)
+        if self._call is not None:
+            self._call.place()
 
     def trace_always(self) -> bool:
         """Trace all passes from now on; whether that may find what the last one missed: it was not
@@ -277,24 +324,37 @@ class ForwardHooks:
             model = self._model()
             if model is not None:
                 self._tracing = True
-                self._attach_tracing(model, owner)
+                if self not in _off:
+                    self._attach_tracing(model, owner)
 
     def remove(self) -> None:
         """Take all hooks off the model."""
+        self._remove_hooks()
+        while self._copies:
+            self._copies.pop().remove()
+        self._may_trace = False
+        self._stop_tracing()
+
+    def _all_handles(self) -> list[RemovableHandle]:
         model_handle = [] if self._model_handle is None else [self._model_handle]
-        for handles in (self._handles, self._tracing_handles, self._copies, model_handle):
-            for handle in handles:
-                handle.remove()
-            handles.clear()
-        self._model_handle, self._may_trace = None, False
+        return [*self._handles, *self._tracing_handles, *model_handle]
+
+    def _remove_hooks(self) -> None:
+        _off.discard(self)
+        for handle in self._all_handles():
+            handle.remove()
+        self._handles.clear()
+        self._tracing_handles.clear()
+        self._model_handle = None
         if self._call is not None:
             self._call.remove()
-        self._stop_tracing()
 
     def _before_model(
         self, original: weakref.ref[nn.Module], model: nn.Module, args: Args, kwargs: Kwargs
     ) -> None:
         if not self.enabled and (is_compiling() or self._tracer is None):
+            if not is_compiling() and model is original():
+                self._take_off()
             return
         if model is not original():
             return
@@ -856,6 +916,25 @@ class KnownUses:
     def forget(self) -> None:
         """A use was missed: trace to the end until they are known again."""
         self._known.clear()
+
+
+# Those whose hooks are off their model while nothing is measured.
+_off: weakref.WeakSet[ForwardHooks] = weakref.WeakSet()
+
+
+def put_all_back() -> None:
+    """Put back all hooks that are off their models while nothing is measured."""
+    for placer in list(_off):
+        placer.put_back()
+
+
+def _before_compiling(*_: object) -> None:
+    """Put all hooks back before torch.compile traces a graph, which may be of their models."""
+    for placer in list(_off):
+        placer.stays = True
+    put_all_back()
+
+
 def _same_memory(first: Tensor, second: Tensor) -> bool:
     if first.layout is not torch.strided or second.layout is not torch.strided:
         return first is second
