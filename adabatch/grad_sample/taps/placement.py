@@ -197,7 +197,7 @@ class ForwardHooks:
         self._model_handle: RemovableHandle | None = None
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._owner: Callable[[], object] = lambda: None
-        self._may_trace = self._has_grad_input = False
+        self._may_trace = self._has_grad_input = self._paused_before = False
         self._unsettled = self._unclear = False
         self._inside = True  # or it cannot be known
         self.outside = OutsideCalls()
@@ -264,6 +264,9 @@ class ForwardHooks:
     def _take_off(self) -> None:
         """Take the hooks off an uncompiled model until it is measured again: that they are there
         costs small layers more than their forward."""
+        if not self._paused_before:  # one pass, as in steps of SAM, saves less than it costs
+            self._paused_before = True
+            return
         compiler = sys.modules.get("torch._dynamo")
         if (self.stays or compiler is None or compiles_frames()
                 or self._call is None or not self._call.placed):
@@ -371,6 +374,7 @@ class ForwardHooks:
         while self._copies:
             self._copies.pop().remove()
         self.called, self.traced, self._inside = True, False, True
+        self._paused_before = False
         common = not kwargs and len(args) == 1 and type(args[0]) is Tensor
         tensors = [*args] if common else input_tensors(args, kwargs)
         packed = None if common else packed_sequence(args, kwargs)
