@@ -18,6 +18,13 @@ from tests.grad_sample.measuring import agrees, backward, make_batch, make_mlp, 
 from tests.grad_sample.test_hooks_lifecycle import Blocks, n_hooks, pickled, traces
 
 
+class Perceptron(nn.Sequential):
+    """With a forward of its own: torch up to 2.13 compiles no plain nn.Sequential by compile()."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 def measured_and_idle(model, **options):
     """The hooks of a model that was measured twice, and then called twice without."""
     hooks = GradSampleHooks(model, **options)
@@ -166,7 +173,7 @@ def test_parameters_replaced_while_idle_are_named():
 @pytest.mark.parametrize("compiled", ["whole", "in place"])
 def test_a_model_that_is_compiled_while_idle_is_measured(compiled):
     torch._dynamo.reset()
-    model, graphs = make_mlp(), []
+    model, graphs = Perceptron(*make_mlp()), []
 
     def backend(graph, _):
         graphs.append(graph)
@@ -180,7 +187,8 @@ def test_a_model_that_is_compiled_while_idle_is_measured(compiled):
         model.compile(backend=backend)
     backward(run, make_batch())  # idle
     assert graphs
-    for _ in range(2):
+    for later in (False, False, True):
+        n_graphs = len(graphs)
         hooks.enabled = True
         model.zero_grad()
         batch = make_batch()
@@ -188,10 +196,9 @@ def test_a_model_that_is_compiled_while_idle_is_measured(compiled):
         backward(run, batch)
         agrees(hooks.collect(), grads)
         hooks.enabled = False
-        n_graphs = len(graphs)
         backward(run, batch)
-        assert len(graphs) == n_graphs
         assert n_hooks(model)
+        assert not later or len(graphs) == n_graphs
 
 
 def make_like(model):
