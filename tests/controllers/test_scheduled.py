@@ -262,11 +262,11 @@ def test_wrap_measures_an_open_loop_run_only_on_request(options, measured):
     options = {"controller": Scheduled("0:8"), "batch_sizes": (1, 2048), **options}
     _, loader, scheduler = adabatch.wrap(model, SGD(model.parameters(), lr=0.1),
                                          DataLoader(ones(64), 8), **options)
+    assert bool(model._forward_hooks) == measured
     for (inputs,) in loader:
         loss = model(inputs).square().mean()
         loss.backward()
         scheduler.step(loss)
-    assert bool(model._forward_hooks) == measured
     assert scheduler.diagnostics.column("measured")[:5].tolist() == [measured] * 5
     assert scheduler.get_last_batch_size() == 8
     scheduler.remove()

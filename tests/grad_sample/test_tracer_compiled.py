@@ -203,13 +203,13 @@ def outcomes(model, sizes, way, compiled_at=0, layout=None):
 
 
 OPEN = "nothing shows yet"
+COMPILED_AT = [pytest.param(-1, marks=pytest.mark.slow), 0, pytest.param(2, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("kind", "name", "way"), [
     ("embedding", "position", "compile()"),
-    ("grid", "grid.0", "torch.compile"),
-    *(pytest.param(kind, "position", way, marks=pytest.mark.slow)
-      for kind in ("first", "broken") for way in WAYS),
+    *(pytest.param(kind, name, way, marks=pytest.mark.slow) for way in WAYS
+      for kind, name in (("first", "position"), ("broken", "position"), ("grid", "grid.0"))),
 ])
 def test_a_table_as_long_as_the_batch_is_never_measured_in_a_graph(kind, name, way):
     for compiled_at in (-1, 0):
@@ -224,7 +224,7 @@ def test_a_table_as_long_as_the_batch_is_never_measured_in_a_graph(kind, name, w
         assert re.match(rf"a compiled graph cannot measure.*: {name}\b.*model uncompiled", refused)
 
 
-@pytest.mark.parametrize("compiled_at", [-1, 0, 2])
+@pytest.mark.parametrize("compiled_at", COMPILED_AT)
 def test_inputs_of_a_graph_settle_once_two_batches_differ_in_size(compiled_at):
     first, second, *others = outcomes(
         TwoInputs("grid"), (T, T, T + 1, T), "compile()", compiled_at)
@@ -249,7 +249,7 @@ def test_a_single_source_in_a_graph_is_measured_at_once():
     assert list(outcomes(Single("grid"), (T, T), "compile()")) == ["exact"] * 2
 
 
-@pytest.mark.parametrize("compiled_at", [-1, 0, 2])
+@pytest.mark.parametrize("compiled_at", COMPILED_AT)
 def test_tables_of_a_layer_without_a_rule_beside_a_graph(compiled_at):
     found = list(outcomes(Ruleless("grid"), (T, T + 1, T, T + 2, T), "compile()", compiled_at))
     assert found[2:] == ["exact"] * 3
