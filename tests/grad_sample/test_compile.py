@@ -61,10 +61,10 @@ def make_token_model(dtype=torch.float32):
 @pytest.mark.parametrize(
     ("make", "samples", "dtype"),
     [
-        (make_image_model, None, torch.float32),
+        pytest.param(make_image_model, None, torch.float32, marks=pytest.mark.slow),
         (make_image_model, 3, torch.float64),
         (make_token_model, None, torch.float64),
-        (make_token_model, 3, torch.float32),
+        pytest.param(make_token_model, 3, torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_several_batch_sizes_in_two_graphs(make, samples, dtype):
