@@ -40,6 +40,12 @@ def compiles_frames() -> bool:
     return bool(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
+def while_tracing(function: Callable[P, R]) -> Callable[P, R]:
+    """The method, without arguments, runs while torch.compile traces a graph, and not in it."""
+    vars(function).update(_dynamo_marked_constant=True)
+    return function
+
+
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """torch.compiler.disable(function), which imports the compiler, deferred until something else
     has imported it."""

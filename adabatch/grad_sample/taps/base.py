@@ -23,6 +23,7 @@ from adabatch.grad_sample.backward.recorder import (
     BackwardRecorder, ParameterUse, Probe, signal_gradient,
 )
 from adabatch.grad_sample.backward.verify import Node, sketch, squares
+from adabatch.grad_sample.compat import while_tracing
 from adabatch.grad_sample.cost import layer_cost
 from adabatch.grad_sample.factors.base import Factor
 from adabatch.grad_sample.functional.expression import versions_of
@@ -233,11 +234,10 @@ class TapSite:
                     check_all()
                 raise RuntimeError(OTHER_PARAMETERS.format(name=self.name, own=name))
 
+    @while_tracing
     def note_source(self) -> None:
-        """Runs while torch.compile traces a graph, and not in the graph."""
+        """A graph calls the layer with what depends on no trainable parameter."""
         self.is_source = True
-
-    note_source._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @property
     def mixes_samples(self) -> bool:

@@ -25,7 +25,9 @@ from adabatch._types import Args, Kwargs
 from adabatch.grad_sample.backward.finish import PACKED
 from adabatch.grad_sample.backward.recorder import BackwardRecorder, ProbeSet, Report
 from adabatch.grad_sample.backward.verify import is_distributed, is_power_of_two
-from adabatch.grad_sample.compat import compiles_frames, is_compiled, uncompiled
+from adabatch.grad_sample.compat import (
+    compiles_frames, is_compiled, uncompiled, while_tracing,
+)
 from adabatch.grad_sample.cost import called_shapes
 from adabatch.grad_sample.functional import ParameterTracer, TracedOp
 from adabatch.grad_sample.functional.flow import Key, Roles, SampleFlow, has_equal_rows
@@ -661,8 +663,10 @@ class ForwardHooks:
         carry samples. The batch is what the model was called with, or else the first of them: N
         rows of another tensor leave its role open. A source that is alone carries samples."""
         found = self.outside.inputs if self.outside.task == running_backward() else []
-        sources = [site.name for site, (calls, _) in zip(self._sites, reports, strict=False)
-                   if calls and site.is_source and site.name not in self._layers_settled]
+        sources = []
+        if self._check.traces:  # there are compiled graphs
+            sources = [site.name for site, (calls, _) in zip(self._sites, reports, strict=False)
+                       if calls and site.is_source and site.name not in self._layers_settled]
         counted = self.outside.batch
         if found and not sources:
             first, *others = [tensor for _, tensor, _ in found]
@@ -734,17 +738,15 @@ class ForwardHooks:
             self._check.start(output)
         self._check.count_call(site.index, training)
 
+    @while_tracing
     def _count_trace(self) -> None:
-        """Runs while torch.compile traces a graph, and not in the graph."""
         self._check.traces += 1
 
+    @while_tracing
     def _note_grad_input(self) -> None:
-        """While torch.compile traces a graph: the model is called with a tensor that requires a
-        gradient, so that more than its sources may carry samples."""
+        """The model is called with a tensor that requires a gradient, so that more than its sources
+        may carry samples."""
         self._has_grad_input = True
-
-    for _note in (_count_trace, _note_grad_input):
-        _note._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _tap_layer(
         self, site: TapSite, layer: nn.Module, args: Args, kwargs: Kwargs, output: object
